@@ -1,0 +1,1 @@
+"""Studies that compare methods, each at its own tuned learning rate."""

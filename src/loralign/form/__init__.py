@@ -1,0 +1,1 @@
+"""What is trained and how it becomes (A, B); one paper per file."""

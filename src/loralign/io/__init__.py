@@ -1,0 +1,1 @@
+"""Export, verify and resume: plain PEFT adapters, proven in a clean process."""

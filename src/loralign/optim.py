@@ -1,0 +1,291 @@
+"""PairOptimizer: one optimizer for pairs (A, B) under any transform and rules, and for everything else under AdamW.
+
+    gradients → + penalty gradients → clip (global norm) → gradient masks → transform → update masks → decay → apply
+
+Tensors are looked up in `param_groups` at every step (FSDP2 replaces Parameters), state is keyed by tensor and holds
+tensors only, so `torch.load(weights_only=True)` reads it back. Learning rates live in the groups: any scheduler works,
+and lr of B over lr of A is the transform's `lr_ratio` at every step. Weight decay is decoupled and acts on the live
+tensors, so a twin's decay pulls W_eff towards W0.
+
+A pair's values are A and B themselves; for a twin A0 + ΔA and B0 + ΔB. Updates are added to the live tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from loralign.linalg import keyed_generator
+from torch import Tensor, nn
+from torch.optim.adamw import adamw as torch_adamw
+
+from loralign.slot import SlotLinear, whole, write
+from loralign.types import Ctx, Grad, LoralignError, Pair, Rule, Site, State, Train, Transform, WorkFailed
+
+
+def adam_state(p: Tensor) -> dict[str, Tensor]:
+    """Empty Adam state of one tensor: step (), exp_avg and exp_avg_sq like p, fp32."""
+    zeros = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
+    step = torch.zeros((), dtype=torch.float32, device=p.device)
+    return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def adam_updates(
+    grads: Sequence[Tensor | None],
+    state: Sequence[dict[str, Tensor] | None],
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> list[Tensor | None]:
+    """−lr·m̂/(√v̂ + ε) for each tensor by torch's fused AdamW on a zero buffer; state changes in place, None stays None."""
+    live = [(g, st) for g, st in zip(grads, state, strict=True) if g is not None and st is not None]
+    updates = [torch.zeros_like(st["exp_avg"]) for _, st in live]
+    if live:
+        torch_adamw(
+            updates,
+            [g.to(torch.float32) for g, _ in live],
+            [st["exp_avg"] for _, st in live],
+            [st["exp_avg_sq"] for _, st in live],
+            [],
+            [st["step"] for _, st in live],
+            fused=True,
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=lr,
+            weight_decay=0.0,
+            eps=eps,
+            maximize=False,
+        )
+    rest = iter(updates)
+    return [None if g is None else next(rest) for g in grads]
+
+
+class PairOptimizer(torch.optim.Optimizer):
+    """AdamW's drop-in for adapters.
+
+    Args:
+        sites: the adapted sites; their trained factors form the pairs.
+        rest: other trainable tensors by name (heads, norms, embeddings, a form's extra tensors): AdamW.
+        lr: learning rate of A and of the rest; B's is lr·transform.lr_ratio.
+        rest_lr: learning rate of the rest where it differs (a fresh head), else None.
+        max_grad_norm: global clip over all trained tensors, 0 = off.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        rest: Mapping[str, nn.Parameter],
+        transform: Transform,
+        *,
+        rules: Sequence[Rule] = (),
+        lr: float = 1e-3,
+        rest_lr: float | None = None,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.sites = {site.name: site for site in sites}
+        self.transform, self.rules = transform, tuple(rules)
+        self.max_grad_norm, self.seed = max_grad_norm, seed
+        self.dead: dict[str, Tensor] = {}
+        """Slots that never train, by site: bool (r,), True = dead."""
+        self.applied, self.grad_norm = 0, float("nan")
+        super().__init__(self._groups(rest, lr, rest_lr, weight_decay), {"lr": lr, "weight_decay": weight_decay})
+
+    def _groups(
+        self, rest: Mapping[str, nn.Parameter], lr: float, rest_lr: float | None, decay: float
+    ) -> list[dict[str, Any]]:
+        factors: dict[str, dict[str, nn.Parameter]] = {"A": {}, "B": {}}
+        for site in self.sites.values():
+            for role, side in (("A", "lora_A"), ("B", "lora_B")):
+                p = getattr(site.layer, side)[site.adapter]._parameters["weight"]
+                if p.requires_grad:
+                    factors[role][site.name] = p
+        if not factors["A"] and not factors["B"]:
+            raise LoralignError("no factor of the adapter trains: load it with is_trainable=True or adapt again")
+        others = {
+            1.0: {n: p for n, p in rest.items() if p.dim() > 1},
+            0.0: {n: p for n, p in rest.items() if p.dim() < 2},
+        }
+        made = [
+            _group("A", factors["A"], lr, decay),
+            _group("B", factors["B"], lr * self.transform.lr_ratio, decay),
+            *(_group("rest", ps, lr if rest_lr is None else rest_lr, decay * keep) for keep, ps in others.items()),
+        ]
+        return [group for group in made if group["params"]]
+
+    # ---------------------------------------------------------------------------------------------------------- one step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.param_groups[0]["step"] = self.param_groups[0].get("step", 0) + 1
+        live = self._live()
+        pairs = [self._pair(name, factors) for name, factors in live.items()]
+        ctx = self._ctx({})
+        self._penalise(live, pairs, ctx)
+        self._clip()
+        grads = {p.name: Grad(*(_grad(live[p.name].get(f)) for f in "AB")) for p in pairs}
+        pairs = [p for p in pairs if any(g is not None for g in grads[p.name])]
+        if not pairs:
+            raise WorkFailed(
+                "no pair of the adapter received a gradient, so nothing was trained: is the loss computed from the adapted model?"
+            )
+        grads = _masked(grads, pairs, [rule.grad_mask(pairs, ctx) for rule in self.rules])
+        updates = self._transformed(pairs, grads, live)
+        updates = _masked(updates, pairs, [*(rule.update_mask(pairs, ctx) for rule in self.rules), self._alive(pairs)])
+        self._apply(live, updates)
+        self._step_rest()
+        self.applied = len(pairs)
+        return loss
+
+    def _live(self) -> dict[str, dict[str, nn.Parameter]]:
+        found: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.sites}
+        for group in self.param_groups:
+            if group["role"] in "AB":
+                for name, p in zip(group["names"], group["params"], strict=True):
+                    found[name][group["role"]] = p
+        return {name: factors for name, factors in found.items() if factors}
+
+    def _pair(self, name: str, live: Mapping[str, nn.Parameter]) -> Pair:
+        site = self.sites[name]
+        layer: Any = site.layer
+        sides = {"A": layer.lora_A[site.adapter], "B": layer.lora_B[site.adapter]}
+        twin = getattr(sides["B"], "kind", "") == "T"
+        values = {}
+        for role, module in sides.items():
+            p = live.get(role, module._parameters["weight"])
+            value = p if "sharded" in self.transform.accepts else whole(p)
+            values[role] = value + module.frozen if twin and isinstance(module, SlotLinear) else value.detach()
+        train: Train = "AB" if len(live) == 2 else next(iter(live))  # type: ignore[assignment]
+        return Pair(name, values["A"], values["B"], site.s, train)
+
+    def _ctx(self, scalars: Mapping[str, Tensor]) -> Ctx:
+        rate = {g["role"]: float(g["lr"]) for g in self.param_groups}
+        step, seed = int(self.param_groups[0]["step"]), self.seed
+        return Ctx(
+            rate.get("A", 0.0),
+            rate.get("B", 0.0),
+            step,
+            scalars,
+            lambda purpose, name: keyed_generator(seed, purpose, step, name),
+        )
+
+    def _penalise(self, live: Mapping[str, Mapping[str, nn.Parameter]], pairs: Sequence[Pair], ctx: Ctx) -> None:
+        for rule in self.rules:
+            for pair, penalty in zip(pairs, rule.penalty_grad(pairs, ctx) or (), strict=False):
+                for factor, p in live[pair.name].items():
+                    extra = getattr(penalty, factor)
+                    if extra is not None and p.grad is not None:
+                        p.grad.add_(extra.to(p.grad.dtype))
+
+    def _clip(self) -> None:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not grads:
+            return
+        norm = whole(torch.linalg.vector_norm(torch.stack([whole(n) for n in torch._foreach_norm(grads)])))
+        self.grad_norm = norm.item()
+        if not torch.isfinite(norm):
+            raise WorkFailed(
+                f"the gradient is not finite at step {self.param_groups[0]['step']} (norm {self.grad_norm}): "
+                "lower the learning rate, or look for broken rows in the data"
+            )
+        if 0 < self.max_grad_norm < self.grad_norm:
+            torch._foreach_mul_(grads, self.max_grad_norm / (self.grad_norm + 1e-6))
+
+    def _transformed(
+        self, pairs: Sequence[Pair], grads: Mapping[str, Grad], live: Mapping[str, Mapping[str, nn.Parameter]]
+    ) -> dict[str, Grad]:
+        batches: dict[Any, list[Pair]] = {}
+        for pair in pairs:
+            g = grads[pair.name]
+            key = (pair.A.shape, pair.B.shape, pair.train, pair.A.device, g.A is None, g.B is None)
+            batches.setdefault(key, []).append(pair)
+        state = {pair.name: self._state(pair, live[pair.name]) for pair in pairs}
+        ctx, scalars = self._ctx({}), dict[str, Tensor]()
+        for batch in batches.values():
+            part = self.transform.measure([grads[p.name] for p in batch], [state[p.name] for p in batch], batch, ctx)
+            for key, value in part.items():
+                scalars[key] = scalars[key] + value if key in scalars else value
+        ctx, updates = self._ctx(scalars), dict[str, Grad]()
+        for batch in batches.values():
+            made = self.transform.update([grads[p.name] for p in batch], [state[p.name] for p in batch], batch, ctx)
+            updates.update({p.name: u for p, u in zip(batch, made, strict=True)})
+        return updates
+
+    def _state(self, pair: Pair, live: Mapping[str, nn.Parameter]) -> State:
+        missing = [f for f, p in live.items() if not self.state[p]]
+        if missing:
+            fresh = self.transform.init(pair)
+            for factor in missing:
+                self.state[live[factor]].update(fresh.get(factor, {}))
+        return {factor: self.state[p] for factor, p in live.items()}
+
+    def _alive(self, pairs: Sequence[Pair]) -> Sequence[Grad] | None:
+        if not self.dead:
+            return None
+        masks = []
+        for pair in pairs:
+            alive = ~self.dead[pair.name] if pair.name in self.dead else None
+            on = None if alive is None else alive.to(pair.A.device, pair.A.dtype)
+            masks.append(Grad(None if on is None else on[:, None], on))
+        return masks
+
+    def _apply(self, live: Mapping[str, Mapping[str, nn.Parameter]], updates: Mapping[str, Grad]) -> None:
+        rate = {g["role"]: (float(g["lr"]), float(g["weight_decay"])) for g in self.param_groups}
+        for factor in "AB":
+            rows = [(live[n][factor], getattr(u, factor)) for n, u in updates.items() if factor in live[n]]
+            todo = [(p, u) for p, u in rows if u is not None]
+            if not todo:
+                continue
+            lr, decay = rate[factor]
+            if decay:
+                torch._foreach_mul_([p for p, _ in todo], 1 - lr * decay)
+            if all(type(p.data) is type(u) for p, u in todo):
+                torch._foreach_add_([p for p, _ in todo], [u.to(p.dtype) for p, u in todo])
+            else:  # sharded tensors, whole updates
+                for p, u in todo:
+                    write(p, whole(p) + u.to(p.dtype))
+
+    def _step_rest(self) -> None:
+        for group in self.param_groups:
+            todo = [p for p in group["params"] if p.grad is not None] if group["role"] == "rest" else []
+            if not todo:
+                continue
+            for p in todo:
+                if not self.state[p]:
+                    self.state[p].update(adam_state(p))
+            made = adam_updates([p.grad for p in todo], [self.state[p] for p in todo], float(group["lr"]))
+            if group["weight_decay"]:
+                torch._foreach_mul_(todo, 1 - float(group["lr"]) * float(group["weight_decay"]))
+            torch._foreach_add_(todo, [u.to(p.dtype) for u, p in zip(made, todo, strict=True) if u is not None])
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Clear the whole optimizer state (moments and step counters) of these sites, as a knot of a chain needs."""
+        live = self._live()
+        for name in names:
+            for p in live.get(name, {}).values():
+                self.state.pop(p, None)
+
+
+def _group(role: str, named: Mapping[str, nn.Parameter], lr: float, decay: float) -> dict[str, Any]:
+    return {"params": list(named.values()), "names": list(named), "role": role, "lr": lr, "weight_decay": decay}
+
+
+def _grad(p: nn.Parameter | None) -> Tensor | None:
+    return None if p is None or p.grad is None else p.grad
+
+
+def _masked(values: dict[str, Grad], pairs: Sequence[Pair], masks: Iterable[Sequence[Grad] | None]) -> dict[str, Grad]:
+    for mask in masks:
+        for pair, m in zip(pairs, mask or (), strict=False):
+            v = values[pair.name]
+            values[pair.name] = Grad(
+                v.A if v.A is None or m.A is None else v.A * m.A, v.B if v.B is None or m.B is None else v.B * m.B
+            )
+    return values

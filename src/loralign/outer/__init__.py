@@ -1,0 +1,1 @@
+"""Episodes: commit live slots, start again; one paper per file."""

@@ -1,0 +1,1 @@
+"""Penalties, masks and slot events during training; one paper per file."""

@@ -1,0 +1,228 @@
+"""Which modules are adapted: build the PEFT config, put the adapter in, list the sites, fold them out."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from loralign.linalg import keyed_generator
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import dequantize_module_weight
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from loralign.slot import SlotLinear, effective, is_adapted
+from loralign.types import Draw, Full, LoralignError, Recipe, Site, Weight
+
+ADAPTER = "default"
+_PREFIX = "base_model.model."
+_TASKS = (
+    ("ForCausalLM", "CAUSAL_LM"),
+    ("LMHeadModel", "CAUSAL_LM"),
+    ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+    ("ForSequenceClassification", "SEQ_CLS"),
+    ("ForTokenClassification", "TOKEN_CLS"),
+    ("ForQuestionAnswering", "QUESTION_ANS"),
+)
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's task type by the class name of a Transformers model, None for others."""
+    return next((task for suffix, task in _TASKS if type(model).__name__.endswith(suffix)), None)
+
+
+def peft_config(recipe: Recipe, model: nn.Module) -> LoraConfig:
+    """The stock `LoraConfig` of a recipe: what `get_peft_model` or a TRL trainer takes."""
+    if is_adapted(model):
+        raise LoralignError("the model already carries an adapter: merge it or load the plain base model first")
+    linear = linear_modules(model)
+    ranks = {f"^{re.escape(n)}$": r for n in linear for key, r in recipe.ranks.items() if _matches(n, key)}
+    unknown = [key for key in recipe.ranks if not any(_matches(n, key) for n in linear)]
+    if unknown:
+        raise LoralignError(f"`ranks` names {unknown[0]!r}, which no linear module of this model ends with")
+    if recipe.r < 1 or any(r < 1 for r in recipe.ranks.values()):
+        raise LoralignError("ranks start at 1; to skip a module name it in `exclude`")
+    targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
+    alphas = {k: exact_alpha(recipe.scale(recipe.alpha, r), r) for k, r in ranks.items()}
+    return LoraConfig(
+        r=recipe.r,
+        lora_alpha=exact_alpha(recipe.scale(recipe.alpha, recipe.r), recipe.r),  # type: ignore[arg-type]
+        lora_dropout=recipe.dropout,
+        target_modules=targets,
+        exclude_modules=list(recipe.exclude) or None,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        task_type=task_type(model),
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear.values()),
+    )
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module with a weight matrix that LoRA can adapt, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) or _quantised(m)}
+
+
+def _quantised(module: nn.Module) -> bool:
+    return type(module).__name__ in ("Linear4bit", "Linear8bitLt", "HQQLinear", "QuantLinear")
+
+
+def _matches(name: str, key: str) -> bool:
+    return name == key or name.endswith("." + key)
+
+
+def put_in(model: nn.Module, recipe: Recipe) -> PeftModel:
+    """Insert the stock PEFT adapter of a recipe (W_eff = W0 still); raises when no module matches."""
+    config = peft_config(recipe, model)
+    try:
+        return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+    except ValueError as error:
+        if "arget modules" not in str(error) and "target_modules" not in str(error):
+            raise
+        names = sorted({n.rsplit(".", 1)[-1] for n in linear_modules(model)})
+        raise LoralignError(f"no module matches targets {recipe.targets!r}; linear modules here: {names}") from error
+
+
+def sites(model: nn.Module, adapter: str = ADAPTER) -> list[Site]:
+    """The adapted linear maps in the order of the model, with shapes (d_out, d_in) also for Conv1D."""
+    found = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if adapter not in layer.lora_A:
+            if adapter in layer.lora_embedding_A or type(layer).__name__ == "ParamWrapper":
+                raise LoralignError(
+                    f"{name} is a {type(layer).__name__}: embeddings and fused expert parameters are not "
+                    "supported, leave them out of `targets`"
+                )
+            continue
+        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+        if not isinstance(A, nn.Linear):
+            raise LoralignError(f"{name} is no linear layer ({type(A).__name__}): leave it out of `targets`")
+        live = A.live if isinstance(A, SlotLinear) else A.weight
+        short = name.removeprefix(_PREFIX)
+        shape = (B.out_features, A.in_features)
+        found.append(Site(short, layer, adapter, *shape, int(live.shape[0]), float(layer.scaling[adapter])))
+    return found
+
+
+def skipped(model: nn.Module, found: Sequence[Site]) -> dict[str, str]:
+    """Linear modules and fused expert parameters that stay as they are, with the reason."""
+    adapted = {site.name for site in found}
+    reasons = {}
+    for name, module in model.named_modules():
+        short = name.removeprefix(_PREFIX)
+        if short in adapted or any(short.startswith(a + ".") for a in adapted):
+            continue
+        if isinstance(module, nn.Linear | Conv1D):
+            reasons[short] = "output head or not in `targets`"
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and "expert" in f"{short}.{key}":
+                reasons[f"{short}.{key}"] = "fused expert parameter"
+    return reasons
+
+
+def weight(site: Site) -> Weight:
+    """The frozen base weight of a site; `read()` gives W (d_out, d_in) in fp32, dequantised, as a copy."""
+
+    def read() -> Tensor:
+        base: Any = site.layer.get_base_layer()  # type: ignore[operator]
+        W = dequantize_module_weight(base) if _quantised(base) else base.weight
+        W = W.detach().to(torch.float32, copy=True)
+        return W.T.contiguous() if isinstance(base, Conv1D) else W
+
+    return Weight(site.name, (site.d_out, site.d_in), read)
+
+
+def draw_for(seed: int, name: str) -> Draw:
+    """Keyed randomness of one site."""
+    return lambda purpose, step=0: keyed_generator(seed, purpose, step, name)
+
+
+def factors(site: Site) -> tuple[Tensor, Tensor]:
+    """(A (R, d_in), B (d_out, R)), fp32, scale and every fold included: W_eff = W0 + B·A."""
+    A, B = effective(site.layer, site.adapter)
+    return A.detach().float(), B.detach().float() * site.s
+
+
+def target_weights(model: nn.Module, reference: Full) -> dict[str, nn.Parameter]:
+    """The weight matrices that a recipe with these targets would adapt; for full fine-tuning of the same matrices."""
+    linear = linear_modules(model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found: dict[str, nn.Parameter] = {}
+    for name, module in linear.items():
+        wanted = module is not head if reference.targets == "all-linear" else _wanted(name, reference.targets)
+        if wanted and not any(_matches(name, e) for e in reference.exclude):
+            found[name] = module.weight  # type: ignore[assignment]
+    if not found:
+        raise LoralignError(f"no module matches targets {reference.targets!r}")
+    return found
+
+
+def _wanted(name: str, targets: str | tuple[str, ...]) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(_matches(name, t) for t in targets)
+
+
+def exact_alpha(s: float, R: int) -> float:
+    """alpha with alpha / R == s in double precision (where no such alpha exists: one part in 1e16 away)."""
+    near = (s * R, math.nextafter(s * R, math.inf), math.nextafter(s * R, 0.0))
+    alpha = min(near, key=lambda a: abs(a / R - s))
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def sync_config(model: Any, adapter: str = ADAPTER) -> None:
+    """r, alpha and patterns of the config describe the folded adapter, whatever slots it has by now."""
+    found = [site for site in sites(model, adapter) if isinstance(site.layer.lora_A[adapter], SlotLinear)]  # type: ignore[index]
+    if not found:
+        return
+    described: dict[str, tuple[int, float]] = {}
+    for site in found:
+        layer: Any = site.layer
+        with torch.no_grad():
+            sharded = isinstance(layer.lora_A[adapter].live, DTensor)
+            R = site.r + layer.lora_A[adapter].used if sharded else effective(layer, adapter)[0].shape[0]
+        alpha = exact_alpha(site.s, R)
+        layer.r[adapter], layer.lora_alpha[adapter], layer.use_rslora[adapter] = R, alpha, False
+        described[site.name] = (R, alpha)
+    config = model.peft_config[adapter]
+    common = Counter(described.values()).most_common(1)[0][0]
+    odd = {f"^{re.escape(n)}$": v for n, v in described.items() if v != common}
+    config.r, config.lora_alpha = common
+    config.use_rslora = False
+    config.rank_pattern = {k: v[0] for k, v in odd.items()}
+    config.alpha_pattern = {k: v[1] for k, v in odd.items()}
+
+
+def _save_folded(model: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` that folds what FSDP2 or accelerate gathered, with the config in step."""
+    given = kwargs.pop("state_dict", None)
+    state = dict(model.state_dict() if given is None else given)
+    for adapter in model.peft_config:
+        sync_config(model, adapter)
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
+                continue
+            for side in ("lora_A", "lora_B"):
+                module, key = getattr(layer, side)[adapter], f"{name}.{side}.{adapter}"
+                if not isinstance(module, SlotLinear) or f"{key}.frozen" not in state:
+                    continue  # folded already
+                if isinstance(state[f"{key}.weight"], DTensor):
+                    raise LoralignError("sharded model: pass state_dict=accelerator.get_state_dict(model)")
+                frozen = state.pop(f"{key}.frozen").to(state[f"{key}.weight"].device)
+                state[f"{key}.weight"] = module.folded(state[f"{key}.weight"], frozen)
+    return type(model).save_pretrained(model, save_directory, *args, state_dict=state, **kwargs)
+
+
+def keep_saving_right(model: PeftModel) -> None:
+    """Make `model.save_pretrained` fold and describe slots; an instance attribute that survives deepcopy and pickling."""
+    if any(isinstance(m, SlotLinear) for m in model.modules()):
+        model.save_pretrained = functools.partial(_save_folded, model)  # type: ignore[method-assign]
+        sync_config(model)

@@ -1,0 +1,1 @@
+"""Gradients of pairs to updates of pairs; one paper per file."""
