@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from loralign.linalg import keyed_generator
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as torch_adamw
 
+from loralign.linalg import keyed_generator
 from loralign.slot import SlotLinear, whole, write
 from loralign.types import Ctx, Grad, LoralignError, Pair, Rule, Site, State, Train, Transform, WorkFailed
 

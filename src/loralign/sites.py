@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from loralign.linalg import keyed_generator
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import dequantize_module_weight
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from loralign.linalg import keyed_generator
 from loralign.slot import SlotLinear, effective, is_adapted
 from loralign.types import Draw, Full, LoralignError, Recipe, Site, Weight
 

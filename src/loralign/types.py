@@ -133,6 +133,7 @@ class Activations:
 
 
 Need = Nothing | TopGradient | Preheated | CommonSubspace | Activations
+NOTHING = Nothing()
 
 
 @dataclass(frozen=True)
@@ -409,18 +410,25 @@ class LrPrior:
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the table: id, factory of the recipe's axes, provenance."""
+    """One line of the table: which factories it puts on which axes (None: plain LoRA's), and its provenance."""
 
     id: str
-    build: Callable[..., Recipe | Full]
     summary: str
     arxiv: str
-    axes: tuple[str, ...]
     export: ExportClass
     prior: LrPrior
+    init: Callable[..., Init] | None = None
+    form: Callable[..., Form] | None = None
+    transform: Callable[..., Transform] | None = None
+    rules: tuple[Callable[..., Rule], ...] = ()
+    outer: Callable[..., Outer] | None = None
+    scale: Callable[[float, int], float] | None = None
+    reference: bool = False
+    """A fact: no adapter at all, the matrices themselves train."""
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Named settings, for instance those of the paper."""
     unverified: str = ""
     """Non-empty for reconstructions of papers that could not be read in full."""
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class LoralignError(Exception):

@@ -1,0 +1,15 @@
+"""loralign: LoRA that keeps up with full fine-tuning; ships plain PEFT adapters."""
+
+from loralign.recipes import METHODS as METHODS
+from loralign.recipes import build as build
+from loralign.recipes import learning_rate as learning_rate
+from loralign.sites import factors as factors
+from loralign.sites import peft_config as peft_config
+from loralign.sites import sites as sites
+from loralign.train.adapt import adapt as adapt
+from loralign.train.adapt import optimizer as optimizer
+from loralign.types import Full as Full
+from loralign.types import LoralignError as LoralignError
+from loralign.types import Recipe as Recipe
+
+__version__ = "0.1.0"

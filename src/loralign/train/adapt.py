@@ -1,0 +1,187 @@
+"""From a recipe to a model that is ready to train: insert, collect evidence, write the start, check the contract.
+
+`adapt` serves bare loops; `attach` (in `train/attach.py`) and the command line use the same `start`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from loralign.evidence import Progress, collect, model_loss
+from loralign.optim import PairOptimizer
+from loralign.plan import check_combination
+from loralign.sites import draw_for, keep_saving_right, put_in, sites, skipped, weight
+from loralign.slot import install, link, self_test
+from loralign.types import Batches, Directions, Factors, LoralignError, Loss, Recipe, Site, Train, WorkFailed
+
+log = logging.getLogger("loralign")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one site is stored; enough to read a checkpoint back without repeating its init."""
+
+    r: int
+    twin: bool
+    train: Train
+
+
+def adapt(
+    model: nn.Module,
+    recipe: Recipe,
+    batches: Batches | None = None,
+    *,
+    loss: Loss = model_loss,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> PeftModel:
+    """The model with the recipe's adapter inserted and initialised; W_eff = W0 at this point, W0 is never written.
+
+    Args:
+        model: a plain base model, without adapter.
+        batches: what the model (or `loss`) takes; needed where the init must see gradients or activations.
+        loss: (model, batch) -> scalar mean loss; default: the model's own `.loss`.
+        cache: folder for evidence, keyed by content; None: not kept.
+        progress: called with (what, done, total).
+    Raises:
+        LoralignError: an impossible combination or input, with the mend.
+    Example:
+        >>> from loralign import adapt, build
+        >>> import torch; from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = adapt(LlamaForCausalLM(config), build("lora", r=2))
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
+        True
+    """
+    check_combination(recipe)
+    peft_model = put_in(model, recipe)
+    evidence = gather(peft_model, recipe, batches, loss=loss, cache=cache, progress=progress)
+    start(peft_model, recipe, evidence)
+    return peft_model
+
+
+def gather(
+    model: PeftModel,
+    recipe: Recipe,
+    batches: Batches | None,
+    *,
+    loss: Loss = model_loss,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Directions]:
+    """Collect what the recipe's init must know, through the freshly inserted adapter (its product is zero)."""
+    found = sites(model)
+    return collect(
+        recipe.init.needs, model, found, batches, loss=loss, seed=recipe.seed, cache=cache, progress=progress
+    )
+
+
+@torch.no_grad()
+def start(model: PeftModel, recipe: Recipe, evidence: Mapping[str, Directions]) -> dict[str, Storage]:
+    """Write the start of every site: factors, storage, forms; returns how each one is stored."""
+    self_test()
+    found = sites(model)
+    made: dict[str, Factors] = {}
+    for site in found:
+        W, draw = weight(site), draw_for(recipe.seed, site.name)
+        made[site.name] = recipe.init(W, site.r, site.s, evidence.get(site.name), draw)
+        note_rank(site)
+    return write_start(model, recipe, made)
+
+
+def note_rank(site: Site) -> None:
+    if site.r > min(site.d_in, site.d_out):
+        log.warning("rank %d exceeds the smaller side of %s (%d)", site.r, site.name, min(site.d_in, site.d_out))
+
+
+def write_start(model: PeftModel, recipe: Recipe, made: Mapping[str, Factors]) -> dict[str, Storage]:
+    found = sites(model)
+    first = recipe.outer.episode(0, 2**31, [site.name for site in found])
+    chain = first is not None and first.steps < 2**31
+    for site in found:
+        factors = made[site.name]
+        if not factors.twin and bool(factors.A.any()) and bool(factors.B.any()):
+            raise WorkFailed(f"the init of {recipe.name} moves {site.name} away from W0 without a twin")
+        extra = recipe.form.extra(weight(site), site.r, draw_for(recipe.seed, site.name))
+        install(site.layer, site.adapter, factors, recipe.form, dict(extra), chain)
+    link({site.name: site.layer for site in found}, found[0].adapter, recipe.form)
+    keep_saving_right(model)
+    left = skipped(model, found)
+    log.info("%s: %d sites adapted, %d left as they are", recipe.name, len(found), len(left))
+    return {name: Storage(int(f.A.shape[0]), f.twin, f.train) for name, f in made.items()}
+
+
+def restore_storage(model: PeftModel, recipe: Recipe, stored: Mapping[str, Storage]) -> None:
+    """Prepare a freshly inserted adapter to receive a checkpoint: the storage of its init, without repeating the init."""
+    made = {}
+    for site in sites(model):
+        if site.name not in stored:
+            raise LoralignError(f"the checkpoint knows no site {site.name}: it belongs to another model or `targets`")
+        kind = stored[site.name]
+        if kind.r != site.r:
+            raise LoralignError(f"the checkpoint has rank {kind.r} at {site.name}, the recipe {site.r}")
+        zeros = torch.zeros(site.r, site.d_in), torch.zeros(site.d_out, site.r)
+        made[site.name] = Factors(*zeros, twin=kind.twin, train=kind.train)
+    write_start(model, recipe, made)
+
+
+def optimizer(model: PeftModel, recipe: Recipe, lr: float, *, rest_lr: float | None = None) -> PairOptimizer:
+    """The recipe's optimizer over everything that trains.
+
+    Args:
+        lr: learning rate of A (B: lr·ratio of the transform) and of tensors outside pairs.
+        rest_lr: learning rate of tensors outside pairs (a fresh head), where it differs.
+    """
+    found = sites(model)
+    paired = {id(p) for s in found for p in (_parameter(s, "lora_A"), _parameter(s, "lora_B"))}
+    rest = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in paired}
+    return PairOptimizer(
+        found,
+        rest,
+        recipe.transform,
+        rules=recipe.rules,
+        lr=lr,
+        rest_lr=rest_lr,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=recipe.seed,
+    )
+
+
+def _parameter(site: Site, side: str) -> Any:
+    return getattr(site.layer, side)[site.adapter]._parameters["weight"]
+
+
+@torch.no_grad()
+def check_start(model: PeftModel, batch: Mapping[str, Any], *, tolerance: float = 1e-6) -> float:
+    """Contract 1 on one batch, in evaluation mode: relative difference of the adapted model's output to the base's."""
+    training = model.training
+    model.eval()
+    try:
+        keep = {k: v for k, v in batch.items() if k != "labels"}
+        adapted = model(**keep).logits.float()
+        with model.disable_adapter():
+            base = model(**keep).logits.float()
+    finally:
+        model.train(training)
+    error = float((adapted - base).norm() / base.norm())
+    if not error <= tolerance:
+        raise WorkFailed(f"the adapted model differs from the base by {error:.1e} at step 0 (allowed {tolerance:.0e})")
+    return error
+
+
+def storage_json(stored: Mapping[str, Storage]) -> str:
+    return json.dumps({name: [s.r, s.twin, s.train] for name, s in stored.items()})
+
+
+def storage_from_json(text: str) -> dict[str, Storage]:
+    return {name: Storage(int(r), bool(twin), train) for name, (r, twin, train) in json.loads(text).items()}
