@@ -20,8 +20,21 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw as torch_adamw
 
 from loralign.linalg import keyed_generator
-from loralign.slot import SlotLinear, whole, write
-from loralign.types import Ctx, Grad, LoralignError, Pair, Rule, Site, State, Train, Transform, WorkFailed
+from loralign.slot import SlotLinear, live_of, whole, write
+from loralign.types import (
+    Ctx,
+    Grad,
+    LoralignError,
+    Moment,
+    Pair,
+    Rule,
+    Site,
+    SlotPlan,
+    State,
+    Train,
+    Transform,
+    WorkFailed,
+)
 
 
 def adam_state(p: Tensor) -> dict[str, Tensor]:
@@ -91,7 +104,11 @@ class PairOptimizer(torch.optim.Optimizer):
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.dead: dict[str, Tensor] = {}
         """Slots that never train, by site: bool (r,), True = dead."""
-        self.applied, self.grad_norm = 0, float("nan")
+        self.asleep: set[str] = set()
+        """Sites that sit out this episode."""
+        self.reached: set[str] = set()
+        """Sites that ever received an update."""
+        self.applied, self.steps_here, self.grad_norm, self.lr_factor = 0, 0, float("nan"), 1.0
         super().__init__(self._groups(rest, lr, rest_lr, weight_decay), {"lr": lr, "weight_decay": weight_decay})
 
     def _groups(
@@ -126,7 +143,7 @@ class PairOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.param_groups[0]["step"] = self.param_groups[0].get("step", 0) + 1
         live = self._live()
-        pairs = [self._pair(name, factors) for name, factors in live.items()]
+        pairs = [self._pair(name, factors) for name, factors in live.items() if name not in self.asleep]
         ctx = self._ctx({})
         self._penalise(live, pairs, ctx)
         self._clip()
@@ -141,7 +158,8 @@ class PairOptimizer(torch.optim.Optimizer):
         updates = _masked(updates, pairs, [*(rule.update_mask(pairs, ctx) for rule in self.rules), self._alive(pairs)])
         self._apply(live, updates)
         self._step_rest()
-        self.applied = len(pairs)
+        self.applied, self.steps_here = len(pairs), self.steps_here + 1
+        self.reached |= {p.name for p in pairs}
         return loss
 
     def _live(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -166,7 +184,7 @@ class PairOptimizer(torch.optim.Optimizer):
         return Pair(name, values["A"], values["B"], site.s, train)
 
     def _ctx(self, scalars: Mapping[str, Tensor]) -> Ctx:
-        rate = {g["role"]: float(g["lr"]) for g in self.param_groups}
+        rate = {g["role"]: float(g["lr"]) * self.lr_factor for g in self.param_groups}
         step, seed = int(self.param_groups[0]["step"]), self.seed
         return Ctx(
             rate.get("A", 0.0),
@@ -237,7 +255,7 @@ class PairOptimizer(torch.optim.Optimizer):
         return masks
 
     def _apply(self, live: Mapping[str, Mapping[str, nn.Parameter]], updates: Mapping[str, Grad]) -> None:
-        rate = {g["role"]: (float(g["lr"]), float(g["weight_decay"])) for g in self.param_groups}
+        rate = {g["role"]: (float(g["lr"]) * self.lr_factor, float(g["weight_decay"])) for g in self.param_groups}
         for factor in "AB":
             rows = [(live[n][factor], getattr(u, factor)) for n, u in updates.items() if factor in live[n]]
             todo = [(p, u) for p, u in rows if u is not None]
@@ -264,6 +282,22 @@ class PairOptimizer(torch.optim.Optimizer):
             if group["weight_decay"]:
                 torch._foreach_mul_(todo, 1 - float(group["lr"]) * float(group["weight_decay"]))
             torch._foreach_add_(todo, [u.to(p.dtype) for u, p in zip(made, todo, strict=True) if u is not None])
+
+    def moment(self, total_steps: int) -> Moment:
+        """What rules see after a step: pairs with their new values, the gradients of this step, the dead slots."""
+        live = self._live()
+        pairs = [self._pair(name, factors) for name, factors in live.items()]
+        grads = {p.name: Grad(*(_grad(live[p.name].get(f)) for f in "AB")) for p in pairs}
+        extra = {n: dict(live_of(s.layer, s.adapter).extra) for n, s in self.sites.items()}
+        dead = {n: frozenset(mask.nonzero().flatten().tolist()) for n, mask in self.dead.items()}
+        ctx = self._ctx({})
+        return Moment(ctx.step, total_steps, pairs, grads, extra, dead, ctx.draw)
+
+    def on_plan(self, name: str, plan: SlotPlan) -> None:
+        """Let the transform adjust the state of one site whose slots changed."""
+        live = self._live().get(name)
+        if live and all(self.state[p] for p in live.values()):
+            self.transform.on_plan(self._pair(name, live), {f: self.state[p] for f, p in live.items()}, plan)
 
     def forget(self, names: Iterable[str]) -> None:
         """Clear the whole optimizer state (moments and step counters) of these sites, as a knot of a chain needs."""

@@ -38,9 +38,12 @@ def task_type(model: nn.Module) -> str | None:
     return next((task for suffix, task in _TASKS if type(model).__name__.endswith(suffix)), None)
 
 
-def peft_config(recipe: Recipe, model: nn.Module) -> LoraConfig:
-    """The stock `LoraConfig` of a recipe: what `get_peft_model` or a TRL trainer takes."""
-    if is_adapted(model):
+def peft_config(recipe: Recipe, model: nn.Module, *, adapted: bool = False) -> LoraConfig:
+    """The stock `LoraConfig` of a recipe: what `get_peft_model` or a TRL trainer takes.
+
+    adapted: the model already carries this adapter (to compare configs); otherwise that is an error.
+    """
+    if is_adapted(model) and not adapted:
         raise LoralignError("the model already carries an adapter: merge it or load the plain base model first")
     linear = linear_modules(model)
     ranks = {f"^{re.escape(n)}$": r for n in linear for key, r in recipe.ranks.items() if _matches(n, key)}
@@ -66,7 +69,8 @@ def peft_config(recipe: Recipe, model: nn.Module) -> LoraConfig:
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module with a weight matrix that LoRA can adapt, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) or _quantised(m)}
+    plain = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if ".lora_" not in n}
+    return {n: m for n, m in plain.items() if isinstance(m, nn.Linear | Conv1D) or _quantised(m)}
 
 
 def _quantised(module: nn.Module) -> bool:

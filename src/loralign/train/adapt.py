@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -177,11 +176,3 @@ def check_start(model: PeftModel, batch: Mapping[str, Any], *, tolerance: float 
     if not error <= tolerance:
         raise WorkFailed(f"the adapted model differs from the base by {error:.1e} at step 0 (allowed {tolerance:.0e})")
     return error
-
-
-def storage_json(stored: Mapping[str, Storage]) -> str:
-    return json.dumps({name: [s.r, s.twin, s.train] for name, s in stored.items()})
-
-
-def storage_from_json(text: str) -> dict[str, Storage]:
-    return {name: Storage(int(r), bool(twin), train) for name, (r, twin, train) in json.loads(text).items()}

@@ -1,0 +1,156 @@
+"""The callback that drives a recipe inside a Trainer: slot events, episodes, our part of checkpoints, "it acted"."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import TrainerCallback
+
+from loralign.optim import PairOptimizer
+from loralign.sites import sites, sync_config
+from loralign.slot import SlotLinear, live_of, write
+from loralign.train.adapt import Storage
+from loralign.train.checkpoint import Note, read_note, read_state, write_checkpoint
+from loralign.train.episodes import Episodes
+from loralign.train.events import apply_plan
+from loralign.types import LoralignError, Recipe, WorkFailed
+
+log = logging.getLogger("loralign")
+
+
+class RecipeCallback(TrainerCallback):
+    """One run of one recipe. Attributes for the curious: `optimizer`, `episodes`, `applied` (pairs of the last step)."""
+
+    def __init__(
+        self, recipe: Recipe, model: PeftModel, stored: Mapping[str, Storage], *, resume_from: Path | None = None
+    ) -> None:
+        self.recipe, self.model, self.stored = recipe, model, dict(stored)
+        self.resume_from = resume_from
+        self.optimizer: PairOptimizer | None = None
+        self.episodes = Episodes(recipe, model)
+        self.unreached: set[str] = set(stored)
+
+    def adopt(self, optimizer: PairOptimizer) -> PairOptimizer:
+        """Remember the optimizer that the Trainer asked for."""
+        self.optimizer = optimizer
+        return optimizer
+
+    def _own(self) -> PairOptimizer:
+        if self.optimizer is None:
+            raise WorkFailed("the trainer did not build its optimizer from the recipe: was one passed by `optimizers`?")
+        return self.optimizer
+
+    # ------------------------------------------------------------------------------------------------------ Trainer events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._own()
+        self.episodes.begin(state.max_steps)
+        if self.resume_from is not None:
+            note = read_note(self.resume_from)
+            if note.step != state.global_step:
+                raise LoralignError(
+                    f"attached to resume from step {note.step}, but the trainer starts at {state.global_step}"
+                )
+            self.episodes.resume(note.episode, note.episode_start)
+            self._load(read_state(self.resume_from))
+            sync_config(self.model)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._own().lr_factor = self.episodes.warm_up(state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = self._own()
+        self.unreached -= optimizer.reached
+        first = state.global_step == 0 or (self.resume_from is not None and optimizer.steps_here == 1)
+        if first:
+            self._acted(optimizer)
+        for rule in self.recipe.rules:
+            plan = rule.event(optimizer.moment(state.max_steps))
+            if plan:
+                apply_plan(self.model, optimizer, plan)
+                log.info(
+                    "%s: slots changed at %d sites after step %d", self.recipe.name, len(plan), state.global_step + 1
+                )
+
+    def _acted(self, optimizer: PairOptimizer) -> None:
+        total = len(optimizer.sites)
+        log.info("%s: applied to %d/%d pairs", self.recipe.name, optimizer.applied, total)
+        silent = sorted(set(optimizer.sites) - optimizer.reached - optimizer.asleep)
+        if silent and not all("expert" in name for name in silent):
+            raise WorkFailed(
+                f"{len(silent)} of {total} adapted modules got no gradient, {silent[0]} first: the model's forward "
+                "does not use them; name them in `exclude`"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.episodes.after_step(state.global_step, self._own())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is not None and "loss" in logs and self.optimizer is not None:
+            logs["grad_norm"] = self.optimizer.grad_norm
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir():
+            episode, start = self.episodes.position
+            note = Note(self.recipe.name, state.global_step, self.stored, episode, start)
+            write_checkpoint(folder, note, self._state())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.unreached:
+            log.warning("%d adapted modules never got a gradient: %s", len(self.unreached), sorted(self.unreached)[:5])
+
+    # --------------------------------------------------------------------------------------------------------------- state
+
+    def _state(self) -> dict[str, Tensor]:
+        optimizer = self._own()
+        found = {f"dead|{name}": mask for name, mask in optimizer.dead.items()}
+        for i, rule in enumerate(self.recipe.rules):
+            found |= {f"rule|{i}|{key}": value for key, value in rule.state_dict().items()}
+        for name, layer, side in self._owned():
+            live = live_of(layer, side)
+            found |= {
+                f"live|{name}|A": live.A,
+                f"live|{name}|B": live.B,
+                f"live|{name}|A0": live.A0,
+                f"live|{name}|B0": live.B0,
+            }
+            found |= {f"live|{name}|extra|{key}": value for key, value in live.extra.items()}
+        return found
+
+    @torch.no_grad()
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        optimizer = self._own()
+        optimizer.dead = {key[5:]: value for key, value in state.items() if key.startswith("dead|")}
+        for i, rule in enumerate(self.recipe.rules):
+            head = f"rule|{i}|"
+            rule.load_state_dict({k.removeprefix(head): v for k, v in state.items() if k.startswith(head)})
+        for name, layer, adapter in self._owned():
+            sides = layer.lora_A[adapter], layer.lora_B[adapter]
+            for module, letter in zip(sides, "AB", strict=True):
+                if f"live|{name}|{letter}" not in state:
+                    raise LoralignError(
+                        f"the checkpoint lacks the live tensors of {name}: its loralign_state file is missing"
+                    )
+                module.frozen = state[f"live|{name}|{letter}0"].to(module.frozen)
+                write(module.live, state[f"live|{name}|{letter}"])
+            for key, value in live_of(layer, adapter).extra.items():
+                write(value, state[f"live|{name}|extra|{key}"])
+
+    def _owned(self) -> list[tuple[str, Any, str]]:
+        """Sites whose form folds what the file cannot hand back."""
+        found = []
+        for site in sites(self.model):
+            layer: Any = site.layer
+            side = layer.lora_A[site.adapter]
+            if isinstance(side, SlotLinear) and side.owner is not None:
+                found.append((site.name, layer, site.adapter))
+        return found
