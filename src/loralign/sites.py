@@ -53,18 +53,28 @@ def peft_config(recipe: Recipe, model: nn.Module, *, adapted: bool = False) -> L
     if recipe.r < 1 or any(r < 1 for r in recipe.ranks.values()):
         raise LoralignError("ranks start at 1; to skip a module name it in `exclude`")
     targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    heads = fresh_heads(base)
     alphas = {k: exact_alpha(recipe.scale(recipe.alpha, r), r) for k, r in ranks.items()}
     return LoraConfig(
         r=recipe.r,
         lora_alpha=exact_alpha(recipe.scale(recipe.alpha, recipe.r), recipe.r),  # type: ignore[arg-type]
         lora_dropout=recipe.dropout,
         target_modules=targets,
-        exclude_modules=list(recipe.exclude) or None,
+        exclude_modules=[*recipe.exclude, *heads] or None,
+        modules_to_save=heads or None,
         rank_pattern=ranks,
         alpha_pattern=alphas,
-        task_type=task_type(model),
+        task_type=task_type(base),
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear.values()),
     )
+
+
+def fresh_heads(model: nn.Module) -> list[str]:
+    """Classification heads of models that PEFT has no task type for: they train whole and are not adapted."""
+    if not type(model).__name__.endswith(("ForImageClassification", "ForAudioClassification")):
+        return []
+    return [n for n in ("classifier", "score", "head") if isinstance(getattr(model, n, None), nn.Module)]
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -90,10 +90,18 @@ def start(model: PeftModel, recipe: Recipe, evidence: Mapping[str, Directions]) 
     self_test()
     found = sites(model)
     made: dict[str, Factors] = {}
+    refused: dict[str, LoralignError] = {}
     for site in found:
         W, draw = weight(site), draw_for(recipe.seed, site.name)
-        made[site.name] = recipe.init(W, site.r, site.s, evidence.get(site.name), draw)
+        try:
+            made[site.name] = recipe.init(W, site.r, site.s, evidence.get(site.name), draw)
+        except LoralignError as error:
+            refused[site.name] = error
         note_rank(site)
+    if refused:
+        first, *rest = refused
+        more = f" (and at {len(rest)} more sites: {', '.join(rest[:8])})" if rest else ""
+        raise LoralignError(f"{refused[first]}{more}")
     return write_start(model, recipe, made)
 
 

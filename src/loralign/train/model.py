@@ -1,0 +1,101 @@
+"""Load a base model and its tokenizer: folders, hub ids, GGUF files; plain layers are treated as plain."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from loralign.slot import is_adapted
+from loralign.types import LoralignError
+
+log = logging.getLogger("loralign")
+
+
+def load(
+    name: str, *, revision: str | None = None, precision: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model with its tokenizer.
+
+    name: a folder, a hub id, or a folder's `.gguf` file. precision: "fp32", "bf16" or "auto" (bf16 on a GPU that has it).
+    trust_remote_code: run code that a model repository ships; off unless asked for. Nothing is unpickled.
+    """
+    where, extra = _source(name)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **extra}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype_of(precision), use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoralignError(f"cannot load the model {name!r}: {_first_sentence(error)}") from error
+    as_plain(model)
+    if is_adapted(model):
+        raise LoralignError(f"{name!r} is an adapter, not a base model: give the base model in `model`")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return model, tokenizer
+
+
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise LoralignError(f"no such file: {name}")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+            raise LoralignError(f"{name} holds an adapter, not a base model: give the base model in `model`")
+        if not (path / "config.json").exists():
+            raise LoralignError(f"{name} is no model folder: it has no config.json")
+        return str(path), {}
+    if path.is_absolute() or name.startswith("."):
+        raise LoralignError(f"no such folder: {name}")
+    return name, {}
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The dtype of the frozen base; the adapter's own tensors are fp32 always."""
+    bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def as_plain(model: PreTrainedModel) -> None:
+    """Drop the marks of a quantisation that is not there: a GGUF file is de-quantised while it is loaded."""
+    method = str(getattr(model, "quantization_method", "") or "").lower()
+    if "gguf" not in method and not _says_gguf(model):
+        return
+    odd = [n for n, m in model.named_modules() if "Linear" in type(m).__name__ and not isinstance(m, nn.Linear)]
+    if odd:
+        return
+    model.hf_quantizer = None  # type: ignore[assignment]
+    for mark in ("is_quantized", "quantization_method"):
+        if mark in vars(model):
+            delattr(model, mark)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    log.info("the GGUF file was de-quantised while loading; its layers are plain and are trained as such")
+
+
+def _says_gguf(model: PreTrainedModel) -> bool:
+    config = getattr(model.config, "quantization_config", None)
+    said = config.get("quant_method", "") if isinstance(config, dict) else getattr(config, "quant_method", "")
+    return "gguf" in str(said).lower()
+
+
+def hidden_size(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
+    """Width of the residual stream, from the config alone; 2000 (where priors are stated) when it has none."""
+    where, extra = _source(name)
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoralignError(f"cannot load the model {name!r}: {_first_sentence(error)}") from error
+    return int(getattr(config, "hidden_size", 2000))
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")

@@ -1,0 +1,156 @@
+"""The contract of DESIGN §2 for every adapter recipe of the table; a method added later is covered without an edit.
+
+Default: all recipes on a Llama, three recipes on every family. `make test-all`: the full product.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import toy
+from loralign import METHODS, Recipe, adapt, build, factors, optimizer, peft_config, sites
+from loralign.train.attach import attach
+from toy import batch_for
+from trainers import toy_trainer
+
+ADAPTERS = [m.id for m in METHODS.values() if not m.reference]
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": toy.llama,
+    "tied": toy.tied,
+    "gpt2": toy.gpt2,
+    "bert": toy.bert,
+    "t5": toy.t5,
+    "vit": toy.vit,
+}
+EVERYWHERE = ("lora", "lora-ga", "pissa")
+
+
+def product() -> Iterator[Any]:
+    for family in FAMILIES:
+        for name in ADAPTERS:
+            quick = family == "llama" or name in EVERYWHERE
+            yield pytest.param(family, name, marks=() if quick else pytest.mark.slow, id=f"{name}-{family}")
+
+
+def recipe(name: str, **fields: Any) -> Recipe:
+    made = build(name, **{"r": 3, "alpha": 6.0, "seed": 11, **fields})
+    assert isinstance(made, Recipe)
+    return made
+
+
+def output(model: Any) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(**batch_for(model)).logits
+    return out
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def train(model: Any, made: Recipe, steps: int, lr: float = 3e-3) -> Any:
+    opt = optimizer(model, made, lr)
+    model.train()
+    for _ in range(steps):
+        model(**batch_for(model)).loss.backward()
+        opt.step()
+        opt.zero_grad()
+    model.eval()
+    return opt
+
+
+@pytest.mark.parametrize(("family", "name"), list(product()))
+def test_contract(family: str, name: str, tmp_path: Path) -> None:
+    """1 identity at step 0, 2 forward = factors = merge = file, 3 stock PEFT loads it, 6 every pair was updated."""
+    base = FAMILIES[family]()
+    before, weights = output(base), copy.deepcopy(base.state_dict())
+    made = recipe(name, dropout=0.2)
+    model = adapt(base, made, [batch_for(base)] * 3)
+
+    assert gap(output(model), before) < 1e-6
+    model.train()
+    assert gap(output(model), before) < 1e-6  # with dropout too
+    opt = train(model, made, 3)
+    assert opt.applied == len(opt.sites) > 0
+
+    after = output(model)
+    assert gap(after, before) > 1e-4  # it moved
+    with model.disable_adapter():
+        assert torch.equal(output(model), before)
+    trained = {n.replace(".base_layer", ""): p for n, p in model.get_base_model().named_parameters()}
+    assert all(torch.equal(trained[n], w) for n, w in weights.items() if n in trained)
+
+    for site in sites(model):
+        A, B = factors(site)
+        delta = site.layer.get_delta_weight("default").detach()
+        delta = delta.T if site.layer.fan_in_fan_out else delta
+        assert torch.allclose(B @ A, delta, rtol=1e-5, atol=1e-6)
+
+    model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(FAMILIES[family](), tmp_path).eval()
+    assert gap(output(stock), after) < 1e-6
+    model.merge_adapter(safe_merge=True)
+    assert gap(output(model), after) < 2e-6
+    model.unmerge_adapter()
+    assert gap(output(model), after) < 2e-6
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_stop_and_resume_is_bit_exact(name: str, tmp_path: Path) -> None:
+    """4: six steps = three, a new process state with another seed, three more; dropout on."""
+    states = []
+    for folder, seed, resume in (("whole", 11, None), ("resumed", 99, tmp_path / "whole" / "checkpoint-3")):
+        made = recipe(name, dropout=0.1, seed=seed)
+        trainer = toy_trainer(tmp_path / folder, peft_config(made, toy.llama()), steps=6, save_steps=3)
+        attach(trainer, made, resume_from=resume)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        states.append({n: p.detach().clone() for n, p in trainer.model.state_dict().items()})
+    keyed = _draws_later(name)
+    for key, value in states[0].items():
+        assert keyed or torch.equal(value, states[1][key]), key
+
+
+def _draws_later(name: str) -> bool:
+    """Rules that draw at every step are keyed by the seed: the comparison with another seed does not apply to them."""
+    return bool(recipe(name).rules)
+
+
+@pytest.mark.parametrize("name", [n for n in ADAPTERS if recipe(n).rules])
+def test_rules_resume_with_their_own_seed(name: str, tmp_path: Path) -> None:
+    outs = []
+    for folder, resume in (("whole", None), ("resumed", tmp_path / "whole" / "checkpoint-3")):
+        made = recipe(name)
+        trainer = toy_trainer(tmp_path / folder, peft_config(made, toy.llama()), steps=6, save_steps=3)
+        attach(trainer, made, resume_from=resume)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        outs.append(output(trainer.model.eval()))
+    assert torch.equal(outs[0], outs[1])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_one_seed_one_result(name: str) -> None:
+    """5: draws are keyed, so the global generator's state does not matter; another seed gives another start."""
+    starts = []
+    for noise, seed in ((0, 11), (1, 11)):
+        torch.manual_seed(noise)
+        model = adapt(toy.llama(), recipe(name, seed=seed), [batch_for(toy.llama())] * 2)
+        starts.append(torch.cat([p.detach().flatten() for n, p in model.state_dict().items() if "lora_" in n]))
+    assert torch.equal(starts[0], starts[1])
+
+
+def test_the_log_says_it_acted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = recipe("lora")
+    trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=1)
+    attach(trainer, made)
+    with caplog.at_level(logging.INFO, "loralign"):
+        trainer.train()
+    assert "lora: applied to 14/14 pairs" in caplog.text
