@@ -1,8 +1,8 @@
-"""Tiny random models of every family that the tests use, seeded; dropout 0, weights large enough that all layers matter.
+"""Tiny random models of every family that the tests use, seeded; dropout 0, weights so large that all layers matter.
 
-    llama()  LlamaForCausalLM          gpt2()  GPT2LMHeadModel (Conv1D)     tied()  Llama, head tied to the embedding
-    bert()   BertForSequenceClassification (3 labels, fresh head)           t5()    T5ForConditionalGeneration
-    vit()    ViTForImageClassification (3 labels)
+llama()  LlamaForCausalLM          gpt2()  GPT2LMHeadModel (Conv1D)     tied()  Llama, head tied to the embedding
+bert()   BertForSequenceClassification (3 labels, fresh head)           t5()    T5ForConditionalGeneration
+vit()    ViTForImageClassification (3 labels)
 """
 
 from __future__ import annotations
