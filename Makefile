@@ -8,7 +8,7 @@
 VENV  := .venv
 RUN   := $(VENV)/bin/python
 STAMP := $(VENV)/.install-stamp
-TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
 

@@ -254,14 +254,17 @@ def write_task(
     seed: int,
     *,
     config: Mapping[str, Any] | None = None,
+    system: str | None = None,
 ) -> dict[str, int]:
     """Write train / valid / test.jsonl of one reasoning-gym task; no question occurs twice in the three files.
 
-    A row is `{"messages": [user, assistant], "answer": str}`. `config` goes to the generator.
+    A row is `{"messages": [user, assistant], "answer": str}`. `config` goes to the generator. `system` adds a system
+    message: without one SmolLM2's chat template puts its own of 15 tokens in front.
     """
     import reasoning_gym
 
     sizes = {"train": n_train, "valid": n_valid, "test": n_test}
+    opening = [] if system is None else [{"role": "system", "content": system}]
     seen: set[str] = set()
     out_dir.mkdir(parents=True, exist_ok=True)
     for offset, (split, size) in enumerate(sizes.items()):
@@ -273,7 +276,7 @@ def write_task(
             question, answer = str(entry["question"]).strip(), str(entry["answer"])
             if question not in seen:
                 seen.add(question)
-                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                messages = [*opening, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 rows.append({"messages": messages, "answer": answer})
         if len(rows) < size:
             raise AssetError(f"{name} has only {len(rows)} of {size} different {split} questions: ask for fewer rows.")
