@@ -1,0 +1,186 @@
+"""A whole `lora` training step beside PEFT's own, as a Trainer runs it: time and peak memory, one process, interleaved.
+
+    python benchmarks/bench_step.py --device cpu
+    python benchmarks/bench_step.py --device cuda --shapes 1b 8b --json out.json
+
+A step is forward, backward, clip, optimizer, zero_grad on the same tokens. PEFT: stock layers, fp32 adapters (its
+default), torch's fused AdamW and clip_grad_norm_; on CUDA a bf16 base under bf16 autocast, as `bf16=True` gives. Ours:
+the same model and autocast, `loralign.adapt` and `loralign.optimizer`. Floor: the frozen model with input gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loralign import Recipe, adapt, build, optimizer, peft_config
+
+SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens
+    "tiny": ({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}, 2, 64),
+    "small": (
+        {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16},
+        1,
+        512,
+    ),
+    "1b": (
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        8,
+        1024,
+    ),
+    "8b": (
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        4,
+        1024,
+    ),
+}
+
+
+def base_model(shape: str, device: str) -> LlamaForCausalLM:
+    config = LlamaConfig(vocab_size=8192 if device == "cpu" else 32000, use_cache=False, **SHAPES[shape][0])
+    torch.manual_seed(0)
+    with torch.device(device):
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+        model = LlamaForCausalLM(config)
+        torch.set_default_dtype(dtype)
+    return model.train()
+
+
+def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], None]:
+    """A closure that runs one whole step of one kind."""
+    model: Any = base_model(shape, device)
+    recipe = build("lora", r=16, alpha=32, dropout=dropout)
+    assert isinstance(recipe, Recipe)
+    ids = torch.randint(0, 8000, SHAPES[shape][1:], device=device)
+    opt: Any = None
+    if kind == "floor":
+        model.requires_grad_(False)
+        model.enable_input_require_grads()
+    elif kind == "peft":
+        model = get_peft_model(model, peft_config(recipe, model))
+        opt = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0, fused=True
+        )
+    else:
+        model = adapt(model, recipe)
+        opt = optimizer(model, recipe, 1e-4)
+    model.train()
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext():
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if opt is not None:
+            if kind == "peft":
+                torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+            opt.step()
+            opt.zero_grad()
+
+    return step
+
+
+def seconds(step: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def kept_bytes(step: Callable[[], None], device: str) -> int:
+    """Peak memory of a step: the allocator's on CUDA, distinct storages saved for backward on the CPU."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    seen: dict[int, int] = {}
+    held = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        held.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        step()
+    return sum(seen.values())
+
+
+def measure(shape: str, device: str, repeats: int, dropout: float) -> dict[str, dict[str, float]]:
+    """Time interleaved over the kinds (CPU); on CUDA one kind at a time, so that memory is its own."""
+    kinds, found = ("floor", "peft", "loralign"), {}
+    if device == "cuda":
+        for kind in kinds:
+            step = step_of(kind, shape, device, dropout)
+            for _ in range(3):
+                step()
+            peak = kept_bytes(step, device)
+            times = sorted(seconds(step, device) for _ in range(repeats))
+            found[kind] = {"ms": 1e3 * times[len(times) // 2], "peak_gib": peak / 2**30}
+            del step
+            gc.collect()
+            torch.cuda.empty_cache()
+        return found
+    steps = {kind: step_of(kind, shape, device, dropout) for kind in kinds}
+    best = dict.fromkeys(kinds, float("inf"))
+    for step in steps.values():
+        step()
+    for _ in range(repeats):
+        for kind, step in steps.items():
+            best[kind] = min(best[kind], seconds(step, device))
+    return {k: {"ms": 1e3 * best[k], "peak_gib": kept_bytes(steps[k], device) / 2**30} for k in kinds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--shapes", nargs="+", default=None, choices=tuple(SHAPES))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    shapes = args.shapes or (["small"] if args.device == "cpu" else ["1b", "8b"])
+    results = {shape: measure(shape, args.device, args.repeats, args.dropout) for shape in shapes}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    if args.json:
+        args.json.write_text(json.dumps({"versions": versions, "device": args.device, "results": results}, indent=1))
+    print(f"{'shape':8}{'kind':10}{'ms':>10}{'/floor':>8}{'/peft':>8}{'peak GiB':>10}{'/peft':>8}")
+    for shape, rows in results.items():
+        for kind, row in rows.items():
+            over, beside = row["ms"] / rows["floor"]["ms"], row["ms"] / rows["peft"]["ms"]
+            memory = row["peak_gib"] / rows["peft"]["peak_gib"]
+            print(f"{shape:8}{kind:10}{row['ms']:10.1f}{over:8.3f}{beside:8.3f}{row['peak_gib']:10.3f}{memory:8.3f}")
+
+
+if __name__ == "__main__":
+    main()
