@@ -1,0 +1,137 @@
+"""A study as plain data: arms, grid, seeds, task. `config.py` parses the file, nothing here interprets strings."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from loralign.types import Full, Recipe
+
+Phase = Literal["rate", "seed"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One competitor: a recipe or the full reference, and the centre of its learning-rate grid."""
+
+    name: str
+    recipe: Recipe | Full
+    lr: float
+    """Centre of the grid (the method's prior)."""
+    lr_source: str = "given"
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What is learned.
+
+    kind "text": plain causal LM on `text` rows, cut into blocks of `length` tokens. "sft": rows with answers, loss on
+    the answers. "classify": `text` and `label` rows, a fresh head with its own fixed learning rate.
+    """
+
+    kind: Literal["text", "sft", "classify"]
+    train: str
+    valid: str
+    test: str
+    length: int = 128
+    head_lr: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits on the whole study; None: no limit."""
+
+    trials: int | None = None
+    minutes: float | None = None
+    gpu_hours: float | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that decides the outcome, and where it is kept."""
+
+    model: str
+    task: TaskSpec
+    arms: tuple[Arm, ...]
+    output: Path
+    steps: int = 300
+    batch_size: int = 32
+    micro_batch_size: int = 32
+    eval_every: int = 25
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    rates: int = 5
+    """Learning rates per arm, the same for all."""
+    ratio: float = 3.0
+    """Between neighbouring rates."""
+    extensions: int = 3
+    """How often one rate may be added to every arm because some arm's best lies at its edge."""
+    seeds: int = 5
+    rate_seed: int = 1000
+    """The one seed on which rates are chosen; the reported seeds are 0 … seeds−1."""
+    prune: bool = True
+    autocast: bool = True
+    """bf16 autocast on GPUs over an fp32 base, the same for every arm."""
+    budget: Budget = field(default_factory=Budget)
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def identity(self) -> str:
+        """Hash of what decides outcomes: a study file that was changed must not continue an old study."""
+        size = (self.steps, self.batch_size, self.micro_batch_size, self.eval_every, self.schedule, self.warmup)
+        kept = (self.model, self.task, size, self.rates, self.ratio, self.rate_seed)
+        return hashlib.blake2b(repr(kept).encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run. index: of the rate on the arm's grid, 0 = the prior, negative = below."""
+
+    phase: Phase
+    arm: str
+    index: int
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.phase}/{self.arm}/{self.index:+d}/{self.seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial measured. losses: on validation rows (phase rate) or test rows (phase seed), lower is better.
+
+    seconds: since the trial's start, init included. tokens: seen by training; init_tokens: by evidence or preheating.
+    """
+
+    steps: tuple[int, ...]
+    seconds: tuple[float, ...]
+    losses: tuple[float, ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    diverged: bool = False
+    pruned: bool = False
+    init_s: float = 0.0
+    init_tokens: int = 0
+    step_s: float = 0.0
+    total_s: float = 0.0
+    between_s: float = 0.0
+    """From the end of this worker's previous trial to the first step of this one."""
+    peak_bytes: int = 0
+    trainable: int = 0
+    rank: int = 0
+    note: str = ""
+
+
+def grid(arm: Arm, count: int, ratio: float) -> list[Trial]:
+    """`count` log-spaced rates around the prior, centre first, as trials on seed −1."""
+    low = -((count - 1) // 2)
+    indices = sorted(range(low, low + count), key=lambda i: (abs(i), -i))
+    return [Trial("rate", arm.name, i, rate(arm, i, ratio), -1) for i in indices]
+
+
+def rate(arm: Arm, index: int, ratio: float) -> float:
+    """lr·ratioⁱ, rounded to four digits so that it reads well and is the same on every machine."""
+    return float(f"{arm.lr * ratio**index:.4g}")

@@ -1,0 +1,141 @@
+"""What a study trains on: a base model in memory, tokenised rows in three splits, a collator, a metric, a fresh head."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from loralign.compare.spec import Spec
+from loralign.linalg import keyed_generator
+from loralign.train.model import as_plain
+from loralign.types import LoralignError
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class Prepared:
+    """A task in memory. head: modules that are drawn afresh for every seed, or none."""
+
+    model: PreTrainedModel
+    train: Rows
+    valid: Rows
+    test: Rows
+    collate: Callable[[Rows], dict[str, Tensor]]
+    metrics: Callable[[Any], dict[str, float]] | None
+    head: tuple[str, ...] = ()
+
+    def head_modules(self) -> list[nn.Module]:
+        return [m for name in self.head for m in self.model.get_submodule(name).modules() if isinstance(m, nn.Linear)]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [p for m in self.head_modules() for p in m.parameters()]
+
+    @torch.no_grad()
+    def fresh_head(self, seed: int) -> None:
+        """Weights N(0, 0.02²), biases zero, keyed by the seed: every arm starts a seed with the same head."""
+        for i, module in enumerate(self.head_modules()):
+            draw = torch.randn(module.weight.shape, generator=keyed_generator(seed, "head", 0, str(i)))
+            module.weight.copy_(0.02 * draw)
+            if module.bias is not None:
+                module.bias.zero_()
+
+
+def prepare_task(spec: Spec, device: str) -> Prepared:
+    """Load the base in fp32 and tokenise the three splits."""
+    kinds: dict[str, Callable[[Spec, str], Prepared]] = {"text": _text, "classify": _classify, "sft": _sft}
+    return kinds[spec.task.kind](spec, device)
+
+
+def read_jsonl(path: str, needed: Sequence[str]) -> Rows:
+    """Rows of a json-lines file; a missing file, broken line or missing column is one sentence."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise LoralignError(f"no such file: {path}")
+    rows: Rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise LoralignError(f"{file.name}, line {number}: broken json ({error.msg})") from error
+        missing = [c for c in needed if c not in row]
+        if missing:
+            raise LoralignError(f"{file.name}, line {number}: no column {missing[0]!r} (it has {sorted(row)})")
+        rows.append(row)
+    if not rows:
+        raise LoralignError(f"{file.name} holds no rows")
+    return rows
+
+
+def _text(spec: Spec, device: str) -> Prepared:
+    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+    def blocks(path: str) -> Rows:
+        ids = [t for row in read_jsonl(path, ["text"]) for t in [*tokenizer(row["text"]).input_ids, *end]]
+        n = spec.task.length
+        cut = [torch.tensor(ids[i : i + n]) for i in range(0, len(ids) - n + 1, n)]
+        if not cut:
+            raise LoralignError(f"{Path(path).name} holds less than one block of {n} tokens: lower `length`")
+        return [{"input_ids": block, "labels": block} for block in cut]
+
+    def collate(rows: Rows) -> dict[str, Tensor]:
+        ids = torch.stack([row["input_ids"] for row in rows])
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    splits = [blocks(p) for p in (spec.task.train, spec.task.valid, spec.task.test)]
+    return Prepared(_causal(spec, device), *splits, collate, None)
+
+
+def _causal(spec: Spec, device: str) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32, use_safetensors=True)
+    as_plain(model)
+    model.config.use_cache = False
+    return model.to(device)
+
+
+def _classify(spec: Spec, device: str) -> Prepared:
+    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    raw = [read_jsonl(p, ["text", "label"]) for p in (spec.task.train, spec.task.valid, spec.task.test)]
+    names = sorted({str(row["label"]) for row in raw[0]})
+    unknown = sorted({str(row["label"]) for rows in raw[1:] for row in rows} - set(names))
+    if unknown:
+        raise LoralignError(f"label {unknown[0]!r} occurs in validation or test rows only")
+    splits = []
+    for rows in raw:
+        ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=spec.task.length).input_ids
+        splits.append(
+            [{"input_ids": i, "labels": names.index(str(r["label"]))} for i, r in zip(ids, rows, strict=True)]
+        )
+    model = AutoModelForSequenceClassification.from_pretrained(
+        spec.model, num_labels=len(names), dtype=torch.float32, use_safetensors=True
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    head = tuple(n for n in ("classifier", "score") if hasattr(model, n))
+
+    def collate(rows: Rows) -> dict[str, Tensor]:
+        batch = tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    return Prepared(model.to(device), *splits, collate, accuracy, head)
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Share of rows whose largest logit is at the label."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+
+
+def _sft(spec: Spec, device: str) -> Prepared:
+    raise LoralignError("studies of task sft are not built yet: use kind text or classify")
