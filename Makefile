@@ -11,6 +11,7 @@ STAMP := $(VENV)/.install-stamp
 TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
+DEVICE ?= cpu
 
 # The first interpreter that starts and is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -61,9 +62,8 @@ demo: install ## lora and lora-ga side by side on a real language model, about 6
 	$(RUN) scripts/assets.py smollm2
 	$(RUN) scripts/demo.py
 
-bench: install ## the measurements behind the README's figures
-	$(RUN) scripts/assets.py smollm2
-	$(RUN) benchmarks/run.py
+bench: install ## one training step beside PEFT's own, time and memory (DEVICE=cuda on a GPU)
+	$(RUN) benchmarks/bench_step.py --device $(DEVICE)
 
 compare-demo: install ## a fair comparison at each method's own tuned learning rate
 	$(RUN) scripts/assets.py smollm2
