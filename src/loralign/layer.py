@@ -33,12 +33,24 @@ def fold_B(B: Tensor, B0: Tensor | None, *, twin: bool = False) -> Tensor:
 
 def _outer(g: Tensor, x: Tensor, like: Tensor) -> Tensor:
     """gᵀ·x in the dtype of `like`; half-precision operands on CUDA are summed and returned in fp32."""
-    if g.is_cuda and g.dtype != torch.float32 and like.dtype == torch.float32:
-        return torch.mm(g.T, x, out_dtype=torch.float32)
-    return torch.mm(g.T, x).to(like.dtype)
+    if g.dtype == like.dtype:
+        return g.t().mm(x)
+    if g.is_cuda and like.dtype == torch.float32:
+        return torch.mm(g.t(), x, out_dtype=torch.float32)
+    return g.t().mm(x).to(like.dtype)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 class _LowRank(torch.autograd.Function):
+    # plain statements and no helper layers on purpose: this runs per module and step, small models feel every microsecond
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -51,37 +63,38 @@ class _LowRank(torch.autograd.Function):
         s: float,
         twin: bool,
     ) -> Tensor:
-        dtype, r = base.dtype, A.shape[0]
-        x2 = x.to(dtype).reshape(-1, x.shape[-1])
-        h = torch.mm(x2, fold_A(A, A0).to(dtype).T)
-        full_B = fold_B(B, B0, twin=twin).to(dtype)
-        flat = base.reshape(-1, base.shape[-1])
-        if base.is_contiguous() and base._base is None and not base.is_inference():
+        dtype = base.dtype
+        h = _as(_flat(x), dtype).mm(_as(fold_A(A, A0), dtype).t())
+        full_B = _as(fold_B(B, B0, twin=twin), dtype).t()
+        if base._base is None and base.is_contiguous() and not base.is_inference():
             ctx.mark_dirty(base)  # what PEFT's layers hand over is the fresh output of the base layer
-            flat.addmm_(h, full_B.T, alpha=s)
+            _flat(base).addmm_(h, full_B, alpha=s)
             y = base
         else:
-            y = torch.addmm(flat, h, full_B.T, alpha=s).view(base.shape)
-        live_h = (h[:, :r] + h[:, r:] if twin else h[:, :r].contiguous()) if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, live_h, A, B, A0, B0)
-        ctx.x_shape, ctx.x_dtype, ctx.s, ctx.twin = x.shape, x.dtype, s, twin
+            y = torch.addmm(_flat(base), h, full_B, alpha=s).view(base.shape)
+        if B0 is not None:
+            r = A.shape[0]
+            h = h[:, :r] + h[:, r:] if twin else h[:, :r].contiguous()
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs[2] else None, h if needs[3] else None, A, B, A0, B0)
+        ctx.meta = (x.shape, x.dtype, s, twin)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (g,) = grads
         x, live_h, A, B, A0, B0 = ctx.saved_tensors
-        g2 = g.reshape(-1, g.shape[-1])
+        x_shape, x_dtype, s, twin = ctx.meta
+        needs, g2, dtype = ctx.needs_input_grad, _flat(g), g.dtype
         gx = gA = gB = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            gh = torch.mm(g2, fold_B(B, B0, twin=ctx.twin).to(g.dtype)).mul_(ctx.s)
-            if ctx.needs_input_grad[1]:
-                gx = torch.mm(gh, fold_A(A, A0).to(g.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
-            if ctx.needs_input_grad[2]:
-                gA = _outer(gh[:, : A.shape[0]], x.to(g.dtype).reshape(-1, x.shape[-1]), A)
-        if ctx.needs_input_grad[3]:
-            gB = _outer(g2, live_h, B).mul_(ctx.s)
+        if needs[1] or needs[2]:
+            gh = g2.mm(_as(fold_B(B, B0, twin=twin), dtype)).mul_(s)
+            if needs[1]:
+                gx = _as(gh.mm(_as(fold_A(A, A0), dtype)).view(x_shape), x_dtype)
+            if needs[2]:
+                gA = _outer(gh if A0 is None else gh[:, : A.shape[0]], _as(_flat(x), dtype), A)
+        if needs[3]:
+            gB = _outer(g2, live_h, B).mul_(s)
         return g, gx, gA, gB, None, None, None, None
 
 

@@ -166,12 +166,15 @@ class LowRankVariant(LoraVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         side_A, side_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        x, s = module.lora_dropout[active_adapter](x), module.scaling[active_adapter]
-        if isinstance(side_A, SlotLinear) and side_A.owner is None:
-            A0, B0, twin = side_A.frozen, side_B.frozen, side_B.kind == "T"
-            return low_rank(result, x, side_A.live, side_B.live, s, A0=A0, B0=B0, twin=twin)
-        A, B = effective(module, active_adapter)
-        return low_rank(result, x, A, B, s)
+        dropout, s = module.lora_dropout[active_adapter], module.scaling[active_adapter]
+        x = x if dropout.__class__ is nn.Identity else dropout(x)
+        A, B = side_A._parameters["weight"], side_B._parameters["weight"]
+        if side_A.__class__ is not SlotLinear:
+            return low_rank(result, x, A, B, s)
+        if side_A.owner is None:
+            A0, B0 = side_A._buffers["frozen"], side_B._buffers["frozen"]
+            return low_rank(result, x, A, B, s, A0=A0, B0=B0, twin=side_B.kind == "T")
+        return low_rank(result, x, *effective(module, active_adapter), s)
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
