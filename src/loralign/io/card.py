@@ -1,0 +1,162 @@
+"""The model card: what was trained, on what, at which learning rate and why, what the export lost, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loralign.io.folder import CARD, writing
+from loralign.io.provenance import is_local, scrub, versions, write_text
+from loralign.io.report import ExportReport
+
+
+@dataclass(frozen=True)
+class Card:
+    """Everything a card states; only `base` is needed."""
+
+    base: str
+    revision: str | None = None
+    method: str = "lora"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The method's options and the recipe's fields that matter: r, alpha, gamma, …"""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """name, rows, fingerprint, …"""
+    learning_rate: float | None = None
+    lr_source: str = ""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    export: ExportReport | None = None
+    verified: bool | str | None = None
+    """None: not yet; a sentence: what the verification said."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe file, parsed."""
+
+
+_PIPELINES = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForConditionalGeneration": "text2text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+}
+_AUTO = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+}
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write README.md; a card written before is replaced."""
+    with writing(folder):
+        write_text(folder / CARD, render(card))
+
+
+def render(card: Card) -> str:
+    """The card as Markdown with front matter; no local path survives."""
+    sections = [_front(card), _title(card), _use(card), _training(card), _export(card), _versions()]
+    return "\n\n".join(part.strip() for part in sections if part) + "\n"
+
+
+def _merged(card: Card) -> bool:
+    return card.export is not None and card.export.profile == "merged"
+
+
+def _base(card: Card) -> str:
+    return card.export.base if card.export is not None else str(scrub(card.base))
+
+
+def _suffix(card: Card) -> str:
+    name = card.export.model_class if card.export is not None else "ForCausalLM"
+    return next((suffix for suffix in _PIPELINES if name.endswith(suffix)), "")
+
+
+def _front(card: Card) -> str:
+    base, merged, suffix = _base(card), _merged(card), _suffix(card)
+    front: dict[str, Any] = {"library_name": "transformers" if merged else "peft"}
+    if suffix:
+        front["pipeline_tag"] = _PIPELINES[suffix]
+    front["base_model"] = base
+    if merged:
+        front["base_model_relation"] = "finetune"
+    kind = "finetune" if merged else "adapter"
+    front["tags"] = [f"base_model:{kind}:{base}", "lora", "transformers", "loralign"]
+    data = str(card.data.get("name", ""))
+    if data.count("/") == 1 and not is_local(data):
+        front["datasets"] = [data]
+    return "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---"
+
+
+def _title(card: Card) -> str:
+    revision = card.revision or (card.export.revision if card.export else None)
+    at = f" at revision `{revision}`" if revision else ""
+    kind = "A fine-tuned copy of" if _merged(card) else "A LoRA adapter for"
+    return (
+        f"# {_base(card).rsplit('/', 1)[-1]}, {card.method}\n\n{kind} `{_base(card)}`{at}, trained with {card.method}."
+    )
+
+
+def _use(card: Card) -> str:
+    suffix = _suffix(card)
+    auto = _AUTO.get(suffix, f"AutoModel{suffix}" if suffix else "AutoModel")
+    if _merged(card):
+        code = f'from transformers import {auto}\nmodel = {auto}.from_pretrained("path/to/this/folder")'
+    else:
+        revision = card.export.revision if card.export else card.revision
+        pinned = f', revision="{revision}"' if revision else ""
+        code = (
+            f"from peft import PeftModel\nfrom transformers import {auto}\n"
+            f'model = PeftModel.from_pretrained({auto}.from_pretrained("{_base(card)}"{pinned}), "path/to/this/folder")'
+        )
+    return f"## Use\n\n```python\n{code}\n```"
+
+
+def _training(card: Card) -> str:
+    rows: dict[str, Any] = {"method": card.method, **card.options}
+    rows |= {f"data: {key}" if key != "name" else "data": value for key, value in card.data.items()}
+    if card.learning_rate is not None:
+        rows["learning rate"] = f"{card.learning_rate:.3g}"
+        rows["learning rate chosen by"] = card.lr_source or "not stated"
+    text = "## Training\n\n" + _table(("setting", "value"), rows)
+    return text + ("\n\n## Metrics\n\n" + _table(("metric", "value"), card.metrics) if card.metrics else "")
+
+
+def _export(card: Card) -> str:
+    if card.export is None:
+        return ""
+    lines = card.export.lines()
+    if card.verified is None:
+        lines.append("Not verified yet: `loralign verify path/to/this/folder` reloads it in a clean process.")
+    elif card.verified is False:
+        lines.append("**Verification failed**: the reloaded folder does not give the stored logits.")
+    elif card.verified is True:
+        lines.append("Verified: reloaded in a clean process without loralign, the stored logits were reproduced.")
+    else:
+        lines.append(str(card.verified))
+    return "## Export\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _versions() -> str:
+    return "## Versions\n\n" + ", ".join(f"{name} {number}" for name, number in versions().items())
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items())])
+
+
+def _cell(value: Any) -> str:
+    value = scrub(value)
+    text = (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else ", ".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+    )
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,257 @@
+"""Export: an ordinary PEFT adapter (or a merged model) from whatever trained, exact or with its loss stated.
+
+    peft       rank and scale by site, as stock PEFT reads them; fully trained heads travel along
+    portable   one rank, scale 1, nothing but lora_A and lora_B: read alike by PEFT, vLLM, llama.cpp, SGLang and TGI
+    merged     W0 + B·A in the base's own dtype, a model without adapter
+
+Only `factors(site)` is read, so twins, chains and forms export by the same lines. The folder holds the adapter, a model
+card and `verify/probes.safetensors` (inputs and logits of this process), from which `verify` proves a copy anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from loralign.io.adapter_file import adapter_config, check_supported, other_tensors, write_adapter
+from loralign.io.card import Card, write_card
+from loralign.io.folder import fresh_folder
+from loralign.io.layout import Product, Stored, limited, loss, padded, read, rounded, uniform
+from loralign.io.merged import merged_state, merged_updates, write_merged
+from loralign.io.portable import check_portable, needed_max_lora_rank, serving_note
+from loralign.io.probes import (
+    Recorded,
+    Update,
+    difference,
+    full_precision,
+    is_quantised,
+    logits,
+    low_rank_update,
+    probe_inputs,
+    record,
+    write_probes,
+)
+from loralign.io.provenance import is_local
+from loralign.io.report import ExportReport as ExportReport
+from loralign.sites import ADAPTER, sites
+from loralign.slot import LowRankVariant
+from loralign.types import LoralignError, Site, WorkFailed
+
+Profile = Literal["peft", "portable", "merged"]
+
+
+def export(
+    model: PeftModel,
+    out: Path | str,
+    *,
+    profile: Profile = "peft",
+    dtype: torch.dtype | None = None,
+    base_id: str | None = None,
+    revision: str | None = None,
+    max_rank: int | None = None,
+    drop: Mapping[str, Sequence[int]] | None = None,
+    power_of_two: bool = False,
+    probes: Mapping[str, Any] | None = None,
+    card: Card | None = None,
+    tokenizer: Any | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write the trained adapter to the folder `out`, which appears whole or not at all; the model is not changed.
+
+    Args:
+        dtype: of the stored factors; None: fp32 as trained. torch.bfloat16 halves the file, its error is reported.
+        base_id: hub id of the base for the config; default: what the model was loaded from, never a local path.
+        revision: commit of the base; default: the one that was loaded, where Transformers knows it.
+        max_rank: truncate sites above this rank; the error is reported, per site and in total.
+        drop: slots to leave out by site (positions in the folded factors); each must be zero.
+        power_of_two: profile portable pads the rank to the next power of two.
+        probes: a batch that the model takes, for `verify`; None: drawn inputs.
+        card: facts for the model card; what the export knows itself is filled in.
+        tokenizer: saved beside a merged model.
+        overwrite: write into a folder that loralign did not make; files of other names stay.
+    Raises:
+        LoralignError: an adapter or target that cannot be exported this way, with the alternative.
+        WorkFailed: not finite values, a full disk; nothing is left behind.
+    """
+    folder, found = Path(out), _found(model)
+    config = model.peft_config[ADAPTER]
+    check_supported(config)
+    base, commit = base_name(model, base_id, revision)
+    heads = other_tensors(model, ADAPTER)
+    if profile == "portable" and heads:
+        names = sorted({k.removeprefix("base_model.model.").rsplit(".", 1)[0] for k in heads})
+        raise LoralignError(
+            f"{', '.join(names)} was trained in full (modules_to_save), which vLLM refuses and llama.cpp aborts on: "
+            "use profile peft or merged"
+        )
+    if folder.is_dir() and _is_base(model, folder):
+        raise LoralignError(f"{folder} holds the base model itself: name another folder")
+    products = read(found, drop or {})
+    kept, truncation = limited(products, max_rank)
+    report = ExportReport(
+        profile=profile,
+        base=base,
+        revision=commit,
+        model_class=type(model.get_base_model()).__name__,
+        task=config.task_type,
+        dtype="float32",
+        ranks={},
+        exact=True,
+        method_exact=_exact_forms(found),
+        truncation=truncation,
+    )
+    inputs = probe_inputs(model, probes)
+    make = _merged if profile == "merged" else _adapter
+    written = make(model, found, kept, report, dtype, power_of_two)
+    report, how, value, expected = _measured(model, found, inputs, written)
+    with fresh_folder(folder, overwrite=overwrite) as temporary:
+        if profile == "merged":
+            write_merged(temporary, model, written.state, tokenizer)
+        else:
+            portable = profile == "portable"
+            settings = adapter_config(model, ADAPTER, written.stored, portable=portable, base=base, revision=commit)
+            write_adapter(temporary, settings, written.stored, heads, model)
+            report = replace(report, traps=tuple(check_portable(temporary)))
+        write_probes(temporary, inputs, value, expected, how)
+        write_card(temporary, replace(card or Card(base), base=base, revision=commit, export=report))
+        if portable_traps := report.traps if profile == "portable" else ():
+            raise LoralignError(f"not portable: {portable_traps[0]}")
+    return report
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What will be written, and the function it computes."""
+
+    report: ExportReport
+    updates: Mapping[str, Update]
+    stored: Mapping[str, Stored]
+    state: Mapping[str, Tensor]
+
+
+def _adapter(
+    model: PeftModel,
+    found: Sequence[Site],
+    products: Mapping[str, Product],
+    report: ExportReport,
+    dtype: torch.dtype | None,
+    power_of_two: bool,
+) -> _Written:
+    portable = report.profile == "portable"
+    scales = {site.name: site.s for site in found}
+    stored = padded(products, power_of_two=power_of_two) if portable else uniform(products, scales)
+    rounding = None
+    if dtype is not None and dtype != torch.float32:
+        stored = rounded(stored, dtype)
+        rounding = loss(products, stored)
+    R = max(s.rank for s in stored.values())
+    if portable and needed_max_lora_rank(R) is None:
+        raise LoralignError(serving_note(R))
+    report = replace(
+        report,
+        dtype=str(dtype or torch.float32).removeprefix("torch."),
+        ranks={n: s.rank for n, s in stored.items()},
+        exact=report.method_exact and report.truncation is None and rounding is None,
+        rounding=rounding,
+    )
+    return _Written(report, {n: low_rank_update(s.A, s.B, s.scale) for n, s in stored.items()}, stored, {})
+
+
+def _merged(
+    model: PeftModel,
+    found: Sequence[Site],
+    products: Mapping[str, Product],
+    report: ExportReport,
+    dtype: torch.dtype | None,
+    power_of_two: bool,
+) -> _Written:
+    if dtype is not None or power_of_two:
+        raise LoralignError("a merged model keeps the dtype of its base and has no rank: leave dtype and padding out")
+    state = merged_state(model, found, products)
+    stored_in = str(state[f"{found[0].name}.weight"].dtype).removeprefix("torch.")
+    quantised = is_quantised(model)
+    report = replace(
+        report,
+        dtype=stored_in,
+        exact=report.method_exact and report.truncation is None and stored_in == "float32" and not quantised,
+        merged_into=f"{'dequantised weights of the quantised base' if quantised else 'the weights'}, {stored_in}",
+    )
+    return _Written(report, merged_updates(found, state), {}, state)
+
+
+def _measured(
+    model: PeftModel, found: Sequence[Site], inputs: Mapping[str, Tensor], written: _Written
+) -> tuple[ExportReport, Recorded, Tensor, Tensor | None]:
+    """Logits of the trained model and, where they are not the same function, of what will be written."""
+    report = written.report
+    with full_precision(model) as precision:
+        value = logits(model, inputs)
+        base = logits(model, inputs, found, {})
+        expected = None
+        if report.profile == "merged" or not report.exact:
+            expected = logits(model, inputs, found, written.updates)
+    effect = difference(value, base).relative
+    if expected is not None:
+        report = replace(report, difference=difference(expected, value))
+    lost = 0.0 if expected is None else difference(expected, value).relative
+    return report, record(model, report.profile, precision, value, effect, lost), value, expected
+
+
+def _found(model: PeftModel) -> list[Site]:
+    if not isinstance(model, PeftModel) or ADAPTER not in model.peft_config:
+        raise LoralignError(
+            "there is no adapter to export: pass the adapted model that `adapt` or the trainer returned"
+        )
+    found = sites(model, ADAPTER)
+    if not found:
+        raise LoralignError("the adapter has no sites: there is nothing to export")
+    if any(site.layer.merged for site in found):
+        raise WorkFailed("the adapter is merged into the base in memory: call unmerge_adapter() before exporting")
+    return found
+
+
+def _exact_forms(found: Sequence[Site]) -> bool:
+    variants = (site.layer.lora_variant.get(site.adapter) for site in found)  # type: ignore[operator, union-attr]
+    return all(v.form.exact for v in variants if isinstance(v, LowRankVariant))
+
+
+def _is_base(model: PeftModel, folder: Path) -> bool:
+    """Whether this folder is the one that the base was loaded from."""
+    base: Any = model.get_base_model()
+    return bool(base.name_or_path) and Path(base.name_or_path).is_dir() and folder.samefile(base.name_or_path)
+
+
+def base_name(model: PeftModel, base_id: str | None, revision: str | None) -> tuple[str, str | None]:
+    """The name under which others find the base, and its commit: a hub id wherever one is known, never a local path.
+
+    A folder of the Hugging Face cache says both; any other local folder gives its config's `_name_or_path` if that is
+    no path, else its own name.
+    """
+    base: Any = model.get_base_model()
+    name = base_id or base.name_or_path
+    commit = revision or getattr(base.config, "_commit_hash", None)
+    if not name:
+        raise LoralignError("the base model has no name (it was built from a config): pass base_id")
+    if not is_local(name):
+        return name, commit
+    path = Path(name).expanduser().resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/"), revision or path.name
+    if path.is_file():
+        path = path.parent
+    said = _config_name(path)
+    return (said if said and not is_local(said) else path.name), revision
+
+
+def _config_name(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path", ""))
+    except (OSError, ValueError):
+        return ""

@@ -1,0 +1,92 @@
+"""Folders that appear whole: everything is written beside the target and renamed at the end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from loralign.types import LoralignError, WorkFailed
+
+PROBES = Path("verify") / "probes.safetensors"
+"""In a sub-folder: SGLang and vLLM read every *.safetensors file of the folder itself."""
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+_MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+_LAST = (ADAPTER_WEIGHTS, "config.json", ADAPTER_CONFIG)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether an earlier export or run of loralign made this folder."""
+    if (folder / PROBES).is_file():
+        return True
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(run, dict) and "loralign" in run
+
+
+@contextmanager
+def fresh_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out`, or is merged into an earlier one, when the block succeeds.
+
+    On any failure the temporary folder is removed and `out` is as it was. Raises LoralignError where `out` holds
+    something that loralign did not make, WorkFailed on a full disk.
+    """
+    _check(out, overwrite)
+    temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
+    try:
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            readable = temporary.stat().st_mode & 0o666  # safetensors writes files that only their owner may read
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    path.chmod(readable)
+            _publish(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turn a failing disk into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower()
+        if full:
+            raise WorkFailed(f"no space left on the disk of {out}: free some and export again") from error
+        raise LoralignError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _check(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise LoralignError(f"{out} is a file: name a folder")
+    if out.is_dir() and any(out.iterdir()) and not is_ours(out) and not overwrite:
+        raise LoralignError(f"{out} is not empty and was not made by loralign: name another folder or pass overwrite")
+
+
+def _publish(temporary: Path, out: Path) -> None:
+    if not out.exists() or not any(out.iterdir()):
+        os.replace(temporary, out)
+        return
+    new = {p.relative_to(temporary) for p in temporary.rglob("*") if p.is_file()}
+    ours = is_ours(out)
+    for path in sorted(new, key=lambda p: (p.name in _LAST, _LAST.index(p.name) if p.name in _LAST else 0, str(p))):
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary / path, out / path)
+    if ours:  # a former export in another profile must not stay beside this one
+        for pattern in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *_MODEL):
+            for old in out.glob(pattern):
+                if old.relative_to(out) not in new:
+                    old.unlink()

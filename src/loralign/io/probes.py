@@ -1,0 +1,255 @@
+"""Probes: a few stored inputs and the logits that the training process got for them, so that anyone can check a copy.
+
+    inputs     from the caller's batch, or drawn; 2 rows, at most 32 positions, no padding
+    logits     of the trained model: evaluation mode, outside autocast, fp32; the last positions, at most 4 MB
+    expected   of the exported factors, computed here; only where they differ from the trained ones (rounding,
+               truncation, merging, a form without an exact fold)
+
+Half-precision weights are widened to fp32 for the computation, which is exact, and put back after it. Where memory does
+not allow that, the model's own precision is used and said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from loralign.io.folder import PROBES
+from loralign.linalg import keyed_generator
+from loralign.types import LoralignError, Site, WorkFailed
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "pixel_values", "input_values")
+ROWS, POSITIONS, KEPT, FLOATS = 2, 32, 8, 1 << 20
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Relative difference of logits that a reload may show, by the precision they are computed in."""
+HALF = (torch.float16, torch.bfloat16)
+
+Update = Callable[[Tensor], Tensor]
+"""What an adapter adds to the output of its base layer, as a function of the layer's input."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """How the stored logits were computed, for whoever computes them again."""
+
+    model_class: str
+    labels: int | None
+    profile: str
+    dtype: str
+    device: str
+    attention: str | None
+    quantization: Mapping[str, Any] | None
+    kept: int
+    tolerance: float
+    effect: float
+    """‖logits − base logits‖ / ‖base logits‖: how far the low-rank update moves the model on the probes."""
+    lost: float
+    """Relative difference of `expected` to `logits`, 0 where the export is exact."""
+    format: int = 1
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two arrays of logits: largest and mean absolute, relative in norm, and how often the top choice agrees."""
+
+    largest: float
+    mean: float
+    relative: float
+    top1: float
+
+
+def difference(got: Tensor, want: Tensor) -> Difference:
+    gap = (got - want).abs()
+    norm = float(want.norm())
+    relative = float(gap.norm()) / norm if norm else float(gap.norm())
+    top1 = float((got.argmax(-1) == want.argmax(-1)).float().mean())
+    return Difference(float(gap.max()), float(gap.mean()), relative, top1)
+
+
+# -------------------------------------------------------------------------------------------------------------- inputs
+
+
+def probe_inputs(model: PeftModel, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """At most 2 rows of the batch, cut to positions that are no padding, without labels; drawn where there is none."""
+    base: Any = model.get_base_model()
+    if batch is None:
+        return _drawn(base)
+    if base.config.is_encoder_decoder and "decoder_input_ids" not in batch and "input_ids" in batch:
+        batch = {**batch, "decoder_input_ids": _shifted(batch.get("labels", batch["input_ids"][:, :1]), base.config)}
+    rows = {k: v[:ROWS].detach().cpu() for k, v in batch.items() if k in INPUTS and isinstance(v, Tensor)}
+    if not rows:
+        raise LoralignError(f"the probes hold none of {', '.join(INPUTS)}: pass a batch that the model takes")
+    if "attention_mask" in rows:
+        used = rows["attention_mask"].bool().all(0).nonzero().flatten()[-POSITIONS:]
+        width = rows["attention_mask"].shape[1]
+        if len(used):
+            rows = {
+                k: v[:, used] if v.dim() == 2 and v.shape[1] == width and k != "decoder_input_ids" else v
+                for k, v in rows.items()
+            }
+    return {k: v.contiguous() for k, v in rows.items()}
+
+
+def _shifted(labels: Tensor, config: Any) -> Tensor:
+    first = torch.full_like(labels[:, :1], config.decoder_start_token_id)
+    return torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] < 0, config.pad_token_id)], dim=1)
+
+
+def _drawn(base: Any) -> dict[str, Tensor]:
+    draw, config = keyed_generator(0, "probes"), base.config
+    if base.main_input_name == "pixel_values" and getattr(config, "image_size", None):
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.randn(ROWS, getattr(config, "num_channels", 3), height, width, generator=draw)}
+    if base.main_input_name != "input_ids":
+        raise LoralignError(f"cannot draw probes for inputs of kind {base.main_input_name}: pass a batch as `probes`")
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    rows = ROWS if config.pad_token_id is not None else 1  # classifiers need a pad token for more
+    positions = min(16, getattr(config, "max_position_embeddings", None) or 16)
+    ids = torch.randint(vocabulary, (rows, positions), generator=draw)
+    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if config.is_encoder_decoder:
+        made["decoder_input_ids"] = _shifted(torch.randint(vocabulary, (rows, 8), generator=draw), config)
+    return made
+
+
+# -------------------------------------------------------------------------------------------------------------- logits
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[torch.dtype]:
+    """Half-precision tensors of the model in fp32 inside the block, where memory allows; yields the precision used."""
+    owners: list[tuple[Tensor, Tensor]] = []
+    half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in HALF]
+    precision = torch.float32 if not half or (_fits(half) and not is_quantised(model)) else half[0].dtype
+    matmul = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        if precision == torch.float32:
+            for tensor in half:
+                owners.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+        yield precision
+    finally:
+        for tensor, data in owners:
+            tensor.data = data
+        torch.set_float32_matmul_precision(matmul)
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """By the layers, not by the config: a model read from GGUF is marked as quantised though its layers are plain."""
+    packed = any(name.endswith("qweight") for name, _ in model.named_buffers())
+    return packed or any(not p.is_floating_point() for p in model.parameters())
+
+
+def _fits(half: Sequence[Tensor]) -> bool:
+    needed: dict[torch.device, int] = {}
+    for tensor in half:
+        needed[tensor.device] = needed.get(tensor.device, 0) + 4 * tensor.numel()
+    return all(size < 0.8 * _free_bytes(device) for device, size in needed.items())
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return float("inf")
+
+
+@torch.no_grad()
+def logits(
+    model: PeftModel,
+    inputs: Mapping[str, Tensor],
+    found: Sequence[Site] = (),
+    updates: Mapping[str, Update | None] | None = None,
+) -> Tensor:
+    """Logits of the model as it is, or with the update of each site in `found` replaced (None: nothing is added)."""
+    device = next(model.parameters()).device
+    training = [m for m in model.modules() if m.training]
+    with ExitStack() as undo, torch.autocast(device.type, enabled=False):
+        for module in training:
+            undo.callback(setattr, module, "training", True)
+        for site in found:
+            hook = _replacing((updates or {}).get(site.name))
+            undo.callback(site.layer.register_forward_hook(hook).remove)
+        model.eval()
+        try:
+            out = model(**{k: v.to(device) for k, v in inputs.items()})
+        except (TypeError, ValueError) as error:
+            raise LoralignError(f"the model does not take the probes {sorted(inputs)}: {error}") from error
+    found_logits = [v for k, v in out.items() if k.endswith("logits") and isinstance(v, Tensor)]
+    if not found_logits:
+        raise LoralignError(f"{type(model.get_base_model()).__name__} returns no logits: nothing to verify by")
+    value = found_logits[0].float().cpu()
+    value = value[:, -kept(value) :] if value.dim() == 3 else value
+    if not bool(value.isfinite().all()):
+        raise WorkFailed("the logits on the probes are not finite: the run has diverged, lower the learning rate")
+    return value.contiguous()
+
+
+def kept(value: Tensor) -> int:
+    """Last positions that are stored: 8, or so many as keep logits (rows, positions, classes) below 4 MB."""
+    return max(1, min(KEPT, FLOATS // max(1, value.shape[0] * value.shape[-1])))
+
+
+def _replacing(update: Update | None) -> Callable[[Any, tuple[Any, ...], Tensor], Tensor]:
+    def hook(layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        y: Tensor = layer.get_base_layer()(*args)
+        return y if update is None else (y + update(args[0])).to(y.dtype)
+
+    return hook
+
+
+def low_rank_update(A: Tensor, B: Tensor, scale: float) -> Update:
+    """s·B·(A·x), computed as stock PEFT does: factors in fp32, whatever they are stored in."""
+
+    def update(x: Tensor) -> Tensor:
+        return x.float() @ A.to(x.device).float().T @ B.to(x.device).float().T * scale
+
+    return update
+
+
+# -------------------------------------------------------------------------------------------------------------- record
+
+
+def record(
+    model: PeftModel, profile: str, precision: torch.dtype, value: Tensor, effect: float, lost: float
+) -> Recorded:
+    base: Any = model.get_base_model()
+    quantised = is_quantised(base)
+    settings = base.config.quantization_config if quantised and profile != "merged" else None
+    name, attention = type(base).__name__, base.config._attn_implementation
+    return Recorded(
+        model_class=name,
+        labels=base.config.num_labels if "Classification" in name else None,
+        profile=profile,
+        dtype=str(precision).removeprefix("torch."),
+        device=next(model.parameters()).device.type,
+        attention=attention if attention in ("eager", "sdpa") else None,
+        quantization=settings if settings is None or isinstance(settings, dict) else settings.to_dict(),
+        kept=kept(value),
+        tolerance=TOLERANCE[torch.bfloat16 if quantised else precision],
+        effect=effect,
+        lost=lost,
+    )
+
+
+def write_probes(
+    folder: Path, inputs: Mapping[str, Tensor], value: Tensor, expected: Tensor | None, how: Recorded
+) -> None:
+    tensors = {**{f"input.{k}": v for k, v in inputs.items()}, "logits": value}
+    if expected is not None:
+        tensors["expected"] = expected
+    (folder / PROBES).parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / PROBES, metadata={"loralign": json.dumps(asdict(how), default=str)})

@@ -1,0 +1,66 @@
+"""What an export wrote and what it lost, as data and as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loralign.io.layout import Loss
+from loralign.io.portable import serving_note
+from loralign.io.probes import Difference
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and what it lost against the trained model."""
+
+    profile: str
+    base: str
+    revision: str | None
+    model_class: str
+    task: str | None
+    dtype: str
+    ranks: Mapping[str, int]
+    """Rank by site, padding included; empty for a merged model."""
+    exact: bool
+    """Nothing was rounded below fp32, truncated or approximated."""
+    method_exact: bool
+    """A fact about the method: its factors compute the function that training did."""
+    truncation: Loss | None = None
+    rounding: Loss | None = None
+    difference: Difference | None = None
+    """Logits of the exported model against the trained one's on the probes, where the export is not exact."""
+    merged_into: str = ""
+    traps: tuple[str, ...] = ()
+    """What servers would do wrong with this folder (profile portable: none)."""
+
+    @property
+    def rank(self) -> int:
+        return max(self.ranks.values(), default=0)
+
+    def lines(self) -> list[str]:
+        """The report, one sentence a line."""
+        kind = "exact" if self.exact else "with a loss, stated below"
+        if self.profile == "merged":
+            said = [f"The update is merged into {self.merged_into}."]
+        else:
+            low, high = min(self.ranks.values()), self.rank
+            ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
+            said = [f"Plain LoRA, profile {self.profile}, {ranks} on {len(self.ranks)} modules, {self.dtype}; {kind}."]
+        if not self.method_exact:
+            said.append("The method has no exact plain form: this is the paper's own merge.")
+        if self.truncation is not None:
+            said.append(_loss_line(f"Truncated to rank {self.rank}", self.truncation))
+        if self.rounding is not None:
+            said.append(_loss_line(f"Stored in {self.dtype}", self.rounding))
+        if self.difference is not None:
+            d = self.difference
+            said.append(
+                f"Logits on the probes differ from the trained model's by at most {d.largest:.1e} "
+                f"({d.mean:.1e} on average, {d.relative:.1e} relative), the top choice agrees in {d.top1:.1%}."
+            )
+        return said + ([f"To serve it – {serving_note(self.rank)}."] if self.profile == "portable" else [])
+
+
+def _loss_line(what: str, loss: Loss) -> str:
+    return f"{what}: relative error of the update {loss.total:.1e} in total, {loss.largest:.1e} at the worst module."
