@@ -1,11 +1,11 @@
 """PairOptimizer: one optimizer for pairs (A, B) under any transform and rules, and for everything else under AdamW.
 
-    gradients → + penalty gradients → clip (global norm) → gradient masks → transform → update masks → decay → apply
+    gradients → + penalty gradients → clip (global norm) → gradient masks → transform → decay → update masks → apply
 
 Tensors are looked up in `param_groups` at every step (FSDP2 replaces Parameters), state is keyed by tensor and holds
 tensors only, so `torch.load(weights_only=True)` reads it back. Learning rates live in the groups: any scheduler works,
 and lr of B over lr of A is the transform's `lr_ratio` at every step. Weight decay is decoupled and acts on the live
-tensors, so a twin's decay pulls W_eff towards W0.
+tensors, so a twin's decay pulls W_eff towards W0; it comes before the update masks, so masked slots do not decay.
 
 A pair's values are A and B themselves; for a twin A0 + ΔA and B0 + ΔB. Updates are added to the live tensors.
 """
@@ -38,10 +38,17 @@ from loralign.types import (
 
 
 def adam_state(p: Tensor) -> dict[str, Tensor]:
-    """Empty Adam state of one tensor: step (), exp_avg and exp_avg_sq like p, fp32."""
-    zeros = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
+    """Empty Adam state of one tensor: step (), exp_avg and exp_avg_sq like p, fp32 (float64 stays)."""
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    zeros = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
     step = torch.zeros((), dtype=torch.float32, device=p.device)
     return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def stacked(tensors: Sequence[Tensor | None]) -> Tensor:
+    """One (n, ...) tensor of n equal shapes, at least fp32; for what a group of pairs has in common."""
+    whole_group = torch.stack([t for t in tensors if t is not None])
+    return whole_group.to(torch.promote_types(whole_group.dtype, torch.float32))
 
 
 def adam_updates(
@@ -51,13 +58,14 @@ def adam_updates(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> list[Tensor | None]:
-    """−lr·m̂/(√v̂ + ε) for each tensor by torch's fused AdamW on a zero buffer; state changes in place, None stays None."""
+    """−lr·m̂/(√v̂ + ε) of each tensor by torch's fused AdamW on a zero buffer; changes state in place."""
     live = [(g, st) for g, st in zip(grads, state, strict=True) if g is not None and st is not None]
-    updates = [torch.zeros_like(st["exp_avg"]) for _, st in live]
+    updates = [torch.empty_like(st["exp_avg"]) for _, st in live]
     if live:
+        torch._foreach_zero_(updates)
         torch_adamw(
             updates,
-            [g.to(torch.float32) for g, _ in live],
+            [g.to(st["exp_avg"].dtype) for g, st in live],
             [st["exp_avg"] for _, st in live],
             [st["exp_avg_sq"] for _, st in live],
             [],
@@ -133,7 +141,7 @@ class PairOptimizer(torch.optim.Optimizer):
         ]
         return [group for group in made if group["params"]]
 
-    # ---------------------------------------------------------------------------------------------------------- one step
+    # --------------------------------------------------------------------------------------------------------- one step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -143,18 +151,19 @@ class PairOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.param_groups[0]["step"] = self.param_groups[0].get("step", 0) + 1
         live = self._live()
-        pairs = [self._pair(name, factors) for name, factors in live.items() if name not in self.asleep]
+        pairs = self._pairs({name: factors for name, factors in live.items() if name not in self.asleep})
         ctx = self._ctx({})
         self._penalise(live, pairs, ctx)
         self._clip()
-        grads = {p.name: Grad(*(_grad(live[p.name].get(f)) for f in "AB")) for p in pairs}
+        grads = {p.name: Grad(*(self._grad(live[p.name].get(f)) for f in "AB")) for p in pairs}
         pairs = [p for p in pairs if any(g is not None for g in grads[p.name])]
         if not pairs:
             raise WorkFailed(
-                "no pair of the adapter received a gradient, so nothing was trained: is the loss computed from the adapted model?"
+                "no pair of the adapter received a gradient, so nothing was trained: "
+                "is the loss computed from the adapted model?"
             )
         grads = _masked(grads, pairs, [rule.grad_mask(pairs, ctx) for rule in self.rules])
-        updates = self._transformed(pairs, grads, live)
+        updates = self._decayed(self._transformed(pairs, grads, live), live)
         updates = _masked(updates, pairs, [*(rule.update_mask(pairs, ctx) for rule in self.rules), self._alive(pairs)])
         self._apply(live, updates)
         self._step_rest()
@@ -170,18 +179,32 @@ class PairOptimizer(torch.optim.Optimizer):
                     found[name][group["role"]] = p
         return {name: factors for name, factors in found.items() if factors}
 
-    def _pair(self, name: str, live: Mapping[str, nn.Parameter]) -> Pair:
-        site = self.sites[name]
-        layer: Any = site.layer
-        sides = {"A": layer.lora_A[site.adapter], "B": layer.lora_B[site.adapter]}
-        twin = getattr(sides["B"], "kind", "") == "T"
-        values = {}
-        for role, module in sides.items():
-            p = live.get(role, module._parameters["weight"])
-            value = p if "sharded" in self.transform.accepts else whole(p)
-            values[role] = value + module.frozen if twin and isinstance(module, SlotLinear) else value.detach()
-        train: Train = "AB" if len(live) == 2 else next(iter(live))  # type: ignore[assignment]
-        return Pair(name, values["A"], values["B"], site.s, train)
+    def _pairs(self, live: Mapping[str, Mapping[str, nn.Parameter]]) -> list[Pair]:
+        """The present values of these sites' factors; those of twins are sums, formed in one call."""
+        values: dict[tuple[str, str], Tensor] = {}
+        twins: dict[tuple[str, str], Tensor] = {}
+        for name, factors in live.items():
+            site = self.sites[name]
+            layer: Any = site.layer
+            sides = {"A": layer.lora_A[site.adapter], "B": layer.lora_B[site.adapter]}
+            for role, module in sides.items():
+                p = factors.get(role, module._parameters["weight"])
+                values[name, role] = (p if "sharded" in self.transform.accepts else whole(p)).detach()
+                if getattr(sides["B"], "kind", "") == "T" and isinstance(module, SlotLinear):
+                    twins[name, role] = module.frozen
+        if twins:
+            sums = torch._foreach_add([values[key] for key in twins], list(twins.values()))
+            values.update(zip(twins, sums, strict=True))
+        made = []
+        for name, factors in live.items():
+            train: Train = "AB" if len(factors) == 2 else "A" if "A" in factors else "B"
+            made.append(Pair(name, values[name, "A"], values[name, "B"], self.sites[name].s, train))
+        return made
+
+    def _grad(self, p: nn.Parameter | None) -> Tensor | None:
+        if p is None or p.grad is None:
+            return None
+        return p.grad if "sharded" in self.transform.accepts else whole(p.grad)
 
     def _ctx(self, scalars: Mapping[str, Tensor]) -> Ctx:
         rate = {g["role"]: float(g["lr"]) * self.lr_factor for g in self.param_groups}
@@ -228,8 +251,8 @@ class PairOptimizer(torch.optim.Optimizer):
         ctx, scalars = self._ctx({}), dict[str, Tensor]()
         for batch in batches.values():
             part = self.transform.measure([grads[p.name] for p in batch], [state[p.name] for p in batch], batch, ctx)
-            for key, value in part.items():
-                scalars[key] = scalars[key] + value if key in scalars else value
+            for scalar, value in part.items():
+                scalars[scalar] = scalars[scalar] + value if scalar in scalars else value
         ctx, updates = self._ctx(scalars), dict[str, Grad]()
         for batch in batches.values():
             made = self.transform.update([grads[p.name] for p in batch], [state[p.name] for p in batch], batch, ctx)
@@ -254,16 +277,26 @@ class PairOptimizer(torch.optim.Optimizer):
             masks.append(Grad(None if on is None else on[:, None], on))
         return masks
 
+    def _decayed(self, updates: dict[str, Grad], live: Mapping[str, Mapping[str, nn.Parameter]]) -> dict[str, Grad]:
+        """updates − lr·decay·p, for the factors that have an update."""
+        rate = {g["role"]: float(g["lr"]) * self.lr_factor * float(g["weight_decay"]) for g in self.param_groups}
+        for factor in (f for f in "AB" if rate.get(f)):
+            names = [n for n, u in updates.items() if getattr(u, factor) is not None]
+            now = [getattr(updates[n], factor) for n in names]
+            ps = [
+                p.data if type(p.data) is type(u) else whole(p.data)
+                for p, u in zip((live[n][factor] for n in names), now, strict=True)
+            ]
+            made = torch._foreach_add(now, [p.to(u.dtype) for p, u in zip(ps, now, strict=True)], alpha=-rate[factor])
+            updates.update({n: updates[n]._replace(**{factor: u}) for n, u in zip(names, made, strict=True)})
+        return updates
+
     def _apply(self, live: Mapping[str, Mapping[str, nn.Parameter]], updates: Mapping[str, Grad]) -> None:
-        rate = {g["role"]: (float(g["lr"]) * self.lr_factor, float(g["weight_decay"])) for g in self.param_groups}
         for factor in "AB":
             rows = [(live[n][factor], getattr(u, factor)) for n, u in updates.items() if factor in live[n]]
             todo = [(p, u) for p, u in rows if u is not None]
             if not todo:
                 continue
-            lr, decay = rate[factor]
-            if decay:
-                torch._foreach_mul_([p for p, _ in todo], 1 - lr * decay)
             if all(type(p.data) is type(u) for p, u in todo):
                 torch._foreach_add_([p for p, _ in todo], [u.to(p.dtype) for p, u in todo])
             else:  # sharded tensors, whole updates
@@ -286,8 +319,8 @@ class PairOptimizer(torch.optim.Optimizer):
     def moment(self, total_steps: int) -> Moment:
         """What rules see after a step: pairs with their new values, the gradients of this step, the dead slots."""
         live = self._live()
-        pairs = [self._pair(name, factors) for name, factors in live.items()]
-        grads = {p.name: Grad(*(_grad(live[p.name].get(f)) for f in "AB")) for p in pairs}
+        pairs = self._pairs(live)
+        grads = {p.name: Grad(*(self._grad(live[p.name].get(f)) for f in "AB")) for p in pairs}
         extra = {n: dict(live_of(s.layer, s.adapter).extra) for n, s in self.sites.items()}
         dead = {n: frozenset(mask.nonzero().flatten().tolist()) for n, mask in self.dead.items()}
         ctx = self._ctx({})
@@ -297,7 +330,7 @@ class PairOptimizer(torch.optim.Optimizer):
         """Let the transform adjust the state of one site whose slots changed."""
         live = self._live().get(name)
         if live and all(self.state[p] for p in live.values()):
-            self.transform.on_plan(self._pair(name, live), {f: self.state[p] for f, p in live.items()}, plan)
+            self.transform.on_plan(self._pairs({name: live})[0], {f: self.state[p] for f, p in live.items()}, plan)
 
     def forget(self, names: Iterable[str]) -> None:
         """Clear the whole optimizer state (moments and step counters) of these sites, as a knot of a chain needs."""
@@ -309,10 +342,6 @@ class PairOptimizer(torch.optim.Optimizer):
 
 def _group(role: str, named: Mapping[str, nn.Parameter], lr: float, decay: float) -> dict[str, Any]:
     return {"params": list(named.values()), "names": list(named), "role": role, "lr": lr, "weight_decay": decay}
-
-
-def _grad(p: nn.Parameter | None) -> Tensor | None:
-    return None if p is None or p.grad is None else p.grad
 
 
 def _masked(values: dict[str, Grad], pairs: Sequence[Pair], masks: Iterable[Sequence[Grad] | None]) -> dict[str, Grad]:
