@@ -1,0 +1,116 @@
+"""Use a finished adapter through plain PEFT: answer prompts, measure loss and exact match on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from loralign.evidence import Progress
+from loralign.train.data import read_rows, rows_format, to_trl
+from loralign.train.model import load
+from loralign.types import LoralignError
+
+Conversation = list[dict[str, str]]
+
+
+def open_adapter(folder: Path, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The adapted model in evaluation mode and its tokenizer; `base` overrides the base that the adapter names."""
+    if not (folder / "adapter_config.json").is_file():
+        raise LoralignError(f"{folder.name} is no adapter folder: it has no adapter_config.json")
+    config = PeftConfig.from_pretrained(str(folder))
+    model, tokenizer = load(base or str(config.base_model_name_or_path), revision=config.revision)
+    return PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Greedy answers to conversations that end with a user's turn."""
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    found: list[str] = []
+    model.eval()
+    for group in _groups(conversations, batch_size):
+        texts = [_prompt(tokenizer, c) for c in group]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        out = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        found += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        if progress:
+            progress("generate", len(found), len(conversations))
+    tokenizer.padding_side = side
+    return [text.strip() for text in found]
+
+
+def _groups(items: Sequence[Conversation], size: int) -> list[Sequence[Conversation]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
+    if tokenizer.chat_template is None:
+        return "\n".join(turn["content"] for turn in conversation)
+    text: str = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def exact_match(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Conversation],
+    *,
+    max_new_tokens: int = 64,
+    progress: Progress | None = None,
+) -> float:
+    """Share of conversations whose greedy answer equals the last assistant turn, white space aside."""
+    asked = [row[:-1] for row in rows]
+    wanted = [row[-1]["content"].strip() for row in rows]
+    given = answer(model, tokenizer, asked, max_new_tokens=max_new_tokens, progress=progress)
+    return sum(a == b for a, b in zip(given, wanted, strict=True)) / max(1, len(wanted))
+
+
+def generate(
+    folder: Path,
+    prompts: Sequence[str],
+    *,
+    base: str | None = None,
+    max_new_tokens: int = 128,
+    progress: Progress | None = None,
+) -> list[str]:
+    """One greedy answer per prompt, each asked as a user's turn."""
+    model, tokenizer = open_adapter(folder, base)
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return answer(model, tokenizer, asked, max_new_tokens=max_new_tokens, progress=progress)
+
+
+def evaluate(
+    folder: Path,
+    data: str,
+    *,
+    base: str | None = None,
+    max_new_tokens: int = 64,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Exact match of the adapter and of its base on rows with answers; `limit` takes the first so many rows."""
+    rows = read_rows(data)
+    table = to_trl(rows, rows_format(rows))
+    if "messages" not in table.column_names:
+        raise LoralignError(f"{Path(data).name} has no conversations to answer: `eval` needs rows with answers")
+    conversations = [list(m) for m in table["messages"]][:limit]
+    model, tokenizer = open_adapter(folder, base)
+    tuned = exact_match(model, tokenizer, conversations, max_new_tokens=max_new_tokens, progress=progress)
+    with model.disable_adapter():
+        before = exact_match(model, tokenizer, conversations, max_new_tokens=max_new_tokens, progress=progress)
+    return {"exact_match": tuned, "exact_match_base": before, "rows": float(len(conversations))}
