@@ -130,7 +130,7 @@ def recipe(**fields: Any) -> Recipe:
     return made
 
 
-# ----------------------------------------------------------------------------------------------------- the exact gradient
+# ---------------------------------------------------------------------------------------------- the exact gradient
 
 
 def autograd_gradient(model: Any, batches: list[Any]) -> dict[str, Tensor]:

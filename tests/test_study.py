@@ -6,6 +6,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,10 +71,11 @@ def test_killed_anywhere_it_ends_the_same(tmp_path: Path) -> None:
     for stop_at in (1, 4, 7):
         inner = runner(best, ran)
 
-        def dying(trial: Trial, report: Callable[[int, float], bool], at: int = stop_at) -> Outcome:
+        def dying(trial: Trial, report: Callable[[int, float], bool], at: int = stop_at, go: Any = inner) -> Outcome:
             if len(ran) >= at:
                 raise KeyboardInterrupt
-            return inner(trial, report)
+            made: Outcome = go(trial, report)
+            return made
 
         with pytest.raises(KeyboardInterrupt):
             work(cut, dying)

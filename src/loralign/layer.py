@@ -49,7 +49,7 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _LowRank(torch.autograd.Function):
-    # plain statements and no helper layers on purpose: this runs per module and step, small models feel every microsecond
+    # plain statements on purpose: this runs per module and step, and small models feel every microsecond
 
     @staticmethod
     def forward(

@@ -236,7 +236,7 @@ def _save_folded(model: Any, save_directory: str, *args: Any, **kwargs: Any) -> 
 
 
 def keep_saving_right(model: PeftModel) -> None:
-    """Make `model.save_pretrained` fold and describe slots; an instance attribute that survives deepcopy and pickling."""
+    """Make `model.save_pretrained` fold and describe slots (an instance attribute: survives deepcopy and pickling)."""
     if any(isinstance(m, SlotLinear) for m in model.modules()):
         model.save_pretrained = functools.partial(_save_folded, model)  # type: ignore[method-assign]
         sync_config(model)

@@ -34,7 +34,7 @@ GRID_BITS = 14
 
 
 def to_grid(B: Tensor) -> Tensor:
-    """g·round(B/g), g = 2^(⌈log2(max|B|·(1 − 2^−15))⌉ − 14): so coarse that fp32 sums with |ΔB| ≤ 512·max|B| keep it."""
+    """g·round(B/g), g = 2^(⌈log2(max|B|·(1 − 2^−15))⌉ − 14): fp32 sums with |ΔB| ≤ 512·max|B| keep it exactly."""
     top = B.abs().max().item() * (1 - 2.0 ** -(GRID_BITS + 1)) if B.numel() else 0.0
     step = 2.0 ** (math.ceil(math.log2(top)) - GRID_BITS) if top else 1.0
     return torch.round(B.double() / step).mul(step).to(B.dtype)
@@ -284,7 +284,7 @@ def write(p: Tensor, value: Tensor) -> None:
 
 @torch.no_grad()
 def commit(layer: Any, adapter: str, fresh: Factors) -> None:
-    """Live slots become frozen ones, `fresh` becomes the live link; Parameters keep their identity, W_eff is unchanged."""
+    """Live slots become frozen ones, `fresh` the live link; Parameters keep their identity, W_eff is unchanged."""
     for side, value in ((layer.lora_A[adapter], fresh.A), (layer.lora_B[adapter], fresh.B)):
         side.frozen = torch.cat([side.frozen, whole(side.live).to(side.frozen)], _axis(side.kind))
         write(side.live, value.to(side.frozen))

@@ -77,7 +77,7 @@ class Draw(Protocol):
     def __call__(self, purpose: str, step: int = 0) -> torch.Generator: ...
 
 
-# ----------------------------------------------------------------------------------------------- what a method must know
+# ---------------------------------------------------------------------------------------------- what a method must know
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ State = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Ctx:
-    """What a transform or rule may know of the step: learning rates (A, B), 1-based step, summed scalars, keyed draws."""
+    """What a transform or rule may know of the step: rates of A and B, 1-based step, summed scalars, keyed draws."""
 
     lr_A: float
     lr_B: float
@@ -287,7 +287,7 @@ Plan = Mapping[str, SlotPlan]
 
 @dataclass(frozen=True)
 class Moment:
-    """What a rule sees at an event: the step just taken, the last one, pairs with gradients, extra tensors, dead slots."""
+    """What a rule sees at an event: the step just taken, pairs with their gradients, extra tensors, dead slots."""
 
     step: int
     total_steps: int

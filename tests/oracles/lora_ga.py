@@ -9,7 +9,7 @@ from torch import Tensor
 def factors(
     G: Tensor, r: int, gamma: float, s: float, direction: str = "ArB2r", scale: str = "stable"
 ) -> tuple[Tensor, Tensor]:
-    """A0 (r, d_in), B0 (d_out, r) of algorithm 1 with canonical signs: the largest entry of every vector is positive."""
+    """A0 (r, d_in), B0 (d_out, r) of algorithm 1; canonical signs: the largest entry of a vector is positive."""
     U, _, Vh = torch.linalg.svd(G.double(), full_matrices=False)
     V = Vh.T
     U = U * torch.sign(U.gather(0, U.abs().argmax(0, keepdim=True)))

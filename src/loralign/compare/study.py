@@ -185,7 +185,7 @@ def should_stop(trial: Trial, step: int, loss: float, spec: Spec, done: dict[str
 
 
 def work(spec: Spec, runner: Runner, *, on_done: Callable[[Trial, Outcome, int, int], None] | None = None) -> bool:
-    """Run trials until none is left, or the budget is spent; True when the study is complete. Several workers may run."""
+    """Run trials until none is left or the budget is spent; True when the study is complete. Workers may share it."""
     store, started = Store(spec), time.monotonic()
     while True:
         done = store.outcomes()

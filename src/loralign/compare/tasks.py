@@ -1,4 +1,4 @@
-"""What a study trains on: a base model in memory, tokenised rows in three splits, a collator, a metric, a fresh head."""
+"""What a study trains on: a base model in memory, tokenised rows in three splits, a collator, a metric, a head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA-GA: start along the leading singular vectors of the initial gradient, so that the first step is full fine-tuning's.
+"""LoRA-GA: start along the leading singular vectors of the initial gradient; the first step is full fine-tuning's.
 
     G = Σ σ_i u_i v_iᵀ        A0 = c·V[:, I_A]ᵀ        B0 = c·U[:, I_B]        W_eff(0) = W0 + s(B0·A0 − B0·A0) = W0
     stable: c = d_out^¼/√γ        gd: c = 1/s        unit: c = 1        weight: c = mean_{i≤r} √(σ_i(W)/s)

@@ -56,8 +56,8 @@ def adapt(
     Example:
         >>> from loralign import adapt, build
         >>> import torch; from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-        >>> model = adapt(LlamaForCausalLM(config), build("lora", r=2))
+        >>> sizes = dict(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = adapt(LlamaForCausalLM(LlamaConfig(**sizes)), build("lora", r=2))
         >>> sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
         True
     """
@@ -128,7 +128,7 @@ def write_start(model: PeftModel, recipe: Recipe, made: Mapping[str, Factors]) -
 
 
 def restore_storage(model: PeftModel, recipe: Recipe, stored: Mapping[str, Storage]) -> None:
-    """Prepare a freshly inserted adapter to receive a checkpoint: the storage of its init, without repeating the init."""
+    """Prepare a freshly inserted adapter to receive a checkpoint: its init's storage, without repeating the init."""
     made = {}
     for site in sites(model):
         if site.name not in stored:

@@ -1,6 +1,6 @@
 """Make any Hugging Face or TRL trainer run a recipe: evidence from its own loss, our optimizer, rules and episodes.
 
-    trainer = SFTTrainer(model, args, train_dataset=rows, peft_config=recipe_config)      # recipe_config = peft_config(recipe, model)
+    trainer = SFTTrainer(model, args, train_dataset=rows, peft_config=peft_config(recipe, model))
     attach(trainer, recipe)
     trainer.train()
 
@@ -43,7 +43,7 @@ def attach(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> RecipeCallback:
-    """Prepare a trainer, built with `peft_config=peft_config(recipe, model)`, to train the recipe; call before `train()`.
+    """Prepare a trainer, built with `peft_config=peft_config(recipe, model)`, for the recipe; call before `train()`.
 
     Args:
         resume_from: the checkpoint that `trainer.train(resume_from_checkpoint=…)` will read; the init is not repeated.
@@ -56,7 +56,7 @@ def attach(
     check_combination(recipe)
     if getattr(trainer.args, "deepspeed", None) and "zero" not in recipe.transform.accepts:
         raise LoralignError(
-            f"{recipe.name}: DeepSpeed flattens parameters, so pairs (A, B) cannot be stepped together; use FSDP2 or DDP"
+            f"{recipe.name}: DeepSpeed flattens parameters, so pairs (A, B) cannot step together; use FSDP2 or DDP"
         )
     model = _own_model(trainer, recipe)
     if resume_from is None:

@@ -25,7 +25,7 @@ log = logging.getLogger("loralign")
 
 
 class RecipeCallback(TrainerCallback):
-    """One run of one recipe. Attributes for the curious: `optimizer`, `episodes`, `applied` (pairs of the last step)."""
+    """One run of one recipe. Attributes for the curious: `optimizer`, `episodes`, `unreached`."""
 
     def __init__(
         self, recipe: Recipe, model: PeftModel, stored: Mapping[str, Storage], *, resume_from: Path | None = None
@@ -46,7 +46,7 @@ class RecipeCallback(TrainerCallback):
             raise WorkFailed("the trainer did not build its optimizer from the recipe: was one passed by `optimizers`?")
         return self.optimizer
 
-    # ------------------------------------------------------------------------------------------------------ Trainer events
+    # -------------------------------------------------------------------------------------------------- Trainer events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._own()
@@ -108,7 +108,7 @@ class RecipeCallback(TrainerCallback):
         if self.unreached:
             log.warning("%d adapted modules never got a gradient: %s", len(self.unreached), sorted(self.unreached)[:5])
 
-    # --------------------------------------------------------------------------------------------------------------- state
+    # ----------------------------------------------------------------------------------------------------------- state
 
     def _state(self) -> dict[str, Tensor]:
         optimizer = self._own()

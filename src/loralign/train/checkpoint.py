@@ -1,6 +1,6 @@
 """What a checkpoint holds besides the adapter: a note, written last, and the state that cannot be read from A and B.
 
-checkpoint-N/loralign.json                 version, recipe, step, episode, storage of every site; its presence says "complete"
+checkpoint-N/loralign.json                 recipe, step, episode, storage of the sites; written last, so "complete"
 checkpoint-N/loralign_state.safetensors    rule states, dead slots, live tensors of forms (only where there are any)
 """
 

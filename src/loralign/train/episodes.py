@@ -48,7 +48,7 @@ class Episodes:
         self.started = started
 
     def warm_up(self, step: int) -> float:
-        """Factor on the learning rate of optimizer step `step` (0-based): a linear re-warm-up at the start of a link."""
+        """Factor on the learning rate of step `step` (0-based): a linear re-warm-up at the start of a link."""
         wanted = self.current.warm_up_steps if self.current else 0
         return min(1.0, (step - self.started + 1) / wanted) if wanted and self.started else 1.0
 

@@ -21,7 +21,7 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model with its tokenizer.
 
-    name: a folder, a hub id, or a folder's `.gguf` file. precision: "fp32", "bf16" or "auto" (bf16 on a GPU that has it).
+    name: a folder, a hub id, or a `.gguf` file. precision: "fp32", "bf16" or "auto" (bf16 on a GPU that has it).
     trust_remote_code: run code that a model repository ships; off unless asked for. Nothing is unpickled.
     """
     where, extra = _source(name)
