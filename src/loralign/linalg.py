@@ -23,7 +23,7 @@ def _work(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) for t in tensors)
 
 
-def _gram(X: Tensor) -> Tensor:
+def gram(X: Tensor) -> Tensor:
     """XᵀX (..., r, r); formed in float64 on CUDA, where float32 may mean TF32."""
     Y = X.double() if X.is_cuda else X
     return (Y.mT @ Y).to(X.dtype)
@@ -83,7 +83,7 @@ def _range(M: Tensor, k: int, oversample: int, niter: int, generator: torch.Gene
     """Q (..., m, q) = qr(M·Ω), then niter times Q = qr(M·qr(Mᵀ·Q)), q = oversample·k (arXiv 0909.4061, alg. 4.4)."""
     m, n = M.shape[-2:]
     if 2 * oversample * k >= m:  # start from 2k eigenvectors of MMᵀ; one iteration mends the rounding of squares
-        Q, niter = torch.linalg.eigh(_gram(_scaled(M).mT)).eigenvectors[..., -2 * k :], 1
+        Q, niter = torch.linalg.eigh(gram(_scaled(M).mT)).eigenvectors[..., -2 * k :], 1
     else:
         source = generator or keyed_generator("top_svd", n, oversample * k)
         omega = torch.randn(n, oversample * k, generator=source, device=source.device, dtype=torch.float32)
@@ -154,7 +154,7 @@ def truncate(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 def product_norm(B: Tensor, A: Tensor) -> Tensor:
     """‖B·A‖_F = √⟨BᵀB, AAᵀ⟩: B (..., m, R), A (..., R, n) -> (...); error √ε·‖B‖‖A‖ where slots cancel."""
     B, A = _work(B, A)
-    return (_gram(B) * _gram(A.mT)).sum((-2, -1)).clamp_min(0).sqrt()
+    return (gram(B) * gram(A.mT)).sum((-2, -1)).clamp_min(0).sqrt()
 
 
 def psd_inv_sqrt(H: Tensor, *, rel: float = 1e-6, floor: float = 0.0) -> Tensor:
@@ -205,10 +205,10 @@ def chol_qr2(X: Tensor) -> tuple[Tensor, Tensor]:
     r > m: use `orthonormal_basis` there. Cost: 8·m·r² FLOPs.
     """
     (X,) = _work(X)
-    H, D, D_inv = _unit_diagonal(_gram(X))
+    H, D, D_inv = _unit_diagonal(gram(X))
     R1, R1_inv = _cholesky(H)
     Q = X @ (D_inv[..., :, None] * R1_inv)
-    R2, R2_inv = _cholesky(_gram(Q))
+    R2, R2_inv = _cholesky(gram(Q))
     return Q @ R2_inv, R2 @ R1 * D[..., None, :]
 
 
@@ -220,12 +220,12 @@ def orthonormal_basis(X: Tensor, *, rel: float = 1e-6) -> tuple[Tensor, Tensor, 
     Safe for X = 0, r > m, equal columns. R is not triangular. Cost: 8·m·r² FLOPs, one `eigh`, one Cholesky.
     """
     (X,) = _work(X)
-    H, D, D_inv = _unit_diagonal(_gram(X))
+    H, D, D_inv = _unit_diagonal(gram(X))
     lam, E = torch.linalg.eigh(H)
     keep = lam > (rel * lam[..., -1:]).clamp_min(0)
     root = lam.clamp_min(0).sqrt() * keep
     Q = X @ (D_inv[..., :, None] * E * _inverse(root, keep)[..., None, :])
-    R2, R2_inv = _cholesky(_gram(Q) + torch.diag_embed((~keep).to(Q.dtype)))
+    R2, R2_inv = _cholesky(gram(Q) + torch.diag_embed((~keep).to(Q.dtype)))
     return Q @ R2_inv, R2 @ (root[..., :, None] * E.mT * D[..., None, :]), keep
 
 
@@ -235,9 +235,9 @@ def basis_inverse(R: Tensor) -> Tensor:
     R = N·R̂·D with unit columns of R·D⁻¹, unit rows of R̂, and R̂R̂ᵀ near the identity:  R⁺ = D⁻¹·R̂ᵀ·(R̂R̂ᵀ)⁻¹·N⁻¹
     """
     (R,) = _work(R)
-    D_inv = _unit_diagonal(_gram(R))[2]
+    D_inv = _unit_diagonal(gram(R))[2]
     R = R * D_inv[..., None, :]
-    H, _, N_inv = _unit_diagonal(_gram(R.mT))
+    H, _, N_inv = _unit_diagonal(gram(R.mT))
     C = _cholesky(H + torch.diag_embed((N_inv == 0).to(H.dtype)))[1]
     return D_inv[..., :, None] * (R.mT * N_inv[..., None, :] @ C @ C.mT) * N_inv[..., None, :]
 
@@ -252,7 +252,7 @@ def polar(X: Tensor, *, rel: float = 1e-6) -> Tensor:
         return polar(X.mT, rel=rel).mT
     Q = _scaled(*_work(X))
     for _ in range(2):
-        Q = Q @ psd_inv_sqrt(_gram(Q), rel=rel)
+        Q = Q @ psd_inv_sqrt(gram(Q), rel=rel)
     return Q
 
 
@@ -266,7 +266,7 @@ def msign(X: Tensor, *, steps: int = 5) -> Tensor:
     if X.shape[-2] < X.shape[-1]:
         return msign(X.mT, steps=steps).mT
     X = _scaled(*_work(X))
-    H, eye = _gram(X), torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    H, eye = gram(X), torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     total = H.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(1)  # below 1 only for X = 0
     H, T = H / total, eye / total.sqrt()
     for _ in range(steps):
