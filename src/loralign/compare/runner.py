@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.compare.tasks import Prepared, prepare_task
@@ -50,6 +50,7 @@ class Resident:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 trainer, init_tokens = self._trainer(arm, trial, folder, watch)
+                trainer.remove_callback(PrinterCallback)
                 watch.init_s = time.perf_counter() - started
                 trainer.train()
             except (WorkFailed, torch.linalg.LinAlgError) as error:
