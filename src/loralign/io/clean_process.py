@@ -10,6 +10,7 @@ fed through it, and the logits are compared with the stored ones. One result per
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -102,14 +103,14 @@ def load_base(source: str, revision: str | None, how: dict[str, Any], device: st
     if how["quantization"]:
         options["quantization_config"], options["device_map"] = how["quantization"], device
     else:
-        options["dtype"] = getattr(torch, how["dtype"])
+        options["dtype"] = getattr(torch, how["base_dtype"])
     if "gguf_file" not in options:
         options["use_safetensors"] = True
     try:
         model = getattr(transformers, name).from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"the base model {source} cannot be loaded as {name}: {first_line(error)}") from error
-    return model if how["quantization"] else model.to(device)
+    return model if how["quantization"] else model.to(device, getattr(torch, how["dtype"]))
 
 
 def load_adapter(model: Any, folder: Path, stored: dict[str, Tensor]) -> Any:
@@ -181,6 +182,11 @@ def verify(job: dict[str, Any]) -> dict[str, Any]:
             "kind": "verification",
             "failure": f"the logits of {folder} differ by {figures['relative']:.1e} {kept}",
         }
+    for name, digest in how["weights"].items():
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                failure = f"{folder / name} is not the file that was exported, though the logits agree: export again"
+                return {**figures, "kind": "verification", "failure": failure}
     return {**figures, "kind": "ok", "failure": ""}
 
 

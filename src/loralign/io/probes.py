@@ -11,11 +11,12 @@ not allow that, the model's own precision is used and said.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ class Recorded:
     model_class: str
     labels: int | None
     profile: str
+    base_dtype: str
+    """What the base was loaded in; its weights are rounded to that before anything else."""
     dtype: str
+    """What the logits were computed in."""
     device: str
     attention: str | None
     quantization: Mapping[str, Any] | None
@@ -55,6 +59,8 @@ class Recorded:
     """‖logits − base logits‖ / ‖base logits‖: how far the low-rank update moves the model on the probes."""
     lost: float
     """Relative difference of `expected` to `logits`, 0 where the export is exact."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of each weight file, so that damage too small to show in the logits is found too."""
     format: int = 1
 
 
@@ -234,6 +240,7 @@ def record(
         model_class=name,
         labels=base.config.num_labels if "Classification" in name else None,
         profile=profile,
+        base_dtype=str(base.dtype).removeprefix("torch."),
         dtype=str(precision).removeprefix("torch."),
         device=next(model.parameters()).device.type,
         attention=attention if attention in ("eager", "sdpa") else None,
@@ -251,5 +258,12 @@ def write_probes(
     tensors = {**{f"input.{k}": v for k, v in inputs.items()}, "logits": value}
     if expected is not None:
         tensors["expected"] = expected
+    sums = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    how = replace(how, weights=sums)
     (folder / PROBES).parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / PROBES, metadata={"loralign": json.dumps(asdict(how), default=str)})
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

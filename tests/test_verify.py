@@ -1,0 +1,194 @@
+"""Verification: what a clean process says about damaged folders, other bases and things that are no adapters."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import toy
+from loralign import adapt, build, sites
+from loralign.io import verify as verify_module
+from loralign.io.export import export
+from loralign.io.verify import SCRIPT, VerifyJob, VerifyReport, verify, verify_many
+from loralign.types import LoralignError, VerificationFailed, WorkFailed
+
+WEIGHTS = "adapter_model.safetensors"
+Run = tuple[int, dict[str, VerifyReport]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline() -> Iterator[None]:
+    """The clean process inherits this and does not ask the hub for bases that are not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(an exported folder, its base)."""
+    root = tmp_path_factory.mktemp("good")
+    toy.llama().save_pretrained(root / "base")
+    model = adapt(type(toy.llama()).from_pretrained(root / "base"), build("lora", r=2))
+    with torch.no_grad():
+        for site in sites(model):
+            site.layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(1))
+    export(model, root / "adapter")
+    return root / "adapter", root / "base"
+
+
+def _flipped(folder: Path) -> None:
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-1] ^= 0x40  # the highest exponent bit of the last number
+    (folder / WEIGHTS).write_bytes(bytes(data))
+
+
+def _flipped_low(folder: Path) -> None:
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-4] ^= 0x01  # the lowest bit of the last number
+    (folder / WEIGHTS).write_bytes(bytes(data))
+
+
+def _tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return damage
+
+
+def _set(tensors: dict[str, torch.Tensor], value: torch.Tensor | None) -> None:
+    key = sorted(tensors)[0]
+    tensors.pop(key)
+    if value is not None:
+        tensors[key] = value
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return damage
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "flipped bit": (_flipped, "verification", "differ by|not finite"),
+    "flipped low bit": (_flipped_low, "verification", "not the file that was exported"),
+    "cut short": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "verification", "is damaged"),
+    "no safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"\x80\x04pickle"), "verification", "is damaged"),
+    "NaN": (_tensors(lambda t: _set(t, torch.full((2, 48), float("nan")))), "verification", "holds NaN"),
+    "empty": (_tensors(lambda t: _set(t, torch.zeros(0, 48))), "verification", "is empty"),
+    "missing tensor": (_tensors(lambda t: _set(t, None)), "verification", "missing|its config asks for it"),
+    "another shape": (_tensors(lambda t: _set(t, torch.zeros(3, 48))), "verification", "PEFT cannot load"),
+    "foreign tensor": (
+        _tensors(lambda t: t.update({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(2, 32)})),
+        "verification",
+        "PEFT does not load .*layers.7",
+    ),
+    "wrong alpha": (_config(lora_alpha=64), "verification", "differ by"),
+    "probes": (
+        lambda f: (f / "verify" / "probes.safetensors").write_bytes(b"junk"),
+        "verification",
+        "probes.*cannot be read",
+    ),
+    "no probes": (lambda f: shutil.rmtree(f / "verify"), "input", "no stored probes"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "input", "has no adapter_model.safetensors"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "input", "no adapter folder"),
+    "base gone": (
+        _config(base_model_name_or_path="nobody/nothing"),
+        "input",
+        "nobody/nothing is neither a local folder",
+    ),
+    "base unsaid": (_config(base_model_name_or_path=None), "input", "does not say which base"),
+}
+
+
+@pytest.fixture(scope="module")
+def run(good: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The script itself, over every kind of damage at once: exit code and reports."""
+    folder, base = good
+    root = tmp_path_factory.mktemp("damaged")
+    toy.llama(seed=1).save_pretrained(root / "other base")
+    toy.llama(hidden_size=16).save_pretrained(root / "smaller base")
+    jobs = {"good": (folder, base), "absent": (root / "absent", base)}
+    jobs |= {"other base": (folder, root / "other base"), "smaller base": (folder, root / "smaller base")}
+    for name, (damage, _, _) in DAMAGE.items():
+        shutil.copytree(folder, root / name)
+        damage(root / name)
+        jobs[name] = (root / name, None if name.startswith("base ") else base)
+    asked = [{"folder": str(f), "base": str(b) if b else None} for f, b in jobs.values()]
+    (root / "jobs.json").write_text(json.dumps(asked))
+    files = [str(root / "jobs.json"), str(root / "results.json")]
+    done = subprocess.run(
+        [sys.executable, "-I", str(SCRIPT), "[]", *files], check=False, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr
+    results = json.loads((root / "results.json").read_text())
+    return done.returncode, {name: VerifyReport(name, **r) for name, r in zip(jobs, results, strict=True)}
+
+
+def test_damage_is_told_apart_in_one_sentence(run: Run) -> None:
+    code, reports = run
+    assert code == 3
+    expected = {name: (kind, pattern) for name, (_, kind, pattern) in DAMAGE.items()}
+    expected |= {"absent": ("input", "is no folder"), "other base": ("verification", "differ by")}
+    expected |= {"smaller base": ("verification", "stock PEFT cannot load")}
+    for name, (kind, pattern) in expected.items():
+        report = reports[name]
+        assert (report.kind, report.passed) == (kind, False), (name, report.failure)
+        assert "\n" not in report.failure and len(report.failure) < 600, name
+        with pytest.raises(AssertionError, match=pattern):
+            raise AssertionError(report.failure)
+
+
+def test_a_good_folder_among_bad_ones_passes(run: Run) -> None:
+    report = run[1]["good"]
+    assert report.passed and report.relative <= report.tolerance == 1e-5
+    assert report.effect > 0.1 and report.top1 == 1.0 and report.lost == 0.0
+    assert "Verified in a clean process (float32, cpu)" in report.line()
+
+
+def test_verify_raises_what_the_exit_codes_stand_for(good: tuple[Path, Path], tmp_path: Path) -> None:
+    """One real process; the mapping of kinds to errors is the next test's."""
+    folder, base = good
+    shutil.copytree(folder, tmp_path / "bad")
+    _flipped(tmp_path / "bad")
+    with pytest.raises(VerificationFailed, match=r"differ by|not finite"):
+        verify(tmp_path / "bad", base=base)
+
+
+def test_kinds_become_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = {kind: VerifyReport("x", kind, "said") for kind in ("ok", "input", "verification")}  # type: ignore[arg-type]
+    for kind, error in (("input", LoralignError), ("verification", VerificationFailed)):
+        monkeypatch.setattr(verify_module, "verify_many", lambda jobs, kind=kind: [reports[kind]])
+        with pytest.raises(error, match="said") as caught:
+            verify("x")
+        assert type(caught.value) is error
+    monkeypatch.setattr(verify_module, "verify_many", lambda jobs: [reports["ok"]])
+    assert verify("x").passed and asdict(verify("x"))["kind"] == "ok"
+
+
+def test_a_process_that_dies_is_work_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text("raise SystemExit('killed by the machine')")
+    monkeypatch.setattr(verify_module, "SCRIPT", script)
+    with pytest.raises(WorkFailed, match="before it had results: killed by the machine"):
+        verify_many([VerifyJob(tmp_path)])
+
+
+def test_the_clean_process_knows_nothing_of_loralign() -> None:
+    text = SCRIPT.read_text()
+    assert "import loralign" not in text and "from loralign" not in text
+    assert "pickle" not in text.replace("unpickled", "") and '"trust_remote_code": False' in text
