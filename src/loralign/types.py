@@ -270,6 +270,7 @@ class SlotPlan:
     a zero column of B. copy: (destination, source) pairs. rows: (row of A, column of B) values for `on` and `copy`
     destinations, by slot; a copy without values takes the source's present ones. zero_elements: (r, d_in) mask of
     entries of A set to 0. values: new values of a form's extra tensors by name. prox: soft threshold per extra tensor.
+    frozen: rows of A (f, d_in) and columns of B (d_out, f) that join the frozen slots.
     """
 
     off: tuple[int, ...] = ()
@@ -279,6 +280,7 @@ class SlotPlan:
     zero_elements: Tensor | None = None
     values: Mapping[str, Tensor] = field(default_factory=dict)
     prox: Mapping[str, float] = field(default_factory=dict)
+    frozen: tuple[Tensor, Tensor] | None = None
 
 
 Plan = Mapping[str, SlotPlan]
