@@ -19,7 +19,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
 from trl import SFTConfig, SFTTrainer
 
 from loralign.evidence import Progress
@@ -30,10 +36,13 @@ from loralign.io.verify import verify
 from loralign.sites import peft_config, target_weights
 from loralign.train.adapt import check_start
 from loralign.train.attach import attach
+from loralign.train.chat import Fit, fit
 from loralign.train.checkpoint import last_complete
-from loralign.train.data import check_packing, fingerprint, read_rows, rows_format, split_eval, to_trl
+from loralign.train.data import fingerprint, rows_format, split_eval, to_trl
 from loralign.train.job import Job
 from loralign.train.model import dtype_of, load
+from loralign.train.packing import check_packing
+from loralign.train.read import read_rows
 from loralign.types import Full, LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
@@ -109,11 +118,10 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     model, tokenizer = load(
         job.model, revision=job.revision, precision=job.training.precision, trust_remote_code=job.trust_remote_code
     )
-    train, held_out = _rows(job)
-    assistant_only = job.data.assistant_only and "messages" in train.column_names
     if job.data.packing:
         check_packing(model)
-    args = _arguments(job, assistant_only, has_eval=held_out is not None)
+    train, held_out = _tokens(job, tokenizer)
+    args = _arguments(job, has_eval=held_out is not None)
     callbacks: list[TrainerCallback] = [LogCallback(job.output / "log.jsonl", resume_from is not None, progress)]
     if job.training.patience is not None:
         callbacks.append(EarlyStoppingCallback(job.training.patience))
@@ -145,7 +153,6 @@ def _resume_point(job: Job, resume: bool) -> Path | None:
         return found
     if job.output.exists() and any(job.output.iterdir()):
         raise LoralignError(f"{job.output.name} is not empty: choose another output folder, or --resume the run in it")
-    job.output.mkdir(parents=True, exist_ok=True)
     return None
 
 
@@ -160,7 +167,20 @@ def _rows(job: Job) -> tuple[Dataset, Dataset | None]:
     return train, to_trl(held_out, rows_format(held_out))
 
 
-def _arguments(job: Job, assistant_only: bool, *, has_eval: bool) -> SFTConfig:
+def _tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
+    def one(rows: Dataset, what: str) -> Dataset:
+        found: Fit = fit(rows, tokenizer, max_length=job.data.max_length, assistant_only=job.data.assistant_only)
+        log.info(
+            "%s: %d rows, %d tokens, %d with loss; %d rows cut at %d tokens, %d dropped because no answer was left",
+            *(what, len(found.dataset), found.tokens, found.supervised, found.cut, job.data.max_length, found.dropped),
+        )
+        return found.dataset
+
+    train, held_out = _rows(job)
+    return one(train, "training"), None if held_out is None else one(held_out, "evaluation")
+
+
+def _arguments(job: Job, *, has_eval: bool) -> SFTConfig:
     t = job.training
     if t.batch_size % t.micro_batch_size:
         raise LoralignError(f"batch_size {t.batch_size} is no multiple of micro_batch_size {t.micro_batch_size}")
@@ -198,7 +218,7 @@ def _arguments(job: Job, assistant_only: bool, *, has_eval: bool) -> SFTConfig:
         "seed": job.seed,
         "max_length": job.data.max_length,
         "packing": job.data.packing,
-        "assistant_only_loss": assistant_only,
+        "assistant_only_loss": False,  # the labels already say it
     }
     return SFTConfig(**{**settings, **t.extra})
 
@@ -278,10 +298,12 @@ class LogCallback(TrainerCallback):
     """log.jsonl, one line per log, and progress; a non-finite loss ends the run."""
 
     def __init__(self, path: Path, keep: bool, progress: Progress | None) -> None:
-        self.path, self.progress = path, progress
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not keep:
-            path.write_text("", encoding="utf-8")
+        self.path, self.keep, self.progress = path, keep, progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and not self.keep:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("", encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or logs is None:

@@ -11,8 +11,9 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from loralign.evidence import Progress
-from loralign.train.data import read_rows, rows_format, to_trl
+from loralign.train.data import rows_format, to_trl
 from loralign.train.model import load
+from loralign.train.read import read_rows
 from loralign.types import LoralignError
 
 Conversation = list[dict[str, str]]
