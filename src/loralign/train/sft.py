@@ -23,6 +23,7 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     TrainerCallback,
     set_seed,
 )
@@ -135,6 +136,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
                 _one_batch(trainer),
                 tolerance=1e-6 if dtype_of(job.training.precision) == torch.float32 else 1e-2,
             )
+    trainer.remove_callback(PrinterCallback)
     sizes = {"train": len(trainer.train_dataset), "eval": len(trainer.eval_dataset or ())}
     return Ready(trainer, tokenizer, sizes, fingerprint(train), resume_from, time.perf_counter() - started)
 
@@ -282,6 +284,7 @@ def _describe(
         base=job.model,
         revision=job.revision,
         method=job.recipe.name,
+        options=_options(job),
         data={"rows": ready.rows, "fingerprint": ready.fingerprint},
         learning_rate=job.training.learning_rate,
         lr_source=job.training.lr_source,
@@ -292,6 +295,13 @@ def _describe(
     )
     write_card(job.output, card)
     write_run(job.output, card, seconds=seconds)
+
+
+def _options(job: Job) -> dict[str, Any]:
+    if isinstance(job.recipe, Full):
+        return {}
+    r = job.recipe
+    return {"rank": r.r, "alpha": r.alpha, "scale": r.scale(r.alpha, r.r), "dropout": r.dropout, "seed": r.seed}
 
 
 class LogCallback(TrainerCallback):
