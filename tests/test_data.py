@@ -31,18 +31,10 @@ from trl.chat_template_utils import (
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from assets import asset, needs
-from loralign.train.chat import CHATML
-from loralign.train.data import (
-    check_packing,
-    fingerprint,
-    fit,
-    give_template,
-    read_rows,
-    rows_format,
-    split_eval,
-    to_trl,
-    with_generation_markers,
-)
+from loralign.train.chat import CHATML, fit, give_template, with_generation_markers
+from loralign.train.data import fingerprint, rows_format, split_eval, to_trl
+from loralign.train.packing import check_packing
+from loralign.train.read import read_rows
 from loralign.types import LoralignError
 from toy import gpt2, llama
 

@@ -25,24 +25,8 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from loralign.train.chat import Fit, fit, give_template, with_generation_markers
-from loralign.train.packing import check_packing
 from loralign.train.read import Row, as_dataset, name_of, read_rows
 from loralign.types import LoralignError
-
-__all__ = [
-    "Fit",
-    "Format",
-    "check_packing",
-    "fingerprint",
-    "fit",
-    "give_template",
-    "read_rows",
-    "rows_format",
-    "split_eval",
-    "to_trl",
-    "with_generation_markers",
-]
 
 Format = Literal["messages", "prompt-completion", "sharegpt", "alpaca", "text"]
 
