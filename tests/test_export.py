@@ -14,6 +14,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import LlamaForTokenClassification
 
 import toy
 from loralign import adapt, build, factors, optimizer, sites
@@ -33,11 +34,18 @@ METHODS = ("lora", "lora-ga", "pissa")
 HEADS = ("bert", "vit")
 
 
-def trained(model: Any, recipe: Recipe, steps: int = 3) -> PeftModel:
-    """Adapted and trained for a few steps, in train mode, with gradients left as a real run leaves them."""
-    adapted = adapt(model, recipe, toy.batches_for(model, 2)).train()
-    optim = optimizer(adapted, recipe, lr=1e-2)
-    for batch in toy.batches_for(model, steps):
+def recipe(name: str, **fields: Any) -> Recipe:
+    made = build(name, **fields)
+    assert isinstance(made, Recipe)
+    return made
+
+
+def trained(model: Any, chosen: Recipe, batches: list[dict[str, Tensor]] | None = None) -> PeftModel:
+    """Adapted and trained for three steps, in train mode, with gradients left as a real run leaves them."""
+    batches = batches or toy.batches_for(model, 3)
+    adapted = adapt(model, chosen, batches[:2]).train()
+    optim = optimizer(adapted, chosen, lr=1e-2)
+    for batch in batches:
         optim.zero_grad()
         adapted(**batch).loss.backward()
         optim.step()
@@ -64,20 +72,28 @@ def _cases(bases: dict[str, Path]) -> dict[str, tuple[PeftModel, list[tuple[str,
         for method in METHODS:
             profiles = ["peft", "merged"] if family in HEADS else ["peft", "portable", "merged"]
             wanted: list[tuple[str, dict[str, Any]]] = [(p, {"profile": p}) for p in profiles]
-            model = trained(loaded(family, bases[family]), build(method, r=4))
+            model = trained(loaded(family, bases[family]), recipe(method, r=4))
             made[f"{family}/{method}"] = model, [*wanted, ("bf16", bf16)] if family == "llama" else wanted
     layer_0 = r".*layers\.0\.(self_attn\.(q|v)_proj|mlp\.down_proj)"
     both = [("peft", {}), ("portable", {"profile": "portable", "power_of_two": True})]
-    ragged = build("rslora", r=5, ranks={"q_proj": 3, "layers.1.mlp.down_proj": 7})
+    ragged = recipe("rslora", r=5, ranks={"q_proj": 3, "layers.1.mlp.down_proj": 7})
     made["ragged"] = trained(loaded("llama", bases["llama"]), ragged), both
-    made["subset"] = trained(loaded("llama", bases["llama"]), build("lora-ga", r=5, targets=layer_0)), both
+    made["subset"] = trained(loaded("llama", bases["llama"]), recipe("lora-ga", r=5, targets=layer_0)), both
     cut = [("peft", {"max_rank": 3}), ("portable", {"profile": "portable", "max_rank": 3, **bf16})]
-    made["cut"] = trained(loaded("llama", bases["llama"]), build("lora-ga", r=4)), cut
+    made["cut"] = trained(loaded("llama", bases["llama"]), recipe("lora-ga", r=4)), cut
     made["half"] = (
-        trained(loaded("llama", bases["llama"], torch.bfloat16), build("lora-ga", r=4)),
+        trained(loaded("llama", bases["llama"], torch.bfloat16), recipe("lora-ga", r=4)),
         [("peft", {}), ("merged", {"profile": "merged"})],
     )
     made["chain"] = chained(loaded("llama", bases["llama"])), both
+    tagger = LlamaForTokenClassification.from_pretrained(
+        bases["llama"], num_labels=5
+    )  # a fresh head on a language model
+    tags = [{**b, "labels": b["input_ids"] % 5} for b in toy.batches_for(tagger, 3)]
+    made["tagger"] = (
+        trained(tagger, recipe("lora", r=2, exclude=("score",)), tags),
+        [("peft", {}), ("merged", {"profile": "merged"})],
+    )
     return made
 
 
@@ -89,7 +105,7 @@ class OneStep:
 
 def chained(model: Any) -> PeftModel:
     """Two links at some sites, three at the others."""
-    adapted = trained(model, replace(build("lora", r=2), outer=OneStep()), steps=1)  # type: ignore[type-var, call-arg]
+    adapted = trained(model, replace(recipe("lora", r=2), outer=OneStep()), toy.batches_for(model, 1))
     draw = torch.Generator().manual_seed(5)
     for i, site in enumerate(sites(adapted) * 2):
         if i % 3:
@@ -125,7 +141,7 @@ def done(models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Don
 def test_every_folder_reloads_to_the_same_logits(done: dict[str, Done]) -> None:
     failed = {k: d.verified.failure for k, d in done.items() if not d.verified.passed}
     assert not failed
-    assert len(done) == 6 * 3 * 3 - 2 * 3 + 3 + 10
+    assert len(done) == 6 * 3 * 3 - 2 * 3 + 3 + 12
     for key, d in done.items():
         assert d.verified.tolerance == 1e-5 and d.verified.dtype == "float32", key
         assert d.verified.relative <= 1e-5 and d.verified.top1 == 1.0, key
@@ -187,6 +203,15 @@ def test_ragged_ranks_have_one_scale_and_anchored_names(done: dict[str, Done], m
     )
 
 
+def test_an_adapter_of_stock_peft_exports_too(done: dict[str, Done], models: Any, tmp_path: Path) -> None:
+    stock = PeftModel.from_pretrained(loaded("llama", models[0]["llama"]), done["ragged/peft"].folder)
+    report = export(stock, tmp_path / "out", profile="portable", power_of_two=True)
+    assert report.exact and report.rank == 8 and report.base == "llama"
+    mine = load_file(done["ragged/portable"].folder / "adapter_model.safetensors")
+    for name, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(tensor, mine[name], rtol=1e-6, atol=1e-9)
+
+
 def test_a_subset_of_layers_is_named_exactly(done: dict[str, Done]) -> None:
     config = json.loads((done["subset/peft"].folder / "adapter_config.json").read_text())
     assert len(done["subset/peft"].export.ranks) == 3
@@ -226,12 +251,12 @@ def test_merged_model_is_rounded_once(done: dict[str, Done], models: Any) -> Non
 
 
 def test_export_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    model = trained(toy.llama().bfloat16(), build("lora-ga", r=2))
+    model = trained(toy.llama().bfloat16(), recipe("lora-ga", r=2))
     model.model.model.norm.eval()
     before = [(n, p.data_ptr(), p.dtype, p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()]
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
     for profile in ("peft", "portable", "merged"):
-        export(model, tmp_path / profile, profile=profile, base_id="toy/llama")  # type: ignore[arg-type]
+        export(model, tmp_path / profile, profile=profile, base_id="toy/llama")
     for (name, pointer, dtype, grad, value), p in zip(before, model.parameters(), strict=True):
         assert (p.data_ptr(), p.dtype, p.requires_grad) == (pointer, dtype, grad), name
         assert torch.equal(p, value), name
@@ -273,7 +298,7 @@ def test_rank_limit_without_loss_and_refusals() -> None:
 
 
 def test_dead_slots_are_dropped_only_on_request(tmp_path: Path) -> None:
-    model = trained(toy.llama(), build("lora", r=4))
+    model = trained(toy.llama(), recipe("lora", r=4))
     q, k = sites(model)[:2]
     with torch.no_grad():
         q.layer.lora_B["default"].weight[:, 1:3] = 0
@@ -294,7 +319,7 @@ class Approximate(Plain):
 
 
 def test_a_form_without_exact_fold_says_so(tmp_path: Path) -> None:
-    model = trained(toy.llama(), replace(build("lora", r=2), form=Approximate()))  # type: ignore[type-var, call-arg]
+    model = trained(toy.llama(), replace(recipe("lora", r=2), form=Approximate()))
     report = export(model, tmp_path / "out", base_id="x/y")
     assert not report.exact and not report.method_exact and report.difference is not None
     assert "paper's own merge" in (tmp_path / "out" / "README.md").read_text()
@@ -312,7 +337,7 @@ def test_portable_refuses_a_head(models: Any, tmp_path: Path) -> None:
 
 def test_merged_refuses_a_tied_head_and_a_dtype(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="tied layer is part of the adapter"):
-        model = trained(toy.tied(), build("lora", r=2, targets=("lm_head", "q_proj")))
+        model = trained(toy.tied(), recipe("lora", r=2, targets=("lm_head", "q_proj")))
     with pytest.raises(LoralignError, match="shares its weight with"):
         export(model, tmp_path / "out", profile="merged", base_id="x/y")
     with pytest.raises(LoralignError, match="dtype of its base"):
@@ -320,21 +345,21 @@ def test_merged_refuses_a_tied_head_and_a_dtype(tmp_path: Path) -> None:
 
 
 def test_refuses_what_is_not_factors(tmp_path: Path) -> None:
-    model = trained(toy.llama(), build("lora", r=2))
-    model.peft_config["default"].use_dora = True  # type: ignore[attr-defined]
+    model = trained(toy.llama(), recipe("lora", r=2))
+    model.peft_config["default"].use_dora = True
     with pytest.raises(LoralignError, match="use_dora"):
         export(model, tmp_path / "out", base_id="x/y")
     with pytest.raises(LoralignError, match="no adapter"):
-        export(toy.llama(), tmp_path / "out")  # type: ignore[arg-type]
+        export(toy.llama(), tmp_path / "out")
     with torch.no_grad():
         sites(model)[0].layer.lora_A["default"].weight[0, 0] = float("nan")
-    model.peft_config["default"].use_dora = False  # type: ignore[attr-defined]
+    model.peft_config["default"].use_dora = False
     with pytest.raises(WorkFailed, match="NaN"):
         export(model, tmp_path / "out", base_id="x/y")
 
 
 def test_targets_are_replaced_only_where_they_are_ours(tmp_path: Path) -> None:
-    model, out = trained(toy.llama(), build("lora", r=2)), tmp_path / "out"
+    model, out = trained(toy.llama(), recipe("lora", r=2)), tmp_path / "out"
     out.mkdir()
     export(model, out, base_id="x/y")  # an empty folder is fine
     (out / "log.jsonl").write_text("{}")
@@ -359,7 +384,7 @@ def test_targets_are_replaced_only_where_they_are_ours(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_everything_as_it_was(
     existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, out = trained(toy.llama(), build("lora", r=2)), tmp_path / "out"
+    model, out = trained(toy.llama(), recipe("lora", r=2)), tmp_path / "out"
     if existing:
         export(model, out, base_id="x/y")
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -376,7 +401,7 @@ def test_a_full_disk_leaves_everything_as_it_was(
 
 
 def test_a_wrong_write_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, save = trained(toy.llama(), build("lora", r=2)), adapter_file.save_file
+    model, save = trained(toy.llama(), recipe("lora", r=2)), adapter_file.save_file
 
     def damaged(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
         save({k: v * 0 if "layers.1.mlp" in k else v for k, v in tensors.items()}, path, **options)
@@ -391,7 +416,7 @@ def test_a_wrong_write_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_base_names_are_never_paths(tmp_path: Path) -> None:
-    model, config = trained(toy.llama(), build("lora", r=2)), tmp_path / "My-Base" / "config.json"
+    model, config = trained(toy.llama(), recipe("lora", r=2)), tmp_path / "My-Base" / "config.json"
     with pytest.raises(LoralignError, match="pass base_id"):
         base_name(model, None, None)
     config.parent.mkdir()
@@ -411,7 +436,7 @@ def test_base_names_are_never_paths(tmp_path: Path) -> None:
 def test_card_and_run_json_hold_no_paths(tmp_path: Path) -> None:
     base = tmp_path / "My-Base"
     toy.llama().save_pretrained(base)
-    model = trained(loaded("llama", base), build("lora-ga", r=2))
+    model = trained(loaded("llama", base), recipe("lora-ga", r=2))
     card = Card(
         base=str(base),
         method="lora-ga",
@@ -440,6 +465,14 @@ def test_card_and_run_json_hold_no_paths(tmp_path: Path) -> None:
             assert str(tmp_path).encode() not in path.read_bytes(), path.name
 
 
+def test_a_card_without_export_is_of_a_whole_model(tmp_path: Path) -> None:
+    write_card(tmp_path, Card("org/base", method="full", metrics={"loss": 1}))
+    text = (tmp_path / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["library_name"] == "transformers" and front["base_model_relation"] == "finetune"
+    assert "lora" not in front["tags"] and "A fine-tuned copy of `org/base`" in text
+
+
 def test_scrub() -> None:
     assert scrub({"a": Path("/x/y.json"), "b": ("/x/z", 1, None), "c": "read /x/y first"}) == {
         "a": "y.json",
@@ -449,7 +482,7 @@ def test_scrub() -> None:
 
 
 def test_traps_are_named(tmp_path: Path) -> None:
-    model = trained(toy.llama(), build("rslora", r=2, targets=("k_proj",), ranks={"layers.0.self_attn.k_proj": 3}))
+    model = trained(toy.llama(), recipe("rslora", r=2, targets=("k_proj",), ranks={"layers.0.self_attn.k_proj": 3}))
     export(model, tmp_path, base_id="x/y")
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -488,13 +521,13 @@ def test_traps_are_named(tmp_path: Path) -> None:
 
 def test_probes_are_small_unpadded_and_complete() -> None:
     for family, make in toy.FAMILIES.items():
-        model = adapt(make(), build("lora", r=2))
+        model = adapt(make(), recipe("lora", r=2))
         for inputs in (probe_inputs(model), probe_inputs(model, toy.batch_for(model, rows=4, length=40))):
             assert "labels" not in inputs and all(v.shape[0] <= 2 for v in inputs.values())
             assert ("decoder_input_ids" in inputs) == (family == "t5")
             assert inputs.get("attention_mask", torch.ones(1)).all()
     left = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])}
-    model = adapt(toy.llama(), build("lora", r=2))
+    model = adapt(toy.llama(), recipe("lora", r=2))
     assert torch.equal(probe_inputs(model, left)["input_ids"], left["input_ids"][:, 2:])
     with pytest.raises(LoralignError, match="hold none of"):
         probe_inputs(model, {"rows": torch.ones(2)})

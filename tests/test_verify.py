@@ -20,7 +20,7 @@ from loralign import adapt, build, sites
 from loralign.io import verify as verify_module
 from loralign.io.export import export
 from loralign.io.verify import SCRIPT, VerifyJob, VerifyReport, verify, verify_many
-from loralign.types import LoralignError, VerificationFailed, WorkFailed
+from loralign.types import LoralignError, Recipe, VerificationFailed, WorkFailed
 
 WEIGHTS = "adapter_model.safetensors"
 Run = tuple[int, dict[str, VerifyReport]]
@@ -39,7 +39,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(an exported folder, its base)."""
     root = tmp_path_factory.mktemp("good")
     toy.llama().save_pretrained(root / "base")
-    model = adapt(type(toy.llama()).from_pretrained(root / "base"), build("lora", r=2))
+    recipe = build("lora", r=2)
+    assert isinstance(recipe, Recipe)
+    model = adapt(type(toy.llama()).from_pretrained(root / "base"), recipe)
     with torch.no_grad():
         for site in sites(model):
             site.layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(1))
@@ -170,7 +172,7 @@ def test_verify_raises_what_the_exit_codes_stand_for(good: tuple[Path, Path], tm
 
 
 def test_kinds_become_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    reports = {kind: VerifyReport("x", kind, "said") for kind in ("ok", "input", "verification")}  # type: ignore[arg-type]
+    reports = {kind: VerifyReport("x", kind, "said") for kind in ("ok", "input", "verification")}
     for kind, error in (("input", LoralignError), ("verification", VerificationFailed)):
         monkeypatch.setattr(verify_module, "verify_many", lambda jobs, kind=kind: [reports[kind]])
         with pytest.raises(error, match="said") as caught:

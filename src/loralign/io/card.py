@@ -20,7 +20,7 @@ class Card:
 
     base: str
     revision: str | None = None
-    method: str = "lora"
+    method: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The method's options and the recipe's fields that matter: r, alpha, gamma, …"""
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -64,7 +64,8 @@ def render(card: Card) -> str:
 
 
 def _merged(card: Card) -> bool:
-    return card.export is not None and card.export.profile == "merged"
+    """Whether the folder holds a whole model; without an export it was trained as one (method `full`)."""
+    return card.export is None or card.export.profile == "merged"
 
 
 def _base(card: Card) -> str:
@@ -85,7 +86,7 @@ def _front(card: Card) -> str:
     if merged:
         front["base_model_relation"] = "finetune"
     kind = "finetune" if merged else "adapter"
-    front["tags"] = [f"base_model:{kind}:{base}", "lora", "transformers", "loralign"]
+    front["tags"] = [f"base_model:{kind}:{base}", *(["lora"] if card.export else []), "transformers", "loralign"]
     data = str(card.data.get("name", ""))
     if data.count("/") == 1 and not is_local(data):
         front["datasets"] = [data]
@@ -117,13 +118,13 @@ def _use(card: Card) -> str:
 
 
 def _training(card: Card) -> str:
-    rows: dict[str, Any] = {"method": card.method, **card.options}
+    rows: dict[str, Any] = {**({"method": card.method} if card.method else {}), **card.options}
     rows |= {f"data: {key}" if key != "name" else "data": value for key, value in card.data.items()}
     if card.learning_rate is not None:
         rows["learning rate"] = f"{card.learning_rate:.3g}"
         rows["learning rate chosen by"] = card.lr_source or "not stated"
-    text = "## Training\n\n" + _table(("setting", "value"), rows)
-    return text + ("\n\n## Metrics\n\n" + _table(("metric", "value"), card.metrics) if card.metrics else "")
+    tables = [("Training", ("setting", "value"), rows), ("Metrics", ("metric", "value"), card.metrics)]
+    return "\n\n".join(f"## {name}\n\n{_table(head, content)}" for name, head, content in tables if content)
 
 
 def _export(card: Card) -> str:

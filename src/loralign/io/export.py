@@ -11,6 +11,7 @@ card and `verify/probes.safetensors` (inputs and logits of this process), from w
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,16 +25,17 @@ from loralign.io.adapter_file import adapter_config, check_supported, other_tens
 from loralign.io.card import Card, write_card
 from loralign.io.folder import fresh_folder
 from loralign.io.layout import Product, Stored, limited, loss, padded, read, rounded, uniform
-from loralign.io.merged import merged_state, merged_updates, write_merged
+from loralign.io.merged import merged_layers, merged_state, write_merged
 from loralign.io.portable import check_portable, needed_max_lora_rank, serving_note
 from loralign.io.probes import (
+    Layer,
     Recorded,
-    Update,
+    base_layer,
     difference,
     full_precision,
     is_quantised,
     logits,
-    low_rank_update,
+    low_rank_layer,
     probe_inputs,
     record,
     write_probes,
@@ -43,6 +45,8 @@ from loralign.io.report import ExportReport as ExportReport
 from loralign.sites import ADAPTER, sites
 from loralign.slot import LowRankVariant
 from loralign.types import LoralignError, Site, WorkFailed
+
+log = logging.getLogger("loralign")
 
 Profile = Literal["peft", "portable", "merged"]
 
@@ -123,6 +127,9 @@ def export(
         write_card(temporary, replace(card or Card(base), base=base, revision=commit, export=report))
         if portable_traps := report.traps if profile == "portable" else ():
             raise LoralignError(f"not portable: {portable_traps[0]}")
+    for what, lost in (("truncation", report.truncation), (report.dtype, report.rounding)):
+        if lost is not None and lost.total > 0.01:
+            log.warning("%s: %s changes the update by %.1f %%", folder.name, what, 100 * lost.total)
     return report
 
 
@@ -131,7 +138,7 @@ class _Written:
     """What will be written, and the function it computes."""
 
     report: ExportReport
-    updates: Mapping[str, Update]
+    layers: Mapping[str, Layer]
     stored: Mapping[str, Stored]
     state: Mapping[str, Tensor]
 
@@ -161,7 +168,8 @@ def _adapter(
         exact=report.method_exact and report.truncation is None and rounding is None,
         rounding=rounding,
     )
-    return _Written(report, {n: low_rank_update(s.A, s.B, s.scale) for n, s in stored.items()}, stored, {})
+    layers = {site.name: low_rank_layer(site, *stored[site.name][:2], stored[site.name].scale) for site in found}
+    return _Written(report, layers, stored, {})
 
 
 def _merged(
@@ -183,7 +191,7 @@ def _merged(
         exact=report.method_exact and report.truncation is None and stored_in == "float32" and not quantised,
         merged_into=f"{'dequantised weights of the quantised base' if quantised else 'the weights'}, {stored_in}",
     )
-    return _Written(report, merged_updates(found, state), {}, state)
+    return _Written(report, merged_layers(found, state), {}, state)
 
 
 def _measured(
@@ -193,10 +201,10 @@ def _measured(
     report = written.report
     with full_precision(model) as precision:
         value = logits(model, inputs)
-        base = logits(model, inputs, found, {})
+        base = logits(model, inputs, found, {site.name: base_layer(site) for site in found})
         expected = None
         if report.profile == "merged" or not report.exact:
-            expected = logits(model, inputs, found, written.updates)
+            expected = logits(model, inputs, found, written.layers)
     effect = difference(value, base).relative
     if expected is not None:
         report = replace(report, difference=difference(expected, value))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loralign.io.layout import Product
-from loralign.io.probes import Update, is_quantised
+from loralign.io.probes import Layer, is_quantised
 from loralign.sites import weight
 from loralign.types import LoralignError, Site, WorkFailed
 
@@ -29,15 +29,14 @@ from loralign.types import LoralignError, Site, WorkFailed
 def merged_state(model: PeftModel, found: Sequence[Site], products: Mapping[str, Product]) -> dict[str, Tensor]:
     """State dict of the merged base model under its own names; tensors that are not adapted are shared, not copied."""
     base, quantised = model.get_base_model(), is_quantised(model)
-    adapter = found[0].adapter
-    state = {} if quantised else _plain_state(base, adapter)
-    if quantised:
-        state = _dequantised_state(base, adapter)
+    state = (_dequantised_state if quantised else _plain_state)(base, found[0].adapter)
     _refuse_tied(state, found)
     dtype = base_dtype(model)
     for site in found:
         A, B = products[site.name]
         read = weight(site).read()
+        if quantised:
+            _check_dequantised(site, read)
         W = read + B.to(read.device) @ A.to(read.device)
         W = W.T if isinstance(site.layer.get_base_layer(), Conv1D) else W  # type: ignore[operator]
         key = f"{site.name}.weight"
@@ -85,6 +84,20 @@ def _dequantised_state(base: Any, adapter: str) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if k in wanted}
 
 
+@torch.no_grad()
+def _check_dequantised(site: Site, W: Tensor) -> None:
+    """The layer must compute with what it dequantises to; on a CPU bitsandbytes repacks weights at a forward."""
+    layer: Any = site.layer.get_base_layer()  # type: ignore[operator]
+    x = torch.ones(1, site.d_in, device=W.device)
+    x[:, ::2] = -1.0
+    y = layer(x).float() - (0.0 if layer.bias is None else layer.bias.float())
+    if not float((y - x @ W.T).norm()) <= 0.1 * float(y.norm()):
+        raise WorkFailed(
+            f"{site.name} computes with other weights than it dequantises to (bitsandbytes does so on a CPU after a "
+            "forward): load the model on a GPU, or load model and adapter again and merge before any forward"
+        )
+
+
 def skeleton(base: Any) -> Any:
     """The base model's class without weights and without quantisation: its `save_pretrained` writes any state dict."""
     config = copy.deepcopy(base.config)
@@ -106,24 +119,25 @@ def _refuse_tied(state: Mapping[str, Tensor], found: Sequence[Site]) -> None:
             )
 
 
-def merged_updates(found: Sequence[Site], state: Mapping[str, Tensor]) -> dict[str, Update]:
-    """What each merged weight adds to its base layer, (W − W0)·x, for computing the merged model's logits."""
+def merged_layers(found: Sequence[Site], state: Mapping[str, Tensor]) -> dict[str, Layer]:
+    """W·x + bias with the merged weights, for computing the merged model's logits."""
 
-    def added(site: Site) -> Update:
-        def update(x: Tensor) -> Tensor:
-            W = state[f"{site.name}.weight"].to(x.device).float()
-            W = W.T if isinstance(site.layer.get_base_layer(), Conv1D) else W  # type: ignore[operator]
-            return x.float() @ (W - weight(site).read()).T
+    def merged(site: Site) -> Layer:
+        def layer(x: Tensor) -> Tensor:
+            base: Any = site.layer.get_base_layer()  # type: ignore[operator]
+            W = state[f"{site.name}.weight"].to(x.device, x.dtype)
+            return nn.functional.linear(x, W.T if isinstance(base, Conv1D) else W, base.bias)
 
-        return update
+        return layer
 
-    return {site.name: added(site) for site in found}
+    return {site.name: merged(site) for site in found}
 
 
 def write_merged(folder: Path, model: PeftModel, state: Mapping[str, Tensor], tokenizer: Any | None) -> None:
     """The model's own `save_pretrained`, with its tokenizer; then shapes are read back."""
     base: Any = model.get_base_model()
-    saver = skeleton(base) if is_quantised(base) else base
+    marked = getattr(base, "hf_quantizer", None) is not None  # also after GGUF, whose layers are plain
+    saver = skeleton(base) if marked or is_quantised(base) else base
     if saver is not base and base.can_generate():
         saver.generation_config = base.generation_config
     saver.save_pretrained(str(folder), state_dict=dict(state))

@@ -35,8 +35,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Relative difference of logits that a reload may show, by the precision they are computed in."""
 HALF = (torch.float16, torch.bfloat16)
 
-Update = Callable[[Tensor], Tensor]
-"""What an adapter adds to the output of its base layer, as a function of the layer's input."""
+Layer = Callable[[Tensor], Tensor]
+"""The output of an adapted layer as a function of its input."""
 
 
 @dataclass(frozen=True)
@@ -178,17 +178,16 @@ def logits(
     model: PeftModel,
     inputs: Mapping[str, Tensor],
     found: Sequence[Site] = (),
-    updates: Mapping[str, Update | None] | None = None,
+    layers: Mapping[str, Layer] | None = None,
 ) -> Tensor:
-    """Logits of the model as it is, or with the update of each site in `found` replaced (None: nothing is added)."""
+    """Logits of the model as it is, or with the layer of each site in `found` replaced by a function of its input."""
     device = next(model.parameters()).device
     training = [m for m in model.modules() if m.training]
     with ExitStack() as undo, torch.autocast(device.type, enabled=False):
         for module in training:
             undo.callback(setattr, module, "training", True)
         for site in found:
-            hook = _replacing((updates or {}).get(site.name))
-            undo.callback(site.layer.register_forward_hook(hook).remove)
+            undo.callback(site.layer.register_forward_hook(_replacing((layers or {})[site.name])).remove)
         model.eval()
         try:
             out = model(**{k: v.to(device) for k, v in inputs.items()})
@@ -209,21 +208,25 @@ def kept(value: Tensor) -> int:
     return max(1, min(KEPT, FLOATS // max(1, value.shape[0] * value.shape[-1])))
 
 
-def _replacing(update: Update | None) -> Callable[[Any, tuple[Any, ...], Tensor], Tensor]:
-    def hook(layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        y: Tensor = layer.get_base_layer()(*args)
-        return y if update is None else (y + update(args[0])).to(y.dtype)
+def _replacing(layer: Layer) -> Callable[[Any, tuple[Any, ...], Tensor], Tensor]:
+    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return layer(args[0]).to(output.dtype)
 
     return hook
 
 
-def low_rank_update(A: Tensor, B: Tensor, scale: float) -> Update:
-    """s·B·(A·x), computed as stock PEFT does: factors in fp32, whatever they are stored in."""
+def base_layer(site: Site) -> Layer:
+    """W0·x + bias."""
+    return site.layer.get_base_layer()  # type: ignore[operator]
 
-    def update(x: Tensor) -> Tensor:
-        return x.float() @ A.to(x.device).float().T @ B.to(x.device).float().T * scale
 
-    return update
+def low_rank_layer(site: Site, A: Tensor, B: Tensor, scale: float) -> Layer:
+    """W0·x + bias + s·B·(A·x), computed as stock PEFT does: factors in fp32, whatever they are stored in."""
+
+    def layer(x: Tensor) -> Tensor:
+        return base_layer(site)(x) + x.float() @ A.to(x.device).float().T @ B.to(x.device).float().T * scale
+
+    return layer
 
 
 # -------------------------------------------------------------------------------------------------------------- record
