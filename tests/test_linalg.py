@@ -569,6 +569,7 @@ BATCHED = {
     "psd_inv_sqrt": lambda X, Y, H, K: linalg.psd_inv_sqrt(H),
     "sylvester_psd": lambda X, Y, H, K: linalg.sylvester_psd(H, K, H @ K),
     "chol_qr2": lambda X, Y, H, K: linalg.chol_qr2(X),
+    "gram": lambda X, Y, H, K: linalg.gram(X),
     "orthonormal_basis": lambda X, Y, H, K: linalg.orthonormal_basis(X),
     "basis_inverse": lambda X, Y, H, K: linalg.basis_inverse(linalg.orthonormal_basis(X)[1]),
     "polar": lambda X, Y, H, K: linalg.polar(Y),
