@@ -282,6 +282,8 @@ class PairOptimizer(torch.optim.Optimizer):
         rate = {g["role"]: float(g["lr"]) * self.lr_factor * float(g["weight_decay"]) for g in self.param_groups}
         for factor in (f for f in "AB" if rate.get(f)):
             names = [n for n, u in updates.items() if getattr(u, factor) is not None]
+            if not names:
+                continue
             now = [getattr(updates[n], factor) for n in names]
             ps = [
                 p.data if type(p.data) is type(u) else whole(p.data)

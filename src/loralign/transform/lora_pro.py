@@ -1,0 +1,206 @@
+"""Move the factors so that the product follows the full gradient as closely as rank r allows.
+
+    a = (1/s²)(BᵀB)⁻¹·gA + X·A        b = (1/s²)(I − P_B)·gB·(AAᵀ)⁻¹ − B·X        for any X (r, r)
+    s(B·a + b·A) = P_B·G + G·P_A − P_B·G·P_A,  the point of that set which is closest to G
+    (BᵀB)·X + X·(AAᵀ) = −(1/s²)(BᵀB)⁻¹·gA·Aᵀ                 the X with the least ‖a − gA‖² + ‖b − gB‖²
+    one side frozen:   a = (1/s²)(BᵀB)⁻¹·gA  (product: P_B·G)   or   b = (1/s²)·gB·(AAᵀ)⁻¹  (product: G·P_A)
+    moments="factor":  Adam on a and b
+    moments="full":    m, v of g̃ = s(B·a + b·A) like W;  u = m̂/(√v̂ + ε);  gA = s·Bᵀ·u, gB = s·u·Aᵀ through (5), (7)
+    moments="none":    A ← A − lr·a,  B ← B − lr·b
+
+Shapes:  A, gA, a (r, d_in) · B, gB, b (d_out, r) · X (r, r) · G, u, m, v (d_out, d_in), G is never needed
+Source:  Wang, Liang, He, Wang & Tan, "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", arXiv 2407.18242 v3,
+         eq. 5–7. Official code: mrflogs/LoRA-Pro (vendored DeepSpeed stage_1_and_2.py, lorapro_full_adjustment).
+Differs: from the code: s is the pair's (there 2), m̂ and v̂ count steps from 1 (there from 2), the clip acts on the
+         gradients (there on the finished update), frozen W does not decay, X by two symmetric eigendecompositions
+         (there complex ones), (BᵀB)⁻¹ is damped relative to its size too and cut where float32 knows nothing. Default
+         is "factor", the authors' older release; their newer one and the paper's algorithm is "full".
+Cost:    10·r²(d_in + d_out) FLOPs a step. State: factor 8 B per trained number, full 8 B per number of W (52 GB for a
+         7B model), none 0.
+Export:  exact.
+Args:    moments: where Adam's averages live. x: "sylvester" (7), "zero" or "symmetric" (½·C·(AAᵀ)⁻¹, C the right side
+         of (7)); the step of the product is the same. damping: δ of (BᵀB + δI)⁻¹ in units of its mean eigenvalue,
+         1e-6 (paper: none). floor: smallest δ, in units of B², 1e-8 as in the code. betas, eps: Adam's.
+         The rate of "full" is full fine-tuning's, s cancels. Clipping: the usual global norm of 1.
+Example:
+    >>> import torch
+    >>> from loralign.transform.lora_pro import closest
+    >>> A, B, G = torch.tensor([[[1., 0.]]]), torch.tensor([[[1.], [0.]]]), torch.tensor([[[1., 2.], [3., 4.]]])
+    >>> a, b = closest(A, B, B.mT @ G, G @ A.mT, torch.ones(1, 1, 1), damping=0.0, floor=0.0)
+    >>> (B @ a + b @ A).tolist()
+    [[[1.0, 2.0], [3.0, 0.0]]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loralign.linalg import gram, psd_inverse, sylvester_psd
+from loralign.optim import stacked
+from loralign.transform.adamw import adamw
+from loralign.transform.combine import chain, descend
+from loralign.types import Ctx, Grad, Pair, SlotPlan, State, Transform
+
+Choice = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(BᵀB, AAᵀ, (AAᵀ)⁻¹, C) -> X, where (BᵀB)·X + X·(AAᵀ) = C is (7)."""
+
+
+def sylvester(HB: Tensor, HA: Tensor, iA: Tensor, C: Tensor) -> Tensor:
+    return sylvester_psd(HB, HA, C)
+
+
+def symmetric(HB: Tensor, HA: Tensor, iA: Tensor, C: Tensor) -> Tensor:
+    return C @ iA / 2
+
+
+def zero(HB: Tensor, HA: Tensor, iA: Tensor, C: Tensor) -> Tensor:
+    return torch.zeros_like(C)
+
+
+def _inverse(H: Tensor, damping: float, floor: float) -> Tensor:
+    """(H + δI)⁻¹, δ = damping·tr H/r + floor; H (..., r, r), 0 where H = 0 and floor = 0."""
+    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return psd_inverse(H + torch.diag_embed((damping * mean + floor)[..., None].expand(H.shape[:-1])))
+
+
+def closest(
+    A: Tensor,
+    B: Tensor,
+    gA: Tensor | None,
+    gB: Tensor | None,
+    s: Tensor,
+    choose: Choice = sylvester,
+    *,
+    damping: float,
+    floor: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(a, b) of n pairs: A, gA (n, r, d_in), B, gB (n, d_out, r), s (n, 1, 1); None for a factor that is frozen."""
+    if gA is None or gB is None:
+        a = None if gA is None else _inverse(gram(B), damping, floor) / s**2 @ gA
+        b = None if gB is None else gB @ (_inverse(gram(A.mT), damping, floor) / s**2)
+        return a, b
+    HB, HA = gram(B), gram(A.mT)
+    iB, iA = _inverse(torch.stack([HB, HA]), damping, floor)
+    iB = iB / s**2
+    X = choose(HB, HA, iA, -iB @ (gA @ A.mT))  # eq. 7
+    a = torch.baddbmm(X @ A, iB, gA)  # eq. 5
+    b = torch.baddbmm(gB @ (iA / s**2), B, iB @ (B.mT @ gB) @ iA + X, alpha=-1)
+    return a, b
+
+
+@dataclass(frozen=True)
+class Adjusted:
+    """Gradients to (a, b); keeps nothing."""
+
+    choose: Choice
+    damping: float
+    floor: float
+    accepts: frozenset[str] = frozenset({"one_sided"})
+    lr_ratio: float = 1.0
+
+    def init(self, pair: Pair) -> State:
+        return {factor: {} for factor in pair.train}
+
+    def measure(
+        self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
+    ) -> Mapping[str, Tensor]:
+        return {}
+
+    def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
+        A, B, s = _values(pairs)
+        gA, gB = (stacked(g) if g[0] is not None else None for g in zip(*grads, strict=True))
+        return _split(*closest(A, B, gA, gB, s, self.choose, damping=self.damping, floor=self.floor), len(pairs))
+
+    def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
+        """Nothing is kept."""
+
+
+@dataclass(frozen=True)
+class FullMoments:
+    """Adam on the equivalent full gradient: m (d_out, d_in) is kept with the first trained factor, v with the last."""
+
+    choose: Choice
+    damping: float
+    floor: float
+    betas: tuple[float, float]
+    eps: float
+    accepts: frozenset[str] = frozenset({"one_sided"})
+    lr_ratio: float = 1.0
+
+    def init(self, pair: Pair) -> State:
+        shape, dtype = (pair.B.shape[0], pair.A.shape[1]), torch.promote_types(pair.A.dtype, torch.float32)
+        state: State = {factor: {} for factor in pair.train}
+        state[pair.train[0]]["step"] = torch.zeros((), dtype=torch.float32, device=pair.A.device)
+        state[pair.train[0]]["exp_avg"] = torch.zeros(shape, dtype=dtype, device=pair.A.device)
+        state[pair.train[-1]]["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=pair.A.device)
+        return state
+
+    def measure(
+        self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
+    ) -> Mapping[str, Tensor]:
+        return {}
+
+    def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
+        A, B, s = _values(pairs)
+        gA, gB = (stacked(g) if g[0] is not None else None for g in zip(*grads, strict=True))
+        a, b = closest(A, B, gA, gB, s, zero, damping=self.damping, floor=self.floor)
+        for k, pair in enumerate(pairs):  # one full-size matrix at a time
+            moments = {**state[k][pair.train[0]], **state[k][pair.train[-1]]}
+            u = self._adam(pair.s * _product(A[k], B[k], a, b, k), moments)
+            if gA is not None:
+                gA[k] = pair.s * (B[k].mT @ u)
+            if gB is not None:
+                gB[k] = pair.s * (u @ A[k].mT)
+        a, b = closest(A, B, gA, gB, s, self.choose, damping=self.damping, floor=self.floor)
+        return _split(None if a is None else -ctx.lr_A * a, None if b is None else -ctx.lr_B * b, len(pairs))
+
+    def _adam(self, g: Tensor, st: dict[str, Tensor]) -> Tensor:
+        (beta1, beta2), m, v, t = self.betas, st["exp_avg"], st["exp_avg_sq"], st["step"].add_(1)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        root = (v / (1 - beta2 ** t.double())).sqrt_().add_(self.eps)
+        return (m / (1 - beta1 ** t.double())).div_(root)
+
+    def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
+        """The moments belong to W, not to slots."""
+
+
+def _values(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
+    A, B = stacked([p.A for p in pairs]), stacked([p.B for p in pairs])
+    return A, B, torch.tensor([p.s for p in pairs], dtype=torch.float64).to(A)[:, None, None]
+
+
+def _product(A: Tensor, B: Tensor, a: Tensor | None, b: Tensor | None, k: int) -> Tensor:
+    """B·a + b·A of pair k."""
+    if a is None or b is None:
+        return B @ a[k] if a is not None else b[k] @ A  # type: ignore[index]
+    return torch.addmm(B @ a[k], b[k], A)
+
+
+def _split(a: Tensor | None, b: Tensor | None, n: int) -> list[Grad]:
+    sides = ([None] * n if side is None else side.unbind() for side in (a, b))
+    return [Grad(*pair) for pair in zip(*sides, strict=True)]
+
+
+def equivalent_gradient(
+    moments: Literal["factor", "full", "none"] = "factor",
+    x: Literal["sylvester", "zero", "symmetric"] = "sylvester",
+    damping: float = 1e-6,
+    floor: float = 1e-8,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Transform:
+    """LoRA-Pro, with Adam's moments on the adjusted factors, on the full gradient, or without moments."""
+    choose = {"sylvester": sylvester, "symmetric": symmetric, "zero": zero}[x]
+    adjusted = Adjusted(choose, damping, floor)
+    forms: Mapping[str, Callable[[], Transform]] = {
+        "factor": lambda: chain(adjusted, adamw(betas, eps)),
+        "full": lambda: FullMoments(choose, damping, floor, (betas[0], betas[1]), eps),
+        "none": lambda: chain(adjusted, descend()),
+    }
+    return forms[moments]()
