@@ -13,6 +13,8 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from loralign.form.plain import plain
+from loralign.init.cora import common_basis, common_start
+from loralign.init.hrp import high_rank_preheat, high_rank_sketch
 from loralign.init.kaiming import kaiming
 from loralign.init.lora_ga import gradient_svd
 from loralign.init.olora import leading_qr
@@ -32,6 +34,21 @@ _LINES = (
     Method("lora-ga", "start along the gradient's singular vectors", "2407.05000", "exact at rank 2r",
            LrPrior(2.2e-4, _ASSETS + ": 1e-4 at s 5.66, gamma 16"), init=gradient_svd, scale=over_sqrt_rank,
            presets={"paper": {"r": 8, "alpha": 16.0, "gamma": 16.0}, "paper-llama": {"r": 8, "alpha": 16.0, "gamma": 64.0}}),
+    Method("hrp", "start along the main directions of a short high-rank run", "2502.07739", "exact",
+           LrPrior(None, "unknown: sweep ⅓, 1 and 3 times LoRA's"), init=high_rank_preheat,
+           presets={"paper": {"rank": 128, "kappa": 1.0}},
+           unverified="the paper's body could not be read: a reconstruction from its abstracts"),
+    Method("hrp-sketch", "as hrp, from accumulated gradients without a step", "2502.07739", "exact",
+           LrPrior(None, "unknown: sweep ⅓, 1 and 3 times LoRA's"), init=high_rank_sketch,
+           unverified="the paper's body could not be read: a cheap variant of its reconstruction"),
+    Method("cora", "one factor frozen at directions that several models share", "2409.02119", "exact",
+           LrPrior(None, "unknown: sweep 1 and 2 times LoRA's"), init=common_basis,
+           presets={"paper": {"side": "left"}},
+           unverified="the paper's body could not be read: a reconstruction from its abstract"),
+    Method("cora-init", "one factor started at directions that several models share", "2409.02119", "exact",
+           LrPrior(None, "unknown: sweep ⅓ and 1 times LoRA's"), init=common_start,
+           presets={"paper": {"side": "left"}},
+           unverified="the paper's body could not be read: a reconstruction from its abstract"),
     Method("pissa", "start along the weight's principal singular vectors", "2404.02948", "exact at rank 2r",
            LrPrior(2.3e-4, _ASSETS + ": 3e-4 at s 2"), init=principal_svd),
     Method("olora", "start from the weight's QR factorisation", "2406.01775", "exact at rank 2r",

@@ -84,6 +84,23 @@ class Draw(Protocol):
 class Nothing:
     """The init or rule is computed from W, r and s alone."""
 
+    draws: int = 0
+    """Micro-batches that the collector takes."""
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """How the gradient is sketched: never formed, state of width·r·(d_out + d_in) numbers per site."""
+
+    width: int = 8
+    """Columns kept, in multiples of r; more than per_rank, so that the quality can be estimated."""
+    passes: int = 1
+    """Over the same micro-batches: the first compresses the running sum, each further one is half a power iteration."""
+    exact_below: float = 0.9
+    """Sites whose estimated quality (1: as good as the exact directions) is lower are treated exactly; 0: none."""
+    held_out: int = 1
+    """Further micro-batches, on which only the captured share is measured; 0: not measured."""
+
 
 @dataclass(frozen=True)
 class TopGradient:
@@ -94,35 +111,48 @@ class TopGradient:
     sketch: Sketch | None = None
     """None: the exact gradient, one layer's at a time, summed on the CPU. Otherwise how to sketch it."""
 
-
-@dataclass(frozen=True)
-class Sketch:
-    """How wide (multiples of r) and in how many passes over the micro-batches the gradient is sketched."""
-
-    width: int = 3
-    passes: int = 4
-    exact_below: float = 0.0
-    """Layers whose held-out captured share, relative to the exact one, falls below this are treated exactly."""
+    @property
+    def draws(self) -> int:
+        return self.micro_batches + (self.sketch.held_out if self.sketch else 0)
 
 
 @dataclass(frozen=True)
 class Preheated:
-    """The product of a temporary adapter of rank R after `steps` optimizer steps (0: accumulate gradients only)."""
+    """The leading r triples of a temporary adapter's product after `steps` optimizer steps at rank R.
+
+    steps = 0: no step is taken; two passes over different halves of the micro-batches sketch the gradient at width R.
+    """
 
     rank: Callable[[int], int]
     """R as a function of r."""
     steps: int
     train: Train
+    """The factors of the temporary adapter that move; the others stay random with orthonormal rows or columns."""
     micro_batches: int = 32
+    """Drawn; the steps cycle through them."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step."""
+    lr: float | None = None
+    """Peak learning rate of the preheat's AdamW; None: plain LoRA's prior."""
+
+    @property
+    def draws(self) -> int:
+        return self.micro_batches
 
 
 @dataclass(frozen=True)
 class CommonSubspace:
     """Directions that several sources share: adapters, deltas between checkpoints, or weights."""
 
-    sources: tuple[str, ...]
+    sources: tuple[str, ...] = ()
+    """Folders of adapters or of checkpoints, or one basis file; (): the layers of the model itself."""
     base: str | None = None
-    side: Literal["left", "right", "auto"] = "left"
+    """Folder of the checkpoint that `sources` were fine-tuned from: their deltas are the sources."""
+    side: Literal["left", "right", "auto"] = "auto"
+    """The side whose directions are wanted: left belongs in B, right in A; auto: where the sources agree more."""
+    width: int = 32
+    """Leading directions taken from each source."""
+    draws: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,6 +160,10 @@ class Activations:
     """Second moments of the module inputs over n micro-batches."""
 
     micro_batches: int = 8
+
+    @property
+    def draws(self) -> int:
+        return self.micro_batches
 
 
 Need = Nothing | TopGradient | Preheated | CommonSubspace | Activations
@@ -140,8 +174,10 @@ NOTHING = Nothing()
 class Directions:
     """Evidence about one site: singular triples, best first, and how much of the whole they hold.
 
-    U: (d_out, k) or None. S: (k,). V: (d_in, k) or None. captured: Σ S² over the squared norm of what was
-    measured (a share in [0, 1]), None where unknown. exact: no sketch was involved. note: what to tell the user.
+    U: (d_out, k) or None. S: (k,). V: (d_in, k) or None; None for the side that is not known. captured: share of the
+    measured thing's energy in these directions, in [0, 1]. held_out: the same share of data that they were not computed
+    from. quality: their energy over that of the best k directions, estimated from below; 1 where exact. All None where
+    unknown. exact: no sketch was involved. note: what to tell the user.
     """
 
     U: Tensor | None
@@ -150,6 +186,8 @@ class Directions:
     captured: float | None = None
     exact: bool = True
     note: str = ""
+    held_out: float | None = None
+    quality: float | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------- the axes

@@ -18,7 +18,7 @@ Export:  exact with rank 2r.
 Args:    gamma: γ, larger = smaller start; paper 16 (T5) and 64 (Llama), code 16.
          direction: which of the 2r vectors go where; ArB2r (A = 1..r, B = r+1..2r, default), A2rBr, ArBr, random.
          scale: stable | gd | unit | weight. norm_clip: False. micro_batches: averaged, 8.
-         sketch: None = exact gradient.
+         sketch: how the gradient is sketched; None = exact, which the code has.
 Example:
     >>> from loralign.init.lora_ga import gradient_svd
     >>> gradient_svd(gamma=64).needs.per_rank
@@ -108,7 +108,7 @@ def gradient_svd(
     scale: str = "stable",
     norm_clip: bool = False,
     micro_batches: int = 8,
-    sketch: Sketch | None = None,
+    sketch: Sketch | None = Sketch(),  # noqa: B008 - a frozen value
 ) -> GradientSVD:
     """LoRA-GA's start."""
     if direction not in DIRECTIONS or scale not in scales(gamma):

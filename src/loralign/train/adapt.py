@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from loralign.evidence import Progress, collect, model_loss
+from loralign.evidence import Evidence, Progress, collect, model_loss
 from loralign.optim import PairOptimizer
 from loralign.plan import check_combination
 from loralign.sites import draw_for, keep_saving_right, put_in, sites, skipped, weight
@@ -76,7 +76,7 @@ def gather(
     loss: Loss = model_loss,
     cache: Path | None = None,
     progress: Progress | None = None,
-) -> dict[str, Directions]:
+) -> Evidence:
     """Collect what the recipe's init must know, through the freshly inserted adapter (its product is zero)."""
     found = sites(model)
     return collect(

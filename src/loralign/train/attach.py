@@ -10,6 +10,7 @@ incomplete) and, where a method has state of its own, `loralign_state.safetensor
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -22,10 +23,11 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loralign.evidence import Progress
 from loralign.plan import check_combination
-from loralign.sites import ADAPTER, peft_config
+from loralign.sites import ADAPTER, differing_target, peft_config, sites
 from loralign.train.adapt import gather, optimizer, restore_storage, start
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import read_note
@@ -51,16 +53,15 @@ def attach(
         cache: folder for evidence. progress: called with (what, done, total).
     Raises:
         LoralignError: a model that is not the recipe's, a reference adapter, DeepSpeed with a pairwise transform.
-    Side effects: the trainer's `max_grad_norm` becomes 0, the recipe's own clip acts inside the optimizer.
+    Side effects: the trainer's `max_grad_norm` becomes 0, the recipe's own clip acts inside the optimizer; checkpoints
+        beyond its `save_total_limit` are deleted after ours is complete.
     """
     check_combination(recipe)
-    if getattr(trainer.args, "deepspeed", None) and "zero" not in recipe.transform.accepts:
-        raise LoralignError(
-            f"{recipe.name}: DeepSpeed flattens parameters, so pairs (A, B) cannot step together; use FSDP2 or DDP"
-        )
+    _check_sharding(trainer, recipe)
     model = _own_model(trainer, recipe)
+    _name_ignored(trainer.args, recipe)
     if resume_from is None:
-        with _same_randomness():
+        with _same_randomness(), _same_metrics(trainer), _as_in_training(trainer, model):
             evidence = gather(
                 model, recipe, _batches(trainer, recipe), loss=_loss_of(trainer), cache=cache, progress=progress
             )
@@ -68,7 +69,13 @@ def attach(
     else:
         stored = read_note(Path(resume_from)).storage
         restore_storage(model, recipe, stored)
-    callback = RecipeCallback(recipe, model, stored, resume_from=Path(resume_from) if resume_from else None)
+    callback = RecipeCallback(
+        recipe,
+        model,
+        stored,
+        resume_from=Path(resume_from) if resume_from else None,
+        keep=trainer.args.save_total_limit,
+    )
     trainer.add_callback(callback)
     lr = float(trainer.args.learning_rate)
     trainer.optimizer_cls_and_kwargs = (
@@ -76,8 +83,33 @@ def attach(
         {},
     )
     trainer.args.max_grad_norm = 0.0
+    trainer.args.save_total_limit = None
     trainer.args.ddp_broadcast_buffers = False
     return callback
+
+
+def _check_sharding(trainer: Any, recipe: Recipe) -> None:
+    plugins = trainer.accelerator.state
+    if trainer.is_deepspeed_enabled:
+        if "zero" not in recipe.transform.accepts:
+            raise LoralignError(
+                f"{recipe.name}: DeepSpeed flattens parameters, so pairs (A, B) cannot step together; use FSDP2 or DDP"
+            )
+        if getattr(getattr(plugins, "deepspeed_plugin", None), "zero_stage", 0) == 3:
+            raise LoralignError("DeepSpeed ZeRO-3 empties the factors between steps: use FSDP2 or DDP, or ZeRO-2")
+    if trainer.is_fsdp_enabled and getattr(getattr(plugins, "fsdp_plugin", None), "fsdp_version", 2) == 1:
+        raise LoralignError("FSDP version 1 flattens parameters: set fsdp_version: 2 in the accelerate config")
+
+
+def _name_ignored(args: Any, recipe: Recipe) -> None:
+    """Settings of the trainer that the recipe's own optimizer replaces."""
+    ignored = {
+        "optim": (str(getattr(args.optim, "value", args.optim)), ("adamw_torch", "adamw_torch_fused")),
+        "weight_decay": (args.weight_decay, (0.0, recipe.weight_decay)),
+    }
+    for key, (value, fine) in ignored.items():
+        if value not in fine:
+            log.warning("the trainer's %s = %s does not count: %s decides, set it there", key, value, recipe.name)
 
 
 def _own_model(trainer: Any, recipe: Recipe) -> PeftModel:
@@ -86,6 +118,8 @@ def _own_model(trainer: Any, recipe: Recipe) -> PeftModel:
         raise LoralignError(
             "the trainer holds a plain model: build it with peft_config=loralign.peft_config(recipe, model)"
         )
+    if any(isinstance(c, RecipeCallback) for c in trainer.callback_handler.callbacks):
+        raise LoralignError("this trainer is already attached to a recipe: build a new one for another run")
     if "ref" in model.peft_config:
         raise LoralignError(
             'the trainer copied the adapter to a frozen one named "ref", which would drift from the base model: '
@@ -93,7 +127,7 @@ def _own_model(trainer: Any, recipe: Recipe) -> PeftModel:
         )
     if list(model.peft_config) != [ADAPTER]:
         raise LoralignError(f"expected one adapter named {ADAPTER!r}, found {sorted(model.peft_config)}")
-    if getattr(trainer, "optimizer", None) is not None:
+    if trainer.optimizer is not None or trainer.lr_scheduler is not None:
         raise LoralignError("the trainer already has an optimizer: call attach before train() and pass no `optimizers`")
     config: Any = model.peft_config[ADAPTER]
     with_plain = peft_config(recipe, model.get_base_model(), adapted=True)
@@ -103,6 +137,15 @@ def _own_model(trainer: Any, recipe: Recipe) -> PeftModel:
                 f"the trainer's adapter has {key} = {getattr(config, key)!r}, the recipe {getattr(with_plain, key)!r}: "
                 "build it with peft_config=loralign.peft_config(recipe, model)"
             )
+    other = differing_target(model, recipe)
+    if other:
+        raise LoralignError(
+            f"the trainer's adapter {other}, the recipe does not: "
+            "build it with peft_config=loralign.peft_config(recipe, model)"
+        )
+    for site in sites(model):
+        for side in (site.layer.lora_A, site.layer.lora_B):  # TRL makes the adapter of a quantised model bf16
+            side[site.adapter].float()  # type: ignore[index]
     return model
 
 
@@ -113,7 +156,7 @@ def _unwrapped(model: nn.Module) -> Any:
 def _loss_of(trainer: Any) -> Callable[[nn.Module, Batch], Tensor]:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         prepared = trainer._prepare_inputs(dict(batch))
-        with trainer.compute_loss_context_manager():
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             value: Tensor = trainer.compute_loss(model, prepared)
         return value
 
@@ -121,9 +164,14 @@ def _loss_of(trainer: Any) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 def _batches(trainer: Any, recipe: Recipe) -> Iterator[Batch]:
-    wanted = getattr(recipe.init.needs, "micro_batches", 0)
-    if wanted:
-        yield from islice(iter(trainer.get_train_dataloader()), wanted)
+    wanted = recipe.init.needs.draws
+    if not wanted:
+        return
+    loader = trainer.get_train_dataloader()
+    try:
+        yield from islice(iter(loader), wanted)
+    finally:
+        getattr(loader, "end", lambda: None)()  # accelerate counts a loader as running until it is exhausted
 
 
 @contextmanager
@@ -139,3 +187,36 @@ def _same_randomness() -> Iterator[None]:
         random.setstate(state[2])
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def _same_metrics(trainer: Any) -> Iterator[None]:
+    """TRL's trainers average what `compute_loss` saw into the next log; evidence must not count there."""
+    kept = {k: copy.deepcopy(v) for k, v in vars(trainer).items() if k in ("_metrics", "_total_train_tokens")}
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+
+
+@contextmanager
+def _as_in_training(trainer: Any, model: nn.Module) -> Iterator[None]:
+    """Checkpoint activations where the trainer will: it switches that on in `train()`, evidence needs it before.
+
+    Only the checkpointed layers themselves are told that they train, so dropout inside them stays as it was.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    modes = [m.training for m in layers]
+    if trainer.args.gradient_checkpointing:
+        options = dict(trainer.args.gradient_checkpointing_kwargs or {})
+        for own in ("every_n_layers", "offload"):
+            options.pop(own, None)
+        before_5_24 = getattr(model, "gradient_checkpointing_enable", None)
+        getattr(model, "activation_checkpointing_enable", before_5_24)(options or None)
+        for m in layers:
+            m.training = True
+    try:
+        yield
+    finally:
+        for m, mode in zip(layers, modes, strict=True):
+            m.training = mode

@@ -1,0 +1,89 @@
+"""Evidence: what an init may know before training, collected once and cached.
+
+An Init states *what* it needs; this package knows *how* to get it: `gradient.py` (exact or by `sketch.py`),
+`preheat.py` (a temporary adapter of high rank), `shared.py` (directions that other models or layers share). `tap.py`
+runs the model, `store.py` keeps results and makes all ranks agree on them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loralign.evidence.gradient import exact_gradient as exact_gradient
+from loralign.evidence.gradient import top_gradient
+from loralign.evidence.preheat import preheated
+from loralign.evidence.shared import common_subspace
+from loralign.evidence.store import Evidence as Evidence
+from loralign.evidence.store import evidence_key, load_evidence, rank, same_everywhere, save_evidence
+from loralign.evidence.tap import Passes as Passes
+from loralign.evidence.tap import Progress as Progress
+from loralign.evidence.tap import Sink as Sink
+from loralign.evidence.tap import Spent as Spent
+from loralign.evidence.tap import model_loss as model_loss
+from loralign.evidence.tap import tapped as tapped
+from loralign.types import (
+    Batch,
+    Batches,
+    CommonSubspace,
+    Directions,
+    LoralignError,
+    Loss,
+    Nothing,
+    Preheated,
+    Site,
+    TopGradient,
+)
+
+log = logging.getLogger("loralign")
+
+Collector = Callable[[Any, Passes, Sequence[Site], Sequence[Batch]], dict[str, Directions]]
+COLLECTORS: Mapping[type, Collector] = {
+    TopGradient: top_gradient,
+    Preheated: preheated,
+    CommonSubspace: common_subspace,
+}
+
+
+def collect(
+    need: Any,
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Batches | None,
+    *,
+    loss: Loss = model_loss,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Evidence:
+    """What `need` asks for, per site; empty for `Nothing`. Equal on every rank.
+
+    Computed from `need.draws` micro-batches, or read from `cache`. The model is left as it was: weights, gradients,
+    flags, mode and random generators. `.spent` of the result says what it cost, in passes, tokens and seconds.
+    """
+    if isinstance(need, Nothing):
+        return Evidence()
+    if type(need) not in COLLECTORS:
+        raise LoralignError(f"no evidence collector for {type(need).__name__}")
+    taken = list(islice(batches or (), need.draws))
+    if need.draws and not taken:
+        raise LoralignError("the init needs gradients, so it needs data: pass `batches`")
+    key = evidence_key(need, model, sites, taken, seed) if cache else ""
+    path = cache / f"evidence-{key}.safetensors" if cache else None
+    cached = same_everywhere(path is not None and path.exists())
+    if cached:
+        found = load_evidence(path) if path is not None and rank() == 0 else Evidence()
+        found = Evidence(found, replace(found.spent, cached=True))
+    else:
+        passes = Passes(model, loss, seed, progress)
+        found = Evidence(COLLECTORS[type(need)](need, passes, sites, taken), passes.spent)
+        if path is not None and rank() == 0:
+            save_evidence(path, found)
+    log.info("evidence: %s", found.spent)
+    return same_everywhere(found)

@@ -1,0 +1,147 @@
+"""The leading singular triples of every site's initial gradient, by a sketch or exactly.
+
+G is the mean over micro-batches of each one's mean-loss gradient, and over ranks. A site is treated exactly where its
+sketch would be no smaller than G, where no sketch is asked for, and where the sketch's estimated quality is too low.
+Exact gradients are formed for one layer at a time and summed in fp32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from loralign.evidence.sketch import Accumulator, Dense, Shares, Side, Stream, estimated_quality
+from loralign.evidence.store import world
+from loralign.evidence.tap import Passes, Progress
+from loralign.linalg import keyed_generator, top_svd
+from loralign.types import Batch, Directions, Loss, Site, Sketch, TopGradient
+
+log = logging.getLogger("loralign")
+
+
+def accumulate(
+    passes: Passes, sites: Sequence[Site], batches: Sequence[Batch], into: Mapping[str, Accumulator], what: str,
+    first: int = 0,
+) -> None:  # fmt: skip
+    """One pass over the micro-batches into these accumulators, summed over ranks."""
+    passes(sites, batches, lambda site, delta, x: into[site.name].add(delta, x), what, first)
+    passes.holds([t for a in into.values() for t in a.tensors()])
+    for a in into.values():
+        a.reduce()
+
+
+def exact_gradient(
+    model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], loss: Loss, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """G (d_out, d_in) of every site, fp32 on the CPU, averaged over micro-batches and ranks."""
+    into = {site.name: Dense(site) for site in sites}
+    accumulate(Passes(model, loss, 0, progress), sites, batches, into, "gradient")
+    return {name: a.G.div_(len(batches) * world()) for name, a in into.items()}
+
+
+def worth_a_sketch(site: Site, width: int) -> bool:
+    """Whether a sketch of `width` columns is smaller than the gradient."""
+    return width * (site.d_out + site.d_in) < site.d_out * site.d_in
+
+
+def _exact(dense: Dense, site: Site, k: int, count: int, passes: Passes) -> Directions:
+    G = dense.G.to(passes.device) / count
+    U, S, V = top_svd(
+        G, min(k, *G.shape), niter=4, generator=keyed_generator(passes.seed, "gradient svd", 0, site.name)
+    )
+    square = float(G.square().sum())
+    share = float(S.square().sum()) / square if square > 0 else None
+    return Directions(U.cpu(), S.cpu(), V.cpu(), captured=share, quality=1.0)
+
+
+def _sketched(site: Site, sketch: Sketch) -> int:
+    """Columns of this site's sketch, 0 where the site is treated exactly from the start."""
+    width = min(sketch.width * site.r, site.d_out, site.d_in)
+    return width if worth_a_sketch(site, width) else 0
+
+
+def top_gradient(
+    need: TopGradient, passes: Passes, sites: Sequence[Site], batches: Sequence[Batch]
+) -> dict[str, Directions]:
+    """The leading per_rank·r singular triples of every site's gradient."""
+    used, held_out = batches[: need.micro_batches], batches[need.micro_batches :]
+    count = len(used) * world()
+    sketch = need.sketch or Sketch(passes=1, exact_below=0.0, held_out=0)
+    width = {site.name: _sketched(site, sketch) if need.sketch else 0 for site in sites}
+    into: dict[str, Accumulator] = {
+        s.name: Stream(s, width[s.name], passes.seed) if width[s.name] else Dense(s) for s in sites
+    }
+    accumulate(passes, sites, used, into, "gradient")
+    found = _take_exact(into, need, sites, count, passes)
+    todo = [site for site in sites if site.name in into]
+    for _ in range(sketch.passes - 1 if todo else 0):
+        into = {name: a.next() for name, a in into.items() if isinstance(a, Stream | Side)}
+        accumulate(passes, todo, used, into, "gradient")
+    for site in todo:
+        found[site.name] = _from_sketch(into[site.name], need.per_rank * site.r, count, sketch.passes)
+    poor = [site for site in todo if (found[site.name].quality or 0.0) < sketch.exact_below]
+    if poor:
+        into = {site.name: Dense(site) for site in poor}
+        accumulate(passes, poor, used, into, "gradient")
+        found |= _take_exact(into, need, poor, count, passes)
+    _log_quality(found, poor, len(todo))
+    found = {site.name: found[site.name] for site in sites}
+    return _measured(found, sites, held_out, passes, len(used)) if held_out else found
+
+
+def _take_exact(
+    into: dict[str, Accumulator], need: TopGradient, sites: Sequence[Site], count: int, passes: Passes
+) -> dict[str, Directions]:
+    """Decompose the dense sums one by one, removing each from `into`."""
+    dense = [site for site in sites if isinstance(into[site.name], Dense)]
+    found = {}
+    for i, site in enumerate(dense):
+        a = into.pop(site.name)
+        assert isinstance(a, Dense)
+        found[site.name] = _exact(a, site, need.per_rank * site.r, count, passes)
+        passes.progress("svd", i + 1, len(dense))
+    return found
+
+
+def _from_sketch(a: Accumulator, k: int, count: int, passes: int) -> Directions:
+    assert isinstance(a, Stream | Side)
+    U, S, V = a.found(k)
+    return Directions(U, S[:k] / count, V, exact=False, quality=estimated_quality(S, U.shape[1], passes))
+
+
+def _log_quality(found: Mapping[str, Directions], poor: Sequence[Site], sketched: int) -> None:
+    log.info(
+        "gradient of %d sites: %d sketched, %d of them repeated exactly, %d exact from the start",
+        len(found),
+        sketched,
+        len(poor),
+        len(found) - sketched,
+    )
+
+
+def _measured(
+    found: dict[str, Directions], sites: Sequence[Site], batches: Sequence[Batch], passes: Passes, first: int
+) -> dict[str, Directions]:
+    """The same directions with the share of a held-out gradient that they hold; logged per site."""
+    shares = {}
+    for site in sites:
+        d = found[site.name]
+        assert d.U is not None and d.V is not None
+        shares[site.name] = Shares(site, d.U, d.V, passes.seed)
+    accumulate(passes, sites, batches, shares, "held-out gradient", first)
+    measured = {}
+    for name, d in found.items():
+        share = shares[name].share()
+        log.info(
+            "%s: %d directions hold %s of a held-out gradient; quality %.3f%s",
+            name,
+            len(d.S),
+            "nothing" if share is None else f"{share:.3f}",
+            d.quality or 0.0,
+            "" if d.exact else " (sketch)",
+        )
+        measured[name] = replace(d, held_out=share)
+    return measured

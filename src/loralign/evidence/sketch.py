@@ -1,0 +1,223 @@
+"""The gradient of a layer from thin products: G = Σ δᵀ·x is never formed.
+
+First pass, `Stream`: a rank-k product Q·Zᵀ of the running sum, recompressed at every increment. With M = Q·Zᵀ + δᵀ·x
+
+    P = Mᵀ·Q = Z + xᵀ(δQ)      Q' = orth(M·P) = orth(Q(ZᵀP) + δᵀ(xP))      Z' = Mᵀ·Q' = Z(QᵀQ') + xᵀ(δQ')
+
+that is one and a half power iterations on the sum so far, in six thin products. Further passes, `Side`: half a power
+iteration each, on the exact sum, from the right basis first:  Y = G·P,  then  Z = Gᵀ·orth(Y),  and so on.
+
+Cost:    6·T·k·(d_out + d_in) FLOPs per micro-batch of T tokens (`Side`: 2·T·k·(d_out + d_in)), state k·(d_out + d_in).
+Quality: of the k leading directions, estimated from below by the last value s_K of the sketch after p passes
+
+    1 − Σ_{i≤k} s_i²·(s_K/s_i)^{2p} / Σ_{i≤k} s_i²
+
+Measured on real SmolLM2 gradients against the exact singular vectors (records/, benchmarks/bench_evidence.py).
+Source:  subspace iteration: Halko, Martinsson, Tropp, arXiv 0909.4061, §4.5; recompressing a running sum is ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loralign.evidence.store import from_rank_0, gather_columns, sum_ranks, world
+from loralign.linalg import fix_signs, keyed_normal, product_svd
+from loralign.types import Site
+
+
+def across(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ·b over tokens: a (T, m), b (T, k) -> (m, k), fp32 (float64 stays)."""
+    if a.is_cuda and a.element_size() == 2:
+        return torch.mm(a.T, b, out_dtype=torch.float32)
+    return torch.mm(a.T, b)
+
+
+def along(a: Tensor, P: Tensor) -> Tensor:
+    """a·P: a (T, m), P (m, k) -> (T, k) in a's dtype."""
+    return torch.mm(a, P.to(a.dtype))
+
+
+def matched(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """δ and x in one dtype: δ's on the GPU, at least fp32 elsewhere (where half-precision sums are rounded)."""
+    if delta.is_cuda or delta.dtype == torch.float64:
+        return delta, x.to(delta.dtype)
+    return delta.float(), x.float()
+
+
+def orthonormal(Y: Tensor) -> Tensor:
+    """An orthonormal basis (m, k) that spans the columns of Y (m, k); columns without content become 0 on the GPU.
+
+    CPU: Householder QR. GPU: Cholesky-QR, twice, in float64: Householder on many thin matrices would cost more than
+    the pass itself.
+    """
+    if not Y.is_cuda:
+        Q: Tensor = torch.linalg.qr(Y).Q
+        return Q
+    Q = Y.double()
+    for _ in range(2):
+        H = Q.T @ Q
+        H.diagonal().add_(1e-14 * H.trace() + 1e-200)
+        R = torch.linalg.cholesky_ex(H, upper=True).L
+        Q = torch.linalg.solve_triangular(R, Q, upper=True, left=False)
+    return Q.to(Y.dtype)
+
+
+def _columns(X: Tensor, S: Tensor) -> Tensor:
+    """X (m, k), columns nearly orthogonal and of norms S (k,) -> orthonormal columns, same directions, on the CPU."""
+    if X.is_cuda and float(S[-1]) > 1e-6 * float(S[0]):
+        return orthonormal(X).cpu()
+    X = X.cpu()
+    Q = torch.linalg.qr(X).Q
+    return Q * torch.where((Q * X).sum(0) < 0, -1.0, 1.0)
+
+
+def triples(Y: Tensor, P: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triples of Y·Pᵀ: Y (m, K), P (n, K) orthonormal -> U (m, k), S (K,), V (n, k); on the CPU.
+
+    YᵀY = E·S²·Eᵀ in float64 (values down to 1e-8 of the first), V = P·E, U = orth(Y·E).
+    """
+    Y64 = Y.double()
+    values, E = torch.linalg.eigh((Y64.T @ Y64).cpu())
+    S, E = values.flip(-1).clamp_min(0).sqrt().to(Y.dtype), E.flip(-1).to(Y)[:, :k]
+    return _columns(Y @ E, S[:k]), S, (P @ E).cpu()
+
+
+class Dense:
+    """G itself, summed on the CPU in fp32."""
+
+    def __init__(self, site: Site) -> None:
+        self.G = torch.zeros(site.d_out, site.d_in)
+
+    def add(self, delta: Tensor, x: Tensor) -> None:
+        G = across(*matched(delta, x)).cpu()
+        self.G = self.G.to(G.dtype).add_(G)
+
+    def reduce(self) -> None:
+        self.G = sum_ranks(self.G)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.G]
+
+
+class Stream:
+    """The first pass: Ĝ = Q·Zᵀ of rank k, Q (d_out, k) orthonormal, Z (d_in, k)."""
+
+    def __init__(self, site: Site, k: int, seed: int) -> None:
+        self.site, self.k, self.seed = site, k, seed
+        self.Q: Tensor | None = None
+        self.Z = torch.zeros(0)
+
+    def add(self, delta: Tensor, x: Tensor) -> None:
+        d, x = matched(delta, x)
+        if self.Q is None:
+            real = torch.float64 if d.dtype == torch.float64 else torch.float32
+            self.Q = keyed_normal((self.site.d_out, self.k), self.seed, "sketch", self.site.d_out).to(d.device, real)
+            self.Z = torch.zeros(self.site.d_in, self.k, device=d.device, dtype=real)
+        Q, Z = self.Q, self.Z
+        P = Z + across(x, along(d, Q))
+        P = P / P.norm().clamp_min(torch.finfo(P.dtype).tiny)
+        self.Q = orthonormal(Q @ (Z.T @ P) + across(d, along(x, P)))
+        self.Z = Z @ (Q.T @ self.Q) + across(x, along(d, self.Q))
+
+    def reduce(self) -> None:
+        """Σ over ranks of Q·Zᵀ, compressed to rank k again."""
+        if self.Q is None:  # an expert that no token of this rank reached
+            self.Q, self.Z = torch.zeros(self.site.d_out, self.k), torch.zeros(self.site.d_in, self.k)
+        if world() == 1:
+            return
+        U, S, V = product_svd(gather_columns(self.Q), gather_columns(self.Z).T)
+        self.Q = from_rank_0(U[:, : self.k].to(self.Q))
+        self.Z = from_rank_0((V * S)[:, : self.k].to(self.Z))
+
+    def tensors(self) -> list[Tensor]:
+        return [self.Z] if self.Q is None else [self.Q, self.Z]
+
+    def found(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """U, S, V: k triples and all values."""
+        assert self.Q is not None
+        V, S, U = triples(self.Z, self.Q, k)
+        U, V = fix_signs(U, V)
+        return U, S, V
+
+    def next(self) -> Side:
+        return Side(self.site, from_rank_0(orthonormal(self.Z)), left=True)
+
+
+class Side:
+    """A further pass: the exact products of G with a basis. left: Y = G·P (d_out, k), else Z = Gᵀ·Q (d_in, k)."""
+
+    def __init__(self, site: Site, basis: Tensor, *, left: bool) -> None:
+        self.site, self.basis, self.left = site, basis, left
+        self.sum = basis.new_zeros(site.d_out if left else site.d_in, basis.shape[1])
+
+    def add(self, delta: Tensor, x: Tensor) -> None:
+        d, x = matched(delta, x)
+        if not self.left:
+            d, x = x, d
+        if self.basis.device != d.device:
+            self.basis, self.sum = self.basis.to(d.device), self.sum.to(d.device)
+        self.sum += across(d, along(x, self.basis))
+
+    def reduce(self) -> None:
+        self.sum = sum_ranks(self.sum)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.basis, self.sum]
+
+    def found(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        own, S, other = triples(self.sum, self.basis, k)
+        U, V = fix_signs(own, other) if self.left else fix_signs(other, own)
+        return U, S, V
+
+    def next(self) -> Side:
+        return Side(self.site, from_rank_0(orthonormal(self.sum)), left=not self.left)
+
+
+class Shares:
+    """Held-out measurement: how much of another gradient G lies in span U (left) and span V (right).
+
+    ‖UᵀG‖² + ‖(I − UUᵀ)·G·V‖² over ‖UᵀG‖² + ‖(I − UUᵀ)·G‖², the latter norm from 16 random probes.
+    """
+
+    probes = 16
+
+    def __init__(self, site: Site, U: Tensor, V: Tensor, seed: int) -> None:
+        self.U, self.V = U, V
+        self.omega = keyed_normal((site.d_in, self.probes), seed, "held out", site.d_in)
+        self.left = torch.zeros(site.d_in, U.shape[1])  # GᵀU
+        self.right = torch.zeros(site.d_out, V.shape[1] + self.probes)  # G·[V | ω]
+
+    def add(self, delta: Tensor, x: Tensor) -> None:
+        d, x = matched(delta, x)
+        if self.U.device != d.device or self.left.device != d.device:
+            self.U, self.V, self.omega = (t.to(d.device) for t in (self.U, self.V, self.omega))
+            self.left, self.right = self.left.to(d.device), self.right.to(d.device)
+        self.left = self.left + across(x, along(d, self.U))
+        self.right = self.right + across(d, along(x, torch.cat([self.V.to(self.omega), self.omega], dim=1)))
+
+    def reduce(self) -> None:
+        self.left, self.right = sum_ranks(self.left), sum_ranks(self.right)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.left, self.right]
+
+    def share(self) -> float | None:
+        """None for G = 0."""
+        U = self.U.to(self.right)
+        rest = self.right - U @ (U.T @ self.right)
+        inside, right = self.left.square().sum(), rest[:, : -self.probes].square().sum()
+        total = inside + rest[:, -self.probes :].square().sum() / self.probes
+        return min(1.0, float((inside + right) / total)) if float(total) > 0 else None
+
+
+Accumulator = Dense | Stream | Side | Shares
+
+
+def estimated_quality(S: Tensor, k: int, passes: int) -> float:
+    """The estimate of the module docstring for the first k of the sketch's values S (K,), descending; 1 for S = 0."""
+    energy = S[:k].double().square()
+    if not float(energy.sum()) > 0:
+        return 1.0
+    lost = energy * (S[-1].double() / S[:k].double().clamp_min(torch.finfo(torch.float64).tiny)).pow(2 * passes)
+    return float(1 - lost.clamp_max(energy).sum() / energy.sum())

@@ -1,0 +1,135 @@
+"""Results of evidence: the container, the cache by content hash, and agreement between ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from loralign.evidence.tap import Spent
+from loralign.types import Batch, Directions, Site
+
+T = TypeVar("T")
+
+
+class Evidence(dict[str, Directions]):
+    """Site name to what is known about it. spent: what it cost."""
+
+    def __init__(self, found: Mapping[str, Directions] | None = None, spent: Spent | None = None) -> None:
+        super().__init__(found or {})
+        self.spent = spent or Spent()
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def same_everywhere(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _communicable(t: Tensor) -> Tensor:
+    """NCCL moves tensors of the GPU only."""
+    return t.cuda() if dist.get_backend() == "nccl" and not t.is_cuda else t.contiguous()
+
+
+def sum_ranks(t: Tensor) -> Tensor:
+    """The sum over ranks, in place where possible."""
+    if world() == 1:
+        return t
+    moved = _communicable(t)
+    dist.all_reduce(moved)
+    return moved.to(t.device)
+
+
+def gather_columns(t: Tensor) -> Tensor:
+    """(m, k) of every rank -> (m, world·k), the same on every rank."""
+    if world() == 1:
+        return t
+    moved = _communicable(t)
+    parts = [torch.empty_like(moved) for _ in range(world())]
+    dist.all_gather(parts, moved)
+    return torch.cat(parts, dim=1).to(t.device)
+
+
+def from_rank_0(t: Tensor) -> Tensor:
+    """Rank 0's tensor, on every rank: decompositions of equal numbers may differ between devices."""
+    if world() == 1:
+        return t
+    moved = _communicable(t)
+    dist.broadcast(moved, src=0)
+    return moved.to(t.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+def _bytes(t: Tensor) -> bytes:
+    return t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def evidence_key(need: Any, model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], seed: int) -> str:
+    """Content hash of settings, named files, adapted weights (a strided sample of each) and data."""
+    digest = hashlib.blake2b(digest_size=16)
+    rank_of = getattr(need, "rank", lambda r: None)
+    settings = [(f.name, getattr(need, f.name)) for f in fields(need) if not callable(getattr(need, f.name))]
+    about = [(s.name, s.r, s.s, s.d_out, s.d_in, rank_of(s.r)) for s in sites]
+    digest.update(repr((type(need).__name__, settings, seed, about)).encode())
+    for folder in filter(None, (*getattr(need, "sources", ()), getattr(need, "base", None))):
+        digest.update(folder_state(Path(folder)).encode())
+    for site in sites:
+        flat = site.layer.get_base_layer().weight.detach().reshape(-1)  # type: ignore[operator]
+        digest.update(_bytes(flat[:: max(1, flat.numel() // 1024)]))
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            digest.update(name.encode() + (_bytes(value) if isinstance(value, Tensor) else repr(value).encode()))
+    return digest.hexdigest()
+
+
+def folder_state(path: Path) -> str:
+    """Names, sizes and times of the tensor files in a folder (or of one file)."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()])
+
+
+def save_evidence(path: Path, found: Evidence) -> None:
+    """Write to a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors, facts = {}, {}
+    for name, d in found.items():
+        sides = (("U", d.U), ("S", d.S), ("V", d.V))
+        tensors.update({f"{name}|{k}": v.contiguous() for k, v in sides if v is not None})
+        facts[name] = [d.captured, d.exact, d.note, d.held_out, d.quality]
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata={"facts": json.dumps(facts), "spent": json.dumps(asdict(found.spent))})
+    temporary.replace(path)
+
+
+def load_evidence(path: Path) -> Evidence:
+    with safe_open(path, framework="pt") as f:
+        facts, spent = json.loads(f.metadata()["facts"]), Spent(**json.loads(f.metadata()["spent"]))
+        tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - not a mapping
+    found = {n: Directions(tensors.get(f"{n}|U"), tensors[f"{n}|S"], tensors.get(f"{n}|V"), *facts[n]) for n in facts}
+    return Evidence(found, spent)
