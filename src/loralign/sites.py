@@ -142,6 +142,27 @@ def skipped(model: nn.Module, found: Sequence[Site]) -> dict[str, str]:
     return reasons
 
 
+def differing_target(model: PeftModel, recipe: Recipe) -> str:
+    """How the adapted modules differ from the recipe's targets ("leaves out model.x"), "" where they do not."""
+    base, found = model.get_base_model(), sites(model)
+    modules = dict(base.named_modules())
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+
+    def wanted(name: str) -> bool:
+        excluded = any(_matches(name, e) for e in recipe.exclude)
+        return not excluded and (recipe.targets == "all-linear" or _wanted(name, recipe.targets))
+
+    for site in found:
+        if not wanted(site.name):
+            return f"adapts {site.name}"
+    for name in skipped(model, found):
+        module = modules.get(name)
+        in_head = module is head or ".original_module" in name or ".modules_to_save." in name
+        if isinstance(module, nn.Linear | Conv1D) and not in_head and wanted(name):
+            return f"leaves out {name}"
+    return ""
+
+
 def weight(site: Site) -> Weight:
     """The frozen base weight of a site; `read()` gives W (d_out, d_in) in fp32, dequantised, as a copy."""
 

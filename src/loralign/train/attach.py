@@ -67,7 +67,7 @@ def attach(
             )
             stored = start(model, recipe, evidence)
     else:
-        stored = read_note(Path(resume_from)).storage
+        stored = dict(read_note(Path(resume_from)).storage)
         restore_storage(model, recipe, stored)
     callback = RecipeCallback(
         recipe,
@@ -211,8 +211,8 @@ def _as_in_training(trainer: Any, model: nn.Module) -> Iterator[None]:
         options = dict(trainer.args.gradient_checkpointing_kwargs or {})
         for own in ("every_n_layers", "offload"):
             options.pop(own, None)
-        before_5_24 = getattr(model, "gradient_checkpointing_enable", None)
-        getattr(model, "activation_checkpointing_enable", before_5_24)(options or None)
+        switch: Any = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.24
+        (switch or model.gradient_checkpointing_enable)(options or None)  # type: ignore[operator]
         for m in layers:
             m.training = True
     try:

@@ -11,12 +11,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from loralign.optim import PairOptimizer
 from loralign.sites import sites, sync_config
-from loralign.slot import SlotLinear, live_of, write
+from loralign.slot import SlotLinear, live_of, whole, write
 from loralign.train.adapt import Storage
-from loralign.train.checkpoint import Note, read_note, read_state, write_checkpoint
+from loralign.train.checkpoint import NOTE, Note, read_note, read_state, write_checkpoint
 from loralign.train.episodes import Episodes
 from loralign.train.events import apply_plan
 from loralign.types import LoralignError, Recipe, WorkFailed
@@ -28,10 +29,17 @@ class RecipeCallback(TrainerCallback):
     """One run of one recipe. Attributes for the curious: `optimizer`, `episodes`, `unreached`."""
 
     def __init__(
-        self, recipe: Recipe, model: PeftModel, stored: Mapping[str, Storage], *, resume_from: Path | None = None
+        self,
+        recipe: Recipe,
+        model: PeftModel,
+        stored: Mapping[str, Storage],
+        *,
+        resume_from: Path | None = None,
+        keep: int | None = None,
     ) -> None:
         self.recipe, self.model, self.stored = recipe, model, dict(stored)
-        self.resume_from = resume_from
+        self.resume_from, self.keep = resume_from, keep
+        self.steps_seen = 0
         self.optimizer: PairOptimizer | None = None
         self.episodes = Episodes(recipe, model)
         self.unreached: set[str] = set(stored)
@@ -60,15 +68,22 @@ class RecipeCallback(TrainerCallback):
             self.episodes.resume(note.episode, note.episode_start)
             self._load(read_state(self.resume_from))
             sync_config(self.model)
+        elif state.global_step > 0:
+            raise LoralignError(
+                f"the trainer resumes at step {state.global_step}: "
+                "call attach(trainer, recipe, resume_from=<that folder>)"
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._own().lr_factor = self.episodes.warm_up(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = self._own()
+        if optimizer.steps_here == self.steps_seen:
+            return  # skipped by the scaler of fp16: a gradient overflowed
+        self.steps_seen = optimizer.steps_here
         self.unreached -= optimizer.reached
-        first = state.global_step == 0 or (self.resume_from is not None and optimizer.steps_here == 1)
-        if first:
+        if self.steps_seen == 1:
             self._acted(optimizer)
         for rule in self.recipe.rules:
             plan = rule.event(optimizer.moment(state.max_steps))
@@ -90,21 +105,33 @@ class RecipeCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.episodes.after_step(state.global_step, self._own())
+        self._reopen(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._reopen(args, state, control)
+
+    def _reopen(self, args: Any, state: Any, control: Any) -> None:
+        """A checkpoint of an earlier attempt that is about to be written over is no longer complete."""
+        if args.should_save and (control.should_save or args.save_strategy == "best"):
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / NOTE).unlink(missing_ok=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs and self.optimizer is not None:
             logs["grad_norm"] = self.optimizer.grad_norm
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
+        saved = self._state()  # on every rank: sharded tensors are gathered
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if folder.is_dir():
+        if args.should_save and folder.is_dir():
             episode, start = self.episodes.position
             note = Note(self.recipe.name, state.global_step, self.stored, episode, start)
-            write_checkpoint(folder, note, self._state())
+            write_checkpoint(folder, note, saved)
+            rotate_checkpoints(args.output_dir, self.keep, state.best_model_checkpoint, use_mtime=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load(read_state(Path(state.best_model_checkpoint)))
+            sync_config(self.model)
         if self.unreached:
             log.warning("%d adapted modules never got a gradient: %s", len(self.unreached), sorted(self.unreached)[:5])
 
@@ -117,13 +144,9 @@ class RecipeCallback(TrainerCallback):
             found |= {f"rule|{i}|{key}": value for key, value in rule.state_dict().items()}
         for name, layer, side in self._owned():
             live = live_of(layer, side)
-            found |= {
-                f"live|{name}|A": live.A,
-                f"live|{name}|B": live.B,
-                f"live|{name}|A0": live.A0,
-                f"live|{name}|B0": live.B0,
-            }
-            found |= {f"live|{name}|extra|{key}": value for key, value in live.extra.items()}
+            found |= {f"live|{name}|A": whole(live.A), f"live|{name}|B": whole(live.B)}
+            found |= {f"live|{name}|A0": live.A0, f"live|{name}|B0": live.B0}
+            found |= {f"live|{name}|extra|{key}": whole(value) for key, value in live.extra.items()}
         return found
 
     @torch.no_grad()
