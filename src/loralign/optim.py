@@ -219,11 +219,11 @@ class PairOptimizer(torch.optim.Optimizer):
 
     def _penalise(self, live: Mapping[str, Mapping[str, nn.Parameter]], pairs: Sequence[Pair], ctx: Ctx) -> None:
         for rule in self.rules:
-            for pair, penalty in zip(pairs, rule.penalty_grad(pairs, ctx) or (), strict=False):
-                for factor, p in live[pair.name].items():
-                    extra = getattr(penalty, factor)
-                    if extra is not None and p.grad is not None:
-                        p.grad.add_(extra.to(p.grad.dtype))
+            penalties = zip(pairs, rule.penalty_grad(pairs, ctx) or (), strict=False)
+            found = [(p.grad, getattr(g, f)) for pair, g in penalties for f, p in live[pair.name].items()]
+            todo = [(grad, extra) for grad, extra in found if grad is not None and extra is not None]
+            if todo:
+                torch._foreach_add_([grad for grad, _ in todo], [extra.to(grad.dtype) for grad, extra in todo])
 
     def _clip(self) -> None:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -24,7 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loralign.types import Ctx, Grad, LoralignError, Pair, SlotPlan, State, Transform
+from loralign.types import Ctx, Grad, LoralignError, Pair, SlotPlan, State, Train, Transform
+
+SIDES: tuple[Train, Train] = ("A", "B")
 
 
 @dataclass(frozen=True)
@@ -70,21 +72,21 @@ class Per:
     lr_ratio: float
 
     def _side(
-        self, factor: str, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair]
+        self, factor: Train, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair]
     ) -> tuple[list[int], list[Grad], list[State], list[Pair]]:
         at = [k for k, (g, st) in enumerate(zip(grads, state, strict=True)) if getattr(g, factor) is not None]
         only = [Grad(grads[k].A, None) if factor == "A" else Grad(None, grads[k].B) for k in at]
-        seen = [pairs[k]._replace(train=factor) for k in at]  # type: ignore[arg-type]
+        seen = [pairs[k]._replace(train=factor) for k in at]
         return at, only, [{factor: state[k][factor]} for k in at], seen
 
     def init(self, pair: Pair) -> State:
-        return {f: getattr(self, f).init(pair._replace(train=f)).get(f, {}) for f in pair.train}
+        return {f: getattr(self, f).init(pair._replace(train=f)).get(f, {}) for f in SIDES if f in pair.train}
 
     def measure(
         self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
     ) -> Mapping[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for factor in "AB":
+        for factor in SIDES:
             at, *parts = self._side(factor, grads, state, pairs)
             if at:
                 part = getattr(self, factor).measure(*parts, ctx)
@@ -93,7 +95,7 @@ class Per:
 
     def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
         updates = [Grad(None, None)] * len(pairs)
-        for factor in "AB":
+        for factor in SIDES:
             at, *parts = self._side(factor, grads, state, pairs)
             own = {k.removeprefix(f"{factor}."): v for k, v in ctx.scalars.items() if k.startswith(f"{factor}.")}
             made = getattr(self, factor).update(*parts, replace(ctx, scalars=own)) if at else []
@@ -102,8 +104,8 @@ class Per:
         return updates
 
     def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
-        for factor, st in state.items():
-            getattr(self, factor).on_plan(pair._replace(train=factor), {factor: st}, plan)  # type: ignore[arg-type]
+        for factor in (f for f in SIDES if f in state):
+            getattr(self, factor).on_plan(pair._replace(train=factor), {factor: state[factor]}, plan)
 
 
 @dataclass(frozen=True)
