@@ -12,15 +12,24 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
+from loralign.form.delta_lora import boosted
 from loralign.form.plain import plain
 from loralign.init.cora import common_basis, common_start
 from loralign.init.hrp import high_rank_preheat, high_rank_sketch
-from loralign.init.kaiming import kaiming
+from loralign.init.kaiming import kaiming, kaiming_frozen
 from loralign.init.lora_ga import gradient_svd
 from loralign.init.olora import leading_qr
 from loralign.init.pissa import principal_svd
 from loralign.outer.once import once
+from loralign.rule.delta_lora import snapshot
+from loralign.rule.rm_lora import masked_orthogonal
 from loralign.transform.adamw import adamw
+from loralign.transform.lora_fa import projected_gradient
+from loralign.transform.lora_plus import ratio_lr
+from loralign.transform.lora_pro import equivalent_gradient
+from loralign.transform.lora_rite import invariant_adam
+from loralign.transform.muon import matrix_sign
+from loralign.transform.riemannian import scaled_gradient
 from loralign.types import Full, LoralignError, LrPrior, Method, Recipe, over_rank, over_sqrt_rank
 
 _REGRET = "Schulman 2025, LoRA Without Regret: 5e-4·(2000/hidden)^0.781 at alpha 32, here s = 2"
@@ -33,7 +42,8 @@ _LINES = (
            LrPrior(5e-5, "a tenth of LoRA's (LoRA Without Regret)"), reference=True),
     Method("lora-ga", "start along the gradient's singular vectors", "2407.05000", "exact at rank 2r",
            LrPrior(2.2e-4, _ASSETS + ": 1e-4 at s 5.66, gamma 16"), init=gradient_svd, scale=over_sqrt_rank,
-           presets={"paper": {"r": 8, "alpha": 16.0, "gamma": 16.0}, "paper-llama": {"r": 8, "alpha": 16.0, "gamma": 64.0}}),
+           presets={"paper": {"r": 8, "alpha": 16.0, "gamma": 16.0},
+                    "paper-llama": {"r": 8, "alpha": 16.0, "gamma": 64.0}}),
     Method("hrp", "start along the main directions of a short high-rank run", "2502.07739", "exact",
            LrPrior(None, "unknown: sweep ⅓, 1 and 3 times LoRA's"), init=high_rank_preheat,
            presets={"paper": {"rank": 128, "kappa": 1.0}},
@@ -49,6 +59,24 @@ _LINES = (
            LrPrior(None, "unknown: sweep ⅓ and 1 times LoRA's"), init=common_start,
            presets={"paper": {"side": "left"}},
            unverified="the paper's body could not be read: a reconstruction from its abstract"),
+    Method("lora-plus", "B learns faster than A", "2402.12354", "exact",
+           LrPrior(3e-4, "our first H100 sweep: 0.3 of LoRA's at ratio 16"), transform=ratio_lr),
+    Method("lora-pro", "steps of the product as close to full fine-tuning's as rank r allows", "2407.18242", "exact",
+           LrPrior(None, "unknown for moments on the factors; full fine-tuning's for moments: full"),
+           transform=equivalent_gradient,
+           presets={"paper": {"r": 8, "alpha": 16.0, "moments": "full"}}),
+    Method("lora-rite", "adaptive steps that do not depend on how the product is split", "2410.20625", "exact",
+           LrPrior(2.3e-3, "our first H100 sweep: 3e-3 at s 2, hidden 576"), transform=invariant_adam),
+    Method("rm-lora", "orthogonality regulariser and a random slot mask", "2407.12074", "exact",
+           LrPrior(None, "unknown"), rules=(masked_orthogonal,)),
+    Method("delta-lora", "the base follows the product's changes, as r frozen slots", "2309.02411", "exact at rank 2r",
+           LrPrior(None, "unknown"), form=boosted, rules=(snapshot,)),
+    Method("lora-fa", "A frozen at random, B follows the projected gradient", "2308.03303", "exact",
+           LrPrior(None, "unknown"), init=kaiming_frozen, transform=projected_gradient),
+    Method("riemannian", "gradients preconditioned by the other factor's Gram matrix", "2402.02347", "exact",
+           LrPrior(None, "unknown"), transform=scaled_gradient),
+    Method("muon-factors", "orthogonalised momentum on each factor", "2502.16982", "exact",
+           LrPrior(None, "unknown"), transform=matrix_sign),
     Method("pissa", "start along the weight's principal singular vectors", "2404.02948", "exact at rank 2r",
            LrPrior(2.3e-4, _ASSETS + ": 3e-4 at s 2"), init=principal_svd),
     Method("olora", "start from the weight's QR factorisation", "2406.01775", "exact at rank 2r",

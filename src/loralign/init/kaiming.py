@@ -25,19 +25,25 @@ from dataclasses import dataclass
 
 import torch
 
-from loralign.types import NOTHING, Directions, Draw, Factors, Need, Weight
+from loralign.types import NOTHING, Directions, Draw, Factors, Need, Train, Weight
 
 
 @dataclass(frozen=True)
 class Kaiming:
+    train: Train = "AB"
     needs: Need = NOTHING
 
     def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
         d_out, d_in = W.shape
         A = (2 * torch.rand(r, d_in, generator=draw("init A")) - 1) / d_in**0.5
-        return Factors(A, torch.zeros(d_out, r))
+        return Factors(A, torch.zeros(d_out, r), train=self.train)
 
 
 def kaiming() -> Kaiming:
     """A uniform, B zero."""
     return Kaiming()
+
+
+def kaiming_frozen() -> Kaiming:
+    """The same start with A constant: only B trains."""
+    return Kaiming(train="B")
