@@ -1,0 +1,165 @@
+"""What every command shares: errors to exit codes, progress to bars or lines, files to jobs, folders to models."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from loralign.train.job import Job
+
+Progress = Callable[[str, int, int], None]
+
+
+def say(text: str) -> None:
+    """One line of output."""
+    typer.echo(text)
+
+
+# ----------------------------------------------------------------------------------------------------------- exit codes
+
+
+def guarded(app: typer.Typer, argv: list[str]) -> int:
+    """Run the application; an exception becomes one sentence on stderr and an exit code."""
+    debug = "--debug" in argv
+    try:
+        with _quiet(debug):
+            app(args=[word for word in argv if word != "--debug"], prog_name="loralign")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    except KeyboardInterrupt:
+        typer.echo("loralign: stopped", err=True)
+        return 130
+    except Exception as error:
+        code, text = explained(error)
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"loralign: {text}", err=True)
+        return code
+    return 0
+
+
+def explained(error: Exception) -> tuple[int, str]:
+    """Exit code and sentence of an exception."""
+    from loralign.types import LoralignError, VerificationFailed, WorkFailed
+
+    said = " ".join(str(error).split())
+    if isinstance(error, LoralignError):
+        return (3 if isinstance(error, VerificationFailed) else 1 if isinstance(error, WorkFailed) else 2), said
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            1,
+            "out of memory: lower train.micro_batch_size or set train.gradient_checkpointing; `loralign plan` tells",
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return 1, "the disk is full: free some space, then go on with --resume"
+    if isinstance(error, OSError) and error.filename:
+        return 1, f"{error.filename}: {error.strerror}"
+    return 1, f"unexpected {type(error).__name__}: {said or 'no message'}; --debug shows where, please report it"
+
+
+@contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """Our log on stderr; warnings of other libraries only with --debug."""
+    handler, log = _Stderr(), logging.getLogger("loralign")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(level)
+
+
+class _Stderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(record.getMessage(), err=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- progress
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A callback (what, done, total): bars on a terminal, else a line per tenth of the way."""
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield update
+
+
+class Lines:
+    """Progress as plain lines on stderr: at every tenth of the way, and where a tenth takes long."""
+
+    every_s = 60.0
+
+    def __init__(self) -> None:
+        self._said: dict[str, tuple[int, float]] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        tenth, now = 10 * done // max(1, total), time.monotonic()
+        last, when = self._said.get(what, (0, now))
+        if tenth > last or now - when > self.every_s:
+            typer.echo(f"{what}: {done}/{total}", err=True)
+            last, when = tenth, now
+        self._said[what] = (last, when)
+
+
+# ------------------------------------------------------------------------------------------------------- files, folders
+
+
+def job_of(path: Path, overrides: Sequence[str] | None) -> Job:
+    """The run of a recipe file, and one line about its learning rate."""
+    from loralign.config import load, to_job
+    from loralign.train.model import hidden_size
+
+    file = load(path, overrides or ())
+    hidden = 2000
+    if file.train.learning_rate is None:
+        hidden = hidden_size(file.model, revision=file.revision, trust_remote_code=file.trust_remote_code)
+    job = to_job(file, hidden)
+    say(f"{job.recipe.name}: learning rate {job.training.learning_rate:.3g} ({job.training.lr_source})")
+    return job
+
+
+def opened(folder: Path, base: str | None) -> tuple[Any, Any, dict[str, Any]]:
+    """Adapted model, tokenizer, and the base's name and revision as the folder has them."""
+    from loralign.train.use import open_adapter
+    from loralign.types import LoralignError, WorkFailed
+
+    try:
+        model, tokenizer = open_adapter(folder, base)
+    except WorkFailed:
+        raise
+    except LoralignError as error:
+        if base is None and "cannot load" in str(error):
+            raise LoralignError(f"{error}; say where the base model is with --base") from error
+        raise
+    config = model.peft_config["default"]
+    return model, tokenizer, {"base_id": config.base_model_name_or_path, "revision": config.revision}

@@ -1,0 +1,128 @@
+"""What is wrong with a recipe file, in one sentence with the mend."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+FOREIGN = {
+    "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
+    "target_modules": "targets", "lora_target_modules": "targets", "lora_target": "targets",
+    "exclude_modules": "exclude", "rank_pattern": "ranks", "base_model": "model", "model_name_or_path": "model",
+    "output_dir": "output", "dataset": "data.train", "train_file": "data.train", "test_file": "data.eval",
+    "max_seq_length": "data.max_length", "sequence_len": "data.max_length", "cutoff_len": "data.max_length",
+    "sample_packing": "data.packing", "lr": "train.learning_rate", "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs", "num_epochs": "train.epochs", "lr_scheduler": "train.schedule",
+    "lr_scheduler_type": "train.schedule", "warmup_ratio": "train.warmup", "warmup_steps": "train.warmup",
+    "per_device_train_batch_size": "train.micro_batch_size", "gradient_accumulation_steps": "train.batch_size",
+    "eval_steps": "train.eval_every", "save_steps": "train.save_every", "logging_steps": "train.log_every",
+    "save_total_limit": "train.keep", "load_best_model_at_end": "train.load_best", "bf16": "train.precision",
+    "early_stopping_patience": "train.patience", "max_grad_norm": "max_grad_norm", "weight_decay": "weight_decay",
+}  # fmt: skip
+"""Keys of PEFT, TRL, Axolotl and LLaMA-Factory that mean one of ours."""
+
+
+def sentence(
+    error: ValidationError, model: type[BaseModel], options: frozenset[str] = frozenset(), *, prefix: str = ""
+) -> str:
+    """The first thing that is wrong, and how many more there are.
+
+    options: names that belong under `options`. prefix: of every key in the sentence.
+    """
+    keys = dict(dotted(model))
+    by_path: dict[str, list[Any]] = {}
+    for one in error.errors():
+        by_path.setdefault(_path(one["loc"], keys), []).append(one)
+    path, wrong = next(iter(by_path.items()))
+    telling = next((one for one in wrong if not _is_type_error(one)), wrong[0])  # of a union's branches
+    more = f" (and {len(by_path) - 1} more)" if len(by_path) > 1 else ""
+    return f"`{prefix}{path}` {_said(path, telling, keys, options)}{more}"
+
+
+def dotted(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of a model, sections included: train, train.steps, …"""
+    for name, field in model.model_fields.items():
+        yield prefix + name, field
+        if _is_section(field.annotation):
+            yield from dotted(typing.cast(type[BaseModel], field.annotation), f"{prefix}{name}.")
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _path(loc: tuple[Any, ...], keys: Mapping[str, FieldInfo]) -> str:
+    """The dotted key of an error; what pydantic appends for branches of a union and items of a list is dropped."""
+    parts = [str(part) for part in loc]
+    known = next((i for i in range(len(parts), 0, -1) if ".".join(parts[:i]) in keys), 0)
+    inside = known == 0 or _is_section(keys[".".join(parts[:known])].annotation)
+    if not inside and typing.get_origin(keys[".".join(parts[:known])].annotation) is dict:
+        known += 1
+    return ".".join(parts if inside else parts[:known])
+
+
+def _is_type_error(one: Any) -> bool:
+    return str(one["type"]).endswith(("_type", "_parsing", "int_from_float")) or one["type"] == "literal_error"
+
+
+def _said(path: str, one: Any, keys: Mapping[str, FieldInfo], options: frozenset[str]) -> str:
+    if one["type"] == "extra_forbidden" and path not in keys:
+        return f"is no key of a recipe; {_nearest(path, keys, options)}"
+    if one["type"] == "missing" and path == ".".join(map(str, one["loc"])):
+        description = keys[path].description if path in keys else None
+        return "is missing" + (f": {description[0].lower()}{description[1:].rstrip('.')}" if description else "")
+    if one["type"] in ("missing", "extra_forbidden", "unexpected_keyword_argument", "too_long", "too_short"):
+        return f"must be {_wanted(path, keys)}: {one['msg'].lower()} at {one['loc'][-1]}"
+    said = _wanted(path, keys) if _is_type_error(one) else one["msg"].removeprefix("Input should be ")
+    value = "empty" if one["input"] is None else repr(one["input"])
+    return f"must be {said}, not {value if len(value) <= 60 else value[:57] + '…'}"
+
+
+def _wanted(path: str, keys: Mapping[str, FieldInfo]) -> str:
+    if path in keys:
+        return expected(keys[path].annotation)
+    holder = keys[path.rsplit(".", 1)[0]].annotation  # a value in a mapping
+    return expected(typing.get_args(holder)[1])
+
+
+def _nearest(path: str, keys: Mapping[str, FieldInfo], options: frozenset[str]) -> str:
+    leaf = path.rsplit(".", 1)[-1]
+    same = [key for key in keys if key.rsplit(".", 1)[-1] == leaf]
+    if same or leaf in FOREIGN:
+        return f"it is called `{same[0] if same else FOREIGN[leaf]}` here"
+    if leaf in options:
+        return f"it belongs under `options`: `options.{leaf}`"
+    by_leaf = {key.rsplit(".", 1)[-1]: key for key in sorted(keys, reverse=True)}
+    near = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean `{by_leaf[near[0]]}`?"
+    section = path[: -len(leaf)]
+    siblings = [key for key in keys if key.startswith(section) and "." not in key[len(section) :]]
+    return f"the keys there are {', '.join(key[len(section) :] for key in siblings)}"
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "empty"}
+
+
+def expected(annotation: Any) -> str:
+    """A type in plain words."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    if origin is Annotated:
+        return expected(args[0])
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(str(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(expected(a) for a in args if a is not type(None))
+    if origin is list:
+        return f"a list of {expected(args[0]).removeprefix('a ')}"
+    if origin is tuple:
+        return f"a list of {len(args)} values ({', '.join(expected(a) for a in args)})"
+    return "a section of `key: value` lines"

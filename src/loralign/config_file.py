@@ -1,0 +1,114 @@
+"""The shape of a recipe file: its keys, types, defaults and limits; the docstrings are the help in editors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Schedule = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class DataSection(_Section):
+    train: str
+    """Training rows: a json, jsonl, csv, parquet or arrow file, a folder written by `save_to_disk`, or a hub id."""
+    eval: str | Share | None = None
+    """Held-out rows: a file, or the share of the training rows to hold out."""
+    max_length: Count = 1024
+    """Tokens per row; longer rows are cut and counted."""
+    assistant_only: bool = True
+    """Loss on the answers only, where rows have roles or prompt and completion."""
+    packing: bool = False
+    """Several rows per sequence; refused where rows would see each other."""
+
+
+class TrainSection(_Section):
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of A (and of B times the method's ratio); omitted: the method's prior."""
+    steps: Count | None = None
+    """Optimizer steps."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows, instead of `steps`; neither: 1."""
+    batch_size: Count = 16
+    """Rows per optimizer step and process."""
+    micro_batch_size: Count | None = None
+    """Rows per forward, a divisor of batch_size; omitted: the largest up to 4."""
+    schedule: Schedule = "cosine"
+    """Learning-rate schedule."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps over which the rate rises."""
+    eval_every: Count | None = None
+    """Optimizer steps between evaluations; omitted: at the end only."""
+    save_every: Count | None = None
+    """Optimizer steps between checkpoints; omitted: none in between."""
+    keep: Count = 2
+    """Checkpoints kept."""
+    patience: Count | None = None
+    """Stop after so many evaluations without a better loss; ends with the best checkpoint."""
+    load_best: bool = False
+    """End with the checkpoint of the lowest evaluation loss."""
+    log_every: Count = 10
+    """Optimizer steps between lines of log.jsonl."""
+    report_to: list[str] = []
+    """Trackers of the Trainer: tensorboard, wandb, …"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on GPUs that have it, fp32 elsewhere; the adapter's own tensors are fp32 always."""
+    gradient_checkpointing: bool = False
+    """Less memory for about a third more time."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Data loader processes."""
+    extra: dict[str, Any] = {}
+    """Further fields of TRL's SFTConfig, as they are."""
+
+
+class RunFile(_Section):
+    """A recipe of loralign: one training run."""
+
+    model: str
+    """Folder, .gguf file or hub id of the base model."""
+    method: str = "lora"
+    """Method id, or a mix such as "lora-ga + lora-rite"; `loralign methods` lists them."""
+    preset: str | None = None
+    """Named settings of the method, for instance those of its paper; what stands in this file wins."""
+    options: dict[str, Any] = {}
+    """The method's own options."""
+    rank: Count | None = None
+    """Rank r of every adapted matrix; omitted: the preset's, else 16."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale: s = alpha/rank, or what the method makes of it; omitted: the preset's, else 32."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    targets: str | list[str] = "all-linear"
+    """Modules to adapt: endings of their names, a regular expression, or all-linear (all but the head)."""
+    exclude: list[str] = []
+    """Endings of module names to leave as they are."""
+    ranks: dict[str, Count] = {}
+    """Ending of a module name to its rank, where it differs."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of what trains."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip of the global gradient norm; 0: off."""
+    task: Literal["sft"] = "sft"
+    """sft: supervised fine-tuning of a causal language model."""
+    data: DataSection
+    """Rows, and how they become tokens."""
+    train: TrainSection = TrainSection()
+    """The optimisation."""
+    output: str
+    """Folder of the result; it must be empty or absent, or hold the run to resume."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    trust_remote_code: bool = False
+    """Run code that the model's repository ships."""
+    cache: str | None = None
+    """Folder where evidence (gradients) is kept between runs."""
