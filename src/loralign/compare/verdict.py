@@ -1,0 +1,200 @@
+"""The result of a study: one line per arm with figures, flags and a plain sentence. Pure functions, no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from loralign.compare.rates import Rate, Sensitivity, check_equal_trials, choose_rate, edge, sensitivity
+from loralign.compare.statistics import (
+    Comparison,
+    Curve,
+    Gap,
+    Interval,
+    Reach,
+    compare,
+    gap_closed,
+    interval,
+    to_target,
+)
+
+Kind = Literal["baseline", "better", "worse", "sooner", "later", "no difference", "unstable", "untested"]
+FEW_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One line of the table. steps_to, seconds_to: medians over seeds by target; costs: means over seeds, peak_bytes
+    the largest; lr None where no rate finished. Intervals of `final` and `best` are over seeds that did not diverge."""
+
+    arm: str
+    kind: Kind
+    sentence: str
+    flags: tuple[str, ...]
+    lr: float | None
+    seeds: int
+    diverged: int
+    final: Interval
+    best: Interval
+    steps_to: Mapping[str, Reach]
+    seconds_to: Mapping[str, Reach]
+    gap: Gap
+    sensitivity: Sensitivity | None
+    comparison: Comparison | None
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """arms: in the order of the study. targets: mean final loss of baseline and reference. notes: about the whole."""
+
+    arms: tuple[ArmResult, ...]
+    targets: Mapping[str, float]
+    notes: tuple[str, ...]
+
+
+def summarise(
+    curves: Sequence[Curve], rates: Sequence[Rate] = (), *, baseline: str = "lora", reference: str = "full"
+) -> StudyResult:
+    """Everything that a report prints. ValueError when the arms did not get the same number of rate trials."""
+    names = list(dict.fromkeys([r.arm for r in rates] + [c.arm for c in curves]))
+    trials = {n: [r for r in rates if r.arm == n] for n in names}
+    if rates:
+        check_equal_trials({n: len(own) for n, own in trials.items()})
+    arms = {n: [c for c in curves if c.arm == n] for n in names}
+    finals = {n: interval([c.final for c in own if c.sound]) for n, own in arms.items()}
+    targets = {n: finals[n].mean for n in (baseline, reference) if n in finals and finals[n].n}
+    comparisons = compare(arms, baseline) if baseline in arms else {}
+    results = []
+    for n in names:
+        gap = gap_closed(arms[n], arms.get(baseline, []), arms.get(reference, []))
+        results.append(_arm_result(n, arms[n], trials[n], finals[n], targets, gap, comparisons.get(n), baseline))
+    notes = []
+    if baseline not in targets:
+        notes.append(f"no finished `{baseline}` arm: nothing is tested")
+    if reference not in targets:
+        notes.append(f"no finished `{reference}` arm: the gap to it is unknown")
+    if len({len(own) for own in arms.values() if own}) > 1:
+        notes.append("the arms do not have the same number of seeds: the study is unfinished")
+    return StudyResult(tuple(results), targets, tuple(notes))
+
+
+def _arm_result(
+    name: str,
+    curves: Sequence[Curve],
+    rates: Sequence[Rate],
+    final: Interval,
+    targets: Mapping[str, float],
+    gap: Gap,
+    comparison: Comparison | None,
+    baseline: str,
+) -> ArmResult:
+    reached = {target: to_target(curves, loss) for target, loss in targets.items()}
+    diverged = sum(not c.sound for c in curves)
+    kind = _kind(name == baseline, diverged, comparison)
+    best = choose_rate(rates)
+    return ArmResult(
+        arm=name,
+        kind=kind,
+        sentence=_sentence(kind, curves, comparison, f"`{baseline}`"),
+        flags=tuple(_flags(curves, rates, comparison)),
+        lr=best.lr if best else (curves[0].lr if curves else None),
+        seeds=len(curves),
+        diverged=diverged,
+        final=final,
+        best=interval([c.best for c in curves if c.sound]),
+        steps_to={target: steps for target, (steps, _) in reached.items()},
+        seconds_to={target: seconds for target, (_, seconds) in reached.items()},
+        gap=gap,
+        sensitivity=sensitivity(rates),
+        comparison=comparison,
+        costs=_costs(curves),
+    )
+
+
+def _kind(is_baseline: bool, diverged: int, comparison: Comparison | None) -> Kind:
+    if is_baseline:
+        return "baseline"
+    if diverged:
+        return "unstable"
+    if comparison is None:
+        return "untested"
+    by_final: dict[int, Kind] = {1: "better", -1: "worse"}
+    by_speed: dict[int, Kind] = {1: "sooner", -1: "later", 0: "no difference"}
+    return by_final.get(comparison.final_sign) or by_speed[comparison.speed_sign]
+
+
+# ---------------------------------------------------------------------------------------------------------- plain words
+
+
+def _sentence(kind: Kind, curves: Sequence[Curve], comparison: Comparison | None, base: str) -> str:
+    if kind == "baseline":
+        return "what the other arms are compared with"
+    if not curves:
+        return "no learning rate finished: every trial diverged or was given up"
+    if kind == "unstable":
+        lost = sum(not c.sound for c in curves)
+        return f"diverged on {lost} of {len(curves)} seeds at its best rate: nothing is claimed for it"
+    if comparison is None:
+        return f"fewer than two seeds in common with {base}: not tested"
+    parts = [_about_final(comparison, base), _about_speed(comparison, base)]
+    return "; ".join(part for part in parts if part)
+
+
+def _about_final(c: Comparison, base: str) -> str:
+    low, high = sorted((abs(c.final.low), abs(c.final.high)))
+    size = f"{base} by {_figure(abs(c.final.mean))} (95 % {_figure(low)} … {_figure(high)})"
+    if c.final_sign:
+        return f"{'better' if c.final_sign > 0 else 'worse'} than {size}"
+    noise = f"{_figure(-c.final.mean, sign=True)} ± {_figure(c.final.high - c.final.mean)}"
+    if c.speed_sign:
+        return f"ends level with {base} within noise ({noise})"
+    return f"no difference from {base} within noise (final loss {noise})"
+
+
+def _about_speed(c: Comparison, base: str) -> str:
+    if not c.speed_sign:
+        return ""
+    share = f"{100 * c.steps.mean:.0f} % of its steps (95 % {100 * c.steps.low:.0f} … {100 * c.steps.high:.0f} %)"
+    clock = f"{100 * c.seconds.mean:.0f} % of its seconds"
+    if c.speed_sign < 0:
+        return f"for the same loss as {base} it needs {share} and {clock}"
+    if c.final_sign < 0:
+        return f"is where it ends sooner than {base}, in {share} and {clock}"
+    return f"reaches the final loss of {base} in {share} and {clock}"
+
+
+def _figure(x: float, *, sign: bool = False) -> str:
+    """Three decimals, more where they would hide the number."""
+    decimals = 3 if x == 0 or not math.isfinite(x) else max(3, 1 - math.floor(math.log10(abs(x))))
+    return f"{x:{'+' if sign else ''}.{min(decimals, 9)}f}"
+
+
+def _flags(curves: Sequence[Curve], rates: Sequence[Rate], comparison: Comparison | None) -> list[str]:
+    flags = []
+    best = choose_rate(rates)
+    side = edge(best.lr if best else None, [r.lr for r in rates]) if rates else None
+    if best and side:
+        flags.append(f"best rate {best.lr:g} is at the {side} edge of its grid: a better one may lie outside")
+    lost = sum(not c.sound for c in curves)
+    if lost:
+        flags.append(f"diverged on {lost} of {len(curves)} seeds")
+    if 0 < len(curves) < FEW_SEEDS:
+        flags.append(f"fewer than {FEW_SEEDS} seeds")
+    if comparison and comparison.final.n < len(curves) - lost:
+        flags.append(f"tested on {comparison.final.n} of {len(curves)} seeds: the baseline lacks the others")
+    if comparison and not comparison.final_sign and 0.0 not in comparison.final:
+        flags.append("its 95 % interval leaves 0 out, but not after correction for the number of tests")
+    return flags
+
+
+def _costs(curves: Sequence[Curve]) -> dict[str, float]:
+    if not curves:
+        return {}
+    means = {name: sum(getattr(c, name) for c in curves) / len(curves) for name in _MEANS}
+    return {"peak_bytes": max(c.peak_bytes for c in curves), **means}
+
+
+_MEANS = ("init_s", "init_tokens", "step_s", "trainable", "exported_rank")
