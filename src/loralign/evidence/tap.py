@@ -107,7 +107,7 @@ def _without_idle_adapters(sites: Sequence[Site]) -> Iterator[None]:
 @contextmanager
 def _checkpointing_works(model: nn.Module) -> Iterator[None]:
     """Within: gradient checkpointing, where switched on, acts: training mode, and embeddings that require gradients."""
-    if not getattr(model, "is_gradient_checkpointing", False):
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         yield
         return
     modes = {module: module.training for module in model.modules()}
