@@ -247,9 +247,7 @@ def preheat(args: argparse.Namespace) -> list[Row]:
     R = 128 if args.shape != "tiny" else 32
     start = clock(args.device)
     need = Preheated(lambda r: R, steps, "AB", micro_batches=4)
-    collect(
-        need, model, sites(model), batches, progress=lambda what, i, n: marks.append((what, i, clock(args.device)))
-    )
+    collect(need, model, sites(model), batches, progress=lambda what, i, n: marks.append((what, i, clock(args.device))))
     total = clock(args.device) - start
     ticks = [t for what, _, t in marks if what == "preheat"]
     per_step = (ticks[-1] - ticks[1]) / (len(ticks) - 2)

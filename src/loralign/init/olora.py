@@ -13,7 +13,7 @@ Args:    none.
 Example:
     >>> from loralign.init.olora import leading_qr
     >>> leading_qr().needs
-    Nothing()
+    Nothing(draws=0)
 """
 
 from __future__ import annotations
