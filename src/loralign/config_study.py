@@ -38,7 +38,7 @@ class ArmSection(_Section):
     """Method id or mix."""
     name: str | None = None
     """What the arm is called; omitted: the method."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """The method's own options."""
     preset: str | None = None
     """Named settings of the method."""
@@ -104,7 +104,7 @@ class StudyFile(_Section):
     """Alpha of every arm; the scale is the method's own."""
     targets: str | list[str] = "all-linear"
     """Modules to adapt."""
-    exclude: list[str] = []
+    exclude: list[str] = Field(default_factory=list)
     """Endings of module names to leave as they are."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of what trains."""

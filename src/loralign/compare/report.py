@@ -17,12 +17,13 @@ from loralign.compare.plots import plot_rates, plot_seconds, plot_steps
 from loralign.compare.rates import Rate
 from loralign.compare.spec import Outcome, Spec
 from loralign.compare.statistics import Curve, Interval
-from loralign.compare.study import Store, rate_trials, seed_trials
+from loralign.compare.study import Store, in_order, rate_trials, seed_trials
 from loralign.compare.verdict import ArmResult, StudyResult, summarise
 from loralign.io.provenance import environment, write_json, write_text
 
 COLUMNS = (
     "arm", "verdict", "lr", "seeds", "final", "final_low", "final_high", "best", "gap_closed", "gap_low", "gap_high",
+    "metric", "metric_mean", "metric_low", "metric_high",
     "steps_to_lora", "steps_to_full", "lr_decades", "trainable", "exported_rank", "peak_gib", "init_s", "step_s",
     "seconds_to_lora", "flags",
 )  # fmt: skip
@@ -35,6 +36,8 @@ def collect(spec: Spec, done: Mapping[str, Outcome]) -> tuple[list[Curve], list[
     found = dict(done)
     trials, edges = rate_trials(spec, found)
     finished = [t for t in trials if t.key in found]
+    if len(finished) == len(trials):
+        found |= in_order(spec, found, trials)
     rates = [_rate(t.arm, t.lr, found[t.key]) for t in finished]
     if len(finished) < len(trials):
         return [], rates, {}
@@ -52,6 +55,7 @@ def _curve(spec: Spec, arm: str, lr: float, seed: int, o: Outcome) -> Curve:
         arm, lr, seed, o.steps or (0,), o.seconds or (0.0,), losses, final=losses[-1], best=min(losses),
         init_s=o.init_s, init_tokens=o.init_tokens, peak_bytes=o.peak_bytes, step_s=o.step_s, trainable=o.trainable,
         exported_rank=o.rank, diverged=o.diverged, step_tokens=spec.batch_size * spec.task.length,
+        metrics=dict(o.metrics),
     )  # fmt: skip
 
 
@@ -77,9 +81,11 @@ def row(arm: ArmResult) -> dict[str, Any]:
     """One line of results.csv."""
     to_lora, to_full = arm.steps_to.get("lora"), arm.steps_to.get("full")
     seconds = arm.seconds_to.get("lora")
+    metric, measured = next(iter(arm.metrics.items()), ("", None))
+    measures = (metric, measured.mean, measured.low, measured.high) if measured else ("", None, None, None)
     figures = (
         arm.arm, arm.kind, arm.lr, arm.seeds, arm.final.mean, arm.final.low, arm.final.high, arm.best.mean,
-        arm.gap.value, arm.gap.low, arm.gap.high, reached(to_lora), reached(to_full),
+        arm.gap.value, arm.gap.low, arm.gap.high, *measures, reached(to_lora), reached(to_full),
         arm.sensitivity.decades if arm.sensitivity else None, arm.costs.get("trainable"),
         arm.costs.get("exported_rank"), arm.costs.get("peak_bytes", 0.0) / 2**30, arm.costs.get("init_s"),
         arm.costs.get("step_s"), reached(seconds), "; ".join(arm.flags),
@@ -127,13 +133,16 @@ def plain(value: Any) -> Any:
 def terminal_table(result: StudyResult, edges: Mapping[str, str]) -> Table:
     """What people read first."""
     made = Table(title="Final loss on test rows at each arm's own best rate, 95 % over seeds")
-    for name in ("arm", "lr", "final loss", "gap closed", "steps to lora's", "params", "init s", "flags"):
+    metrics = list(dict.fromkeys(name for arm in result.arms for name in arm.metrics))
+    for name in ("arm", "lr", "final loss", *metrics, "gap closed", "steps to lora's", "params", "init s", "flags"):
         made.add_column(name, justify="left" if name in ("arm", "flags") else "right")
     for arm in result.arms:
         gap = "–" if arm.gap.value is None else f"{arm.gap.value:.0%}"
         edge = f"best rate at the {edges[arm.arm]} edge" if arm.arm in edges else ""
         flags = "; ".join(dict.fromkeys(f for f in (*arm.flags, edge) if f))
-        cells = (f"{arm.lr:g}" if arm.lr else "–", spread(arm.final), gap, reached(arm.steps_to.get("lora")))
+        measured = [spread(arm.metrics[name]) if name in arm.metrics else "–" for name in metrics]
+        cells = (f"{arm.lr:g}" if arm.lr else "–", spread(arm.final), *measured, gap)
+        cells += (reached(arm.steps_to.get("lora")),)
         costs = (f"{arm.costs.get('trainable', 0) / 1e6:.2f} M", f"{arm.costs.get('init_s', 0):.1f}")
         made.add_row(arm.arm, *cells, *costs, flags)
     return made

@@ -101,9 +101,7 @@ class Resident:
         recipe = replace(arm.recipe, seed=trial.seed)
         self.adapted = get_peft_model(model, peft_config(recipe, model))
         trainer = Trainer(model=self.adapted, **common)
-        attach(trainer, recipe, rest_lr=spec.task.head_lr)
-        watched = getattr(recipe.init.needs, "micro_batches", 0)
-        return trainer, watched * spec.micro_batch_size * spec.task.length
+        return trainer, attach(trainer, recipe, rest_lr=spec.task.head_lr).spent.tokens
 
     def _full(self, reference: Full, trial: Trial, common: dict[str, Any]) -> Trainer:
         model = self.task.model
@@ -155,6 +153,12 @@ class Resident:
             torch.cuda.empty_cache()
 
 
+_NOT_METRICS = frozenset(
+    {"eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
+    | {"epoch", "eval_num_input_tokens_seen"}
+)
+
+
 class Watch(TrainerCallback):
     """Collects the curve; the clock stops while rows are evaluated."""
 
@@ -182,7 +186,7 @@ class Watch(TrainerCallback):
         self.steps.append(state.global_step)
         self.seconds.append(self._step_end - self.started - self.paused)
         self.losses.append(loss)
-        self.metrics = {k.removeprefix("eval_"): float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+        self.metrics = {k.removeprefix("eval_"): float(v) for k, v in metrics.items() if k not in _NOT_METRICS}
         self.paused += time.perf_counter() - self._step_end
         if not abs(loss) < float("inf"):
             self.diverged, self.note = True, f"loss {loss} at step {state.global_step}"

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -56,6 +56,8 @@ class Curve:
     exported_rank: int = 0
     diverged: bool = False
     step_tokens: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Measured at the end beside the loss (accuracy …)."""
 
     @property
     def sound(self) -> bool:

@@ -3,7 +3,8 @@
 Phase "rate": every arm the same number of log-spaced rates on one seed, judged on validation rows. While some arm's
 best rate lies at the edge of its grid, one rate is added to *every* arm, at most `extensions` times. Phase "seed":
 every arm's best rate on fresh seeds with equal data order, judged on test rows that no choice ever saw. A trial is
-given up only against other rates of its own arm and not before half of the steps; it still counts.
+given up only against other rates of its own arm and not before half of the steps; it still counts. A rate is judged
+against those that stand before it in the plan, so that the order in which workers finish changes nothing (`in_order`).
 
 Optuna keeps the trials (journal file): a finished trial is never repeated, an interrupted one runs again from its
 start, several workers on one or more machines share the file. What comes next depends on finished outcomes alone, so
@@ -16,8 +17,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import optuna
@@ -109,14 +110,14 @@ def judged(outcome: Outcome) -> float:
     return float("inf") if outcome.diverged or outcome.pruned or not outcome.losses else outcome.losses[-1]
 
 
-def best_index(arm: Arm, done: dict[str, Outcome], trials: Sequence[Trial]) -> int | None:
+def best_index(arm: Arm, done: Mapping[str, Outcome], trials: Sequence[Trial]) -> int | None:
     """Grid index of the arm's best rate, None where every rate diverged."""
     scores = {t.index: judged(done[t.key]) for t in trials if t.arm == arm.name}
     best = min(scores, key=lambda i: (scores[i], i))
     return best if scores[best] < float("inf") else None
 
 
-def rate_trials(spec: Spec, done: dict[str, Outcome]) -> tuple[list[Trial], dict[str, str]]:
+def rate_trials(spec: Spec, done: Mapping[str, Outcome]) -> tuple[list[Trial], dict[str, str]]:
     """All trials of phase "rate" that the finished ones call for, and the arms whose best is still at an edge.
 
     Rounds: the base grid, then one more rate for every arm while any arm's best is at an edge ("low" or "high").
@@ -126,6 +127,7 @@ def rate_trials(spec: Spec, done: dict[str, Outcome]) -> tuple[list[Trial], dict
     for extension in range(spec.extensions + 1):
         if any(t.key not in done for t in trials):
             return trials, {}
+        done = in_order(spec, done, trials)
         edges = {arm.name: side for arm in spec.arms if (side := edge_of(arm, done, trials))}
         if not edges or extension == spec.extensions:
             return trials, edges
@@ -133,7 +135,7 @@ def rate_trials(spec: Spec, done: dict[str, Outcome]) -> tuple[list[Trial], dict
     raise AssertionError("unreachable")
 
 
-def edge_of(arm: Arm, done: dict[str, Outcome], trials: Sequence[Trial]) -> str | None:
+def edge_of(arm: Arm, done: Mapping[str, Outcome], trials: Sequence[Trial]) -> str | None:
     indices = [t.index for t in trials if t.arm == arm.name]
     best = best_index(arm, done, trials)
     if best is None or best == min(indices):
@@ -141,7 +143,7 @@ def edge_of(arm: Arm, done: dict[str, Outcome], trials: Sequence[Trial]) -> str 
     return "high" if best == max(indices) else None
 
 
-def _one_more(arm: Arm, spec: Spec, done: dict[str, Outcome], trials: Sequence[Trial]) -> Trial:
+def _one_more(arm: Arm, spec: Spec, done: Mapping[str, Outcome], trials: Sequence[Trial]) -> Trial:
     """The next rate beyond the edge nearer to the arm's best."""
     indices = [t.index for t in trials if t.arm == arm.name]
     best = best_index(arm, done, trials)
@@ -152,8 +154,9 @@ def _one_more(arm: Arm, spec: Spec, done: dict[str, Outcome], trials: Sequence[T
     return Trial("rate", arm.name, index, rate(arm, index, spec.ratio), spec.rate_seed)
 
 
-def seed_trials(spec: Spec, done: dict[str, Outcome], trials: Sequence[Trial]) -> list[Trial]:
+def seed_trials(spec: Spec, done: Mapping[str, Outcome], trials: Sequence[Trial]) -> list[Trial]:
     """Every arm's best rate on the reported seeds, seed by seed so that an unfinished study is balanced."""
+    done = in_order(spec, done, trials)
     chosen = {arm.name: best_index(arm, done, trials) for arm in spec.arms}
     found = []
     for seed in range(spec.seeds):
@@ -164,7 +167,7 @@ def seed_trials(spec: Spec, done: dict[str, Outcome], trials: Sequence[Trial]) -
     return found
 
 
-def wanted(spec: Spec, done: dict[str, Outcome]) -> list[Trial]:
+def wanted(spec: Spec, done: Mapping[str, Outcome]) -> list[Trial]:
     """Every trial that the study needs, as far as finished outcomes decide it; a pure function."""
     trials, _ = rate_trials(spec, done)
     if any(t.key not in done for t in trials):
@@ -172,13 +175,55 @@ def wanted(spec: Spec, done: dict[str, Outcome]) -> list[Trial]:
     return [*trials, *seed_trials(spec, done, trials)]
 
 
+def earlier(trial: Trial, trials: Sequence[Trial]) -> list[Trial]:
+    """The rates of the same arm that stand before a trial in the plan."""
+    own = [t for t in trials if t.arm == trial.arm]
+    return own[: own.index(trial)] if trial in own else []
+
+
 def should_stop(trial: Trial, step: int, loss: float, spec: Spec, done: dict[str, Outcome]) -> bool:
-    """Give a rate up when, past half of the steps, it is worse than every finished rate of its own arm was then."""
-    if not spec.prune or trial.phase != "rate" or step < spec.steps / 2 or step >= spec.steps:
+    """Give a rate up when, past half of the steps, it is worse than every earlier rate of its own arm was then.
+
+    Not while an earlier one is still running: what is given up must not depend on who finished first.
+    """
+    if not spec.prune or trial.phase != "rate":
         return False
-    same = [o for k, o in done.items() if k.startswith(f"rate/{trial.arm}/") and not o.diverged and not o.pruned]
-    then = [o.losses[o.steps.index(step)] for o in same if step in o.steps]
+    trials, _ = rate_trials(spec, done)
+    before = earlier(trial, trials)
+    if any(t.key not in done for t in before):
+        return False
+    finished = in_order(spec, done, before)
+    return _hopeless(step, loss, spec, [finished[t.key] for t in before])
+
+
+def _hopeless(step: int, loss: float, spec: Spec, before: Sequence[Outcome]) -> bool:
+    """At least two earlier rates ran to their end, and this loss is above all of theirs at this step."""
+    if step < spec.steps / 2 or step >= spec.steps:
+        return False
+    whole = [o for o in before if not o.diverged and not o.pruned]
+    then = [o.losses[o.steps.index(step)] for o in whole if step in o.steps]
     return len(then) >= 2 and loss > max(then)
+
+
+def in_order(spec: Spec, done: Mapping[str, Outcome], trials: Sequence[Trial]) -> dict[str, Outcome]:
+    """Outcomes as one worker, going through the plan in order, would have had them.
+
+    With several workers a rate may run to its end although an earlier one, unfinished then, would have ended it: it
+    counts as given up, at that step. Live `should_stop` never gives up more than this.
+    """
+    found = dict(done)
+    if not spec.prune:
+        return found
+    for trial in trials:
+        outcome = found[trial.key]
+        before = [found[t.key] for t in earlier(trial, trials)]
+        for i, (step, loss) in enumerate(zip(outcome.steps, outcome.losses, strict=True)):
+            if _hopeless(step, loss, spec, before):
+                n, o = i + 1, outcome
+                times, losses = o.seconds[:n], o.losses[:n]
+                found[trial.key] = replace(o, steps=o.steps[:n], seconds=times, losses=losses, pruned=True)
+                break
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- working

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from loralign.compare.spec import Spec
 from loralign.linalg import keyed_generator
+from loralign.train.chat import IGNORED, fit
+from loralign.train.data import rows_format, to_trl
 from loralign.train.model import as_plain
+from loralign.train.read import read_rows
 from loralign.types import LoralignError
 
 Rows = list[dict[str, Any]]
@@ -33,7 +36,7 @@ class Prepared:
     metrics: Callable[[Any], dict[str, float]] | None
     head: tuple[str, ...] = ()
 
-    def head_modules(self) -> list[nn.Module]:
+    def head_modules(self) -> list[nn.Linear]:
         return [m for name in self.head for m in self.model.get_submodule(name).modules() if isinstance(m, nn.Linear)]
 
     def head_parameters(self) -> list[nn.Parameter]:
@@ -43,7 +46,7 @@ class Prepared:
     def fresh_head(self, seed: int) -> None:
         """Weights N(0, 0.02²), biases zero, keyed by the seed: every arm starts a seed with the same head."""
         for i, module in enumerate(self.head_modules()):
-            draw = torch.randn(module.weight.shape, generator=keyed_generator(seed, "head", 0, str(i)))
+            draw = torch.randn(tuple(module.weight.shape), generator=keyed_generator(seed, "head", 0, str(i)))
             module.weight.copy_(0.02 * draw)
             if module.bias is not None:
                 module.bias.zero_()
@@ -93,15 +96,16 @@ def _text(spec: Spec, device: str) -> Prepared:
         ids = torch.stack([row["input_ids"] for row in rows])
         return {"input_ids": ids, "labels": ids.clone()}
 
-    splits = [blocks(p) for p in (spec.task.train, spec.task.valid, spec.task.test)]
-    return Prepared(_causal(spec, device), *splits, collate, None)
+    train, valid, test = (blocks(p) for p in (spec.task.train, spec.task.valid, spec.task.test))
+    return Prepared(_causal(spec, device), train, valid, test, collate, None)
 
 
 def _causal(spec: Spec, device: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32, use_safetensors=True)
     as_plain(model)
     model.config.use_cache = False
-    return model.to(device)
+    model.to(torch.device(device))
+    return cast(PreTrainedModel, model)
 
 
 def _classify(spec: Spec, device: str) -> Prepared:
@@ -128,7 +132,8 @@ def _classify(spec: Spec, device: str) -> Prepared:
         batch = tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
-    return Prepared(model.to(device), *splits, collate, accuracy, head)
+    train, valid, test = splits
+    return Prepared(model.to(device), train, valid, test, collate, accuracy, head)
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -138,4 +143,23 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 def _sft(spec: Spec, device: str) -> Prepared:
-    raise LoralignError("studies of task sft are not built yet: use kind text or classify")
+    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+
+    def rows(path: str) -> Rows:
+        found = read_rows(path)
+        return list(fit(to_trl(found, rows_format(found)), tokenizer, max_length=spec.task.length).dataset)
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def collate(batch: Rows) -> dict[str, Tensor]:
+        def padded(key: str, fill: int) -> Tensor:
+            parts = [torch.tensor(row[key]) for row in batch]
+            return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
+
+        lengths = torch.tensor([len(row["input_ids"]) for row in batch])
+        ids = padded("input_ids", pad or 0)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", IGNORED)}
+
+    train, valid, test = (rows(p) for p in (spec.task.train, spec.task.valid, spec.task.test))
+    return Prepared(_causal(spec, device), train, valid, test, collate, None)

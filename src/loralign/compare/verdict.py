@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from loralign.compare.rates import Rate, Sensitivity, check_equal_trials, choose_rate, edge, sensitivity
@@ -44,6 +44,8 @@ class ArmResult:
     sensitivity: Sensitivity | None
     comparison: Comparison | None
     costs: Mapping[str, float]
+    metrics: Mapping[str, Interval] = field(default_factory=dict)
+    """At the end, over seeds that did not diverge."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def _arm_result(
         sensitivity=sensitivity(rates),
         comparison=comparison,
         costs=_costs(curves),
+        metrics=_metrics(curves),
     )
 
 
@@ -195,6 +198,12 @@ def _costs(curves: Sequence[Curve]) -> dict[str, float]:
         return {}
     means = {name: sum(getattr(c, name) for c in curves) / len(curves) for name in _MEANS}
     return {"peak_bytes": max(c.peak_bytes for c in curves), **means}
+
+
+def _metrics(curves: Sequence[Curve]) -> dict[str, Interval]:
+    sound = [c for c in curves if c.sound]
+    names = dict.fromkeys(n for c in sound for n in c.metrics)
+    return {n: interval([c.metrics[n] for c in sound if n in c.metrics]) for n in names}
 
 
 _MEANS = ("init_s", "init_tokens", "step_s", "trainable", "exported_rank")

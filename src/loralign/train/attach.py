@@ -65,9 +65,9 @@ def attach(
             evidence = gather(
                 model, recipe, _batches(trainer, recipe), loss=_loss_of(trainer), cache=cache, progress=progress
             )
-            stored = start(model, recipe, evidence)
+            stored, spent = start(model, recipe, evidence), evidence.spent
     else:
-        stored = dict(read_note(Path(resume_from)).storage)
+        stored, spent = dict(read_note(Path(resume_from)).storage), None
         restore_storage(model, recipe, stored)
     callback = RecipeCallback(
         recipe,
@@ -75,6 +75,7 @@ def attach(
         stored,
         resume_from=Path(resume_from) if resume_from else None,
         keep=trainer.args.save_total_limit,
+        spent=spent,
     )
     trainer.add_callback(callback)
     lr = float(trainer.args.learning_rate)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from loralign.evidence import Spent
 from loralign.optim import PairOptimizer
 from loralign.sites import sites, sync_config
 from loralign.slot import SlotLinear, live_of, whole, write
@@ -26,7 +27,7 @@ log = logging.getLogger("loralign")
 
 
 class RecipeCallback(TrainerCallback):
-    """One run of one recipe. Attributes for the curious: `optimizer`, `episodes`, `unreached`."""
+    """One run of one recipe. Attributes for the curious: `optimizer`, `episodes`, `unreached`, `spent` (evidence)."""
 
     def __init__(
         self,
@@ -36,9 +37,11 @@ class RecipeCallback(TrainerCallback):
         *,
         resume_from: Path | None = None,
         keep: int | None = None,
+        spent: Spent | None = None,
     ) -> None:
         self.recipe, self.model, self.stored = recipe, model, dict(stored)
         self.resume_from, self.keep = resume_from, keep
+        self.spent = spent or Spent()
         self.steps_seen = 0
         self.optimizer: PairOptimizer | None = None
         self.episodes = Episodes(recipe, model)
