@@ -1,7 +1,7 @@
-"""`plan`'s peak memory beside the measured peak of real training steps, on three configurations.
+"""`plan`'s peak memory beside the measured peak of real training steps.
 
     python benchmarks/bench_plan.py                                  # CPU, about 5 minutes on 2 cores
-    python benchmarks/bench_plan.py --device cuda --json out.json
+    python benchmarks/bench_plan.py --device cuda --json out.json    # one GPU of 40 GB or more
 
 Each configuration runs in a fresh process: the model is built, adapted and trained for two optimizer steps of two
 micro-batches with the loss of TRL's SFTTrainer. CPU: growth of resident memory from before the model was built to its
@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 import warnings
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,10 @@ CASES: dict[str, dict[str, tuple[dict[str, Any], str, int, int, bool]]] = {
         "8 layers of 1024, pissa, 2 × 512": (WIDE, "pissa", 2, 512, False),
     },
     "cuda": {
-        "smollm2-135m, lora-ga, 16 × 512": (SMOL, "lora-ga", 16, 512, False),
         "1B shape, lora, 8 × 1024": (ONE_B, "lora", 8, 1024, False),
+        "1B shape, lora, 8 × 1024, recomputed": (ONE_B, "lora", 8, 1024, True),
         "8B shape, lora, 4 × 1024, recomputed": (EIGHT_B, "lora", 4, 1024, True),
+        "smollm2-135m, lora-ga, 16 × 512": (SMOL, "lora-ga", 16, 512, False),
     },
 }
 
@@ -136,6 +139,11 @@ def in_fresh_process(device: str, case: str, *, glibc: bool) -> dict[str, float]
     return found
 
 
+def _where(device: str) -> dict[str, str]:
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return {"device": device, "name": name, **{p: version(p) for p in ("torch", "transformers", "trl", "peft")}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -144,22 +152,24 @@ def main() -> None:
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here: leave --device out for the CPU")
     if given.only:
         print(json.dumps(measured(given.device, given.only)))
         return
-    rows = []
-    print(f"{'configuration':<42}{'planned':>10}{'measured':>10}{'error':>8}{'plan took':>11}")
+    rows, errors = [], []
+    print(f"{'configuration':<42}{'planned':>11}{'measured':>11}{'error':>8}{'plan took':>11}{'steps took':>12}")
     for case in CASES[given.device]:
         plan, real = planned(given.device, case), in_fresh_process(given.device, case, glibc=given.glibc)
-        error = plan["bytes"] / real["bytes"] - 1
-        rows.append({"case": case, "planned": plan["bytes"], "measured": real["bytes"], "error": error})
-        print(
-            f"{case:<42}{plan['bytes'] / 1e9:>8.3f}GB{real['bytes'] / 1e9:>8.3f}GB{error:>8.1%}{plan['seconds']:>9.1f} s"
-        )
-    worst = max(abs(row["error"]) for row in rows)
+        errors.append(plan["bytes"] / real["bytes"] - 1)
+        rows.append({"case": case, "planned": plan["bytes"], "measured": real["bytes"], "error": errors[-1]})
+        bytes_ = f"{plan['bytes'] / 1e9:>8.3f} GB{real['bytes'] / 1e9:>8.3f} GB{errors[-1]:>8.1%}"
+        print(f"{case:<42}{bytes_}{plan['seconds']:>9.1f} s{real['seconds']:>10.1f} s", flush=True)
+    worst = max(map(abs, errors))
     print(f"worst error {worst:.1%}: {'within' if worst <= 0.15 else 'OUTSIDE'} 15 %")
     if given.json:
-        given.json.write_text(json.dumps({"device": given.device, "torch": torch.__version__, "rows": rows}, indent=1))
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps({**_where(given.device), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
