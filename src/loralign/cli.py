@@ -16,11 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
-from loralign.cli_run import guarded, job_of, progress, say
+from loralign.cli_run import guarded, job_of, progress, replace_text, say
 
 app = typer.Typer(
     name="loralign",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="LoRA that keeps up with full fine-tuning; leaves a plain PEFT adapter behind.",
@@ -65,7 +64,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(no_args_is_help=False)
 def root(
     show_version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Version.")] = False,
 ) -> None:
@@ -242,10 +241,11 @@ def schema(out: Annotated[Path | None, typer.Option(help="File to write; default
     """The JSON schema of recipe files, for editors."""
     from loralign.config import schema_text
 
+    text = schema_text()
     if out is None:
-        say(schema_text().rstrip())
+        say(text.rstrip())
     else:
-        out.write_text(schema_text(), encoding="utf-8")
+        replace_text(out, text)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def planned(file: RunFile, device: str = "auto") -> Planned:
 def _meta_model(name: str, dtype: torch.dtype, place: dict[str, Any]) -> Any:
     path = Path(name).expanduser()
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    config = AutoConfig.from_pretrained(str(path.parent if gguf else name), **place, **gguf)
+    where = path.parent if gguf else path if path.is_dir() else name
+    config = AutoConfig.from_pretrained(str(where), **place, **gguf)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=place["trust_remote_code"])
 

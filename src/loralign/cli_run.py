@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 import time
 import traceback
@@ -31,26 +32,37 @@ def say(text: str) -> None:
 
 def guarded(app: typer.Typer, argv: list[str]) -> int:
     """Run the application; an exception becomes one sentence on stderr and an exit code."""
-    debug = "--debug" in argv
+    debug, words = "--debug" in argv, [word for word in argv if word != "--debug"]
     try:
         with _quiet(debug):
-            app(args=[word for word in argv if word != "--debug"], prog_name="loralign")
-    except SystemExit as done:
-        return done.code if isinstance(done.code, int) else int(done.code is not None)
-    except KeyboardInterrupt:
+            done = app(args=words or ["--help"], prog_name="loralign", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("loralign: stopped", err=True)
         return 130
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `loralign methods | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
     except Exception as error:
         code, text = explained(error)
         if debug:
             traceback.print_exc()
         typer.echo(f"loralign: {text}", err=True)
         return code
-    return 0
+    return done if isinstance(done, int) else 0
+
+
+BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explained(error: Exception) -> tuple[int, str]:
     """Exit code and sentence of an exception."""
+    usage: Any = getattr(error, "format_message", None)  # a mistake on the command line, found by typer
+    if usage is not None:
+        page = getattr(getattr(error, "ctx", None), "command_path", "loralign")
+        return 2, f"{usage().replace('Value error, ', '').rstrip('.')} (see {page} --help)"
     from loralign.types import LoralignError, VerificationFailed, WorkFailed
 
     said = " ".join(str(error).split())
@@ -61,8 +73,10 @@ def explained(error: Exception) -> tuple[int, str]:
             1,
             "out of memory: lower train.micro_batch_size or set train.gradient_checkpointing; `loralign plan` tells",
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return 1, "the disk is full: free some space, then go on with --resume"
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return 1, f"writing failed ({error.strerror}): free some space, then try again (train: with --resume)"
+    if isinstance(error, BAD_PATH) and error.filename:
+        return 2, f"{error.filename}: {(error.strerror or 'not usable').lower()}; name another path"
     if isinstance(error, OSError) and error.filename:
         return 1, f"{error.filename}: {error.strerror}"
     return 1, f"unexpected {type(error).__name__}: {said or 'no message'}; --debug shows where, please report it"
@@ -70,7 +84,12 @@ def explained(error: Exception) -> tuple[int, str]:
 
 @contextmanager
 def _quiet(debug: bool) -> Iterator[None]:
-    """Our log on stderr; warnings of other libraries only with --debug."""
+    """Our log on stderr; warnings of other libraries only with --debug, their bars only on a terminal."""
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     handler, log = _Stderr(), logging.getLogger("loralign")
     level = log.level
     log.addHandler(handler)
@@ -88,6 +107,23 @@ def _quiet(debug: bool) -> Iterator[None]:
 class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(record.getMessage(), err=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    if not path.parent.is_dir():
+        from loralign.types import LoralignError
+
+        raise LoralignError(f"no such folder: {path.parent}; make it first")
+    if path.exists() and not path.is_file():  # a pipe or a device
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- progress
@@ -115,9 +151,9 @@ def progress() -> Iterator[Progress]:
 
 
 class Lines:
-    """Progress as plain lines on stderr: at every tenth of the way, and where a tenth takes long."""
+    """Progress as plain lines on stderr: at the tenths of the way, at most every few seconds, and at the end."""
 
-    every_s = 60.0
+    least_s, every_s = 3.0, 60.0
 
     def __init__(self) -> None:
         self._said: dict[str, tuple[int, float]] = {}
@@ -125,7 +161,7 @@ class Lines:
     def __call__(self, what: str, done: int, total: int) -> None:
         tenth, now = 10 * done // max(1, total), time.monotonic()
         last, when = self._said.get(what, (0, now))
-        if tenth > last or now - when > self.every_s:
+        if done >= total or (tenth > last and now - when > self.least_s) or now - when > self.every_s:
             typer.echo(f"{what}: {done}/{total}", err=True)
             last, when = tenth, now
         self._said[what] = (last, when)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic.errors import PydanticSchemaGenerationError
 
 from loralign.config_errors import sentence
 from loralign.config_file import RunFile, TrainSection
@@ -207,11 +208,20 @@ def schema_text() -> str:
     return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
 
 
+def _type_schema(kind: Any) -> dict[str, Any] | None:
+    """None for objects that a file cannot hold, such as a transform."""
+    try:
+        return TypeAdapter(kind).json_schema()
+    except PydanticSchemaGenerationError:
+        return None
+
+
 def _method_schema(line: Method) -> dict[str, Any]:
     factories = [f for f in _factories([line]) if not line.reference]
     known = {name for f in factories for name in inspect.signature(f).parameters}
     types = _option_types([line])
-    options = {name: TypeAdapter(types[name]).json_schema() for name in sorted(known)}
+    options = {name: _type_schema(types[name]) for name in sorted(known)}
+    options = {name: found for name, found in options.items() if found is not None}
     then: dict[str, Any] = {"options": {"properties": options, "additionalProperties": False}}
     if line.presets:
         then["preset"] = {"enum": [*sorted(line.presets), None]}

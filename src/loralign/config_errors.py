@@ -99,12 +99,13 @@ def _nearest(path: str, keys: Mapping[str, FieldInfo], options: frozenset[str]) 
     if leaf in options:
         return f"it belongs under `options`: `options.{leaf}`"
     by_leaf = {key.rsplit(".", 1)[-1]: key for key in sorted(keys, reverse=True)}
-    near = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean `{by_leaf[near[0]]}`?"
     section = path[: -len(leaf)]
-    siblings = [key for key in keys if key.startswith(section) and "." not in key[len(section) :]]
-    return f"the keys there are {', '.join(key[len(section) :] for key in siblings)}"
+    here = [key[len(section) :] for key in keys if key.startswith(section) and "." not in key[len(section) :]]
+    sibling = difflib.get_close_matches(leaf, here, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)
+    if sibling or near:
+        return f"did you mean `{section + sibling[0] if sibling else by_leaf[near[0]]}`?"
+    return f"the keys there are {', '.join(here)}"
 
 
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "empty"}

@@ -104,7 +104,7 @@ class RunFile(_Section):
     """The optimisation."""
     output: str
     """Folder of the result; it must be empty or absent, or hold the run to resume."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of everything that is drawn."""
     revision: str | None = None
     """Commit, tag or branch of a hub model."""

@@ -6,7 +6,8 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,8 +95,15 @@ def _matches(name: str, key: str) -> bool:
 def put_in(model: nn.Module, recipe: Recipe) -> PeftModel:
     """Insert the stock PEFT adapter of a recipe (W_eff = W0 still); raises when no module matches."""
     config = peft_config(recipe, model)
-    try:
+    with explained_targets(model, recipe):
         return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+
+
+@contextmanager
+def explained_targets(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Within: PEFT's complaint that no module matches becomes ours, which names the modules there are."""
+    try:
+        yield
     except ValueError as error:
         if "arget modules" not in str(error) and "target_modules" not in str(error):
             raise

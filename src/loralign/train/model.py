@@ -30,7 +30,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype_of(precision), use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise LoralignError(f"cannot load the model {name!r}: {_first_sentence(error)}") from error
+        raise LoralignError(f"cannot load the model {name!r}: {_why(error)}") from error
     as_plain(model)
     if is_adapted(model):
         raise LoralignError(f"{name!r} is an adapter, not a base model: give the base model in `model`")
@@ -93,9 +93,10 @@ def hidden_size(name: str, *, revision: str | None = None, trust_remote_code: bo
     try:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code, **extra)
     except (OSError, ValueError, KeyError) as error:
-        raise LoralignError(f"cannot load the model {name!r}: {_first_sentence(error)}") from error
+        raise LoralignError(f"cannot load the model {name!r}: {_why(error)}") from error
     return int(getattr(config, "hidden_size", 2000))
 
 
-def _first_sentence(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+def _why(error: Exception) -> str:
+    said = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+    return f"{said}; check the name, or give the folder of the model"

@@ -8,11 +8,12 @@ and ends with the same bits on the CPU.
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
 from loralign.evidence import Progress
@@ -34,7 +36,7 @@ from loralign.io.card import Card, write_card
 from loralign.io.export import ExportReport, export
 from loralign.io.provenance import write_run
 from loralign.io.verify import verify
-from loralign.sites import peft_config, target_weights
+from loralign.sites import explained_targets, peft_config, target_weights
 from loralign.train.adapt import check_start
 from loralign.train.attach import attach
 from loralign.train.chat import Fit, fit
@@ -222,7 +224,25 @@ def _arguments(job: Job, *, has_eval: bool) -> SFTConfig:
         "packing": job.data.packing,
         "assistant_only_loss": False,  # the labels already say it
     }
-    return SFTConfig(**{**settings, **t.extra})
+    ours = sorted(settings.keys() & t.extra.keys())
+    if ours:
+        raise LoralignError(
+            f"`train.extra.{ours[0]}` is decided by the recipe's own keys: leave it out of `train.extra`"
+        )
+    known = [f.name for f in fields(SFTConfig) if f.init]
+    for name in t.extra.keys() - set(known):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ": leave it out"
+        raise LoralignError(f"`train.extra.{name}` is no field of TRL's SFTConfig{hint}")
+    for tracker in t.report_to:
+        if tracker not in (*get_available_reporting_integrations(), "all", "none"):
+            raise LoralignError(
+                f"`train.report_to` names {tracker!r}, which is not installed or not known: leave it out"
+            )
+    try:
+        return SFTConfig(**settings, **t.extra)
+    except (TypeError, ValueError) as error:
+        raise LoralignError(f"`train` does not fit TRL's SFTConfig: {error}") from error
 
 
 def _trainer(
@@ -236,7 +256,9 @@ def _trainer(
 ) -> SFTTrainer:
     common: dict[str, Any] = {"args": args, "train_dataset": train, "eval_dataset": held_out, "callbacks": callbacks}
     if isinstance(job.recipe, Recipe):
-        return SFTTrainer(model, processing_class=tokenizer, peft_config=peft_config(job.recipe, model), **common)
+        config = peft_config(job.recipe, model)
+        with explained_targets(model, job.recipe):
+            return SFTTrainer(model, processing_class=tokenizer, peft_config=config, **common)
     wanted = {id(p) for p in target_weights(model, job.recipe).values()}
     for p in model.parameters():
         p.requires_grad_(id(p) in wanted)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from loralign.train.read import read_rows
 from loralign.types import LoralignError
 
 Conversation = list[dict[str, str]]
+Asked = Conversation | str
+"""Turns for the chat template, or a prompt as the model shall see it."""
 
 
 def open_adapter(folder: Path, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -32,13 +35,13 @@ def open_adapter(folder: Path, base: str | None = None) -> tuple[Any, PreTrained
 def answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Conversation],
+    conversations: Sequence[Asked],
     *,
     max_new_tokens: int = 128,
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Greedy answers to conversations that end with a user's turn."""
+    """Greedy answers to conversations that end with a user's turn, or to plain prompts."""
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     found: list[str] = []
     model.eval()
@@ -55,11 +58,13 @@ def answer(
     return [text.strip() for text in found]
 
 
-def _groups(items: Sequence[Conversation], size: int) -> list[Sequence[Conversation]]:
+def _groups(items: Sequence[Asked], size: int) -> list[Sequence[Asked]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
+def _prompt(tokenizer: PreTrainedTokenizerBase, conversation: Asked) -> str:
+    if isinstance(conversation, str):
+        return conversation
     if tokenizer.chat_template is None:
         return "\n".join(turn["content"] for turn in conversation)
     text: str = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
@@ -75,10 +80,21 @@ def exact_match(
     progress: Progress | None = None,
 ) -> float:
     """Share of conversations whose greedy answer equals the last assistant turn, white space aside."""
-    asked = [row[:-1] for row in rows]
-    wanted = [row[-1]["content"].strip() for row in rows]
+    asked, wanted = [row[:-1] for row in rows], [row[-1]["content"] for row in rows]
+    return _share_right(model, tokenizer, asked, wanted, max_new_tokens=max_new_tokens, progress=progress)
+
+
+def _share_right(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Asked],
+    wanted: Sequence[str],
+    *,
+    max_new_tokens: int,
+    progress: Progress | None,
+) -> float:
     given = answer(model, tokenizer, asked, max_new_tokens=max_new_tokens, progress=progress)
-    return sum(a == b for a, b in zip(given, wanted, strict=True)) / max(1, len(wanted))
+    return sum(a == b.strip() for a, b in zip(given, wanted, strict=True)) / max(1, len(wanted))
 
 
 def generate(
@@ -106,12 +122,22 @@ def evaluate(
 ) -> dict[str, float]:
     """Exact match of the adapter and of its base on rows with answers; `limit` takes the first so many rows."""
     rows = read_rows(data)
-    table = to_trl(rows, rows_format(rows))
-    if "messages" not in table.column_names:
-        raise LoralignError(f"{Path(data).name} has no conversations to answer: `eval` needs rows with answers")
-    conversations = [list(m) for m in table["messages"]][:limit]
+    questions = [_question(row, Path(data).name) for row in islice(to_trl(rows, rows_format(rows)), limit)]
+    asked, wanted = [q for q, _ in questions], [a for _, a in questions]
     model, tokenizer = open_adapter(folder, base)
-    tuned = exact_match(model, tokenizer, conversations, max_new_tokens=max_new_tokens, progress=progress)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": progress}
+    tuned = _share_right(model, tokenizer, asked, wanted, **settings)
     with model.disable_adapter():
-        before = exact_match(model, tokenizer, conversations, max_new_tokens=max_new_tokens, progress=progress)
-    return {"exact_match": tuned, "exact_match_base": before, "rows": float(len(conversations))}
+        before = _share_right(model, tokenizer, asked, wanted, **settings)
+    return {"exact_match": tuned, "exact_match_base": before, "rows": float(len(questions))}
+
+
+def _question(row: Mapping[str, Any], name: str) -> tuple[Asked, str]:
+    """What a row asks, and the answer it wants: the last turn, or the completion."""
+    if "messages" in row and row["messages"][-1]["role"] == "assistant":
+        return list(row["messages"][:-1]), row["messages"][-1]["content"]
+    if "completion" not in row:
+        raise LoralignError(f"{name} has rows without an answer: `eval` needs prompt and completion, or conversations")
+    if isinstance(row["completion"], str):
+        return row["prompt"], row["completion"]
+    return [*row["prompt"], *row["completion"][:-1]], row["completion"][-1]["content"]
