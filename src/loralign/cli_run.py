@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -54,7 +53,6 @@ def guarded(app: typer.Typer, argv: list[str]) -> int:
 
 
 BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explained(error: Exception) -> tuple[int, str]:
@@ -63,6 +61,7 @@ def explained(error: Exception) -> tuple[int, str]:
     if usage is not None:
         page = getattr(getattr(error, "ctx", None), "command_path", "loralign")
         return 2, f"{usage().replace('Value error, ', '').rstrip('.')} (see {page} --help)"
+    from loralign.io.folder import disk_full
     from loralign.types import LoralignError, VerificationFailed, WorkFailed
 
     said = " ".join(str(error).split())
@@ -73,8 +72,8 @@ def explained(error: Exception) -> tuple[int, str]:
             1,
             "out of memory: lower train.micro_batch_size or set train.gradient_checkpointing; `loralign plan` tells",
         )
-    if isinstance(error, OSError) and error.errno in FULL_DISK:
-        return 1, f"writing failed ({error.strerror}): free some space, then try again (train: with --resume)"
+    if reason := disk_full(error):
+        return 1, f"writing failed ({reason}): free some space, then try again"
     if isinstance(error, BAD_PATH) and error.filename:
         return 2, f"{error.filename}: {(error.strerror or 'not usable').lower()}; name another path"
     if isinstance(error, OSError) and error.filename:

@@ -57,14 +57,22 @@ def fresh_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def disk_full(error: BaseException) -> str:
+    """What a full disk (or quota, or file-size limit) said, "" for other errors."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
+            return os.strerror(number)
+    torchs_writer = isinstance(error, RuntimeError) and ("inline_container" in str(error) or "iostream" in str(error))
+    return "torch could not write the whole file" if torchs_writer else ""
+
+
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
     """Turn a failing disk into one sentence."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower()
-        if full:
+        if disk_full(error):
             raise WorkFailed(f"no space left on the disk of {out}: free some and export again") from error
         raise LoralignError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -34,6 +35,7 @@ from trl import SFTConfig, SFTTrainer
 from loralign.evidence import Progress
 from loralign.io.card import Card, write_card
 from loralign.io.export import ExportReport, export
+from loralign.io.folder import disk_full
 from loralign.io.provenance import write_run
 from loralign.io.verify import verify
 from loralign.sites import explained_targets, peft_config, target_weights
@@ -87,8 +89,10 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
     before = trainer.evaluate() if trainer.eval_dataset is not None and ready.resume_from is None else {}
     try:
         trainer.train(resume_from_checkpoint=str(ready.resume_from) if ready.resume_from else None)
-    except OSError as error:
-        raise WorkFailed(f"writing failed ({error.strerror or error}): free some space, then --resume") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not disk_full(error):
+            raise
+        raise WorkFailed(f"writing failed ({disk_full(error)}): free some space, then --resume") from error
     trained = time.perf_counter()
     metrics = _metrics(trainer, before)
     if isinstance(job.recipe, Full):
@@ -149,7 +153,7 @@ def _resume_point(job: Job, resume: bool) -> Path | None:
         found = last_complete(kept)
         if found is None:
             raise LoralignError(
-                f"nothing to resume in {job.output.name}: it has no complete checkpoint; run without --resume"
+                f"nothing to resume in {job.output.name}: no checkpoint is complete; empty it, run without --resume"
             )
         for half in kept.glob("checkpoint-*"):  # cut off while it was written
             if int(half.name.rsplit("-", 1)[1]) > int(found.name.rsplit("-", 1)[1]):
