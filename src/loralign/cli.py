@@ -94,14 +94,36 @@ def train(
     say(f"{'Verified' if result.verified else 'Written'}: {result.output}")
 
 
-@app.command(epilog="Example: loralign init examples/sft-lora-ga.yaml --set output=start")
-def init(recipe: Recipe, overrides: Overrides = None) -> None:
+@app.command(epilog="Example: loralign init examples/sft-lora-ga.yaml --set output=start --report")
+def init(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Measure how much of a held-out gradient the start can follow.")
+    ] = False,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD", help="A start to measure too; default: lora, lora-ga and hrp-sketch."),
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="An adapter, checkpoint or basis file whose common subspace is measured."),
+    ] = None,
+) -> None:
     """Only the initialised adapter of a recipe, for other trainers."""
+    from loralign.types import LoralignError
+
+    if (beside or source) and not report:
+        raise LoralignError("--beside and --source belong to the report: add --report")
     job = job_of(recipe, overrides)
+    from loralign.cli_report import measure_of, write_report
     from loralign.train.sft import initialise
 
-    with progress() as report:
-        initialise(job, progress=report)
+    with progress() as bars:
+        measure = measure_of(beside, source or (), progress=bars) if report else None
+        shares = initialise(job, measure=measure, progress=bars)
+    for line in write_report(job.output, shares) if shares else ():
+        say(line)
     say(f"Written: {job.output}")
 
 

@@ -61,9 +61,9 @@ def attach(
     model = _own_model(trainer, recipe)
     _name_ignored(trainer.args, recipe)
     if resume_from is None:
-        with _same_randomness(), _same_metrics(trainer), _as_in_training(trainer, model):
+        with undisturbed(trainer, model):
             evidence = gather(
-                model, recipe, _batches(trainer, recipe), loss=_loss_of(trainer), cache=cache, progress=progress
+                model, recipe, _batches(trainer, recipe), loss=loss_of(trainer), cache=cache, progress=progress
             )
             stored, spent = start(model, recipe, evidence), evidence.spent
     else:
@@ -154,7 +154,9 @@ def _unwrapped(model: nn.Module) -> Any:
     return model.module if hasattr(model, "module") and not isinstance(model, PeftModel) else model
 
 
-def _loss_of(trainer: Any) -> Callable[[nn.Module, Batch], Tensor]:
+def loss_of(trainer: Any) -> Callable[[nn.Module, Batch], Tensor]:
+    """The loss that a trainer computes on a batch of its own loader."""
+
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         prepared = trainer._prepare_inputs(dict(batch))
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
@@ -173,6 +175,13 @@ def _batches(trainer: Any, recipe: Recipe) -> Iterator[Batch]:
         yield from islice(iter(loader), wanted)
     finally:
         getattr(loader, "end", lambda: None)()  # accelerate counts a loader as running until it is exhausted
+
+
+@contextmanager
+def undisturbed(trainer: Any, model: nn.Module) -> Iterator[None]:
+    """Within: evidence may be collected; randomness, metrics and modes of the trainer are as before afterwards."""
+    with _same_randomness(), _same_metrics(trainer), _as_in_training(trainer, model):
+        yield
 
 
 @contextmanager

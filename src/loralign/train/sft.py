@@ -13,10 +13,11 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -51,6 +52,7 @@ from loralign.train.read import read_rows
 from loralign.types import Full, LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,25 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
     return Result(job.output, metrics, report, verified, seconds)
 
 
-def initialise(job: Job, *, progress: Progress | None = None) -> Path:
-    """Only the initialised adapter, exported to `job.output`, for other trainers."""
+def initialise(
+    job: Job,
+    *,
+    measure: Callable[[SFTTrainer, Recipe], Measured] | None = None,
+    progress: Progress | None = None,
+) -> Measured | None:
+    """Only the initialised adapter, exported to `job.output`, for other trainers.
+
+    measure: called with the attached trainer before the export; what it returns is returned.
+    """
+    if isinstance(job.recipe, Full):
+        raise LoralignError(f"{job.recipe.name} has no adapter to initialise: choose another method, or train it")
     ready = prepare(job, resume=False, progress=progress)
+    measured = measure(ready.trainer, job.recipe) if measure else None
     export(
         ready.trainer.model, job.output, base_id=job.model, revision=job.revision, probes=_probes(ready), overwrite=True
     )
-    return job.output
+    shutil.rmtree(job.output / "checkpoints", ignore_errors=True)  # the trainer's, which never trains
+    return measured
 
 
 def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
