@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from loralign.cli_run import guarded, job_of, progress, replace_text, say
+from loralign.cli_subspace import app as subspace
 
 app = typer.Typer(
     name="loralign",
@@ -25,6 +26,8 @@ app = typer.Typer(
     help="LoRA that keeps up with full fine-tuning; leaves a plain PEFT adapter behind.",
     epilog="Recipes to copy: examples/. Any command takes --debug for the traceback of an error.",
 )
+
+app.add_typer(subspace)
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Overrides = Annotated[

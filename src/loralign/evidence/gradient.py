@@ -125,7 +125,7 @@ def _log_quality(found: Mapping[str, Directions], poor: Sequence[Site], sketched
 def _measured(
     found: dict[str, Directions], sites: Sequence[Site], batches: Sequence[Batch], passes: Passes, first: int
 ) -> dict[str, Directions]:
-    """The same directions with the share of a held-out gradient that they hold; logged per site."""
+    """The same directions with the share of a held-out gradient that they hold; logged, per site at debug level."""
     shares = {}
     for site in sites:
         d = found[site.name]
@@ -135,7 +135,7 @@ def _measured(
     measured = {}
     for name, d in found.items():
         share = shares[name].share()
-        log.info(
+        log.debug(
             "%s: %d directions hold %s of a held-out gradient; quality %.3f%s",
             name,
             len(d.S),
@@ -144,4 +144,13 @@ def _measured(
             "" if d.exact else " (sketch)",
         )
         measured[name] = replace(d, held_out=share)
+    known = {n: d.held_out for n, d in measured.items() if d.held_out is not None}
+    if known:
+        least = min(known, key=lambda n: known[n])
+        log.info(
+            "the directions hold %.1f %% of a held-out gradient on average over sites, least %.1f %% at %s",
+            100 * sum(known.values()) / len(known),
+            100 * known[least],
+            least,
+        )
     return measured

@@ -37,7 +37,7 @@ def common_subspace(
             short[0],
         )
     for name, d in found.items():
-        log.info("%s: %s", name, d.note)
+        log.debug("%s: %s", name, d.note)
     return found
 
 
