@@ -34,8 +34,8 @@ def write_report(output: Path, shares: Shares) -> list[str]:
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "shares.json").write_text(json.dumps(asdict(shares), indent=1), encoding="utf-8")
-    title = f"Share of a held-out gradient that the first step can follow, % ({shares.micro_batches} micro-batches)"
-    heat_map(shares.of, folder / "shares.png", title=title, scale="share of ‖G‖²")
+    title = f"Share of a held-out gradient that the first step can follow ({shares.micro_batches} micro-batches)"
+    heat_map(shares.of, folder / "shares.png", title=title, scale="share of ‖G‖², %")
     return [*share_table(shares), f"Written: {folder / 'shares.png'}, {folder / 'shares.json'}"]
 
 

@@ -26,9 +26,9 @@ def kind_of(name: str) -> str:
 
 
 def heat_map(panels: Mapping[str, Mapping[str, float]], path: Path, *, title: str, scale: str) -> None:
-    """One panel per key, rows are layers and columns kinds of modules; values in [0, 1] are printed where they fit.
+    """One panel per key, rows are layers and columns kinds of modules; values in [0, 1] are shown as percentages.
 
-    panels: title to {module name: value}; a module without a value stays hatched.
+    panels: title to {module name: value}; a module without a value stays grey.
     """
     names = list(dict.fromkeys(name for values in panels.values() for name in values))
     layers, kinds = sorted({layer_of(n) for n in names}), list(dict.fromkeys(kind_of(n) for n in names))
@@ -39,7 +39,7 @@ def heat_map(panels: Mapping[str, Mapping[str, float]], path: Path, *, title: st
     for ax, (panel, values) in zip(axes, panels.items(), strict=True):
         grid = _grid(values, layers, kinds)
         ax.set_facecolor("#dddddd")
-        image = ax.imshow(grid, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", interpolation="nearest")
+        image = ax.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="nearest")
         _print_values(ax, grid)
         ax.set_title(panel, fontsize=9)
         ax.set_xticks(range(len(kinds)), [k.rsplit(".", 1)[-1] for k in kinds], rotation=90, fontsize=7)
@@ -58,12 +58,12 @@ def heat_map(panels: Mapping[str, Mapping[str, float]], path: Path, *, title: st
 def _grid(values: Mapping[str, float], layers: Sequence[int], kinds: Sequence[str]) -> np.ndarray:
     grid = np.full((len(layers), len(kinds)), np.nan)
     for name, value in values.items():
-        grid[layers.index(layer_of(name)), kinds.index(kind_of(name))] = value
+        grid[layers.index(layer_of(name)), kinds.index(kind_of(name))] = 100 * value
     return grid
 
 
 def _print_values(ax: object, grid: np.ndarray) -> None:
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
-            colour = "white" if value < 0.6 else "black"
-            ax.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color=colour)  # type: ignore[attr-defined]
+            colour = "white" if value < 60 else "black"
+            ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=colour)  # type: ignore[attr-defined]
