@@ -82,8 +82,8 @@ def test_a_preset_gives_way_to_the_file() -> None:
     mixed = to_recipe(parse(with_(method="lora-ga", preset="paper", rank=4, options={"gamma": 2})))
     assert isinstance(paper, Recipe)
     assert isinstance(mixed, Recipe)
-    assert (paper.r, paper.alpha, gamma_of(paper)) == (8, 16.0, pytest.approx(16))
-    assert (mixed.r, mixed.alpha, gamma_of(mixed)) == (4, 16.0, pytest.approx(2))
+    assert (paper.r, paper.alpha, gamma_of(paper)) == pytest.approx((8, 16, 16))
+    assert (mixed.r, mixed.alpha, gamma_of(mixed)) == pytest.approx((4, 16, 2))
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

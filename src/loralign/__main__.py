@@ -1,6 +1,8 @@
 """`python -m loralign` is the command `loralign`."""
 
+import sys
+
 from loralign.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """The command line: one function per command, which parses, calls the library and says what came out.
 
 Exit codes: 0 ok · 1 the work failed · 2 bad input · 3 verification failed. An error is one sentence on stderr;
-`--debug` adds the traceback. Heavy libraries are imported inside the commands, so that `--help` is quick.
+`--debug` adds the traceback.
 """
 
 from __future__ import annotations

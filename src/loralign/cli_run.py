@@ -9,7 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,9 @@ def say(text: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- exit codes
 
 
+STOPPED = 130
+
+
 def guarded(app: typer.Typer, argv: list[str]) -> int:
     """Run the application; an exception becomes one sentence on stderr and an exit code."""
     debug, words = "--debug" in argv, [word for word in argv if word != "--debug"]
@@ -36,8 +39,7 @@ def guarded(app: typer.Typer, argv: list[str]) -> int:
         with _quiet(debug):
             done = app(args=words or ["--help"], prog_name="loralign", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("loralign: stopped", err=True)
-        return 130
+        done = STOPPED
     except BrokenPipeError:  # the reader of our output has seen enough, as in `loralign methods | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -49,6 +51,8 @@ def guarded(app: typer.Typer, argv: list[str]) -> int:
             traceback.print_exc()
         typer.echo(f"loralign: {text}", err=True)
         return code
+    if done == STOPPED:  # typer's own answer to Ctrl-C, too
+        typer.echo("loralign: stopped", err=True)
     return done if isinstance(done, int) else 0
 
 
@@ -84,23 +88,39 @@ def explained(error: Exception) -> tuple[int, str]:
 @contextmanager
 def _quiet(debug: bool) -> Iterator[None]:
     """Our log on stderr; warnings of other libraries only with --debug, their bars only on a terminal."""
-    if not debug:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        for library in ("HF_HUB", "HF_DATASETS"):
-            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     handler, log = _Stderr(), logging.getLogger("loralign")
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if debug else logging.INFO)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as stack:
         if not debug:
             warnings.simplefilter("ignore")
+            stack.enter_context(_hushed(bars=sys.stderr.isatty()))
         try:
             yield
         finally:
             log.removeHandler(handler)
             log.setLevel(level)
+
+
+@contextmanager
+def _hushed(*, bars: bool) -> Iterator[None]:
+    """Transformers says errors only, and draws no bars where none are wanted; datasets neither."""
+    import datasets
+    from transformers.utils import logging as transformers
+
+    level, drawn = transformers.get_verbosity(), transformers.is_progress_bar_enabled()
+    transformers.set_verbosity_error()
+    if not bars:
+        transformers.disable_progress_bar()
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.set_verbosity(level)
+        if drawn and not bars:
+            transformers.enable_progress_bar()
+            datasets.enable_progress_bars()
 
 
 class _Stderr(logging.Handler):

@@ -173,7 +173,7 @@ def _resume_point(job: Job, resume: bool) -> Path | None:
             if int(half.name.rsplit("-", 1)[1]) > int(found.name.rsplit("-", 1)[1]):
                 shutil.rmtree(half)
         return found
-    if job.output.exists() and any(job.output.iterdir()):
+    if job.output.exists() and (not job.output.is_dir() or any(p.is_file() for p in job.output.rglob("*"))):
         raise LoralignError(f"{job.output.name} is not empty: choose another output folder, or --resume the run in it")
     return None
 

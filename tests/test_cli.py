@@ -1,0 +1,527 @@
+"""The command line from a recipe file to a verified adapter; every bad input: exit code, one sentence, no damage."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny_trl
+import toy
+from assets import asset, needs
+from loralign import METHODS
+from loralign.cli import main
+from loralign.cli_run import Lines, explained
+from loralign.types import VerificationFailed, WorkFailed
+
+ROOT = Path(__file__).parents[1]
+TEMPLATE = "{% for m in messages %}{{ '<bos> ' + m['content'] + ' <eos> ' }}{% endfor %}"
+RECIPE = """\
+model: base
+data: {train: rows.jsonl, eval: 0.25, max_length: 32}
+method: lora-ga
+options: {micro_batches: 2}
+rank: 4
+train: {steps: 6, batch_size: 4, learning_rate: 1e-2, save_every: 2, log_every: 2}
+output: out
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(*argv: object) -> Done:
+    """One command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(word) for word in argv])
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def run_process(*argv: object, **kwargs: Any) -> Done:
+    """One command as people run it."""
+    command = [sys.executable, "-m", "loralign", *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **kwargs)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder where the commands run: a saved tiny Llama with its tokenizer, rows, a recipe."""
+    root, before = tmp_path_factory.mktemp("cli"), dict(os.environ)
+    tokenizer = tiny_trl.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(root / "base")
+    toy.llama(max_position_embeddings=256).save_pretrained(root / "base")
+    rows = [{"prompt": tiny_trl.words(4, i), "completion": " " + tiny_trl.words(3, 100 + i % 3)} for i in range(24)]
+    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (root / "r.yaml").write_text(RECIPE, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield root
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path) -> Done:
+    """`loralign train r.yaml`; the result lies in `out`."""
+    return run("train", "r.yaml")
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    """Checksum of every file below a folder."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@contextmanager
+def no_file_above(limit: int) -> Iterator[None]:
+    """Within: the system refuses to make a file longer, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def assert_one_sentence(done: Done) -> str:
+    """The last line of stderr says what is wrong; there is no traceback. Returns that line."""
+    assert "Traceback" not in done.err
+    said = [line for line in done.err.splitlines() if line.startswith("loralign: ")]
+    assert len(said) == 1, done.err
+    assert done.err.splitlines()[-1] == said[0]
+    return said[0]
+
+
+# ------------------------------------------------------------------------------------------------------- the whole way
+
+
+def test_train_leaves_a_verified_plain_adapter(trained: Done) -> None:
+    assert trained.code == 0, trained.err
+    assert trained.out.splitlines()[0] == "lora-ga: learning rate 0.01 (given)"
+    assert trained.out.splitlines()[-1] == "Verified: out"
+    metrics = dict(re.findall(r"^(\w+): ([\d.e+-]+)$", trained.out, re.MULTILINE))
+    assert float(metrics["eval_loss"]) < float(metrics["eval_loss_before"])
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "run.json", "log.jsonl"} <= {
+        p.name for p in Path("out").iterdir()
+    }
+    assert "applied to 14/14 pairs" in trained.err
+    assert len(Path("out/log.jsonl").read_text(encoding="utf-8").splitlines()) >= 3
+
+
+def test_progress_without_a_terminal_is_plain_lines(trained: Done) -> None:
+    assert "\r" not in trained.err
+    assert "\x1b" not in trained.err
+    assert "train: 6/6" in trained.err
+
+
+def test_a_finished_folder_is_not_trained_over(trained: Done) -> None:
+    before = bytes_of(Path("out"))
+    done = run("train", "r.yaml")
+    assert done.code == 2
+    assert "out is not empty: choose another output folder, or --resume" in assert_one_sentence(done)
+    assert bytes_of(Path("out")) == before
+
+
+@pytest.mark.usefixtures("trained")
+def test_full_disk_then_resume_equals_the_uninterrupted_run(tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree("out", folder)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "run.json", "README.md"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    kept = bytes_of(folder / "checkpoints" / "checkpoint-4")
+    with no_file_above(12_000):
+        full = run("train", "r.yaml", "--set", f"output={folder}", "--resume")
+    assert full.code == 1
+    assert re.search(r"writing failed \(.+\): free some space, then --resume", assert_one_sentence(full))
+    assert bytes_of(folder / "checkpoints" / "checkpoint-4") == kept
+    assert (folder / "checkpoints" / "checkpoint-6").exists(), "the save should have been cut off in the middle"
+    resumed = run("train", "r.yaml", "--set", f"output={folder}", "--resume")
+    assert resumed.code == 0, resumed.err
+    ours, whole = (load_file(f / "adapter_model.safetensors") for f in (folder, Path("out")))
+    assert ours.keys() == whole.keys()
+    assert all(torch.equal(ours[k], whole[k]) for k in whole)
+
+
+@pytest.mark.usefixtures("trained")
+def test_export_profiles_and_verify_in_processes(tmp_path: Path) -> None:
+    done = run("export", "out", "--out", tmp_path / "served", "--profile", "portable", "--power-of-two")
+    assert done.code == 0, done.err
+    assert "rank 8" in done.out
+    assert done.out.splitlines()[-1] == f"Written: {tmp_path / 'served'}"
+    checked = run_process("verify", tmp_path / "served", "--base", "base")
+    assert checked.code == 0, checked.err
+    assert checked.out.startswith("Verified in a clean process")
+    half = run("export", "out", "--out", tmp_path / "half", "--dtype", "bfloat16", "--max-rank", 2)
+    assert half.code == 0, half.err
+    assert "not exact" in half.out or "%" in half.out
+    with (tmp_path / "half" / "adapter_config.json").open(encoding="utf-8") as f:
+        assert json.load(f)["r"] == 2
+    merged = run("export", "out", "--out", tmp_path / "merged", "--profile", "merged")
+    assert merged.code == 0, merged.err
+    assert (tmp_path / "merged" / "config.json").exists()
+
+
+@pytest.mark.usefixtures("trained")
+def test_export_on_a_full_disk_leaves_the_former_export(tmp_path: Path) -> None:
+    assert run("export", "out", "--out", tmp_path / "kept").code == 0
+    before = bytes_of(tmp_path)
+    with no_file_above(12_000):
+        done = run("export", "out", "--out", tmp_path / "kept", "--max-rank", 6)
+    assert done.code == 1
+    assert "free some" in assert_one_sentence(done)
+    assert bytes_of(tmp_path) == before
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_damaged_adapter_fails_verification_with_3(tmp_path: Path) -> None:
+    shutil.copytree("out", tmp_path / "bad", ignore=shutil.ignore_patterns("checkpoints"))
+    path = tmp_path / "bad" / "adapter_model.safetensors"
+    save_file({k: 1.5 * v for k, v in load_file(path).items()}, path)
+    done = run("verify", tmp_path / "bad", "--base", "base")
+    assert done.code == 3
+    assert_one_sentence(done)
+
+
+@pytest.mark.usefixtures("trained")
+def test_eval_and_generate() -> None:
+    found = run("eval", "out", "--data", "rows.jsonl", "--limit", 6, "--max-new-tokens", 4, "--json")
+    assert found.code == 0, found.err
+    numbers = json.loads(found.out)
+    assert numbers["rows"] == 6
+    assert 0 <= numbers["exact_match_base"] <= numbers["exact_match"] <= 1
+    text = run_process("generate", "out", "--prompt", "w5 w6", "--prompt", "w7", "--max-new-tokens", 3)
+    assert text.code == 0, text.err
+    assert text.err == "", "no bars, no warnings"
+    answers = text.out.splitlines()
+    assert len(answers) == 2
+    assert all(re.fullmatch(r"(w\d+ ?)*", a) for a in answers)
+
+
+def test_eval_takes_conversations_and_names_rows_without_answers(tmp_path: Path, trained: Done) -> None:
+    assert trained.code == 0
+    turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": turns}), encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "w5 w6"}), encoding="utf-8")
+    talk = run("eval", "out", "--data", tmp_path / "talk.jsonl", "--max-new-tokens", 2)
+    assert talk.code == 0, talk.err
+    assert "rows: 1" in talk.out
+    text = run("eval", "out", "--data", tmp_path / "text.jsonl")
+    assert text.code == 2
+    assert "text.jsonl has rows without an answer" in assert_one_sentence(text)
+
+
+def test_init_reports_what_the_start_holds(tmp_path: Path) -> None:
+    done = run("init", "r.yaml", "--set", f"output={tmp_path / 'start'}", "--report")
+    assert done.code == 0, done.err
+    shares = json.loads((tmp_path / "start" / "start" / "shares.json").read_text(encoding="utf-8"))
+    assert list(shares["of"]) == ["lora-ga", "lora", "hrp-sketch", "best possible"]
+    for name, best in shares["of"]["best possible"].items():
+        for start in shares["of"].values():
+            assert 0 <= start[name] <= best * (1 + 1e-5) <= 1 + 1e-5
+    total = re.search(r"^all +([\d.]+)% +([\d.]+)% +([\d.]+)% +([\d.]+)%$", done.out, re.MULTILINE)
+    assert total, done.out
+    gradient, random, _, best = map(float, total.groups())
+    assert random < gradient < best
+    assert (tmp_path / "start" / "start" / "shares.png").read_bytes().startswith(b"\x89PNG")
+    stored = load_file(tmp_path / "start" / "adapter_model.safetensors")
+    assert any(bool(v.any()) for v in stored.values())
+    assert not (tmp_path / "start" / "checkpoints").exists()
+
+
+def test_plan_says_what_the_run_costs(trained: Done) -> None:
+    assert trained.code == 0
+    done = run("plan", "r.yaml", "--device", "cpu")
+    assert done.code == 0, done.err
+    trained_numbers = (
+        sum(v.numel() for v in load_file("out/adapter_model.safetensors").values()) // 2
+    )  # a twin: rank 2r
+    assert done.out.splitlines()[0].startswith(f"lora-ga on base: {trained_numbers:,} trained numbers at 14 sites")
+    assert "export         rank 8, exact at rank 2r" in done.out
+    assert "learning rate  0.01 (given); lr·s = 0.16" in done.out
+    data = json.loads(run("plan", "r.yaml", "--set", "train.learning_rate=null", "--json").out)
+    assert data["trainable"] == trained_numbers
+    assert data["lr_source"].startswith("prior of lora-ga: ")
+    assert data["peak_bytes"] >= data["weights_bytes"] + data["adapter_bytes"] + data["optimizer_bytes"]
+    assert run("train", "r.yaml", "--dry-run", "--set", "output=never").out.startswith("lora-ga on base")
+    assert not Path("never").exists()
+
+
+def test_methods_doctor_schema_version() -> None:
+    table = run("methods")
+    assert table.code == 0
+    listed = json.loads(run("methods", "--json").out)
+    assert [m["id"] for m in listed] == list(METHODS)
+    assert all(re.search(rf"^{m['id']} ", table.out, re.MULTILINE) for m in listed)
+    health = run("doctor")
+    assert health.code == 0, health.out
+    assert "ok     torch " in health.out
+    assert "ok     adapter layers: forward, merge and save agree" in health.out
+    assert run("schema").out == (ROOT / "docs" / "schema.json").read_text(encoding="utf-8")
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("--version").out)
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    listing = run()
+    assert listing.code == 0
+    for command in ("train", "compare", "init", "export", "verify", "eval", "generate", "plan", "methods", "doctor"):
+        assert command in listing.out
+        page = run(command, "--help")
+        assert page.code == 0
+        assert f"loralign {command}" in re.sub(r"\s+", " ", page.out.split("Example:")[1])
+
+
+@pytest.mark.usefixtures("trained")
+def test_subspace_extract_and_show(tmp_path: Path) -> None:
+    assert run("export", "out", "--out", tmp_path / "twin").code == 0
+    file = tmp_path / "shared.safetensors"
+    done = run("subspace", "extract", "out", tmp_path / "twin", "--out", file, "--width", 4)
+    assert done.code == 0, done.err
+    shown = run("subspace", "show", file, "--rank", 4)
+    assert shown.code == 0
+    row = next(line.split() for line in shown.out.splitlines() if line.startswith("model.layers.1.mlp.up_proj"))
+    assert row[2:4] == ["1.00", "1.00"], "an adapter shares everything with itself"
+    start = run(
+        "init", "r.yaml", "--set", "method=cora-init", "--set", f"options={{sources: ['{file}'], side: left}}",
+        "--set", f"output={tmp_path / 'start'}",
+    )  # fmt: skip
+    assert start.code == 0, start.err
+    for bad in (["show", "r.yaml"], ["extract", "out", "--out", tmp_path], ["extract", "nope", "--out", "x"]):
+        failed = run("subspace", *bad)
+        assert failed.code == 2
+        assert_one_sentence(failed)
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is said about it
+    "missing file": ("data.train=none.jsonl", r"no such file: none\.jsonl"),
+    "empty file": ("data.train=empty.jsonl", r"empty\.jsonl is empty: give a file with at least one row"),
+    "broken line": ("data.train=broken.jsonl", r"broken\.jsonl, line 2 is not JSON .*: write one object per line"),
+    "no column": ("data.train=column.jsonl", r"column\.jsonl, row 1 has the columns foo: rename them to one of: mess"),
+    "no site": ("targets=[nothing]", r"no module matches targets \('nothing',\); linear modules here: \['down_proj'"),
+    "no site by regex": ("targets=noth.*", r"no module matches targets 'noth\.\*'; linear modules here"),
+    "rank for the init": ("rank=20", r"lora-ga needs 2·rank ≤ 32 at model\.layers\.0\.self_attn\.q_proj: set its rank"),
+    "adapter as model": ("model=out", "out holds an adapter, not a base model: give the base model in `model`"),
+    "no model folder": ("model=.", r"\. is no model folder: it has no config\.json"),
+    "unknown hub id": ("model=no/such", "cannot load the model 'no/such': .*; check the name, or give the folder"),
+    "no gguf file": ("model=none.gguf", r"no such file: none\.gguf"),
+    "foreign setting": (
+        "train.extra={max_step: 1}",
+        r"`train\.extra\.max_step` is no field .*; did you mean 'max_steps'",
+    ),
+    "setting of ours": (
+        "train.extra={learning_rate: 1}",
+        r"`train\.extra\.learning_rate` is decided by the recipe's own",
+    ),
+    "unknown tracker": ("train.report_to=[nothing]", r"`train\.report_to` names 'nothing', which is not installed"),
+    "output is a file": ("output=r.yaml", "r.yaml is not empty: choose another output folder"),
+    "unknown key": ("train.step=3", r"r\.yaml: `train\.step` is no key of a recipe; did you mean `train\.steps`\?"),
+}
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("what", BAD_RUNS)
+def test_bad_input_exits_2_and_harms_nothing(what: str, world: Path) -> None:
+    override, expected = BAD_RUNS[what]
+    (world / "empty.jsonl").write_text("", encoding="utf-8")
+    (world / "broken.jsonl").write_text('{"text": "w5"}\n{"text": \n', encoding="utf-8")
+    (world / "column.jsonl").write_text('{"foo": "w5"}\n', encoding="utf-8")
+    before = bytes_of(world)
+    done = run("train", "r.yaml", "--set", "output=bad", "--set", override)
+    assert done.code == 2
+    assert re.search(expected, assert_one_sentence(done))
+    assert bytes_of(world) == before
+
+
+BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
+    "no recipe": (["train", "none.yaml"], r"no such recipe file: none\.yaml; examples/ holds some to copy"),
+    "no argument": (["train"], r"Missing argument 'RECIPE' \(see loralign train --help\)"),
+    "unknown option": (["train", "r.yaml", "--foo"], r"No such option.*--foo.*\(see loralign train --help\)"),
+    "unknown command": (["tran"], r"No such command 'tran'.*train"),
+    "unknown choice": (
+        ["export", "out", "--out", "x", "--profile", "foo"],
+        "'foo' is not one of 'peft', 'portable', 'm",
+    ),
+    "no number": (
+        ["eval", "out", "--data", "rows.jsonl", "--limit", "x"],
+        "'--limit': Input should be a valid integer",
+    ),
+    "nothing to resume": (
+        ["train", "r.yaml", "--resume", "--set", "output=fresh"],
+        "nothing to resume in fresh: no ch",
+    ),
+    "verify a model": (["verify", "base"], "base has no stored probes"),
+    "use a model": (
+        ["generate", "base", "--prompt", "x"],
+        r"base is no adapter folder: it has no adapter_config\.json",
+    ),
+    "export a model": (["export", "base", "--out", "x"], "base is no adapter folder"),
+    "export over the base": (
+        ["export", "out", "--out", "base"],
+        "base holds the base model itself: name another folder",
+    ),
+    "init of full": (["init", "full.yaml"], "full has no adapter to initialise: choose another method, or train it"),
+    "report options alone": (["init", "r.yaml", "--beside", "lora"], "--beside and --source belong to the report"),
+    "unknown start": (
+        ["init", "r.yaml", "--report", "--beside", "lor", "--set", "output=y"],
+        "unknown method 'lor'; did",
+    ),
+    "no folder for the schema": (["schema", "--out", "no/such.json"], "no such folder: no; make it first"),
+    "plan without sites": (["plan", "r.yaml", "--set", "targets=[nothing]"], "no module matches targets"),
+}
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("what", BAD_COMMANDS)
+def test_bad_commands_exit_2_and_harm_nothing(what: str, world: Path) -> None:
+    argv, expected = BAD_COMMANDS[what]
+    (world / "full.yaml").write_text(
+        "model: base\ndata: {train: rows.jsonl}\nmethod: full\noutput: f\n", encoding="utf-8"
+    )
+    before = bytes_of(world)
+    done = run(*argv)
+    assert done.code == 2, done.err
+    assert re.search(expected, assert_one_sentence(done))
+    assert bytes_of(world) == before
+
+
+def test_a_run_that_diverges_exits_1() -> None:
+    done = run("train", "r.yaml", "--set", "output=diverged", "--set", "train.learning_rate=1e30")
+    assert done.code == 1
+    assert re.search(r"nan|inf|finite|diverged", assert_one_sentence(done))
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full")
+def test_a_full_device_exits_1() -> None:
+    done = run("schema", "--out", "/dev/full")
+    assert done.code == 1
+    assert "No space left on device" in assert_one_sentence(done)
+    assert Path("/dev/full").is_char_device()
+
+
+def test_processes_exit_with_the_code_and_show_tracebacks_on_demand() -> None:
+    plain = run_process("train", "r.yaml", "--set", "rank=x")
+    assert plain.code == 2
+    assert plain.err == "loralign: r.yaml: `rank` must be a whole number, not 'x'\n"
+    debug = run("train", "r.yaml", "--set", "rank=x", "--debug")
+    assert debug.code == 2
+    assert "Traceback" in debug.err
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    shell = f"{sys.executable} -m loralign schema | head -c 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "{0\n"
+    assert done.stderr == ""
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (WorkFailed("it  diverged\nhere"), 1, "it diverged here"),
+        (VerificationFailed("logits differ"), 3, "logits differ"),
+        (OutOfMemoryError("CUDA out of memory"), 1, "out of memory: lower train.micro_batch_size"),
+        (MemoryError(), 1, "out of memory"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "/x: permission denied; name another path"),
+        (OSError(5, "Input/output error", "/x"), 1, "/x: Input/output error"),
+        (ZeroDivisionError(), 1, "unexpected ZeroDivisionError: no message; --debug shows where, please report it"),
+    ],
+)
+def test_every_exception_has_a_code_and_a_sentence(error: Exception, code: int, said: str) -> None:
+    assert explained(error)[0] == code
+    assert explained(error)[1].startswith(said)
+
+
+def test_interrupting_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loralign.config.load", pressed)
+    assert run("plan", "r.yaml") == Done(130, "", "loralign: stopped\n")
+
+
+def test_lines_come_at_the_end_and_not_too_often(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines()
+    for i in range(100):
+        lines("rows", i + 1, 100)
+    assert capsys.readouterr().err == "rows: 100/100\n"
+
+
+# ----------------------------------------------------------------------------------------------- examples, real weights
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("sft-*.yaml")), ids=lambda p: p.stem)
+def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example, with the tiny model, the rows above and a few steps; the proof of an export has its own tests."""
+    monkeypatch.setattr("loralign.train.sft.verify", lambda folder, base: ExportedOnly(True))
+    few = {"sft-long": ["train.steps=2", "train.eval_every=1", "data.eval=0.25", "rank=4", "ranks={down_proj: 2}"]}
+    overrides = [
+        "model=base", "data.train=rows.jsonl", "data.max_length=32", f"output={tmp_path / 'out'}", "train.batch_size=8",
+        *few.get(path.stem, ["train.epochs=0.5", "data.eval=0.25", "rank=4"]),
+        *([f"cache={tmp_path / 'cache'}", "options.micro_batches=2"] if path.stem == "sft-lora-ga" else []),
+    ]  # fmt: skip
+    done = run("train", path, *(word for o in overrides for word in ("--set", o)))
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@dataclass(frozen=True)
+class ExportedOnly:
+    """Stands for a verification that another test makes."""
+
+    passed: bool
+
+
+@pytest.mark.assets
+@needs("smollm2-2layer")
+def test_the_whole_way_on_real_weights(tmp_path: Path) -> None:
+    base, out = asset("smollm2-2layer"), tmp_path / "real"
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i} + 1 ="}, {"role": "assistant", "content": str(i + 1)}]}
+        for i in range(12)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "r.yaml").write_text(
+        f"model: {base}\ndata: {{train: {tmp_path}/rows.jsonl, max_length: 64}}\nmethod: lora-ga\nrank: 4\n"
+        f"options: {{micro_batches: 2}}\ntrain: {{steps: 2, batch_size: 4}}\noutput: {out}\n",
+        encoding="utf-8",
+    )
+    done = run("train", tmp_path / "r.yaml")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == f"Verified: {out}"
+    found = run("eval", out, "--data", tmp_path / "rows.jsonl", "--base", base, "--limit", 2, "--max-new-tokens", 2)
+    assert found.code == 0, found.err
+    assert "rows: 2" in found.out
