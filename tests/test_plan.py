@@ -1,0 +1,262 @@
+"""The combination table, line by line, and what `plan` says a run costs beside hand counts and measured steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import toy
+from loralign import METHODS, Full, LoralignError, Recipe, adapt, build, learning_rate, optimizer, sites
+from loralign.plan import CLASHES, Clash, Surroundings, around, check_combination, facts, links
+from loralign.plan_memory import Estimate, estimate
+from loralign.plan_trace import LiveBytes, Step, example_batch, usual_loss
+from loralign.types import NOTHING, Ctx, Episode, Grad, Need, Pair, SlotPlan, State
+
+DEEPSPEED = Surroundings(engine="deepspeed", zero_stage=2)
+
+
+def recipe(name: str, **fields: Any) -> Recipe:
+    made = build(name, **fields)
+    assert isinstance(made, Recipe)
+    return made
+
+
+@dataclass(frozen=True)
+class Links:
+    """A chain of episodes of 5 steps."""
+
+    def episode(self, index: int, total_steps: int, sites: Sequence[str]) -> Episode | None:
+        return Episode(index, 5) if index * 5 < total_steps else None
+
+
+@dataclass(frozen=True)
+class BothFactors:
+    """A transform that is defined for pairs of which both factors train, and that accepts nothing else."""
+
+    accepts: frozenset[str] = frozenset({"bf16", "zero"})
+    lr_ratio: float = 1.0
+
+    def init(self, pair: Pair) -> State:
+        return {"A": {}, "B": {}}
+
+    def measure(
+        self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
+    ) -> Mapping[str, torch.Tensor]:
+        return {}
+
+    def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
+        return grads
+
+    def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Allocates:
+    """The part of a rank rule that the table reads."""
+
+    needs: Need = NOTHING
+    facts: frozenset[str] = frozenset({"allocates"})
+
+
+@dataclass(frozen=True)
+class Commits:
+    """The part of a form that the table reads: computed, and right when live slots become frozen."""
+
+    identity: bool = False
+    exact: bool = True
+    facts: frozenset[str] = frozenset({"commits"})
+
+
+CLASHING: dict[str, tuple[Recipe, Surroundings]] = {
+    "reason: hides the pair (A, B)": (recipe("delta-lora + lora-pro"), Surroundings()),
+    "reason: only one factor trains": (replace(recipe("cora"), transform=BothFactors()), Surroundings()),
+    "reason: which this form does not read": (recipe("lora-ga + delta-lora"), Surroundings()),
+    "reason: cannot start from a frozen twin": (replace(recipe("pissa"), outer=Links()), Surroundings()),
+    "reason: where no evidence is collected": (replace(recipe("hrp"), outer=Links()), Surroundings()),
+    "reason: the model would jump": (replace(recipe("delta-lora"), outer=Links()), Surroundings()),
+    "reason: two rules would decide": (replace(recipe("lora"), rules=(Allocates(), Allocates())), Surroundings()),  # type: ignore[arg-type]
+    "reason: wrong under dropout": (recipe("delta-lora", dropout=0.1), Surroundings()),
+    "reason: DeepSpeed flattens": (recipe("lora-rite"), DEEPSPEED),
+    "reason: ZeRO-3 shards W": (recipe("olora"), replace(DEEPSPEED, zero_stage=3)),
+    "reason: half precision rounds away": (recipe("lora-pro"), Surroundings(factors=torch.bfloat16)),
+}
+
+
+def clash_of(what: str) -> Clash:
+    (found,) = [c for c in CLASHES if what.removeprefix("reason: ") in c.reason]
+    return found
+
+
+@pytest.mark.parametrize("what", CLASHING)
+def test_a_clash_says_why_and_what_instead(what: str) -> None:
+    made, surroundings = CLASHING[what]
+    with pytest.raises(LoralignError) as caught:
+        check_combination(made, surroundings)
+    clash = clash_of(what)
+    assert str(caught.value) == f"{made.name}: {clash.reason}; {clash.instead}"
+
+
+def test_every_line_of_the_table_is_shown_by_an_example() -> None:
+    assert [clash_of(what) for what in CLASHING] == list(CLASHES)
+
+
+@pytest.mark.parametrize("clash", CLASHES, ids=lambda c: " + ".join(sorted(c.facts)))
+def test_no_clash_without_each_of_its_facts(clash: Clash) -> None:
+    """Every fact of a line is one that some recipe or place has and another has not: no line is dead or always true."""
+    commits = replace(recipe("lora"), form=Commits(), outer=Links())  # type: ignore[arg-type]
+    check_combination(commits)
+    seen = [facts(r) | around(s) for r, s in CLASHING.values()] + [facts(recipe("lora")), facts(commits)]
+    for fact in clash.facts:
+        assert any(fact in found for found in seen)
+        assert any(fact not in found for found in seen)
+
+
+@pytest.mark.parametrize("name", [m for m, line in METHODS.items() if not line.reference])
+def test_every_method_alone_is_allowed(name: str) -> None:
+    check_combination(recipe(name))
+    check_combination(recipe(name), Surroundings(engine="fsdp"))
+
+
+@pytest.mark.parametrize("mix", ["lora-ga + lora-rite", "lora-ga + lora-pro", "hrp + lora-plus", "cora + lora-pro"])
+def test_mixes_of_init_and_transform_are_allowed(mix: str) -> None:
+    check_combination(recipe(mix))
+
+
+def test_facts_are_read_off_the_parts() -> None:
+    assert {"twin", "reads weights"} <= facts(recipe("pissa"))
+    assert not {"twin", "reads weights", "chain", "dropout", "one side trains"} & facts(recipe("lora"))
+    assert "one side trains" in facts(recipe("cora")) & facts(recipe("lora-fa"))
+    assert "chain" in facts(replace(recipe("lora"), outer=Links()))
+    assert links(replace(recipe("lora"), outer=Links()), 12, ["q"]) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------- costs
+
+
+LINEAR = {  # (d_out, d_in) of the tiny Llama's seven kinds, two layers each
+    "q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32), "gate": (48, 32), "up": (48, 32), "down": (32, 48),
+}  # fmt: skip
+
+
+def meta_llama(**changes: Any) -> nn.Module:
+    with torch.device("meta"):
+        return type(toy.llama())(toy.llama(**changes).config)
+
+
+def planned(made: Recipe | Full, step: Step | None = None, **changes: Any) -> Estimate:
+    return estimate(meta_llama(**changes), made, step or Step(rows=2, length=8))
+
+
+def test_counts_equal_hand_counts() -> None:
+    r = 4
+    numbers = 2 * r * sum(a + b for a, b in LINEAR.values())
+    weights = sum(p.numel() for p in toy.llama().parameters())
+    found = planned(recipe("lora", r=r))
+    assert (found.trainable, found.sites, found.export_rank) == (numbers, 14, r)
+    assert found.adapter_bytes == 4 * numbers
+    assert found.optimizer_bytes == pytest.approx(8 * numbers, abs=8 * 28)  # two fp32 moments, and step counters
+    assert found.weights_bytes == pytest.approx(4 * weights, abs=4 * 64)  # and the buffer of the rotary frequencies
+    assert (found.evidence_bytes, found.init_seconds) == (0, 0.0)
+
+
+def test_a_twin_costs_its_frozen_slots_and_exports_at_rank_2r() -> None:
+    plain, twin = planned(recipe("lora", r=4)), planned(recipe("lora-ga", r=4))
+    assert twin.trainable == plain.trainable
+    assert twin.adapter_bytes == 2 * plain.adapter_bytes
+    assert twin.optimizer_bytes == plain.optimizer_bytes
+    assert twin.export_rank == 8
+    assert twin.evidence_bytes > 0
+    assert (twin.init_seconds or 0) > 0
+
+
+def test_a_chain_grows_by_a_link() -> None:
+    chain = replace(recipe("lora", r=4), outer=Links())
+    found, plain = planned(chain, Step(2, 8, total_steps=15)), planned(recipe("lora", r=4))
+    assert found.export_rank == 12
+    assert found.adapter_bytes == 3 * plain.adapter_bytes
+
+
+def test_one_sided_recipes_pay_for_one_side() -> None:
+    found = planned(recipe("lora-fa", r=4))
+    assert found.trainable == 2 * 4 * sum(d_out for d_out, _ in LINEAR.values())
+    assert found.adapter_bytes == planned(recipe("lora", r=4)).adapter_bytes
+
+
+def test_full_pays_for_the_matrices() -> None:
+    found = planned(Full())
+    numbers = 2 * sum(a * b for a, b in LINEAR.values())
+    assert (found.trainable, found.adapter_bytes, found.export_rank) == (numbers, 0, 0)
+    assert found.optimizer_bytes == 8 * numbers
+    assert found.peak_bytes > found.weights_bytes + 3 * 4 * numbers
+
+
+def test_ranks_that_differ_are_counted_and_the_largest_is_exported() -> None:
+    made = recipe("lora", r=4, ranks={"down_proj": 7})
+    found = planned(made)
+    assert found.export_rank == 7
+    assert found.trainable == 2 * sum((7 if k == "down" else 4) * (a + b) for k, (a, b) in LINEAR.items())
+
+
+def test_longer_rows_cost_more_and_recomputing_less() -> None:
+    short, long = (planned(recipe("lora", r=4), Step(4, n)) for n in (16, 48))
+    assert long.activation_bytes > 1.2 * short.activation_bytes
+    deep = {"num_hidden_layers": 8}
+    kept = planned(recipe("lora", r=4), Step(8, 64), **deep)
+    again = planned(recipe("lora", r=4), Step(8, 64, gradient_checkpointing=True), **deep)
+    assert again.peak_bytes < kept.peak_bytes
+
+
+def test_no_site_and_no_plan() -> None:
+    with pytest.raises(LoralignError, match="no module matches targets"):
+        planned(recipe("lora", targets=("nothing",)))
+
+
+def test_the_rate_is_stated_with_its_source() -> None:
+    tuned, source = learning_rate("lora-ga + lora-rite", 2.0, 2000)
+    assert tuned == pytest.approx(2.2e-4 / 2)
+    assert "our sweep" in source
+    unknown = learning_rate("hrp", 2.0, 2000)
+    assert unknown[0] == learning_rate("lora", 2.0, 2000)[0]
+    assert "unknown for hrp" in unknown[1]
+
+
+MEASURED = {
+    "lora": ("lora", Step(4, 48), {}),
+    "lora-ga, two micro-batches": (
+        "lora-ga",
+        Step(2, 48, micro_batches=2),
+        {"hidden_size": 64, "intermediate_size": 128},
+    ),
+    "lora-pro, recomputed": ("lora-pro", Step(4, 64, gradient_checkpointing=True), {"num_hidden_layers": 6}),
+}
+LARGE = {"vocab_size": 512, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_the_peak_is_that_of_real_steps(case: str) -> None:
+    """Live bytes of real tensors in three real optimizer steps, weights included, within 15 %."""
+    name, step, changes = MEASURED[case]
+    made = recipe(name, r=4)
+    expected = estimate(meta_llama(**LARGE, **changes), made, step).peak_bytes
+    with LiveBytes() as live:
+        model = type(toy.llama())(toy.llama(**LARGE, **changes).config).train()
+        loss = usual_loss(model, step)
+        batch = {k: torch.ones(v.shape, dtype=v.dtype) for k, v in example_batch(model, step).items()}
+        adapted = adapt(model, made, [{k: v[:1, :8] for k, v in batch.items()}] * 12, loss=loss)
+        if step.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        taker = optimizer(adapted, made, 1e-6)
+        live.peak = live.now  # the init is not part of a step
+        for _ in range(3):
+            for _ in range(step.micro_batches):
+                (loss(adapted, batch) / batch["input_ids"].numel()).backward()
+            taker.step()
+            taker.zero_grad()
+    assert len(sites(adapted)) == 7 * model.config.num_hidden_layers
+    assert expected == pytest.approx(live.peak, rel=0.15)
