@@ -21,7 +21,7 @@ LAYERS = (  # each may import itself and what stands before it
     ("train",),
     ("compare",),
     ("config",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 AXES = LAYERS[2]
 HEADINGS = ("Shapes:", "Source:", "Differs:", "Cost:", "Export:", "Args:", "Example:")
