@@ -289,10 +289,11 @@ def test_methods_doctor_schema_version() -> None:
 
 
 def test_every_command_has_help_with_an_example() -> None:
-    listing = run()
+    listing, reference = run(), (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert listing.code == 0
     for command in ("train", "compare", "init", "export", "verify", "eval", "generate", "plan", "methods", "doctor"):
         assert command in listing.out
+        assert re.search(rf"`(loralign )?{command}\b", reference)
         page = run(command, "--help")
         assert page.code == 0
         assert f"loralign {command}" in re.sub(r"\s+", " ", page.out.split("Example:")[1])
