@@ -78,8 +78,8 @@ def building(name: str) -> Iterator[Path]:
     """A temporary folder that becomes `cache/name` at the end, or vanishes after an error."""
     target = cache_dir() / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as holder:
-        folder = Path(holder) / name
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as holder:
+        folder = Path(holder) / target.name
         folder.mkdir()
         start = time.perf_counter()
         yield folder
@@ -325,15 +325,29 @@ def best_target(example: Mapping[str, Any]) -> str:
     return str(max(scores, key=scores.__getitem__))
 
 
+def split_of(text: str, seed: int = 0) -> str:
+    """train (80 %), valid or test (10 % each), by the text and the seed alone: equal texts stay together."""
+    share = int.from_bytes(sha256(f"{seed}:{text}".encode()).digest()[:8], "big") / 2**64
+    return "train" if share < 0.8 else "valid" if share < 0.9 else "test"
+
+
+def write_splits(rows: Iterable[Mapping[str, str]], folder: Path) -> dict[str, int]:
+    """Write train / valid / test.jsonl of {text, ...} rows by `split_of`; a text that comes again is left out."""
+    splits: dict[str, dict[str, Mapping[str, str]]] = {"train": {}, "valid": {}, "test": {}}
+    for row in rows:
+        splits[split_of(row["text"])].setdefault(row["text"], row)
+    return {split: write_jsonl(folder / f"{split}.jsonl", kept.values()) for split, kept in splits.items()}
+
+
 def build_multiemo(language: str) -> Path:
-    """MultiEmo reviews in one language as `multiemo-LANG/all.jsonl` of {text, label}."""
-    name = f"multiemo-{language}"
+    """Whole MultiEmo reviews in one language as `multiemo/LANG/{train,valid,test}.jsonl` of {text, label}."""
+    name = f"multiemo/{language}"
     if not present(name):
         examples = bigbench_examples(f"multiemo/all_text_{language}")
         with building(name) as folder:
             rows = ({"text": str(e["input"]).strip(), "label": best_target(e)} for e in examples)
-            count = write_jsonl(folder / "all.jsonl", rows)
-            note_origin(folder, BIGBENCH, task=f"multiemo/all_text_{language}", rows=str(count))
+            sizes = write_splits(rows, folder)
+            note_origin(folder, BIGBENCH, task=f"multiemo/all_text_{language}", rows=str(sizes))
     return cache_dir() / name
 
 

@@ -6,7 +6,8 @@
     def test_x() -> None:
         model = AutoModelForCausalLM.from_pretrained(asset("smollm2-135m"))
 
-Folders: `smollm2-135m`, `smollm2-2layer`, `minilm` (models); `bbc`, `multiemo-LANG`, `snips` (`all.jsonl`).
+Folders: `smollm2-135m`, `smollm2-2layer`, `minilm` (models); `bbc`, `snips` (`all.jsonl`), `multiemo/LANG`
+(`train.jsonl`, `valid.jsonl`, `test.jsonl`).
 """
 
 from __future__ import annotations
