@@ -1,19 +1,30 @@
 """Cost of the optimizers. Every figure of a run comes from one process; ratios are the claim, milliseconds the record.
 
-    python benchmarks/bench_optim.py adjustment            LoRA-Pro's adjustment, as published against ours, on the CPU
-    python benchmarks/bench_optim.py steps --device cuda   one optimizer step of each transform, Llama-7B shapes
+    python benchmarks/bench_optim.py adjustment                    LoRA-Pro's adjustment, as published and ours (CPU)
+    python benchmarks/bench_optim.py steps train --device cuda     the two below, one GPU of 80 GB, about 90 s
+    python benchmarks/bench_optim.py steps --layers 1 --count-at 1 2 4     small, on the CPU
+    python benchmarks/bench_optim.py train --shape tiny                    small, on the CPU
 
-Shapes: the seven linear maps of a Llama-7B layer (4096, 11008), r = 16, s = 2; `steps` has 32 layers = 224 modules.
+adjustment, steps: the seven linear maps of a Llama-7B layer (4096, 11008), r = 16, s = 2; `steps` has 32 layers = 224
+modules and counts what one step launches: operations (calls of torch from the optimizer) and, on CUDA, kernels, copies
+and fills. A multi-tensor operation takes a few hundred blocks or some sixty tensors per kernel, so its kernels grow
+slowly with the layers, torch's fused AdamW among them (first row). rm-lora draws one permutation per module on the host.
+
+train: whole steps (forward, backward, clip, optimizer, zero_grad) of one adapted model, 8B-shaped, 4 × 1024 tokens,
+bf16 base under bf16 autocast, adapters fp32; the optimizers take turns, so clocks and memory are the same for all.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +33,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from bench_step import SHAPES, base_model
+
+from loralign import Recipe, adapt, build
+from loralign import optimizer as optimizer_of
 from loralign.linalg import keyed_generator
 from loralign.optim import PairOptimizer
 from loralign.rule.rm_lora import masked_orthogonal
@@ -79,6 +94,7 @@ def cpu_ms(f: Callable[[], object], repeats: int) -> float:
 
 def adjustment() -> dict[str, Any]:
     """As published against ours: CPU time of one thread, minimum; agreement in float64 at full size."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     worst = {}
     for dtype in (torch.float64, torch.float32):
@@ -90,6 +106,7 @@ def adjustment() -> dict[str, Any]:
         ]
         worst[str(dtype).removeprefix("torch.")] = max(errors)
     slow, fast = cpu_ms(lambda: published(pairs, grads), 2), cpu_ms(lambda: ours(pairs, grads), 20)
+    torch.set_num_threads(threads)
     return {"published_ms": slow, "ours_ms": fast, "ratio": slow / fast, "relative_difference": worst}
 
 
@@ -134,51 +151,35 @@ def median_ms(f: Callable[[], object], device: str, repeats: int) -> float:
     return statistics.median(times)
 
 
-VIEWS = (
-    "view",
-    "unbind",
-    "split",
-    "slice",
-    "select",
-    "transpose",
-    "expand",
-    "as_strided",
-    "detach",
-    "alias",
-    "squeeze",
-)
-VIEWS += (
-    "unsqueeze",
-    "diagonal",
-    "permute",
-    "empty",
-    "empty_like",
-    "chunk",
-    "narrow",
-    "reshape",
-    "t",
-    "mT",
-    "to",
-    "promote_types",
-)
+VIEWS = {
+    "view", "unbind", "split", "slice", "select", "transpose", "expand", "as", "detach", "alias", "squeeze",
+    "unsqueeze", "diagonal", "permute", "empty", "empty_like", "chunk", "narrow", "reshape", "t", "mT", "to",
+    "promote_types", "atleast_2d", "resolve_conj", "resolve_neg", "lift_fresh",
+}  # fmt: skip
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpy", "cudaMemset")
 
 
-def launches(f: Callable[[], object], device: str) -> int:
-    """Kernels, copies and fills that one call launches (CPU: outermost aten calls, no views or allocations)."""
+def launches(f: Callable[[], object], device: str) -> dict[str, int]:
+    """Of one call: outermost aten calls without views and allocations; on CUDA also kernels, copies and fills."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities) as seen:
         f()
+        if device == "cuda":
+            torch.cuda.synchronize()
     events = seen.events() or []
-    if device == "cuda":
-        kinds = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpy", "cudaMemset")
-        return sum(event.name.startswith(kinds) for event in events)
     names = [e.name for e in events if e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::")]
-    return sum(n.startswith("aten::") and n[6:].split("_strided")[0] not in VIEWS for n in names)
+    found = {"ops": sum(n.startswith("aten::") and n[6:].split("_strided")[0] not in VIEWS for n in names)}
+    if device == "cuda":
+        found["kernels"] = sum(event.name.startswith(LAUNCHES) for event in events)
+    return found
+
+
+FUSED = "torch AdamW, fused"
 
 
 def rows() -> dict[str, Callable[[], tuple[Transform | None, Sequence[Rule]]]]:
     return {
-        "torch AdamW, fused": lambda: (None, ()),
+        FUSED: lambda: (None, ()),
         "adamw": lambda: (adamw(), ()),
         "lora-plus": lambda: (ratio_lr(), ()),
         "lora-pro": lambda: (equivalent_gradient(), ()),
@@ -193,69 +194,141 @@ def rows() -> dict[str, Callable[[], tuple[Transform | None, Sequence[Rule]]]]:
 
 def steps(device: str, layers: int, counted: Sequence[int], repeats: int, only: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, make in rows().items():
-        if only and name not in only and not name.startswith("torch"):
-            continue
-        if name == "lora-pro full" and not only:
-            continue  # 52 GB of moments; ask for it by name
-        counts = []
+    for name, make in chosen(only).items():
+        counts = {}
         for n in counted:
             optimizer = optimizer_for(n, device, *make())
             optimizer.step()
-            counts.append(launches(optimizer.step, device))
+            counts[str(n)] = launches(optimizer.step, device)
         optimizer = optimizer_for(layers, device, *make())
         for _ in range(3 if device == "cuda" else 1):
             optimizer.step()
         state = sum(t.numel() * t.element_size() for st in optimizer.state.values() for t in st.values()) / 2**20
         ms = median_ms(optimizer.step, device, repeats)
-        found[name] = {"ms": ms, "launches": dict(zip(map(str, counted), counts, strict=True)), "state_MiB": state}
+        found[name] = {"ms": ms, "launches": counts, "state_MiB": state}
         del optimizer
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        release(device)
     return found
 
 
-def table(found: dict[str, Any], counted: Sequence[int]) -> str:
-    base = found["torch AdamW, fused"]["ms"]
-    head = f"{'':20} {'ms/step':>9} {'× fused':>8} {'state MiB':>10}  launches at {'/'.join(map(str, counted))} layers"
-    lines = [
-        f"{name:20} {row['ms']:9.2f} {row['ms'] / base:8.2f} {row['state_MiB']:10.0f}  "
-        + "/".join(str(row["launches"][str(n)]) for n in counted)
-        for name, row in found.items()
-    ]
+def chosen(only: Sequence[str]) -> dict[str, Callable[[], tuple[Transform | None, Sequence[Rule]]]]:
+    """The rows asked for; "lora-pro full" (52 GB of moments at 224 modules) only by name."""
+    wanted = only or [name for name in rows() if name != "lora-pro full"]
+    return {name: make for name, make in rows().items() if name in wanted or name == FUSED}
+
+
+def release(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def steps_table(found: dict[str, Any], counted: Sequence[int]) -> str:
+    kinds = list(next(iter(found.values()))["launches"][str(counted[0])])
+    at = "/".join(map(str, counted))
+    head = f"{'':20} {'ms/step':>8} {'× fused':>8} {'state MiB':>10}" + "".join(f"{f'{k} at {at}':>22}" for k in kinds)
+    lines = []
+    for name, row in found.items():
+        counts = ["/".join(str(row["launches"][str(n)][k]) for n in counted) for k in kinds]
+        over = row["ms"] / found[FUSED]["ms"]
+        lines.append(
+            f"{name:20} {row['ms']:8.2f} {over:8.2f} {row['state_MiB']:10.0f}" + "".join(f"{c:>22}" for c in counts)
+        )
     return "\n".join([head, *lines])
+
+
+# ---------------------------------------------------------------------------------------------------------------- train
+
+
+def train(shape: str, device: str, repeats: int, only: Sequence[str]) -> dict[str, float]:
+    """Median ms of a whole step by optimizer; "none" is forward and backward alone."""
+    base = build("lora", r=R, alpha=S * R)
+    assert isinstance(base, Recipe)
+    model = adapt(base_model(shape, device), base)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ids = torch.randint(0, 8000, SHAPES[shape][1:], device=device)
+
+    def forward_backward() -> None:
+        with torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext():
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+
+    def whole(optimizer: Any, clip: bool) -> Callable[[], None]:
+        def step() -> None:
+            forward_backward()
+            if clip:  # ours clip inside
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            if optimizer is not None:
+                optimizer.step()
+            for p in trained:
+                p.grad = None
+
+        return step
+
+    kinds = {"none": whole(None, False)}
+    for name, make in chosen(only).items():
+        transform, rules = make()
+        if transform is None:
+            kinds[name] = whole(torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True), True)
+        else:
+            kinds[name] = whole(
+                optimizer_of(model, replace(base, transform=transform, rules=tuple(rules)), 1e-6), False
+            )
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for turn in range(repeats + 2):
+        for name, step in kinds.items():
+            ms = median_ms(step, device, 1)
+            if turn > 1:
+                times[name].append(ms)
+    return {name: statistics.median(ms) for name, ms in times.items()}
+
+
+def train_table(found: dict[str, float]) -> str:
+    base = found[FUSED]
+    lines = [f"{name:20} {ms:8.1f} {ms / base:8.3f}" for name, ms in found.items()]
+    return "\n".join([f"{'':20} {'ms/step':>8} {'× fused':>8}", *lines])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("adjustment", "steps"))
+    parser.add_argument("what", nargs="+", choices=("adjustment", "steps", "train"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--layers", type=int, default=32, help="32 = 224 modules")
-    parser.add_argument(
-        "--count-at", type=int, nargs="+", default=[4, 8, 16], help="layers at which launches are counted"
-    )
+    parser.add_argument("--layers", type=int, default=32, help="of `steps`; 32 = 224 modules")
+    parser.add_argument("--count-at", type=int, nargs="+", default=[4, 8, 16], help="layers at which to count launches")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="8b", help="of `train`")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--only", nargs="+", default=[], help="names of rows")
+    parser.add_argument("--only", nargs="+", default=[], choices=tuple(rows()), help="rows beside torch's fused AdamW")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu, one thread"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here: leave --device out for the CPU")
+    cuda = args.device == "cuda"
+    if not cuda:
+        torch.set_num_threads(1)
+    name = torch.cuda.get_device_name() if cuda else "cpu, one thread"
     record: dict[str, Any] = {"torch": torch.__version__, "device": name, "r": R}
-    if args.what == "adjustment":
-        record |= adjustment()
-        diff = record["relative_difference"]
-        text = (
-            f"LoRA-Pro adjustment, 7 modules of one layer, r = {R}: as published {record['published_ms']:.0f} ms, "
-            f"ours {record['ours_ms']:.1f} ms, {record['ratio']:.0f} x; "
+    texts = []
+    if "adjustment" in args.what:
+        record["adjustment"] = found = adjustment()
+        diff = found["relative_difference"]
+        texts.append(
+            f"LoRA-Pro adjustment, CPU, one thread, 7 modules of one layer, r = {R}: as published "
+            f"{found['published_ms']:.0f} ms, ours {found['ours_ms']:.1f} ms, {found['ratio']:.0f} x; "
             f"relative difference {diff['float64']:.1e} (float64), {diff['float32']:.1e} (float32)"
         )
-    else:
-        torch.set_num_threads(1)
+    if "steps" in args.what:
         record["steps"] = steps(args.device, args.layers, args.count_at, args.repeats, args.only)
         record["layers"] = args.layers
-        text = f"{name}, {7 * args.layers} modules, r = {R}\n" + table(record["steps"], args.count_at)
+        head = f"optimizer step, {name}, torch {torch.__version__}, {7 * args.layers} modules, r = {R}"
+        texts.append(f"{head}\n{steps_table(record['steps'], args.count_at)}")
+    if "train" in args.what:
+        record["train"], record["shape"] = train(args.shape, args.device, args.repeats, args.only), args.shape
+        head = f"whole training step, {name}, {args.shape}-shaped, {'×'.join(map(str, SHAPES[args.shape][1:]))} tokens"
+        texts.append(f"{head}\n{train_table(record['train'])}")
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(text)
+    print("\n\n".join(texts))
 
 
 if __name__ == "__main__":

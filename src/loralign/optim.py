@@ -347,10 +347,16 @@ def _group(role: str, named: Mapping[str, nn.Parameter], lr: float, decay: float
 
 
 def _masked(values: dict[str, Grad], pairs: Sequence[Pair], masks: Iterable[Sequence[Grad] | None]) -> dict[str, Grad]:
-    for mask in masks:
-        for pair, m in zip(pairs, mask or (), strict=False):
-            v = values[pair.name]
-            values[pair.name] = Grad(
-                v.A if v.A is None or m.A is None else v.A * m.A, v.B if v.B is None or m.B is None else v.B * m.B
-            )
+    """Values times masks, one product for all tensors of a shape."""
+    for mask in (m for m in masks if m is not None):
+        for factor in ("A", "B"):
+            groups: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
+            for pair, m in zip(pairs, mask, strict=True):
+                v, on = getattr(values[pair.name], factor), getattr(m, factor)
+                if v is not None and on is not None:
+                    groups.setdefault((v.shape, on.shape, v.device), []).append((pair.name, v, torch.atleast_2d(on)))
+            for group in groups.values():
+                names, vs, ons = zip(*group, strict=True)
+                made = torch.stack(vs) * torch.stack(ons)
+                values.update((n, values[n]._replace(**{factor: v})) for n, v in zip(names, made.unbind(), strict=True))
     return values

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -94,17 +95,16 @@ class MaskedOrthogonal:
         if ctx.step == 1 or kept == ranks:
             return None
         rows = [self._draw(r, q, ctx, p.name) for r, q, p in zip(ranks, kept, pairs, strict=True)]
-        flat = torch.cat(rows).to(pairs[0].A.device, pairs[0].A.dtype)  # one copy to the device
+        flat = torch.tensor(list(chain.from_iterable(rows)), dtype=pairs[0].A.dtype).to(pairs[0].A.device)  # one copy
         masks = [part.view(2, -1) for part in flat.split([2 * r for r in ranks])]
         return [Grad(m[0][:, None].to(p.A.device), m[1].to(p.B.device)) for m, p in zip(masks, pairs, strict=True)]
 
-    def _draw(self, r: int, q: int, ctx: Ctx, name: str) -> Tensor:
-        """(2·r,) of 0 and 1: the mask of A's rows, then that of B's columns."""
-        source, masks = ctx.draw("rm-lora", name), torch.zeros(2, r)
-        chosen = torch.randperm(r, generator=source)[:q]
-        masks[0, chosen] = 1.0
-        masks[1, chosen if self.draw == "shared" else torch.randperm(r, generator=source)[:q]] = 1.0
-        return masks.flatten()
+    def _draw(self, r: int, q: int, ctx: Ctx, name: str) -> list[float]:
+        """2·r times 0 or 1: the mask of A's rows, then that of B's columns."""
+        source = ctx.draw("rm-lora", name)
+        rows = torch.randperm(r, generator=source).tolist()[:q]
+        columns = rows if self.draw == "shared" else torch.randperm(r, generator=source).tolist()[:q]
+        return [float(k in chosen) for chosen in (rows, columns) for k in range(r)]
 
     def _kept(self, r: int, name: str) -> int:
         q = (r + 1) // 2 if self.keep is None else self.keep
