@@ -59,7 +59,7 @@ def peft_config(recipe: Recipe, model: nn.Module, *, adapted: bool = False) -> L
     alphas = {k: exact_alpha(recipe.scale(recipe.alpha, r), r) for k, r in ranks.items()}
     return LoraConfig(
         r=recipe.r,
-        lora_alpha=exact_alpha(recipe.scale(recipe.alpha, recipe.r), recipe.r),  # type: ignore[arg-type]
+        lora_alpha=exact_alpha(recipe.scale(recipe.alpha, recipe.r), recipe.r),
         lora_dropout=recipe.dropout,
         target_modules=targets,
         exclude_modules=[*recipe.exclude, *heads] or None,
@@ -96,7 +96,7 @@ def put_in(model: nn.Module, recipe: Recipe) -> PeftModel:
     """Insert the stock PEFT adapter of a recipe (W_eff = W0 still); raises when no module matches."""
     config = peft_config(recipe, model)
     with explained_targets(model, recipe):
-        return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+        return get_peft_model(model, config)
 
 
 @contextmanager
@@ -267,5 +267,5 @@ def _save_folded(model: Any, save_directory: str, *args: Any, **kwargs: Any) -> 
 def keep_saving_right(model: PeftModel) -> None:
     """Make `model.save_pretrained` fold and describe slots (an instance attribute: survives deepcopy and pickling)."""
     if any(isinstance(m, SlotLinear) for m in model.modules()):
-        model.save_pretrained = functools.partial(_save_folded, model)  # type: ignore[method-assign]
+        model.save_pretrained = functools.partial(_save_folded, model)
         sync_config(model)

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loralign.layer import fold_A, fold_B, low_rank
-from loralign.types import Factors, Form, Live, LoralignError, WorkFailed
+from loralign.types import Draw, Factors, Form, Live, LoralignError, Weight, WorkFailed
 
 GRID_BITS = 14
 """B0 is stored as a fixed-point number of this many bits below its largest entry: B0 = grid((B0 + ΔB) − ΔB) exactly."""
@@ -97,7 +97,7 @@ class SlotLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SlotLinear:
         keep = self.frozen  # constants never change dtype and never go to meta (cpu_ram_efficient_loading does that)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         new = self._buffers["frozen"]
         self._buffers["frozen"] = keep if new is None or new.is_meta else keep.to(new.device)
         return self
@@ -108,7 +108,7 @@ class SlotLinear(nn.Linear):
         return isinstance(self.live, DTensor) or fsdp
 
     def _save_to_state_dict(self, dest: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(dest, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(dest, prefix, keep_vars)
         if self.live.is_meta:
             dest.pop(prefix + "frozen")
         elif not self._raw():
@@ -143,7 +143,7 @@ class SlotLinear(nn.Linear):
             return
         if frozen is not None:  # copied, because DCP loads in place and may hand over self.frozen itself
             self.frozen = frozen.to(self.frozen, copy=True)
-        super()._load_from_state_dict(sd, prefix, meta, strict, missing, unexpected, errors)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(sd, prefix, meta, strict, missing, unexpected, errors)
         for gone in (prefix + "frozen", key if self.owner is not None else ""):
             if gone in missing:
                 missing.remove(gone)
@@ -164,7 +164,7 @@ class LowRankVariant(LoraVariant):
         """Nothing: the init wrote the factors after injection."""
 
     @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         side_A, side_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, s = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         x = x if dropout.__class__ is nn.Identity else dropout(x)
@@ -212,9 +212,10 @@ def effective(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
 
 def _convert(linear: nn.Linear, kind: str, frozen: Tensor, owner: tuple[Any, str] | None) -> None:
     linear.__class__ = SlotLinear
-    linear.kind = kind  # type: ignore[assignment]
-    linear.__dict__["owner"] = owner  # not an attribute of Module's kind: the layer is no child of its own child
-    linear.register_buffer("frozen", frozen.detach().to(linear.live.device))  # type: ignore[operator]
+    slots = cast(SlotLinear, linear)
+    slots.kind = kind
+    slots.__dict__["owner"] = owner  # not an attribute of Module's kind: the layer is no child of its own child
+    slots.register_buffer("frozen", frozen.detach().to(slots.live.device))
 
 
 def install(layer: Any, adapter: str, factors: Factors, form: Form, extra: dict[str, Tensor], chain: bool) -> None:
@@ -224,7 +225,7 @@ def install(layer: Any, adapter: str, factors: Factors, form: Form, extra: dict[
     pair of Linears.
     """
     side_A, side_B = layer.lora_A[adapter], layer.lora_B[adapter]
-    if not isinstance(side_A, nn.Linear) or not isinstance(side_B, nn.Linear) or side_B.bias is not None:
+    if not isinstance(side_A, nn.Linear) or not isinstance(side_B, nn.Linear) or side_B._parameters["bias"] is not None:
         raise LoralignError(f"{type(layer).__name__} has no plain pair of factors; leave it out of `targets`")
     A, B = factors.A.to(side_A.weight), factors.B.to(side_B.weight)
     with torch.no_grad():
@@ -305,7 +306,7 @@ def self_test() -> None:
             self.map = nn.Linear(4, 3, bias=False)
 
     state = torch.get_rng_state()
-    toy: Any = inject_adapter_in_model(LoraConfig(r=1, lora_alpha=2, target_modules=["map"]), Toy())  # type: ignore[arg-type]
+    toy: Any = inject_adapter_in_model(LoraConfig(r=1, lora_alpha=2, target_modules=["map"]), Toy())
     layer, x = toy.map, torch.arange(8.0).view(2, 4)
     base = layer.base_layer(x)
     install(layer, "default", Factors(torch.ones(1, 4), torch.ones(3, 1), twin=True), _PlainForm(), {}, False)
@@ -323,4 +324,15 @@ def self_test() -> None:
 
 
 class _PlainForm:
+    """The form of the toy layer: its twin's folded factors."""
+
     identity, exact = True, True
+
+    def extra(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        return {}
+
+    def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
+        return ()
+
+    def effective(self, own: Live, others: Sequence[Live]) -> tuple[Tensor, Tensor]:
+        return fold_A(own.A, own.A0), fold_B(own.B, own.B0, twin=True)

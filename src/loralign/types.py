@@ -197,7 +197,8 @@ class Directions:
 class Init(Protocol):
     """What the live slots (and their frozen twin) hold before step 0."""
 
-    needs: Need
+    @property
+    def needs(self) -> Need: ...
 
     def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors: ...
 
@@ -220,10 +221,15 @@ class Live(NamedTuple):
 class Form(Protocol):
     """Which tensors train and how they become the factors (A, B) that forward, merge and export all read."""
 
-    identity: bool
-    """A fact: (A, B) are the stock tensors with their frozen slots, nothing is computed."""
-    exact: bool
-    """A fact: the folded factors compute the same function as training did."""
+    @property
+    def identity(self) -> bool:
+        """A fact: (A, B) are the stock tensors with their frozen slots, nothing is computed."""
+        ...
+
+    @property
+    def exact(self) -> bool:
+        """A fact: the folded factors compute the same function as training did."""
+        ...
 
     def extra(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
         """Initial values of the form's own trainable tensors; stored on the layer as `lora_<name>`."""
@@ -278,10 +284,15 @@ class Ctx:
 class Transform(Protocol):
     """Gradients of pairs to updates of pairs; a pure function of its arguments, batched over pairs of one shape."""
 
-    accepts: frozenset[str]
-    """Facts for the combination table: "one_sided", "gated", "bf16", "sharded" (no need of whole factors), "zero"."""
-    lr_ratio: float
-    """lr of B over lr of A."""
+    @property
+    def accepts(self) -> frozenset[str]:
+        """Facts for the combination table: "one_sided", "gated", "bf16", "zero", "sharded" (factors may be parts)."""
+        ...
+
+    @property
+    def lr_ratio(self) -> float:
+        """lr of B over lr of A."""
+        ...
 
     def init(self, pair: Pair) -> State: ...
 
@@ -342,7 +353,8 @@ class Moment:
 class Rule(Protocol):
     """A penalty, a mask or slot events. Masks are multiplied in; None means all ones."""
 
-    needs: Need
+    @property
+    def needs(self) -> Need: ...
 
     def penalty_grad(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
         """Gradient of the regulariser, added before clipping."""

@@ -72,7 +72,7 @@ def as_plain(model: PreTrainedModel) -> None:
     odd = [n for n, m in model.named_modules() if "Linear" in type(m).__name__ and not isinstance(m, nn.Linear)]
     if odd:
         return
-    model.hf_quantizer = None  # type: ignore[assignment]
+    model.hf_quantizer = None
     for mark in ("is_quantized", "quantization_method"):
         if mark in vars(model):
             delattr(model, mark)
