@@ -95,7 +95,7 @@ class RunFile(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of what trains."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Clip of the global gradient norm; 0: off."""
+    """Clip of the global gradient norm; 0: off; omitted: the method's own, 1 for most."""
     task: Literal["sft"] = "sft"
     """sft: supervised fine-tuning of a causal language model."""
     data: DataSection

@@ -109,7 +109,7 @@ class StudyFile(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of what trains."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Clip of the global gradient norm; 0: off."""
+    """Clip of the global gradient norm; 0: off; omitted: the method's own, 1 for most."""
     rates: RatesSection = RatesSection()
     """The learning-rate search."""
     seeds: Annotated[int, Field(ge=2, le=50)] = 5
@@ -184,10 +184,11 @@ def _arm(arm: ArmSection, file: StudyFile, hidden_size: int) -> Arm:
         "targets": file.targets,
         "exclude": file.exclude,
         "weight_decay": file.weight_decay,
-        "max_grad_norm": file.max_grad_norm,
         "data": {"train": file.task.train},
         "output": file.output,
     }
+    if "max_grad_norm" in file.model_fields_set:
+        recipe_file["max_grad_norm"] = file.max_grad_norm
     if arm.method != "full":
         recipe_file |= {"rank": arm.rank or file.rank, "alpha": arm.alpha or file.alpha}
     recipe = to_recipe(parse(recipe_file, f"arm {arm.name or arm.method}"))

@@ -66,7 +66,8 @@ _LINES = (
            transform=equivalent_gradient,
            presets={"paper": {"r": 8, "alpha": 16.0, "moments": "full"}}),
     Method("lora-rite", "adaptive steps that do not depend on how the product is split", "2410.20625", "exact",
-           LrPrior(2.3e-3, "our first H100 sweep: 3e-3 at s 2, hidden 576"), transform=invariant_adam),
+           LrPrior(2.3e-3, "our first H100 sweep: 3e-3 at s 2, hidden 576"), transform=invariant_adam,
+           fields={"max_grad_norm": 0.0}),  # its own clip does not depend on how the product is split
     Method("rm-lora", "orthogonality regulariser and a random slot mask", "2407.12074", "exact",
            LrPrior(None, "unknown"), rules=(masked_orthogonal,)),
     Method("delta-lora", "the base follows the product's changes, as r frozen slots", "2309.02411", "exact at rank 2r",
@@ -116,7 +117,8 @@ def method(name: str) -> Method:
 def build(name: str, options: Mapping[str, Any] | None = None, **fields: Any) -> Recipe | Full:
     """The recipe of one id or of a mix such as "lora-ga + lora-rite".
 
-    options: arguments of the methods' factories (gamma, betas, …), routed by name. fields: of `Recipe` (r, alpha, …).
+    options: arguments of the methods' factories (gamma, betas, …), routed by name. fields: of `Recipe` (r, alpha, …);
+    where they are not given, the method's own, then `Recipe`'s defaults.
     Raises LoralignError on an unknown name or option, and where two methods want the same axis.
     """
     lines = [method(part) for part in name.split("+")]
@@ -137,6 +139,8 @@ def build(name: str, options: Mapping[str, Any] | None = None, **fields: Any) ->
         hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known) or 'none'}"
         raise LoralignError(f"{label} has no option {key!r}; {hint}")
     scale = _one(lines, "scale", over_rank)
+    for line in lines:
+        fields = {**line.fields, **fields}
     return Recipe(**made, rules=made_rules, scale=scale, name=label, **fields)
 
 

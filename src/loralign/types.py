@@ -477,6 +477,8 @@ class Method:
     scale: Callable[[float, int], float] | None = None
     reference: bool = False
     """A fact: no adapter at all, the matrices themselves train."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Recipe` that the method sets where the user does not, for instance its own clipping."""
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Named settings, for instance those of the paper."""
     unverified: str = ""

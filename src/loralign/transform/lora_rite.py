@@ -19,8 +19,8 @@ Cost:    14·r²(d_in + d_out) FLOPs, 4 `eigh` of r by r a step; state 16 B per 
 Export:  exact.
 Args:    betas: (β1, β2). eps: ε, in units of the RMS of ḡ, 1e-6. clip: largest norm of ḡ over all pairs, 1 in the code,
          0 is off. escape: share of d that counts, 1 in the paper, 0 in the code.
-         lr: each direction of W moves by s·lr·√d_out. Clipping: this one only, so set the recipe's max_grad_norm to 0
-         (the norm of gA and gB depends on how the product is written).
+         lr: each direction of W moves by s·lr·√d_out. Clipping: this one only, the table sets max_grad_norm to 0 (the
+         norm of gA and gB depends on how the product is written).
 Example:
     >>> import torch
     >>> from loralign.transform.lora_rite import invariant_adam
