@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw as torch_adamw
 
 from loralign.linalg import keyed_generator
-from loralign.slot import SlotLinear, live_of, whole, write
+from loralign.slot import SlotLinear, live_of, parted, whole
 from loralign.types import (
     Ctx,
     Grad,
@@ -109,6 +109,8 @@ class PairOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.sites = {site.name: site for site in sites}
         self.transform, self.rules = transform, tuple(rules)
+        self.elementwise = "sharded" in transform.accepts and not self.rules
+        """Nobody needs whole factors, so sharded ones stay apart."""
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.dead: dict[str, Tensor] = {}
         """Slots that never train, by site: bool (r,), True = dead."""
@@ -130,6 +132,7 @@ class PairOptimizer(torch.optim.Optimizer):
                     factors[role][site.name] = p
         if not factors["A"] and not factors["B"]:
             raise LoralignError("no factor of the adapter trains: load it with is_trainable=True or adapt again")
+        self._check_precision(factors)
         others = {
             1.0: {n: p for n, p in rest.items() if p.dim() > 1},
             0.0: {n: p for n, p in rest.items() if p.dim() < 2},
@@ -140,6 +143,25 @@ class PairOptimizer(torch.optim.Optimizer):
             *(_group("rest", ps, lr if rest_lr is None else rest_lr, decay * keep) for keep, ps in others.items()),
         ]
         return [group for group in made if group["params"]]
+
+    def _check_precision(self, factors: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
+        for name, p in (item for side in factors.values() for item in side.items()):
+            if p.dtype in (torch.bfloat16, torch.float16) and "bf16" not in self.transform.accepts:
+                raise LoralignError(
+                    f"{name} has factors in {str(p.dtype).removeprefix('torch.')}, and this method multiplies small "
+                    "numbers of them, which half precision rounds away: keep the adapter in fp32 (PEFT's default, "
+                    "autocast_adapter_dtype=True), or use the transform adamw"
+                )
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but moments keep the precision they were saved in (torch casts them to the parameter's)."""
+        super().load_state_dict(state_dict)
+        saved = (k for group in state_dict["param_groups"] for k in group["params"])
+        mine = (p for group in self.param_groups for p in group["params"])
+        for k, p in zip(saved, mine, strict=True):
+            for key, value in state_dict["state"].get(k, {}).items():
+                self.state[p][key] = value.detach().to(p.device, copy=True)
 
     # --------------------------------------------------------------------------------------------------------- one step
 
@@ -189,7 +211,7 @@ class PairOptimizer(torch.optim.Optimizer):
             sides = {"A": layer.lora_A[site.adapter], "B": layer.lora_B[site.adapter]}
             for role, module in sides.items():
                 p = factors.get(role, module._parameters["weight"])
-                values[name, role] = (p if "sharded" in self.transform.accepts else whole(p)).detach()
+                values[name, role] = (p if self.elementwise else whole(p)).detach()
                 if getattr(sides["B"], "kind", "") == "T" and isinstance(module, SlotLinear):
                     twins[name, role] = module.frozen
         if twins:
@@ -204,7 +226,7 @@ class PairOptimizer(torch.optim.Optimizer):
     def _grad(self, p: nn.Parameter | None) -> Tensor | None:
         if p is None or p.grad is None:
             return None
-        return p.grad if "sharded" in self.transform.accepts else whole(p.grad)
+        return p.grad if self.elementwise else whole(p.grad)
 
     def _ctx(self, scalars: Mapping[str, Tensor]) -> Ctx:
         rate = {g["role"]: float(g["lr"]) * self.lr_factor for g in self.param_groups}
@@ -223,13 +245,18 @@ class PairOptimizer(torch.optim.Optimizer):
             found = [(p.grad, getattr(g, f)) for pair, g in penalties for f, p in live[pair.name].items()]
             todo = [(grad, extra) for grad, extra in found if grad is not None and extra is not None]
             if todo:
-                torch._foreach_add_([grad for grad, _ in todo], [extra.to(grad.dtype) for grad, extra in todo])
+                extras = [parted(extra.to(grad.dtype), grad) for grad, extra in todo]
+                torch._foreach_add_([grad for grad, _ in todo], extras)
 
     def _clip(self) -> None:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not grads:
             return
-        norm = whole(torch.linalg.vector_norm(torch.stack([whole(n) for n in torch._foreach_norm(grads)])))
+        kinds: dict[Any, list[Tensor]] = {}
+        for grad in grads:
+            kinds.setdefault((grad.device, getattr(grad, "placements", None)), []).append(grad)
+        parts = [torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(kind)))) for kind in kinds.values()]
+        norm = torch.linalg.vector_norm(torch.stack([whole(part).to(grads[0].device) for part in parts]))
         self.grad_norm = norm.item()
         if not torch.isfinite(norm):
             raise WorkFailed(
@@ -299,11 +326,7 @@ class PairOptimizer(torch.optim.Optimizer):
             todo = [(p, u) for p, u in rows if u is not None]
             if not todo:
                 continue
-            if all(type(p.data) is type(u) for p, u in todo):
-                torch._foreach_add_([p for p, _ in todo], [u.to(p.dtype) for p, u in todo])
-            else:  # sharded tensors, whole updates
-                for p, u in todo:
-                    write(p, whole(p) + u.to(p.dtype))
+            torch._foreach_add_([p for p, _ in todo], [parted(u.to(p.dtype), p) for p, u in todo])
 
     def _step_rest(self) -> None:
         for group in self.param_groups:

@@ -24,7 +24,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from loralign.layer import fold_A, fold_B, low_rank
 from loralign.types import Draw, Factors, Form, Live, LoralignError, Weight, WorkFailed
@@ -271,12 +271,17 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+def parted(t: Tensor, like: Tensor) -> Tensor:
+    """A full tensor, the same on every rank, sharded as `like` is; without communication."""
+    if not isinstance(like, DTensor) or isinstance(t, DTensor):
+        return t
+    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def write(p: Tensor, value: Tensor) -> None:
     """Write a full tensor into a possibly sharded Parameter, keeping its identity."""
     if isinstance(p, DTensor):
-        from torch.distributed.tensor import distribute_tensor
-
         local = distribute_tensor(value.to(p.device), p.device_mesh, p.placements).to_local()
         p.to_local().copy_(local)
     else:

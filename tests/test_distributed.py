@@ -1,0 +1,179 @@
+"""Two processes (gloo, CPU) equal one, in float64 after three steps: DDP and FSDP2, every transform and rule, twins too.
+
+One pair of processes runs all cases; each case is a tiny tanh network of two blocks whose ranks do not divide by two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from loralign import Recipe, adapt, build, optimizer, sites
+from loralign.optim import PairOptimizer
+from loralign.slot import live_of, whole
+from loralign.train.events import apply_plan
+
+pytestmark = pytest.mark.distributed
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {}),
+    "lora-plus": ("lora-plus", {"ratio": 4.0}),
+    "lora-pro": ("lora-pro", {}),
+    "lora-pro full": ("lora-pro", {"moments": "full"}),
+    "lora-rite": ("lora-rite", {}),
+    "riemannian": ("riemannian", {}),
+    "lora-fa": ("lora-fa", {}),
+    "muon-factors": ("muon-factors", {}),
+    "rm-lora": ("rm-lora", {}),
+    "rm-lora update": ("rm-lora", {"mask_target": "update"}),
+    "delta-lora": ("delta-lora", {"wait_steps": 0}),
+    "rm-lora + lora-rite": ("rm-lora + lora-rite", {}),
+    "lora-ga + lora-pro": ("lora-ga + lora-pro", {"micro_batches": 1}),
+    "lora-ga + lora-rite": ("lora-ga + lora-rite", {"micro_batches": 1}),
+}
+WIDTH, ROWS, STEPS, PAIRS = 10, 8, 3, 4
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(WIDTH, 14), nn.Linear(14, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x + self.down(torch.tanh(self.up(x))))
+        return y
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
+    return (model(batch["x"]) - batch["y"]).square().mean()
+
+
+def batch(step: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(step)
+    x, y = torch.randn(2, ROWS, WIDTH, generator=draw, dtype=torch.float64)
+    return {"x": x, "y": y}
+
+
+def prepared(case: str) -> tuple[Any, Recipe]:
+    name, options = CASES[case]
+    made = build(name, options, r=3, alpha=6.0, targets=("up", "down"), weight_decay=0.05)
+    assert isinstance(made, Recipe)
+    made = replace(made, max_grad_norm=made.max_grad_norm and 0.05)  # so that the clip acts
+    torch.manual_seed(0)
+    model = adapt(Net().double(), made, [batch(-1), batch(-2)], loss=loss_of).double()
+    for k, site in enumerate(sites(model)):  # not the special case B = 0
+        B = live_of(site.layer, site.adapter).B
+        B.data.add_(0.1 * torch.randn(B.shape, generator=torch.Generator().manual_seed(k), dtype=torch.float64))
+    for p in model.base_model.model.blocks[1].norm.parameters():  # a tensor outside pairs
+        p.requires_grad_(True)
+    return model, made
+
+
+def steps(model: Any, called: Callable[..., Tensor], made: Recipe, rank: int, world: int) -> tuple[Any, list[int]]:
+    own = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+    stepper = optimizer(model, made, 1e-2)
+    applied = []
+    for t in range(STEPS):
+        part = {k: v[own] for k, v in batch(t).items()}
+        loss_of(called, part).backward()  # type: ignore[arg-type]
+        stepper.step()
+        stepper.zero_grad()
+        applied.append(stepper.applied)
+        for rule in made.rules:
+            plan = rule.event(stepper.moment(STEPS))
+            if plan:
+                apply_plan(model, stepper, plan)
+    return stepper, applied
+
+
+def outcome(model: Any, stepper: PairOptimizer, applied: list[int]) -> dict[str, Any]:
+    """Whole tensors by name, frozen slots included; every rank takes part."""
+    found = {n: whole(p).detach().clone() for n, p in trainable(model)}
+    for site in sites(model):
+        live = live_of(site.layer, site.adapter)
+        found |= {f"{site.name}.A0": whole(live.A0).double(), f"{site.name}.B0": whole(live.B0).double()}
+    return {"tensors": found, "applied": applied, "reached": len(stepper.reached), "norm": stepper.grad_norm}
+
+
+def trainable(model: Any) -> list[tuple[str, Tensor]]:
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+
+def alone(case: str) -> dict[str, Any]:
+    model, made = prepared(case)
+    return outcome(model, *steps(model, model, made, 0, 1))
+
+
+def with_ddp(case: str, rank: int) -> dict[str, Any]:
+    model, made = prepared(case)
+    replica = DistributedDataParallel(model, broadcast_buffers=False)
+    return outcome(model, *steps(model, replica, made, rank, 2))
+
+
+def with_fsdp(case: str, rank: int) -> dict[str, Any]:
+    model, made = prepared(case)
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.base_model.model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for _, p in trainable(model))
+    return outcome(model, *steps(model, model, made, rank, 2))
+
+
+ENGINES: dict[str, Callable[[str, int], dict[str, Any]]] = {"ddp": with_ddp, "fsdp2": with_fsdp}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found: dict[tuple[str, str], Any] = {}
+    for case in CASES:
+        for engine, run in ENGINES.items():
+            found[case, engine] = run(case, rank)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def pair_of_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(str(folder),), nprocs=2)
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case: str, engine: str, pair_of_processes: list[dict[tuple[str, str], Any]]) -> None:
+    start, want = dict(trainable(prepared(case)[0])), alone(case)
+    assert all(not torch.equal(want["tensors"][name], p) for name, p in start.items() if "lora_B" in name)
+    for found in pair_of_processes:
+        mine = found[case, engine]
+        assert mine["applied"] == want["applied"] == [PAIRS] * STEPS
+        assert mine["reached"] == PAIRS
+        assert mine["norm"] == pytest.approx(want["norm"], rel=1e-10)
+        assert mine["tensors"].keys() == want["tensors"].keys()
+        for name, value in want["tensors"].items():
+            assert torch.allclose(mine["tensors"][name], value, rtol=1e-10, atol=1e-10), name
