@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) equal one, in float64 after three steps: DDP and FSDP2, every transform and rule, twins too.
+"""Two processes (gloo, CPU) equal one, in float64 after three steps: DDP and FSDP2, all transforms and rules, twins.
 
 One pair of processes runs all cases; each case is a tiny tanh network of two blocks whose ranks do not divide by two.
 """

@@ -1,0 +1,428 @@
+"""PairOptimizer beside the pairs: other tensors, schedulers, state, guards, clipping. Formulas: test_transforms.py."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from transformers import get_scheduler
+
+import toy
+from loralign import METHODS, LoralignError, Recipe, adapt, build, optimizer, peft_config, sites
+from loralign.optim import PairOptimizer
+from loralign.plan import Surroundings, check_combination
+from loralign.train.attach import attach
+from loralign.train.events import apply_plan
+from loralign.types import WorkFailed
+from toy import batch_for
+from trainers import toy_trainer
+
+ADAPTERS = [m.id for m in METHODS.values() if not m.reference]
+TRANSFORMS = [m.id for m in METHODS.values() if m.transform is not None]
+ELEMENTWISE = [n for n in ADAPTERS if "zero" in build(n).transform.accepts]  # type: ignore[union-attr]
+PAIRWISE = [n for n in ADAPTERS if n not in ELEMENTWISE]
+OPTIONS: dict[str, dict[str, Any]] = {"delta-lora": {"wait_steps": 1}}
+
+
+def recipe(name: str, options: dict[str, Any] | None = None, **fields: Any) -> Recipe:
+    given = {**OPTIONS.get(name, {}), **(options or {})}
+    made = build(name, given, **{"r": 3, "alpha": 6.0, "seed": 11, **fields})
+    assert isinstance(made, Recipe)
+    return made
+
+
+def adapted(made: Recipe, base: Any = None, also: tuple[str, ...] = ()) -> PeftModel:
+    """A tiny Llama under the recipe; base parameters whose names hold one of `also` train as well."""
+    base = toy.llama() if base is None else base
+    model = adapt(base, made, [batch_for(base, seed=s) for s in range(made.init.needs.draws)])
+    for name, p in model.named_parameters():
+        if "lora_" not in name and any(part in name for part in also):
+            p.requires_grad_(True)
+    return model
+
+
+def backward(model: Any, step: int = 0) -> None:
+    model.train()
+    model(**batch_for(model, seed=step)).loss.backward()
+
+
+def advance(model: Any, made: Recipe, stepper: PairOptimizer, step: int) -> None:
+    """One step, slot events included."""
+    backward(model, step)
+    stepper.step()
+    for rule in made.rules:
+        plan = rule.event(stepper.moment(100))
+        if plan:
+            apply_plan(model, stepper, plan)
+    stepper.zero_grad()
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def group(stepper: PairOptimizer, role: str) -> dict[str, Any]:
+    return next(g for g in stepper.param_groups if g["role"] == role)
+
+
+# -------------------------------------------------------------------------------------------------------- outside pairs
+
+OUTSIDE = ("embed_tokens", "lm_head", "norm")
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_tensors_outside_pairs_follow_adamw(name: str) -> None:
+    """Head, norms and embeddings: AdamW's numbers from the same gradients; 1-D tensors do not decay."""
+    made = recipe(name, weight_decay=0.1, max_grad_norm=0.0)
+    model = adapted(made, also=OUTSIDE)
+    stepper = optimizer(model, made, 1e-2, rest_lr=3e-3)
+    rest = {n: p for n, p in model.named_parameters() if p.requires_grad and any(part in n for part in OUTSIDE)}
+    assert {p.dim() for p in rest.values()} == {1, 2} and len(rest) == 7
+    twins = {n: nn.Parameter(p.detach().clone()) for n, p in rest.items()}
+    reference = torch.optim.AdamW(
+        [
+            {"params": [p for p in twins.values() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in twins.values() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=3e-3,
+    )
+    for step in range(4):
+        backward(model, step)
+        for key, p in rest.items():
+            assert p.grad is not None
+            twins[key].grad = p.grad.clone()
+        stepper.step()
+        reference.step()
+        stepper.zero_grad()
+        for key, p in rest.items():
+            torch.testing.assert_close(p.detach(), twins[key].detach(), rtol=1e-5, atol=1e-7, msg=key)
+    assert stepper.applied == len(stepper.sites) == 14
+
+
+def test_plain_lora_is_torch_adamw_over_everything() -> None:
+    """Pairs, head and norms, clipped together: one `clip_grad_norm_` and one AdamW."""
+    made = recipe("lora", max_grad_norm=0.5)
+    ours = adapted(made, also=OUTSIDE)
+    theirs = copy.deepcopy(ours)
+    stepper = optimizer(ours, made, 1e-2)
+    params = [p for p in theirs.parameters() if p.requires_grad]
+    reference = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0)
+    for step in range(4):
+        advance(ours, made, stepper, step)
+        backward(theirs, step)
+        norm = torch.nn.utils.clip_grad_norm_(params, 0.5)
+        assert stepper.grad_norm == pytest.approx(float(norm), rel=1e-4) and stepper.grad_norm > 0.5
+        reference.step()
+        reference.zero_grad()
+    for key, value in trained(theirs).items():
+        torch.testing.assert_close(trained(ours)[key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_a_fresh_head_has_its_own_rate() -> None:
+    """A classifier's head, which PEFT copies into `modules_to_save`, is in the optimizer and moves."""
+    made = recipe("lora-pro")
+    model = adapted(made, toy.bert())
+    stepper = optimizer(model, made, 1e-4, rest_lr=5e-2)
+    heads = {n for n in trained(model) if "lora_" not in n}
+    assert heads and all("classifier" in n for n in heads)
+    before = trained(model)
+    advance(model, made, stepper, 0)
+    moved = {n: float((p - before[n]).abs().max()) for n, p in trained(model).items()}
+    assert all(moved[n] == pytest.approx(5e-2, rel=1e-3) for n in heads)
+
+
+# ------------------------------------------------------------------------------------------------------------ lora-plus
+
+
+def test_lora_plus_only_B_gets_the_ratio() -> None:
+    """Not norms, not the head, and embeddings keep the plain rate (PEFT: 1e-6)."""
+    made = recipe("lora-plus", {"ratio": 8.0}, weight_decay=0.1)
+    model = adapted(made, also=OUTSIDE)
+    stepper = optimizer(model, made, 1e-2)
+    assert [(g["role"], g["lr"]) for g in stepper.param_groups] == [
+        ("A", 1e-2),
+        ("B", 8e-2),
+        ("rest", 1e-2),
+        ("rest", 1e-2),
+    ]
+    held = {id(p): g["role"] for g in stepper.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert held.pop(id(p)) == ("A" if "lora_A" in name else "B" if "lora_B" in name else "rest"), name
+    assert not held
+
+
+def test_lora_plus_weight_decay_reaches_both_factors() -> None:
+    """With gradients of zero, a step is the decay alone: A by lr·decay, B by ratio·lr·decay."""
+    made = recipe("lora-plus", {"ratio": 8.0}, weight_decay=0.1)
+    model = adapted(made)
+    stepper = optimizer(model, made, 1e-2)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.fill_(1.0)
+            p.grad = torch.zeros_like(p)
+    stepper.step()
+    for name, value in trained(model).items():
+        rate = 8e-2 if "lora_B" in name else 1e-2
+        torch.testing.assert_close(value, torch.full_like(value, 1.0 - rate * 0.1), rtol=1e-6, atol=0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- schedulers
+
+SCHEDULERS: dict[str, Callable[[PairOptimizer], Any]] = {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(
+        o, max_lr=[g["lr"] for g in o.param_groups], total_steps=20, cycle_momentum=False
+    ),
+    "warm restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=3),
+    "sequence": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 2), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[2]
+    ),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
+    "transformers cosine": lambda o: get_scheduler("cosine", o, num_warmup_steps=2, num_training_steps=9),
+    "transformers inverse sqrt": lambda o: get_scheduler("inverse_sqrt", o, num_warmup_steps=2, num_training_steps=9),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_any_scheduler_turns_the_rates(kind: str) -> None:
+    """B keeps its ratio, and the sizes of the steps follow the present rate (Adam's first step: exactly the rate)."""
+    made = recipe("lora-plus", {"ratio": 4.0})
+    model = adapted(made, also=("norm",))
+    stepper = optimizer(model, made, 1e-2)
+    scheduler, rates = SCHEDULERS[kind](stepper), []
+    for step in range(8):
+        a, b, rest = (group(stepper, role)["lr"] for role in ("A", "B", "rest"))
+        assert b == pytest.approx(4 * a, rel=1e-9) and rest == pytest.approx(a, rel=1e-9)
+        rates.append(a)
+        stepper.forget(stepper.sites)
+        before = trained(model)
+        advance(model, made, stepper, step)
+        after = trained(model)
+        still = sum(rates[:-1]) == 0  # B is zero, so A has no gradient yet
+        for side, rate in (("lora_A", 0.0 if still else a), ("lora_B", b)):
+            moved = max(float((after[n] - before[n]).abs().max()) for n in after if side in n)
+            assert moved == pytest.approx(rate, rel=2e-3, abs=1e-9)
+        scheduler.step(1.0) if kind == "plateau" else scheduler.step()
+    assert len({round(r, 12) for r in rates}) > 2
+
+
+# ---------------------------------------------------------------------------------------------------- tensors and state
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_tensors_are_looked_up_at_each_step(name: str) -> None:
+    """Parameters replaced in model and groups, as `fully_shard` does: the new ones move, with a state of their own."""
+    made = recipe(name)
+    model = adapted(made)
+    stepper = optimizer(model, made, 1e-2)
+    old = [p for g in stepper.param_groups for p in g["params"]]
+    for site in sites(model):
+        for side in (site.layer.lora_A, site.layer.lora_B):
+            module = side[site.adapter]  # type: ignore[index]
+            fresh = nn.Parameter(module._parameters["weight"].detach().clone())
+            fresh.requires_grad_(module._parameters["weight"].requires_grad)
+            for g in stepper.param_groups:
+                g["params"] = [fresh if p is module._parameters["weight"] else p for p in g["params"]]
+            module._parameters["weight"] = fresh
+    before = trained(model)
+    for step in range(2):
+        advance(model, made, stepper, step)
+    assert stepper.applied == 14
+    assert all(not torch.equal(value, before[key]) for key, value in trained(model).items() if "lora_B" in key)
+    assert not any(p is gone for p in stepper.state for gone in old)
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, "lora-pro full", "lora-ga + lora-rite"])
+def test_save_load_next_step_is_identical(name: str) -> None:
+    """Through `torch.load(weights_only=True)`, slot events and tensors outside pairs included."""
+    options = {"moments": "full"} if name.endswith(" full") else {}
+    made = recipe(name.removesuffix(" full"), options, weight_decay=0.01)
+    model = adapted(made, also=("norm",))
+    stepper = optimizer(model, made, 1e-2)
+    scheduler = lr_scheduler.CosineAnnealingLR(stepper, 10)
+    for step in range(3):
+        advance(model, made, stepper, step)
+        scheduler.step()
+    kept = io.BytesIO()
+    torch.save({"optimizer": stepper.state_dict(), "scheduler": scheduler.state_dict()}, kept)
+    other = copy.deepcopy(model)
+    advance(model, made, stepper, 3)
+
+    kept.seek(0)
+    saved = torch.load(kept, weights_only=True)
+    again = optimizer(other, made, 5e-5)
+    lr_scheduler.CosineAnnealingLR(again, 10).load_state_dict(saved["scheduler"])
+    again.load_state_dict(saved["optimizer"])
+    advance(other, made, again, 3)
+    assert again.param_groups[0]["step"] == 4
+    want = trained(model)
+    for key, value in trained(other).items():
+        assert torch.equal(value, want[key]), key
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-plus"])
+def test_moments_of_half_precision_factors_stay_fp32_through_a_file(name: str) -> None:
+    made = recipe(name)
+    model = adapted(made).to(torch.bfloat16)
+    stepper = optimizer(model, made, 1e-2)
+    for step in range(2):
+        advance(model, made, stepper, step)
+    kept = copy.deepcopy(stepper.state_dict())
+    other = copy.deepcopy(model)
+    again = optimizer(other, made, 1e-2)
+    again.load_state_dict(kept)
+    assert {t.dtype for st in again.state.values() for t in st.values()} == {torch.float32}
+    for own, m in ((stepper, model), (again, other)):
+        advance(m, made, own, 2)
+    assert all(torch.equal(value, trained(model)[key]) for key, value in trained(other).items())
+
+
+# --------------------------------------------------------------------------------------------------------------- guards
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_acting_on_no_pair_raises_at_the_first_step(name: str) -> None:
+    made = recipe(name)
+    model = adapted(made, also=("norm",))
+    stepper = optimizer(model, made, 1e-2)
+    before = trained(model)
+    with model.disable_adapter():  # the loss does not see the adapter, other tensors get their gradients
+        for key, p in model.named_parameters():
+            p.requires_grad_(key in before)
+        backward(model)
+    with pytest.raises(WorkFailed, match="no pair of the adapter received a gradient"):
+        stepper.step()
+    assert all(torch.equal(value, before[key]) for key, value in trained(model).items())
+
+
+def test_a_frozen_adapter_is_refused() -> None:
+    made = recipe("lora-rite")
+    model = adapted(made).requires_grad_(False)
+    with pytest.raises(LoralignError, match="is_trainable=True"):
+        optimizer(model, made, 1e-2)
+
+
+def test_there_are_both_kinds() -> None:
+    assert {"lora", "lora-plus", "rm-lora", "delta-lora"} <= set(ELEMENTWISE)
+    assert {"lora-pro", "lora-rite", "riemannian", "lora-fa", "muon-factors"} == set(PAIRWISE)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_deepspeed_zero(name: str, tmp_path: Path) -> None:
+    """Pairwise transforms are refused with the alternative, by the table and by `attach`; others pass."""
+    made, zero2 = recipe(name), Surroundings(engine="deepspeed", zero_stage=2)
+    trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=1)
+    trainer.is_deepspeed_enabled = True
+    if name in ELEMENTWISE:
+        check_combination(made, zero2)
+        attach(trainer, made)
+        return
+    with pytest.raises(LoralignError, match=r"DeepSpeed flattens parameters.*use FSDP2 or DDP"):
+        check_combination(made, zero2)
+    with pytest.raises(LoralignError, match=r"DeepSpeed flattens parameters.*use FSDP2 or DDP"):
+        attach(trainer, made)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_half_precision_factors(name: str, dtype: torch.dtype) -> None:
+    """Refused in a bare loop and by the table where products of factors matter; `adapt` itself never makes them."""
+    made = recipe(name)
+    model = adapted(made)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    half = copy.deepcopy(model).to(dtype)
+    if name in ELEMENTWISE:
+        optimizer(half, made, 1e-2)
+        return
+    with pytest.raises(LoralignError, match=r"half precision rounds away.*fp32.*adamw"):
+        optimizer(half, made, 1e-2)
+    with pytest.raises(LoralignError, match=r"half precision rounds away.*fp32"):
+        check_combination(made, Surroundings(factors=dtype))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_half_precision_base_gets_fp32_factors(name: str) -> None:
+    """The usual case: bf16 weights, PEFT's fp32 factors, a loss under autocast."""
+    made = recipe(name)
+    model = adapted(made, toy.llama().to(torch.bfloat16))
+    stepper = optimizer(model, made, 1e-3)
+    before = trained(model)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch_for(model)).loss
+    loss.backward()
+    stepper.step()
+    assert stepper.applied == 14
+    assert all(
+        p.dtype == torch.float32 and not torch.equal(p, before[n]) for n, p in trained(model).items() if "_B" in n
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- clipping
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_clipping_is_the_recipes(name: str) -> None:
+    """The global norm is 1 by default; lora-rite clips by itself, in units that do not depend on the factors."""
+    assert recipe(name).max_grad_norm == (0.0 if name == "lora-rite" else 1.0)
+    assert recipe(name, max_grad_norm=0.3).max_grad_norm == 0.3
+    made = recipe(name, max_grad_norm=0.3)
+    assert optimizer(adapted(made), made, 1e-2).max_grad_norm == 0.3
+
+
+def test_a_mix_keeps_the_clipping_of_its_transform() -> None:
+    assert recipe("lora-ga + lora-rite").max_grad_norm == recipe("lora-rite + rm-lora").max_grad_norm == 0.0
+    assert recipe("lora-ga + lora-pro").max_grad_norm == 1.0
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_the_clip_covers_pairs_and_the_rest_together(clip: float) -> None:
+    """Gradients after the step are those that acted: their global norm is the clip; 0 leaves them alone."""
+    made = recipe("lora-pro", max_grad_norm=clip)
+    model = adapted(made, also=OUTSIDE)
+    stepper = optimizer(model, made, 1e-3)
+    backward(model)
+    before = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    stepper.step()
+    after = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert stepper.grad_norm == pytest.approx(float(before), rel=1e-5)
+    assert float(after) == pytest.approx(clip or float(before), rel=2e-3)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_anything_moves() -> None:
+    made = recipe("lora-rite")
+    model = adapted(made)
+    stepper = optimizer(model, made, 1e-2)
+    backward(model)
+    broken = next(p for n, p in model.named_parameters() if "lora_B" in n)
+    assert broken.grad is not None
+    broken.grad[0, 0] = torch.nan
+    before = trained(model)
+    with pytest.raises(WorkFailed, match="the gradient is not finite at step 1"):
+        stepper.step()
+    assert all(torch.equal(value, before[key]) for key, value in trained(model).items())
+
+
+def test_a_closure_is_called_with_gradients() -> None:
+    made = replace(recipe("lora"), max_grad_norm=0.0)
+    model = adapted(made)
+    stepper = optimizer(model, made, 1e-2)
+
+    def closure() -> float:
+        stepper.zero_grad()
+        loss = model(**batch_for(model)).loss
+        loss.backward()
+        return float(loss.detach())
+
+    assert stepper.step(closure) > 0  # type: ignore[arg-type, operator]
+    assert stepper.applied == 14
