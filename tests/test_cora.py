@@ -116,9 +116,7 @@ def test_deltas_beat_weights() -> None:
     assert held(noisy, r) > 0.98
 
 
-@pytest.mark.parametrize(
-    ("m", "width", "count"), [(512, 16, 2), (512, 16, 8), (512, 32, 8), (512, 8, 32), (512, 64, 4)]
-)
+@pytest.mark.parametrize(("m", "width", "count"), [(1024, 32, 2), (1024, 32, 8), (1024, 64, 8), (1024, 16, 16)])
 def test_null_level(m: int, width: int, count: int) -> None:
     """C7: the formula is the top share of random subspaces within 3 %; none of them counts as shared."""
     found = consensus([haar(m, width, m, width, count, j).double() for j in range(count)], keep=width)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from loralign.linalg import keyed_generator
-from loralign.slot import SlotLinear, effective, is_adapted
+from loralign.slot import SlotLinear, effective, is_adapted, whole
 from loralign.types import Draw, Full, LoralignError, Recipe, Site, Weight
 
 ADAPTER = "default"
@@ -177,7 +177,7 @@ def weight(site: Site) -> Weight:
     def read() -> Tensor:
         base: Any = site.layer.get_base_layer()  # type: ignore[operator]
         W = dequantize_module_weight(base) if _quantised(base) else base.weight
-        W = W.detach().to(torch.float32, copy=True)
+        W = whole(W.detach()).to(torch.float32, copy=True)
         return W.T.contiguous() if isinstance(base, Conv1D) else W
 
     return Weight(site.name, (site.d_out, site.d_in), read)

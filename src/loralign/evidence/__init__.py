@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,16 +73,16 @@ def collect(
     taken = list(islice(batches or (), need.draws))
     if need.draws and not taken:
         raise LoralignError("the init needs gradients, so it needs data: pass `batches`")
-    key = evidence_key(need, model, sites, taken, seed) if cache else ""
-    path = cache / f"evidence-{key}.safetensors" if cache else None
-    cached = same_everywhere(path is not None and path.exists())
-    if cached:
-        found = load_evidence(path) if path is not None and rank() == 0 else Evidence()
-        found = Evidence(found, replace(found.spent, cached=True))
-    else:
-        passes = Passes(model, loss, seed, progress)
+    passes = Passes(model, loss, seed, progress)
+    path = None
+    if cache:
+        known = passes.value(taken[0]) if taken else 0.0
+        path = cache / f"evidence-{evidence_key(need, model, sites, taken, seed, known)}.safetensors"
+    kept = same_everywhere(load_evidence(path) if path is not None and rank() == 0 else None)
+    if kept is None:
         found = Evidence(COLLECTORS[type(need)](need, passes, sites, taken), passes.spent)
         if path is not None and rank() == 0:
             save_evidence(path, found)
-    log.info("evidence: %s", found.spent)
-    return same_everywhere(found)
+        kept = same_everywhere(found)
+    log.info("evidence: %s", kept.spent)
+    return kept

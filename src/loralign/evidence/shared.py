@@ -24,7 +24,7 @@ def common_subspace(
     need: CommonSubspace, passes: Passes, sites: Sequence[Site], batches: Sequence[Batch]
 ) -> dict[str, Directions]:
     """Per site the shared directions of one side, U or V; fewer than r, or none, where no more are shared."""
-    if rank() != 0:
+    if rank() != 0 and need.sources:  # the model's own layers may be sharded: then every rank must take part
         return {}
     basis = _basis(need, passes, sites)
     found = {site.name: _directions(need, basis, site) for site in sites}

@@ -177,10 +177,10 @@ class Side:
 class Shares:
     """Held-out measurement: how much of another gradient G lies in span U (left) and span V (right).
 
-    ‖UᵀG‖² + ‖(I − UUᵀ)·G·V‖² over ‖UᵀG‖² + ‖(I − UUᵀ)·G‖², the latter norm from 16 random probes.
+    ‖UᵀG‖² + ‖(I − UUᵀ)·G·V‖² over ‖UᵀG‖² + ‖(I − UUᵀ)·G‖², the latter norm from 64 random probes.
     """
 
-    probes = 16
+    probes = 64
 
     def __init__(self, site: Site, U: Tensor, V: Tensor, seed: int) -> None:
         self.U, self.V = U, V

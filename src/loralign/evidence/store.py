@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -12,12 +13,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loralign.evidence.tap import Spent
+from loralign.slot import whole
 from loralign.types import Batch, Directions, Site
+
+log = logging.getLogger("loralign")
 
 T = TypeVar("T")
 
@@ -48,6 +52,15 @@ def same_everywhere(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_every_rank(value: T) -> list[T]:
+    """Every rank's value, in the order of ranks."""
+    if world() == 1:
+        return [value]
+    box: list[Any] = [None] * world()
+    dist.all_gather_object(box, value)
+    return box
 
 
 def _communicable(t: Tensor) -> Tensor:
@@ -87,24 +100,33 @@ def from_rank_0(t: Tensor) -> Tensor:
 
 
 def _bytes(t: Tensor) -> bytes:
-    return t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    copy = t.detach().to("cpu", copy=True).contiguous()  # numpy pins the storage it sees, which FSDP2 must resize
+    return copy.view(torch.uint8).numpy().tobytes()
 
 
-def evidence_key(need: Any, model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], seed: int) -> str:
-    """Content hash of settings, named files, adapted weights (a strided sample of each) and data."""
+def evidence_key(
+    need: Any, model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], seed: int, loss: float
+) -> str:
+    """Content hash of settings, named files, weights (a strided sample of each), every rank's data and its loss there.
+
+    loss: of the first micro-batch; it tells other loss functions apart.
+    """
     digest = hashlib.blake2b(digest_size=16)
     rank_of = getattr(need, "rank", lambda r: None)
     settings = [(f.name, getattr(need, f.name)) for f in fields(need) if not callable(getattr(need, f.name))]
     about = [(s.name, s.r, s.s, s.d_out, s.d_in, rank_of(s.r)) for s in sites]
-    digest.update(repr((type(need).__name__, settings, seed, about)).encode())
+    digest.update(repr((type(need).__name__, settings, seed, about, f"{loss:.4g}")).encode())
     for folder in filter(None, (*getattr(need, "sources", ()), getattr(need, "base", None))):
         digest.update(folder_state(Path(folder)).encode())
-    for site in sites:
-        flat = site.layer.get_base_layer().weight.detach().reshape(-1)  # type: ignore[operator]
-        digest.update(_bytes(flat[:: max(1, flat.numel() // 1024)]))
+    for name, p in model.named_parameters():
+        if ".lora_" not in name:
+            flat = whole(p.detach()).reshape(-1)
+            digest.update(_bytes(flat[:: max(1, flat.numel() // 1024)]))
+    data = hashlib.blake2b(digest_size=16)
     for batch in batches:
         for name, value in sorted(batch.items()):
-            digest.update(name.encode() + (_bytes(value) if isinstance(value, Tensor) else repr(value).encode()))
+            data.update(name.encode() + (_bytes(value) if isinstance(value, Tensor) else repr(value).encode()))
+    digest.update(repr(from_every_rank(data.hexdigest())).encode())
     return digest.hexdigest()
 
 
@@ -127,9 +149,16 @@ def save_evidence(path: Path, found: Evidence) -> None:
     temporary.replace(path)
 
 
-def load_evidence(path: Path) -> Evidence:
-    with safe_open(path, framework="pt") as f:
-        facts, spent = json.loads(f.metadata()["facts"]), Spent(**json.loads(f.metadata()["spent"]))
-        tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - not a mapping
-    found = {n: Directions(tensors.get(f"{n}|U"), tensors[f"{n}|S"], tensors.get(f"{n}|V"), *facts[n]) for n in facts}
-    return Evidence(found, spent)
+def load_evidence(path: Path) -> Evidence | None:
+    """What `save_evidence` wrote; None where there is no such file, or none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as f:
+            facts, spent = json.loads(f.metadata()["facts"]), json.loads(f.metadata()["spent"])
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - not a mapping
+        sides = {n: (tensors.get(f"{n}|U"), tensors[f"{n}|S"], tensors.get(f"{n}|V")) for n in facts}
+        return Evidence({n: Directions(*sides[n], *facts[n]) for n in facts}, Spent(**{**spent, "cached": True}))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        log.warning("the kept evidence %s cannot be read (%s): it is collected again", path.name, error)
+        return None

@@ -156,12 +156,20 @@ class Passes:
         """Note the bytes of state that are alive now."""
         self.state_bytes = max(self.state_bytes, sum(t.numel() * t.element_size() for t in tensors))
 
+    def _loss(self, batch: Batch, index: int) -> Tensor:
+        torch.manual_seed(keyed_generator(self.seed, "evidence", index).initial_seed())
+        return self.loss(self.model, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+
+    @torch.no_grad()
+    def value(self, batch: Batch) -> float:
+        """The loss of a micro-batch, forward only."""
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            return float(self._loss(batch, 0))
+
     def backward(self, batch: Batch, index: int, share: float = 1.0) -> float:
         """One micro-batch forward and backward; returns its loss. The same index sees the same dropout masks."""
-        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(keyed_generator(self.seed, "evidence", index).initial_seed())
-            value = self.loss(self.model, moved)
+            value = self._loss(batch, index)
             if not torch.isfinite(value):
                 raise WorkFailed(f"the loss of evidence micro-batch {index} is {value.item()}: look for broken rows")
             (value * share).backward()

@@ -1,0 +1,70 @@
+"""One rank of the distributed tests of evidence: python evidence_ranks.py RANK WORLD FOLDER ENGINE
+
+Collects every kind of evidence on its own half of the micro-batches and writes what it got; gloo on the CPU. ENGINE:
+"none" (one process, all micro-batches in the order in which the ranks would see them), "ddp" or "fsdp".
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from loralign import build, sites
+from loralign.evidence import collect
+from loralign.sites import put_in
+from loralign.types import CommonSubspace, Preheated, Sketch, TopGradient
+from toy import batch_for, llama
+
+RANKS = 2
+SKETCH = Sketch(8, 3, exact_below=0.0, held_out=0)
+
+
+def needs(world: int) -> dict[str, Any]:
+    """Counts are per rank."""
+    one = RANKS // world
+    return {
+        "exact": TopGradient(2, 2 * one, None),
+        "sketch": TopGradient(2, 2 * one, SKETCH),
+        "hrp": Preheated(lambda r: 6, 3, "AB", micro_batches=2 * one, accumulate=one, lr=1e-2),
+        "hrp-sketch": Preheated(lambda r: 6, 0, "A", micro_batches=2 * one),
+        "cora": CommonSubspace(side="right", width=4),
+    }
+
+
+def main(rank: int, world: int, folder: Path, engine: str) -> None:
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}-{engine}", rank=rank, world_size=world)
+    base: Any = llama(hidden_size=64, intermediate_size=96)
+    batches = [{k: v[:-1] for k, v in batch_for(base, seed=i).items()} for i in range(2 * RANKS)]  # no padding
+    model: Any = put_in(base, build("lora", r=2))  # type: ignore[arg-type]
+    if engine == "ddp":
+        model = DistributedDataParallel(model).module
+    elif engine == "fsdp":
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    mine = batches[rank::RANKS] if world > 1 else batches
+    out: dict[str, torch.Tensor] = {}
+    for kind, need in needs(world).items():
+        cache = folder / f"cache-{engine}" if kind == "exact" else None
+        for turn in range(2 if cache else 1):
+            found = collect(need, model, sites(model), mine, seed=5, cache=cache)
+            assert found.spent.cached == (turn == 1)
+        for name, d in found.items():
+            tensors = {"U": d.U, "S": d.S, "V": d.V}
+            out.update({f"{kind}|{name}|{k}": t.contiguous() for k, t in tensors.items() if t is not None})
+    save_file(out, folder / f"{engine}-{rank}.safetensors")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

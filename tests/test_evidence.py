@@ -1,0 +1,316 @@
+"""Collecting evidence: the cache, interruptions, what it costs, what it leaves behind, several processes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from evidence_ranks import RANKS
+from loralign import LoralignError, Recipe, adapt, build, sites
+from loralign.evidence import collect, model_loss
+from loralign.sites import put_in
+from loralign.types import (
+    NOTHING,
+    Activations,
+    Batch,
+    CommonSubspace,
+    Directions,
+    Factors,
+    Preheated,
+    Sketch,
+    TopGradient,
+)
+from oracles.sketch import projector
+from toy import batches_for, llama
+from toy_sources import adapters
+
+NEED = TopGradient(2, 2, Sketch(6, 1, exact_below=0.0))
+
+
+def recipe(name: str = "lora", options: dict[str, Any] | None = None, **fields: Any) -> Recipe:
+    made = build(name, options, **{"r": 2, "alpha": 4.0, **fields})
+    assert isinstance(made, Recipe)
+    return made
+
+
+def gathered(cache: Path | None, need: Any = NEED, model: Any = None, batches: Any = None, **options: Any) -> Any:
+    model = put_in(llama() if model is None else model, recipe())
+    return collect(
+        need, model, sites(model), batches_for(model, 3) if batches is None else batches, cache=cache, **options
+    )
+
+
+def equal(a: dict[str, Directions], b: dict[str, Directions]) -> bool:
+    def same(x: Any, y: Any) -> bool:
+        return (x is None and y is None) or torch.equal(x, y)
+
+    facts = ("captured", "exact", "note", "held_out", "quality")
+    return list(a) == list(b) and all(
+        all(same(getattr(a[n], k), getattr(b[n], k)) for k in "USV")
+        and all(getattr(a[n], f) == getattr(b[n], f) for f in facts)
+        for n in a
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.mark.parametrize(
+    "need",
+    [NEED, TopGradient(2, 2, None), Preheated(lambda r: 6, 2, "AB", micro_batches=2), CommonSubspace(width=4)],
+    ids=["sketch", "exact", "preheated", "common"],
+)
+def test_cache_hit(need: Any, tmp_path: Path) -> None:
+    """The second collection reads the first one's file: equal to the bit, no backward pass."""
+    seen: list[str] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        seen.append(what)
+
+    first = gathered(tmp_path, need, progress=progress)
+    assert seen and not first.spent.cached and len(list(tmp_path.iterdir())) == 1
+    seen.clear()
+    second = gathered(tmp_path, need, progress=progress)
+    assert not seen and second.spent == replace(first.spent, cached=True) and equal(first, second)
+    assert equal(first, gathered(None, need))  # and the same as without a cache
+
+
+def smoothed(model: nn.Module, batch: Batch) -> Tensor:
+    return 1.1 * model_loss(model, batch)
+
+
+def changed(part: str) -> Any:
+    model = llama()
+    with torch.no_grad():
+        model.get_submodule(part).weight[0] *= 1.5
+    return model
+
+
+MISSES: dict[str, Callable[[Path], Any]] = {
+    "adapted weight": lambda p: gathered(p, model=changed("model.layers.1.mlp.up_proj")),
+    "norm": lambda p: gathered(p, model=changed("model.norm")),
+    "head": lambda p: gathered(p, model=changed("lm_head")),
+    "data": lambda p: gathered(p, batches=batches_for(llama(), 4)[1:]),
+    "order of data": lambda p: gathered(p, batches=batches_for(llama(), 3)[::-1]),
+    "seed": lambda p: gathered(p, seed=1),
+    "loss": lambda p: gathered(p, loss=smoothed),
+    "width": lambda p: gathered(p, TopGradient(2, 2, Sketch(5, 1))),
+    "passes": lambda p: gathered(p, TopGradient(2, 2, Sketch(6, 2))),
+    "micro-batches": lambda p: gathered(p, TopGradient(2, 1, Sketch(6, 1))),
+    "kind": lambda p: gathered(p, Preheated(lambda r: 12, 0, "A", micro_batches=3)),
+}
+
+
+@pytest.mark.parametrize("what", list(MISSES))
+def test_cache_miss(what: str, tmp_path: Path) -> None:
+    gathered(tmp_path)
+    assert not MISSES[what](tmp_path).spent.cached
+    assert len(list(tmp_path.iterdir())) == 2 and gathered(tmp_path).spent.cached
+
+
+def test_cache_misses_another_preheat_or_other_sources(tmp_path: Path) -> None:
+    """The rank of a preheat is a function; files of sources are told apart by name, size and time."""
+    for R in (4, 6):
+        assert not gathered(tmp_path / "a", Preheated(lambda r, R=R: R, 1, "AB", micro_batches=1)).spent.cached
+    folders = adapters(llama, tmp_path / "s", 3)
+    for chosen in (folders, folders[:2]):
+        assert not gathered(tmp_path / "b", CommonSubspace(chosen)).spent.cached
+    assert gathered(tmp_path / "b", CommonSubspace(folders)).spent.cached
+    file = Path(folders[0]) / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes())
+    assert not gathered(tmp_path / "b", CommonSubspace(folders)).spent.cached
+
+
+def test_the_cache_does_not_hold_what_is_trained(tmp_path: Path) -> None:
+    """The adapter's own draws do not count: another seed of the global generator is a hit."""
+    gathered(tmp_path)
+    torch.manual_seed(123)
+    assert gathered(tmp_path).spent.cached
+
+
+def test_interrupted_collection_leaves_nothing(tmp_path: Path) -> None:
+    """A stop in the middle leaves no file and a model as it was; the next run collects all."""
+    model = put_in(llama(), recipe())
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+
+    def stop(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(NEED, model, sites(model), batches_for(model, 3), cache=tmp_path, progress=stop)
+    assert not list(tmp_path.iterdir())
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    assert all(p.grad is None for p in model.parameters())
+    assert sum(len(m._forward_hooks) for m in model.modules()) == 0
+    assert equal(collect(NEED, model, sites(model), batches_for(model, 3), cache=tmp_path), gathered(None))
+
+
+def test_broken_cache_file_is_collected_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = gathered(tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:200])
+    with caplog.at_level(logging.WARNING, "loralign"):
+        second = gathered(tmp_path)
+    assert "cannot be read" in caplog.text and not second.spent.cached and equal(first, second)
+    assert gathered(tmp_path).spent.cached
+
+
+@pytest.mark.parametrize("name", ["lora-ga", "hrp", "hrp-sketch", "cora"])
+def test_adapt_reads_the_cache(name: str, tmp_path: Path) -> None:
+    """The whole start from a cache is the start without, and plan-time settings of the method are in the key."""
+    options: dict[str, Any] = {"lora-ga": {"micro_batches": 2}, "hrp": {"rank": 6, "steps": 2}}.get(name, {})
+    states = []
+    for cache in (None, tmp_path, tmp_path):
+        base = llama()
+        model = adapt(base, recipe(name, options), batches_for(base, 3), cache=cache)
+        states.append(model.state_dict())
+    assert len(list(tmp_path.iterdir())) == 1
+    assert all(torch.equal(t, s[k]) for s in states[1:] for k, t in states[0].items())
+
+
+# --------------------------------------------------------------------------------------------------- what is collected
+
+
+def test_nothing_is_free() -> None:
+    model = put_in(llama(), recipe())
+    found = collect(NOTHING, model, sites(model), None)
+    assert not found and found.spent.micro_batches == 0
+    with pytest.raises(LoralignError, match="no evidence collector for Activations"):
+        collect(Activations(), model, sites(model), None)
+    with pytest.raises(LoralignError, match="it needs data"):
+        collect(NEED, model, sites(model), None)
+
+
+def test_no_more_batches_are_drawn_than_asked_for() -> None:
+    drawn: list[int] = []
+
+    def batches() -> Any:
+        for i, batch in enumerate(batches_for(llama(), 9)):
+            drawn.append(i)
+            yield batch
+
+    found = gathered(None, batches=batches())
+    assert drawn == [0, 1, 2] and found.spent.micro_batches == 3
+
+
+def test_spent_counts_tokens_without_padding() -> None:
+    batches = batches_for(llama(), 3)
+    spent = gathered(None, TopGradient(2, 2, Sketch(4, 2, exact_below=0.0, held_out=1)), batches=batches).spent
+    tokens = [int(b["attention_mask"].sum()) for b in batches]
+    assert spent.micro_batches == 5 and spent.tokens == 2 * (tokens[0] + tokens[1]) + tokens[2]
+    assert spent.seconds > 0 and spent.state_bytes > 0 and "5 micro-batches" in str(spent)
+
+
+@pytest.mark.parametrize("need", [NEED, Preheated(lambda r: 6, 2, "AB", micro_batches=2)], ids=["sketch", "preheat"])
+def test_the_model_is_left_as_it_was(need: Any) -> None:
+    """Weights to the bit, flags, modes, generators; a fresh head keeps its gradient flag."""
+    model = put_in(llama(attention_dropout=0.1), recipe(dropout=0.1)).train()
+    head = model.get_base_model().lm_head.weight
+    head.requires_grad_(True)
+    state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    rng = torch.get_rng_state()
+    collect(need, model, sites(model), batches_for(model, 3))
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), rng)
+    flags = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert flags == {n for n, _ in model.named_parameters() if "lora_" in n or "lm_head" in n}
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_directions_are_orthonormal_and_on_the_cpu() -> None:
+    for need in (NEED, TopGradient(2, 2, None), Preheated(lambda r: 6, 2, "AB", micro_batches=2)):
+        for d in gathered(None, need).values():
+            for Q in (d.U, d.V):
+                assert torch.allclose(Q.T @ Q, torch.eye(Q.shape[1]), atol=1e-4) and Q.device.type == "cpu"
+            assert bool((d.S[:-1] >= d.S[1:]).all())
+
+
+class Routed(nn.Module):
+    """Two experts, of which one is never reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.used(x)
+        return out
+
+
+@pytest.mark.parametrize("name", ["lora-ga", "hrp", "hrp-sketch"])
+def test_a_module_that_no_token_reached_starts_plainly(name: str) -> None:
+    options: dict[str, Any] = {"hrp": {"rank": 4, "steps": 2}, "hrp-sketch": {"rank": 4, "micro_batches": 2}}.get(
+        name, {}
+    )
+    torch.manual_seed(0)
+    batches = [{"x": torch.randn(8, 16)} for _ in range(3)]
+    made = recipe(name, options, targets=("used", "idle"))
+    model = adapt(Routed(), made, batches, loss=lambda m, b: m(b["x"]).square().mean())
+    plain = adapt(Routed(), recipe("lora", targets=("used", "idle")))
+    start = {s.name: s.layer.lora_A["default"].weight.detach() for s in sites(model)}  # type: ignore[index]
+    wanted = {s.name: s.layer.lora_A["default"].weight.detach() for s in sites(plain)}  # type: ignore[index]
+    assert torch.equal(start["idle"], wanted["idle"])
+    assert start["used"].shape != wanted["used"].shape or not torch.equal(start["used"], wanted["used"])
+
+
+def test_evidence_of_a_third_party_init() -> None:
+    """An init states what it needs and gets it; no method's name is involved."""
+
+    class FirstDirections:
+        needs = TopGradient(1, 1, None)
+
+        def __call__(self, W: Any, r: int, s: float, evidence: Directions | None, draw: Any) -> Factors:
+            assert evidence is not None and evidence.V is not None and evidence.V.shape[0] == W.shape[1]
+            return Factors(evidence.V[:, :r].T.contiguous(), torch.zeros(W.shape[0], r))
+
+    model = adapt(llama(), replace(recipe(), init=FirstDirections()), batches_for(llama(), 1))
+    assert len(sites(model)) == 14
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """What two ranks found under DDP and FSDP2, and one process with all data."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = str(Path(__file__).with_name("evidence_ranks.py"))
+    calls = [("none", 0, 1), *((e, r, RANKS) for e in ("ddp", "fsdp") for r in range(RANKS))]
+    started = [
+        subprocess.Popen([sys.executable, script, str(r), str(w), str(folder), e], stderr=subprocess.PIPE, text=True)
+        for e, r, w in calls
+    ]
+    for process, call in zip(started, calls, strict=True):
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, f"{call}: {errors[-3000:]}"
+    return {f"{e}-{r}": load_file(folder / f"{e}-{r}.safetensors") for e, r, _ in calls}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_ranks(engine: str, ranks: dict[str, dict[str, Tensor]]) -> None:
+    """Bit-equal on both ranks; the values of one process that saw all micro-batches."""
+    first, second, whole = ranks[f"{engine}-0"], ranks[f"{engine}-1"], ranks["none-0"]
+    assert set(first) == set(second) == set(whole) and all(torch.equal(t, second[k]) for k, t in first.items())
+    assert {k.split("|")[0] for k in first} == {"exact", "sketch", "hrp", "hrp-sketch", "cora"}
+    for key, t in whole.items():
+        kind, name, part = key.split("|")
+        if part == "S":
+            limit = {"sketch": 0.05, "hrp": 0.02}.get(kind, 1e-3)
+            assert torch.allclose(first[key], t, rtol=limit, atol=limit * float(t.max()) if t.numel() else 0), key
+        elif kind != "sketch":
+            S = whole[f"{kind}|{name}|S"]
+            gap = float((S[:-1] - S[1:]).min() / S[0]) if len(S) > 1 else 1.0
+            if t.shape[1] and gap > 0.05:  # close values have no directions of their own
+                assert torch.allclose(projector(first[key]), projector(t), atol=0.02), key
