@@ -33,6 +33,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "vit": toy.vit,
 }
 EVERYWHERE = ("lora", "lora-ga", "pissa")
+OPTIONS: dict[str, dict[str, Any]] = {"delta-lora": {"wait_steps": 0}}
+"""So that it acts within three steps."""
 
 
 def product() -> Iterator[Any]:
@@ -43,7 +45,7 @@ def product() -> Iterator[Any]:
 
 
 def recipe(name: str, **fields: Any) -> Recipe:
-    made = build(name, **{"r": 3, "alpha": 6.0, "seed": 11, **fields})
+    made = build(name, OPTIONS.get(name), **{"r": 3, "alpha": 6.0, "seed": 11, **fields})
     assert isinstance(made, Recipe)
     return made
 

@@ -19,6 +19,7 @@ from loralign.rule.delta_lora import snapshot
 from loralign.rule.rm_lora import masked_orthogonal, regulariser, slope
 from loralign.sites import factors, sites
 from loralign.slot import install, write
+from loralign.train.events import apply_plan
 from loralign.transform.adamw import adamw
 from loralign.transform.combine import descend
 from loralign.types import Ctx, Factors, Form, Live, LoralignError, Moment, Pair, Rule, Train, Transform
@@ -224,17 +225,11 @@ def slope_of(x: Tensor, y: Tensor) -> Any:
 
 
 def apply_frozen(model: Any, optimizer: PairOptimizer) -> int:
-    """What the driver does with an event: append the frozen slots of each plan."""
+    """What the driver does after a step: ask the rules, carry out their plans. The number of sites that changed."""
     plans = {}
     for rule in optimizer.rules:
         plans.update(rule.event(optimizer.moment(100)) or {})
-    for site in sites(model):
-        if site.name in plans:
-            for side, value, axis in zip(
-                (site.layer.lora_A, site.layer.lora_B), plans[site.name].frozen, (0, 1), strict=True
-            ):
-                module = side[site.adapter]
-                module.frozen = torch.cat([module.frozen, value.to(module.frozen)], axis)
+    apply_plan(model, optimizer, plans)
     return len(plans)
 
 

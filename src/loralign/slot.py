@@ -289,11 +289,22 @@ def write(p: Tensor, value: Tensor) -> None:
 
 
 @torch.no_grad()
+def add_frozen(layer: Any, adapter: str, A: Tensor, B: Tensor) -> None:
+    """Append constant slots, A (f, d_in) and B (d_out, f), to the frozen ones; W_eff follows as the form says."""
+    sides = layer.lora_A[adapter], layer.lora_B[adapter]
+    for side, value in zip(sides, (A, B), strict=True):
+        if not isinstance(side, SlotLinear):
+            raise LoralignError("this adapter has no room for frozen slots: a rule that adds some needs its own form")
+        side.frozen = torch.cat([side.frozen, whole(value).to(side.frozen)], _axis(side.kind))
+
+
+@torch.no_grad()
 def commit(layer: Any, adapter: str, fresh: Factors) -> None:
     """Live slots become frozen ones, `fresh` the live link; Parameters keep their identity, W_eff is unchanged."""
-    for side, value in ((layer.lora_A[adapter], fresh.A), (layer.lora_B[adapter], fresh.B)):
-        side.frozen = torch.cat([side.frozen, whole(side.live).to(side.frozen)], _axis(side.kind))
-        write(side.live, value.to(side.frozen))
+    side_A, side_B = layer.lora_A[adapter], layer.lora_B[adapter]
+    add_frozen(layer, adapter, side_A.live, side_B.live)
+    write(side_A.live, fresh.A.to(side_A.frozen))
+    write(side_B.live, fresh.B.to(side_B.frozen))
 
 
 def is_adapted(model: nn.Module) -> bool:

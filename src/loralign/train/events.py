@@ -11,13 +11,13 @@ from torch import Tensor
 
 from loralign.optim import PairOptimizer
 from loralign.sites import sites
-from loralign.slot import live_of, whole, write
+from loralign.slot import add_frozen, live_of, whole, write
 from loralign.types import LoralignError, Plan, SlotPlan
 
 
 @torch.no_grad()
 def apply_plan(model: PeftModel, optimizer: PairOptimizer, plan: Plan) -> None:
-    """Carry out what a rule decided, in the order off, copy, on, zero elements, values, prox."""
+    """Carry out what a rule decided, in the order off, copy, on, zero elements, values, prox, frozen."""
     found = {site.name: site for site in sites(model)}
     for name, change in plan.items():
         if name not in found:
@@ -30,10 +30,13 @@ def apply_plan(model: PeftModel, optimizer: PairOptimizer, plan: Plan) -> None:
         write(live.A, A)
         write(live.B, B)
         _extras(live.extra, change)
-        dead = optimizer.dead.get(name, torch.zeros(site.r, dtype=torch.bool))
-        dead[list(change.off)] = True
-        dead[[*change.on, *(d for d, _ in change.copy)]] = False
-        optimizer.dead[name] = dead
+        if change.frozen is not None:
+            add_frozen(layer, site.adapter, *change.frozen)
+        if change.off or change.on or change.copy:
+            dead = optimizer.dead.get(name, torch.zeros(site.r, dtype=torch.bool))
+            dead[list(change.off)] = True
+            dead[[*change.on, *(d for d, _ in change.copy)]] = False
+            optimizer.dead[name] = dead
         optimizer.on_plan(name, change)
 
 
