@@ -6,8 +6,9 @@ Default: all recipes on a Llama, three recipes on every family. `make test-all`:
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import toy
 from loralign import METHODS, Recipe, adapt, build, factors, optimizer, peft_config, sites
 from loralign.plan import facts
 from loralign.train.attach import attach
+from loralign.types import CommonSubspace
 from toy import batch_for
+from toy_sources import SHARED, adapters, planted
 from trainers import toy_trainer
 
 ADAPTERS = [m.id for m in METHODS.values() if not m.reference]
@@ -44,10 +47,27 @@ def product() -> Iterator[Any]:
             yield pytest.param(family, name, marks=() if quick else pytest.mark.slow, id=f"{name}-{family}")
 
 
-def recipe(name: str, **fields: Any) -> Recipe:
-    made = build(name, OPTIONS.get(name), **{"r": 3, "alpha": 6.0, "seed": 11, **fields})
+def recipe(name: str, sources: Sequence[str] = (), **fields: Any) -> Recipe:
+    """sources: of the methods that start from what several adapters share."""
+    shared = {"sources": tuple(sources)} if sources else {}
+    made = build(name, {**OPTIONS.get(name, {}), **shared}, **{"r": 3, "alpha": 6.0, "seed": 11, **fields})
     assert isinstance(made, Recipe)
     return made
+
+
+Sources = Callable[[str, str], tuple[str, ...]]
+FROM_SOURCES = frozenset(n for n in ADAPTERS if isinstance(recipe(n).init.needs, CommonSubspace))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    """(method, family) -> folders of toy adapters that share two left directions; () where the method takes none."""
+
+    @functools.cache
+    def saved(family: str) -> tuple[str, ...]:
+        return adapters(FAMILIES[family], tmp_path_factory.mktemp(f"sources-{family}"))
+
+    return lambda name, family: saved(family) if name in FROM_SOURCES else ()
 
 
 def _dropout(name: str, share: float) -> float:
@@ -77,11 +97,11 @@ def train(model: Any, made: Recipe, steps: int, lr: float = 3e-3) -> Any:
 
 
 @pytest.mark.parametrize(("family", "name"), list(product()))
-def test_contract(family: str, name: str, tmp_path: Path) -> None:
+def test_contract(family: str, name: str, tmp_path: Path, sources: Sources) -> None:
     """1 identity at step 0, 2 forward = factors = merge = file, 3 stock PEFT loads it, 6 every pair was updated."""
     base = FAMILIES[family]()
     before, weights = output(base), copy.deepcopy(base.state_dict())
-    made = recipe(name, dropout=_dropout(name, 0.2))
+    made = recipe(name, sources(name, family), dropout=_dropout(name, 0.2))
     model = adapt(base, made, [batch_for(base)] * 3)
 
     assert gap(output(model), before) < 1e-6
@@ -113,11 +133,11 @@ def test_contract(family: str, name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_stop_and_resume_is_bit_exact(name: str, tmp_path: Path) -> None:
+def test_stop_and_resume_is_bit_exact(name: str, tmp_path: Path, sources: Sources) -> None:
     """4: six steps = three, a new process state with another seed, three more; dropout on."""
     states = []
     for folder, seed, resume in (("whole", 11, None), ("resumed", 99, tmp_path / "whole" / "checkpoint-3")):
-        made = recipe(name, dropout=_dropout(name, 0.1), seed=seed)
+        made = recipe(name, sources(name, "llama"), dropout=_dropout(name, 0.1), seed=seed)
         trainer = toy_trainer(tmp_path / folder, peft_config(made, toy.llama()), steps=6, save_steps=3)
         attach(trainer, made, resume_from=resume)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -145,14 +165,25 @@ def test_rules_resume_with_their_own_seed(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_one_seed_one_result(name: str) -> None:
+def test_one_seed_one_result(name: str, sources: Sources) -> None:
     """5: draws are keyed, so the global generator's state does not matter; another seed gives another start."""
     starts = []
     for noise, seed in ((0, 11), (1, 11)):
         torch.manual_seed(noise)
-        model = adapt(toy.llama(), recipe(name, seed=seed), [batch_for(toy.llama())] * 2)
+        model = adapt(toy.llama(), recipe(name, sources(name, "llama"), seed=seed), [batch_for(toy.llama())] * 2)
         starts.append(torch.cat([p.detach().flatten() for n, p in model.state_dict().items() if "lora_" in n]))
     assert torch.equal(starts[0], starts[1])
+
+
+def test_sources_are_covered(sources: Sources) -> None:
+    """The recipes of this contract that take sources start from them: the planted directions come first."""
+    assert {"cora", "cora-init"} <= FROM_SOURCES
+    for name in sorted(FROM_SOURCES):
+        model = adapt(toy.llama(), recipe(name, sources(name, "llama")), [batch_for(toy.llama())] * 2)
+        for site in sites(model):
+            B: Any = site.layer.lora_B["default"].weight.detach()  # type: ignore[index]
+            held = (B[:, :SHARED].T @ planted(site.d_out, site.name)).square().sum()
+            assert abs(float(held) - SHARED) < 1e-4, (name, site.name)
 
 
 def test_the_log_says_it_acted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
