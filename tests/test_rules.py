@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from loralign import Recipe, build, peft_config
 from loralign.form.delta_lora import boosted
 from loralign.form.plain import plain
 from loralign.linalg import keyed_generator
@@ -19,11 +21,14 @@ from loralign.rule.delta_lora import snapshot
 from loralign.rule.rm_lora import masked_orthogonal, regulariser, slope
 from loralign.sites import factors, sites
 from loralign.slot import install, write
+from loralign.train.attach import attach
 from loralign.train.events import apply_plan
 from loralign.transform.adamw import adamw
 from loralign.transform.combine import descend
 from loralign.types import Ctx, Factors, Form, Live, LoralignError, Moment, Pair, Rule, Train, Transform
 from oracles import delta_lora, rm_lora
+from toy import llama
+from trainers import toy_trainer
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -370,3 +375,20 @@ def test_event_comes_once_after_the_waiting_steps() -> None:
 
 def test_types() -> None:
     assert isinstance(masked_orthogonal(), Rule) and isinstance(snapshot(), Rule) and isinstance(boosted(), Form)
+
+
+@pytest.mark.parametrize(("wait", "warned"), [(1, False), (2, True), (500, True)])
+def test_a_run_that_is_too_short_is_warned_of(
+    wait: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three steps: a snapshot after step 2 changes the third one; later it changes nothing, and the log says so."""
+    made = build("delta-lora", {"wait_steps": wait}, r=2, alpha=4.0)
+    assert isinstance(made, Recipe)
+    trainer = toy_trainer(tmp_path, peft_config(made, llama()), steps=3)
+    attach(trainer, made)
+    with caplog.at_level("INFO", "loralign"):
+        trainer.train()
+    assert ("lower `wait_steps`" in caplog.text) is warned
+    assert ("slots changed at 14 sites after step 2" in caplog.text) is not warned
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    assert LoraConfig.from_pretrained(tmp_path / "adapter").r == (2 if wait > 2 else 4)

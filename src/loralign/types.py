@@ -351,7 +351,10 @@ class Moment:
 
 @runtime_checkable
 class Rule(Protocol):
-    """A penalty, a mask or slot events. Masks are multiplied in; None means all ones."""
+    """A penalty, a mask or slot events. Masks are multiplied in; None means all ones.
+
+    A rule that rests at first says so in an attribute `wait_steps`, so that runs which are too short are warned of.
+    """
 
     @property
     def needs(self) -> Need: ...

@@ -61,6 +61,7 @@ class RecipeCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._own()
+        self._warn_of_waiting(state.max_steps)
         self.episodes.begin(state.max_steps)
         if self.resume_from is not None:
             note = read_note(self.resume_from)
@@ -76,6 +77,16 @@ class RecipeCallback(TrainerCallback):
                 f"the trainer resumes at step {state.global_step}: "
                 "call attach(trainer, recipe, resume_from=<that folder>)"
             )
+
+    def _warn_of_waiting(self, max_steps: int) -> None:
+        """A rule that waits for longer than the run lasts does nothing, and nothing else would say so."""
+        for wait in (getattr(rule, "wait_steps", -1) for rule in self.recipe.rules):
+            if wait + 1 >= max_steps:
+                log.warning(
+                    "%s: its rule acts after step %d and the run has %d, so it is trained as if without it: lower "
+                    "`wait_steps`",
+                    *(self.recipe.name, wait + 1, max_steps),
+                )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._own().lr_factor = self.episodes.warm_up(state.global_step)
