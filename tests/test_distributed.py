@@ -1,10 +1,13 @@
 """Two processes (gloo, CPU) equal one, in float64 after three steps: DDP and FSDP2, all transforms and rules, twins.
 
 One pair of processes runs all cases; each case is a tiny tanh network of two blocks whose ranks do not divide by two.
+Then the Trainer's way: `attach` under data parallelism, evidence, slot events and checkpoints included, in float32.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +23,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from loralign import Recipe, adapt, build, optimizer, sites
+import toy
+from loralign import Recipe, adapt, build, optimizer, peft_config, sites
 from loralign.optim import PairOptimizer
 from loralign.slot import live_of, whole
+from loralign.train.attach import attach
 from loralign.train.events import apply_plan
+from trainers import toy_trainer
 
 pytestmark = pytest.mark.distributed
 
@@ -42,6 +48,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rm-lora + lora-rite": ("rm-lora + lora-rite", {}),
     "lora-ga + lora-pro": ("lora-ga + lora-pro", {"micro_batches": 1}),
     "lora-ga + lora-rite": ("lora-ga + lora-rite", {"micro_batches": 1}),
+}
+TRAINERS: dict[str, dict[str, Any]] = {
+    "lora-ga + lora-rite": {"micro_batches": 2},
+    "rm-lora + lora-pro": {},
+    "delta-lora": {"wait_steps": 1},
 }
 WIDTH, ROWS, STEPS, PAIRS = 10, 8, 3, 4
 
@@ -146,13 +157,29 @@ def with_fsdp(case: str, rank: int) -> dict[str, Any]:
 ENGINES: dict[str, Callable[[str, int], dict[str, Any]]] = {"ddp": with_ddp, "fsdp2": with_fsdp}
 
 
+def with_trainer(name: str, folder: Path, world: int) -> dict[str, Any]:
+    made = build(name, TRAINERS[name], r=3, alpha=6.0)
+    assert isinstance(made, Recipe)
+    config = peft_config(made, toy.llama())
+    trainer = toy_trainer(folder, config, steps=STEPS, save_steps=STEPS, per_device_train_batch_size=4 // world)
+    callback = attach(trainer, made)
+    trainer.train()
+    assert callback.optimizer is not None
+    tensors = {n: p.detach().clone() for n, p in trainer.model.state_dict().items() if "lora_" in n}
+    return {"tensors": tensors, "applied": callback.optimizer.applied, "as": type(trainer.model_wrapped).__name__}
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of foreign packages; this process has no pytest to turn them into errors
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found: dict[tuple[str, str], Any] = {}
     for case in CASES:
         for engine, run in ENGINES.items():
             found[case, engine] = run(case, rank)
+    for name in TRAINERS:
+        found[name, "trainer"] = with_trainer(name, Path(folder, name), 2)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -177,3 +204,17 @@ def test_two_processes_equal_one(case: str, engine: str, pair_of_processes: list
         assert mine["tensors"].keys() == want["tensors"].keys()
         for name, value in want["tensors"].items():
             assert torch.allclose(mine["tensors"][name], value, rtol=1e-10, atol=1e-10), name
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_on_two_processes_equals_one(
+    name: str, tmp_path: Path, pair_of_processes: list[dict[tuple[str, str], Any]]
+) -> None:
+    want = with_trainer(name, tmp_path, 1)
+    one, two = (found[name, "trainer"] for found in pair_of_processes)
+    assert one["as"] == two["as"] == "DistributedDataParallel"
+    assert one["applied"] == two["applied"] == want["applied"] == 14
+    assert one["tensors"].keys() == two["tensors"].keys() == want["tensors"].keys()
+    for key, value in want["tensors"].items():
+        assert torch.equal(one["tensors"][key], two["tensors"][key]), key
+        assert float((one["tensors"][key] - value).abs().max()) < 1e-3 * float(value.abs().max()), key
