@@ -51,7 +51,7 @@ def run_workers(study: Path, overrides: Sequence[str], count: int) -> None:
     import torch
 
     gpus = torch.cuda.device_count()
-    command = [sys.executable, "-m", "loralign.cli", "compare", str(study), "--worker"]
+    command = [sys.executable, "-m", "loralign", "compare", str(study), "--worker"]
     command += [part for text in overrides for part in ("--set", text)]
     workers = []
     for i in range(count):
