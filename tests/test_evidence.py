@@ -156,6 +156,49 @@ def test_interrupted_collection_leaves_nothing(tmp_path: Path) -> None:
     assert equal(collect(NEED, model, sites(model), batches_for(model, 3), cache=tmp_path), gathered(None))
 
 
+@pytest.mark.parametrize("train", ["AB", "A", "B"])
+def test_a_stopped_preheat_goes_on(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stop after the third of five steps: two steps are left, and the result is the uninterrupted one to the bit."""
+    monkeypatch.setattr("loralign.evidence.partial.EVERY_S", 0.0)
+    need = Preheated(lambda r: 6, 5, train, micro_batches=10, accumulate=2)
+    model = put_in(llama(attention_dropout=0.1), recipe(dropout=0.1)).train()
+    batches = batches_for(model, 10)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if (what, done) == ("preheat", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(need, model, sites(model), batches, cache=tmp_path, progress=stop)
+    (kept,) = tmp_path.iterdir()
+    assert kept.suffix == ".partial"
+    seen: list[tuple[str, int, int]] = []
+    with caplog.at_level(logging.INFO, "loralign"):
+        found = collect(need, model, sites(model), batches, cache=tmp_path, progress=lambda *of: seen.append(of))
+    assert [of for of in seen if of[0] == "preheat"] == [("preheat", 4, 5), ("preheat", 5, 5)]
+    assert "goes on after step 3" in caplog.text and [f.suffix for f in tmp_path.iterdir()] == [".safetensors"]
+    whole = collect(need, model, sites(model), batches)
+    assert equal(found, whole) and (found.spent.tokens, found.spent.micro_batches) == (whole.spent.tokens, 10)
+
+
+def test_a_broken_or_foreign_part_is_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of other settings is not looked at, and one that cannot be read is collected again."""
+    monkeypatch.setattr("loralign.evidence.partial.EVERY_S", 0.0)
+
+    def stop(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    need, other = (Preheated(lambda r: 6, 3, "AB", micro_batches=3, lr=lr) for lr in (1e-2, 1e-3))
+    with pytest.raises(KeyboardInterrupt):
+        gathered(tmp_path, need, progress=stop)
+    assert equal(gathered(tmp_path, other), gathered(None, other))
+    (kept,) = tmp_path.glob("*.partial")
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert equal(gathered(tmp_path, need), gathered(None, need)) and not list(tmp_path.glob("*.partial"))
+
+
 def test_broken_cache_file_is_collected_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = gathered(tmp_path)
     (file,) = tmp_path.iterdir()

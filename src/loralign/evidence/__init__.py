@@ -2,7 +2,8 @@
 
 An Init states *what* it needs; this package knows *how* to get it: `gradient.py` (exact or by `sketch.py`),
 `preheat.py` (a temporary adapter of high rank), `shared.py` (directions that other models or layers share). `tap.py`
-runs the model, `store.py` keeps results and makes all ranks agree on them.
+runs the model, `store.py` keeps results, `partial.py` those of a preheat that was stopped, `ranks.py` makes all ranks
+agree.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch import nn
 
 from loralign.evidence.gradient import exact_gradient as exact_gradient
 from loralign.evidence.gradient import top_gradient
+from loralign.evidence.partial import Partial
 from loralign.evidence.preheat import preheated
+from loralign.evidence.ranks import rank, same_everywhere
 from loralign.evidence.shared import common_subspace
 from loralign.evidence.store import Evidence as Evidence
-from loralign.evidence.store import evidence_key, load_evidence, rank, same_everywhere, save_evidence
+from loralign.evidence.store import evidence_key, load_evidence, save_evidence
 from loralign.evidence.tap import Passes as Passes
 from loralign.evidence.tap import Progress as Progress
 from loralign.evidence.tap import Sink as Sink
@@ -63,8 +66,9 @@ def collect(
 ) -> Evidence:
     """What `need` asks for, per site; empty for `Nothing`. Equal on every rank.
 
-    Computed from `need.draws` micro-batches, or read from `cache`. The model is left as it was: weights, gradients,
-    flags, mode and random generators. `.spent` of the result says what it cost, in passes, tokens and seconds.
+    Computed from `need.draws` micro-batches, or read from `cache`, where a stopped preheat also goes on. The model is
+    left as it was: weights, gradients, flags, mode and random generators. `.spent` of the result says what it cost, in
+    passes, tokens and seconds.
     """
     if isinstance(need, Nothing):
         return Evidence()
@@ -78,11 +82,13 @@ def collect(
     if cache:
         known = passes.value(taken[0]) if taken else 0.0
         path = cache / f"evidence-{evidence_key(need, model, sites, taken, seed, known)}.safetensors"
+        passes.partial = Partial(path.with_suffix(".partial"))
     kept = same_everywhere(load_evidence(path) if path is not None and rank() == 0 else None)
     if kept is None:
         found = Evidence(COLLECTORS[type(need)](need, passes, sites, taken), passes.spent)
         if path is not None and rank() == 0:
             save_evidence(path, found)
+            passes.partial.done()
         kept = same_everywhere(found)
     log.info("evidence: %s", kept.spent)
     return kept

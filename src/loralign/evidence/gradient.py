@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from loralign.evidence.ranks import world
 from loralign.evidence.sketch import Accumulator, Dense, Shares, Side, Stream, estimated_quality
-from loralign.evidence.store import world
 from loralign.evidence.tap import Passes, Progress
 from loralign.linalg import keyed_generator, top_svd
 from loralign.types import Batch, Directions, Loss, Site, Sketch, TopGradient

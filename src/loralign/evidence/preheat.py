@@ -3,9 +3,9 @@
     y ← y + s·x·A_hᵀ·B_hᵀ  on every adapted layer,  W_eff = W0 + s·B_h·A_h,  then  B_h·A_h = U·S·Vᵀ
 
 The factors live outside the model, in forward hooks: no module, config or optimizer of the main run sees them, and
-they are gone at the end. W0 is never written. With steps = 0 no step is taken: the gradient of the moving factor at the
-start, Z = Gᵀ·Ω_B or Y = G·Ω_Aᵀ, is a sketch of the gradient, and a second pass over the other half of the micro-batches
-gives the triples.
+they are gone at the end. W0 is never written. With a cache, a preheat that was stopped goes on where it was. With
+steps = 0 no step is taken: the gradient of the moving factor at the start, Z = Gᵀ·Ω_B or Y = G·Ω_Aᵀ, is a sketch of the
+gradient, and a second pass over the other half of the micro-batches gives the triples.
 
 Source:  the algorithm of the spec of HRP (init/hrp.py), §1.1 and §1.2; `product_svd` for the product.
 """
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from loralign.evidence.gradient import accumulate
+from loralign.evidence.partial import adam_state
+from loralign.evidence.ranks import sum_ranks, world
 from loralign.evidence.sketch import Side, orthonormal
-from loralign.evidence.store import sum_ranks, world
 from loralign.evidence.tap import Passes, ready
 from loralign.layer import low_rank
 from loralign.linalg import keyed_normal, product_svd
@@ -109,8 +110,12 @@ def _train(need: Preheated, passes: Passes, pairs: Sequence[Temporary], batches:
     peak = need.lr or prior_rate(pairs[0].site.s, hidden)
     optimizer = torch.optim.AdamW(moving, lr=peak, weight_decay=0.0, fused=True)
     warm_up, losses = max(1, round(WARM_UP * need.steps)), []
+    state = adam_state(optimizer, moving)
+    kept = passes.partial.restore(state)
+    if kept:
+        passes.tokens, passes.micro_batches = kept["tokens"], kept["micro_batches"]
     with ready(passes.model, [t.site for t in pairs]), hooked(pairs):
-        for step in range(need.steps):
+        for step in range(kept["step"] if kept else 0, need.steps):
             total = 0.0
             for i in range(step * need.accumulate, (step + 1) * need.accumulate):
                 total += passes.backward(batches[i % len(batches)], i, 1 / need.accumulate) / need.accumulate
@@ -118,9 +123,13 @@ def _train(need: Preheated, passes: Passes, pairs: Sequence[Temporary], batches:
             for p in moving:  # an expert that no token reached
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             _step(optimizer, moving, peak * min(1.0, (step + 1) / warm_up))
+            if passes.partial.due():
+                facts = {"step": step + 1, "tokens": passes.tokens, "micro_batches": passes.micro_batches}
+                passes.partial.keep(state, facts)
             passes.progress("preheat", step + 1, need.steps)
     passes.holds([*moving, *moving, *moving, *moving])
-    log.info("preheat: %d steps at lr %.1e, loss %.4f to %.4f", need.steps, peak, losses[0], losses[-1])
+    seen = f"loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else "all of them before the stop"
+    log.info("preheat: %d steps at lr %.1e, %s", need.steps, peak, seen)
 
 
 def _trained(need: Preheated, passes: Passes, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[str, Directions]:

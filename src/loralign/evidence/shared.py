@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loralign.evidence.store import rank
+from loralign.evidence.ranks import rank
 from loralign.evidence.tap import Passes
 from loralign.sites import weight
 from loralign.subspace import SIDES, Basis, Shared, Side, consensus_of, extract, read_basis

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loralign.evidence.store import from_rank_0, gather_columns, sum_ranks, world
+from loralign.evidence.ranks import from_rank_0, gather_columns, sum_ranks, world
 from loralign.linalg import fix_signs, keyed_normal, product_svd
 from loralign.types import Site
 

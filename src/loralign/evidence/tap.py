@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralign.evidence.partial import Partial
 from loralign.layer import tap
 from loralign.linalg import keyed_generator
 from loralign.slot import SlotLinear
@@ -145,6 +146,7 @@ class Passes:
         self.model, self.loss, self.seed = model, loss, seed
         self.progress: Progress = progress or (lambda what, done, total: None)
         self.device = next(model.parameters()).device
+        self.partial = Partial(None)
         self.tokens, self.micro_batches, self.state_bytes = 0, 0, 0
         self._start = time.perf_counter()
 
