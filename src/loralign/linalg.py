@@ -179,7 +179,12 @@ def sylvester_psd(P: Tensor, Q: Tensor, C: Tensor, *, rel: float = 1e-6) -> Tens
     """
     P, Q, C = _work(P, Q, C)
     lam, (U, V) = torch.linalg.eigh(torch.stack([P, Q]))
-    sums = lam[0].clamp_min(0)[..., :, None] + lam[1].clamp_min(0)[..., None, :]
+    return sylvester_spectral(lam[0], U, lam[1], V, C, rel=rel)
+
+
+def sylvester_spectral(lam: Tensor, U: Tensor, sigma: Tensor, V: Tensor, C: Tensor, *, rel: float = 1e-6) -> Tensor:
+    """`sylvester_psd` from the eigenvalues (..., r), ascending, and eigenvectors (..., r, r) of P and of Q."""
+    sums = lam.clamp_min(0)[..., :, None] + sigma.clamp_min(0)[..., None, :]
     return U @ (U.mT @ C @ V * _inverse(sums, sums > rel * sums[..., -1:, -1:])) @ V.mT
 
 

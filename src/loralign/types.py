@@ -299,7 +299,10 @@ class Transform(Protocol):
     def measure(
         self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
     ) -> Mapping[str, Tensor]:
-        """Scalars that are summed over all groups before any update, for instance a global norm squared."""
+        """Scalars that are summed over all groups before any update, for instance a global norm squared.
+
+        What `update` of the same group needs again may come along under a key that no other group has.
+        """
         ...
 
     def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:

@@ -15,7 +15,7 @@ Differs: from the code: s is the pair's (there 2), m̂ and v̂ count steps from 
          gradients (there on the finished update), frozen W does not decay, X by two symmetric eigendecompositions
          (there complex ones), (BᵀB)⁻¹ is damped relative to its size too and cut where float32 knows nothing. Default
          is "factor", the authors' older release; their newer one and the paper's algorithm is "full".
-Cost:    10·r²(d_in + d_out) FLOPs a step. State: factor 8 B per trained number, full 8 B per number of W (52 GB for a
+Cost:    10·r²(d_in + d_out) FLOPs, one `eigh` of the stacked r by r matrices a step. State: factor 8 B per trained number, full 8 B per number of W (52 GB for a
          7B model), none 0.
 Export:  exact.
 Args:    moments: where Adam's averages live. x: "sylvester" (7), "zero" or "symmetric" (½·C·(AAᵀ)⁻¹, C the right side
@@ -35,37 +35,55 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from loralign.linalg import gram, psd_inverse, sylvester_psd
+from loralign.linalg import gram, sylvester_spectral
 from loralign.optim import stacked
 from loralign.transform.adamw import adamw
 from loralign.transform.combine import chain, descend
 from loralign.types import Ctx, Grad, Pair, SlotPlan, State, Transform
 
-Choice = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(BᵀB, AAᵀ, (AAᵀ)⁻¹, C) -> X, where (BᵀB)·X + X·(AAᵀ) = C is (7)."""
+CUT = 1e-6
+"""Eigenvalues below this share of the largest are rounding, see `linalg`."""
 
 
-def sylvester(HB: Tensor, HA: Tensor, iA: Tensor, C: Tensor) -> Tensor:
-    return sylvester_psd(HB, HA, C)
+class Spectrum(NamedTuple):
+    """H = E·diag(λ)·Eᵀ of a Gram matrix: lam (..., r) ascending, E (..., r, r), δ (...) of the damping."""
+
+    lam: Tensor
+    E: Tensor
+    delta: Tensor
+
+    def inverse(self) -> Tensor:
+        """(H + δI)⁻¹, 0 in the directions that the working precision does not know, so 0 where H = 0 and δ = 0."""
+        lam = self.lam + self.delta[..., None]
+        live = lam > CUT * lam[..., -1:].clamp_min(0)
+        return self.E / torch.where(live, lam, torch.inf)[..., None, :] @ self.E.mT
 
 
-def symmetric(HB: Tensor, HA: Tensor, iA: Tensor, C: Tensor) -> Tensor:
-    return C @ iA / 2
+Choice = Callable[[Spectrum, Spectrum, Tensor], Tensor]
+"""(of BᵀB, of AAᵀ, C) -> X, where (BᵀB)·X + X·(AAᵀ) = C is (7)."""
 
 
-def zero(HB: Tensor, HA: Tensor, iA: Tensor, C: Tensor) -> Tensor:
+def sylvester(HB: Spectrum, HA: Spectrum, C: Tensor) -> Tensor:
+    return sylvester_spectral(HB.lam, HB.E, HA.lam, HA.E, C, rel=CUT)
+
+
+def symmetric(HB: Spectrum, HA: Spectrum, C: Tensor) -> Tensor:
+    return C @ HA.inverse() / 2
+
+
+def zero(HB: Spectrum, HA: Spectrum, C: Tensor) -> Tensor:
     return torch.zeros_like(C)
 
 
-def _inverse(H: Tensor, damping: float, floor: float) -> Tensor:
-    """(H + δI)⁻¹, δ = damping·tr H/r + floor; H (..., r, r), 0 where H = 0 and floor = 0."""
-    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return psd_inverse(H + torch.diag_embed((damping * mean + floor)[..., None].expand(H.shape[:-1])))
+def spectra(H: Tensor, damping: float, floor: float) -> Spectrum:
+    """δ = damping·tr H/r + floor; H (..., r, r)."""
+    lam, E = torch.linalg.eigh(H)
+    return Spectrum(lam, E, damping * H.diagonal(dim1=-2, dim2=-1).mean(-1) + floor)
 
 
 def closest(
@@ -81,13 +99,14 @@ def closest(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(a, b) of n pairs: A, gA (n, r, d_in), B, gB (n, d_out, r), s (n, 1, 1); None for a factor that is frozen."""
     if gA is None or gB is None:
-        a = None if gA is None else _inverse(gram(B), damping, floor) / s**2 @ gA
-        b = None if gB is None else gB @ (_inverse(gram(A.mT), damping, floor) / s**2)
+        a = None if gA is None else spectra(gram(B), damping, floor).inverse() / s**2 @ gA
+        b = None if gB is None else gB @ (spectra(gram(A.mT), damping, floor).inverse() / s**2)
         return a, b
-    HB, HA = gram(B), gram(A.mT)
-    iB, iA = _inverse(torch.stack([HB, HA]), damping, floor)
+    both = spectra(torch.stack([gram(B), gram(A.mT)]), damping, floor)
+    HB, HA = (Spectrum(*parts) for parts in zip(*both, strict=True))
+    iB, iA = both.inverse()
     iB = iB / s**2
-    X = choose(HB, HA, iA, -iB @ (gA @ A.mT))  # eq. 7
+    X = choose(HB, HA, -iB @ (gA @ A.mT))  # eq. 7
     a = torch.baddbmm(X @ A, iB, gA)  # eq. 5
     b = torch.baddbmm(gB @ (iA / s**2), B, iB @ (B.mT @ gB) @ iA + X, alpha=-1)
     return a, b

@@ -15,7 +15,7 @@ Differs: Q is an eigenbasis of Aᵀ, neither polar (paper) nor QR (code): every 
          the gradients with less than 1e-6 of the largest eigenvalue do not move (there 1/0 turns the whole update to
          0), gradients are not skipped at an RMS above 1 and updates are not capped, state survives a resume.
          At B = 0 A rests, one step later it moves by O(1)·‖A‖ whatever lr is: the product moves by O(lr).
-Cost:    14·r²(d_in + d_out) FLOPs, 4 `eigh` of r by r a step; state 16 B per trained number (M and Q) + r².
+Cost:    14·r²(d_in + d_out) FLOPs, two batched `eigh` of r by r a step; state 16 B per trained number (M and Q) + r².
 Export:  exact.
 Args:    betas: (β1, β2). eps: ε, in units of the RMS of ḡ, 1e-6. clip: largest norm of ḡ over all pairs, 1 in the code,
          0 is off. escape: share of d that counts, 1 in the paper, 0 in the code.
@@ -27,7 +27,7 @@ Example:
     >>> from loralign.types import Pair
     >>> state = invariant_adam().init(Pair("w", torch.ones(2, 5), torch.zeros(7, 2), 1.0, "AB"))
     >>> {key: tuple(value.shape) for key, value in state["B"].items()}
-    {'step': (), 'first': (7, 2), 'second': (2, 2), 'escaped': (), 'basis': (5, 2)}
+    {'step': (), 'first': (7, 2), 'second': (2, 2), 'spectrum': (2,), 'escaped': (), 'basis': (5, 2)}
 """
 
 from __future__ import annotations
@@ -82,12 +82,18 @@ def whitening(H: Tensor) -> Tensor:
     return unit[..., :, None] * E * torch.where(live, lam, torch.inf).rsqrt()[..., None, :]
 
 
-def bases(sides: Sequence[Side]) -> tuple[list[Tensor], Tensor]:
-    """Q of every side, (n, k, r), and R⁻¹ of all, (sides·n, r, r): X·R⁻¹ = Q, one correction against rounding."""
-    T = whitening(torch.cat([gram(side.X) for side in sides]))
+def bases(sides: Sequence[Side], T: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Q of every side, (n, k, r), and R⁻¹ of all, (sides·n, r, r): X·R⁻¹ = Q, one correction against rounding.
+
+    T: the `whitening` of all sides.
+    """
     Qs = [side.X @ t for side, t in zip(sides, T.chunk(len(sides)), strict=True)]
     mend = 1.5 * torch.eye(T.shape[-1], dtype=T.dtype, device=T.device) - 0.5 * torch.cat([gram(Q) for Q in Qs])
     return [Q @ f for Q, f in zip(Qs, mend.chunk(len(sides)), strict=True)], T @ mend
+
+
+def _group_key(pairs: Sequence[Pair]) -> str:
+    return f"whitening of {pairs[0].name} and those with it"
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class InvariantAdam:
                     "step": like.to(torch.float32, copy=True),
                     "first": like.new_zeros(m, r),
                     "second": like.new_zeros(r, r),
+                    "spectrum": like.new_zeros(r),
                     "escaped": like.new_zeros(()),
                     "basis": like.new_zeros(k, r),
                 }
@@ -117,16 +124,17 @@ class InvariantAdam:
     def measure(
         self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
     ) -> Mapping[str, Tensor]:
-        if not self.clip:
-            return {}
+        """Σ‖ḡ‖² over all pairs, and for `update` the whitening of this group, under its own key."""
         sides = _sides(grads, state, pairs)
         T = whitening(torch.cat([gram(side.X) for side in sides]))
+        if not self.clip:
+            return {_group_key(pairs): T}
         square = T.mT @ torch.cat([gram(side.g) for side in sides]) @ T  # ḡᵀḡ
-        return {"unmagnified": square.diagonal(dim1=-2, dim2=-1).sum()}
+        return {"unmagnified": square.diagonal(dim1=-2, dim2=-1).sum(), _group_key(pairs): T}
 
     def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
         sides = _sides(grads, state, pairs)
-        Qs, R_inv = bases(sides)
+        Qs, R_inv = bases(sides, ctx.scalars[_group_key(pairs)])
         parts = R_inv.chunk(len(sides))
         g_bar = [side.g @ part for side, part in zip(sides, parts, strict=True)]
         if self.clip:
@@ -136,14 +144,13 @@ class InvariantAdam:
         beta1, beta2 = self._decays(torch.cat([side.stack("step") for side in sides]).to(R_inv.dtype))
 
         P = torch.cat([Q.mT @ side.stack("basis") for side, Q in zip(sides, Qs, strict=True)])
-        V, rho = (torch.cat([side.stack(key) for side in sides]) for key in ("second", "escaped"))
-        V, rho = self._transported(V, rho, P, beta2)
-        V = torch.addcmul(V, 1 - beta2[:, None, None], torch.cat([gram(g) / g.shape[-2] for g in g_bar]))
-        shape = self._inverse_root(V, rho) * (1 - beta1)[:, None, None]
+        seen = torch.cat([gram(g) / g.shape[-2] for g in g_bar])
+        before = [torch.cat([side.stack(key) for side in sides]) for key in ("second", "spectrum", "escaped")]
+        fresh, root = self._curvature(P, seen, beta2, *before)
+        shape = root * (1 - beta1)[:, None, None]
         carry = P.mT * beta1[:, None, None]
 
         updates: dict[str, Sequence[Tensor | None]] = {"A": [None] * len(pairs), "B": [None] * len(pairs)}
-        fresh = {"second": V, "escaped": rho}
         made = zip(sides, g_bar, Qs, parts, shape.chunk(len(sides)), carry.chunk(len(sides)), strict=True)
         for k, (side, g, Q, part, f, c) in enumerate(made):
             M = torch.baddbmm(g @ f, side.stack("first"), c)
@@ -159,22 +166,26 @@ class InvariantAdam:
         """β'; by expm1, since 1 − βᵗ would lose digits in float32."""
         return [b * torch.expm1(math.log(b) * (t - 1)) / torch.expm1(math.log(b) * t) for b in self.betas]
 
-    def _transported(self, V: Tensor, rho: Tensor, P: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor]:
-        """β2'·PVPᵀ and β2'·(ρ + d)."""
-        moved = P @ V @ P.mT
-        if self.escape:
-            before, after = torch.linalg.eigvalsh(torch.stack([V, moved]))
-            worst = (before - after).amax(-1)
-            total = (V - moved).diagonal(dim1=-2, dim2=-1).sum(-1)
-            rho = rho + self.escape * torch.minimum(worst, total).clamp_min(0)
-        return beta2[:, None, None] * moved, beta2 * rho
+    def _curvature(
+        self, P: Tensor, seen: Tensor, beta2: Tensor, V: Tensor, before: Tensor, rho: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """New V, its eigenvalues and ρ, and (V + ρI)^(−½), ε beside the root, 0 where nothing was ever seen.
 
-    def _inverse_root(self, V: Tensor, rho: Tensor) -> Tensor:
-        """(V + ρI)^(−½), ε beside the root, 0 where nothing was ever seen."""
-        lam, E = torch.linalg.eigh(V)
-        lam = lam.clamp_min(0) + rho[..., None]
-        live = lam > CUT * lam[..., -1:]
-        return (E / (torch.where(live, lam, torch.inf).sqrt() + self.eps)[..., None, :]) @ E.mT
+        One decomposition for the transported V, whose eigenvalues ρ needs, and the new one; the old one's are kept.
+        """
+        moved = P @ V @ P.mT
+        V = torch.lerp(seen, moved, beta2[:, None, None])
+        if self.escape:
+            (after, lam), (_, E) = torch.linalg.eigh(torch.stack([moved, V]))
+            total = before.sum(-1) - moved.diagonal(dim1=-2, dim2=-1).sum(-1)
+            lost = torch.minimum((before - after).amax(-1), total).clamp_min(0)
+            rho = beta2 * (rho + self.escape * lost)
+        else:
+            lam, E = torch.linalg.eigh(V)
+        size = lam.clamp_min(0) + rho[..., None]
+        live = size > CUT * size[..., -1:]
+        root = (E / (torch.where(live, size, torch.inf).sqrt() + self.eps)[..., None, :]) @ E.mT
+        return {"second": V, "spectrum": lam, "escaped": rho}, root
 
     def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
         """Nothing: the state lives in the bases of the factors, and P carries it to the new ones."""
