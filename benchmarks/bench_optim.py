@@ -8,8 +8,7 @@
 adjustment, steps: the seven linear maps of a Llama-7B layer (4096, 11008), r = 16, s = 2; `steps` has 32 layers = 224
 modules and counts what one step launches: operations (calls of torch from the optimizer) and, on CUDA, kernels, copies
 and fills. A multi-tensor operation takes a few hundred blocks or some sixty tensors per kernel, so its kernels grow
-slowly with the layers, torch's fused AdamW among them (first row). rm-lora draws one permutation per module
-on the host.
+slowly with the layers, torch's fused AdamW among them (first row).
 
 train: whole steps (forward, backward, clip, optimizer, zero_grad) of one adapted model, 8B-shaped, 4 × 1024 tokens,
 bf16 base under bf16 autocast, adapters fp32; the optimizers take turns, so clocks and memory are the same for all.

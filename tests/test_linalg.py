@@ -568,6 +568,9 @@ BATCHED = {
     "psd_inverse": lambda X, Y, H, K: linalg.psd_inverse(H),
     "psd_inv_sqrt": lambda X, Y, H, K: linalg.psd_inv_sqrt(H),
     "sylvester_psd": lambda X, Y, H, K: linalg.sylvester_psd(H, K, H @ K),
+    "sylvester_spectral": lambda X, Y, H, K: linalg.sylvester_spectral(
+        *torch.linalg.eigh(H), *torch.linalg.eigh(K), H @ K
+    ),
     "chol_qr2": lambda X, Y, H, K: linalg.chol_qr2(X),
     "gram": lambda X, Y, H, K: linalg.gram(X),
     "orthonormal_basis": lambda X, Y, H, K: linalg.orthonormal_basis(X),
@@ -602,3 +605,32 @@ def test_batched_is_looped(name: str, dtype: torch.dtype) -> None:
 def test_the_batching_table_is_complete() -> None:
     public = {n for n, f in vars(linalg).items() if callable(f) and getattr(f, "__module__", "") == linalg.__name__}
     assert {n for n in public if not n.startswith(("_", "keyed_")) and n != "haar"} == set(BATCHED)
+
+
+# ------------------------------------------------------------------------------------------------------- keyed scores
+
+
+def test_scores_are_keyed_by_name_and_source() -> None:
+    names = [f"layers.{k}.q_proj" for k in range(500)]
+    x = linalg.keyed_scores(names, 16, linalg.keyed_generator(0, "test", 7))
+    assert x.shape == (500, 16) and x.dtype == torch.int64 and len(x.unique()) == x.numel()
+    assert torch.equal(x[[3, 1]], linalg.keyed_scores([names[3], names[1]], 16, linalg.keyed_generator(0, "test", 7)))
+    assert torch.equal(x[:, :8], linalg.keyed_scores(names, 8, linalg.keyed_generator(0, "test", 7)))
+    assert not (x == linalg.keyed_scores(names, 16, linalg.keyed_generator(0, "test", 8))).any()
+
+
+def test_scores_are_uniform() -> None:
+    x = linalg.keyed_scores([str(k) for k in range(4000)], 16, linalg.keyed_generator(1))
+    bits = torch.stack([(x >> k & 1).double().mean() for k in range(64)])
+    assert ((bits - 0.5).abs() < 4.5 * 0.5 / x.numel() ** 0.5).all()
+    best = torch.bincount(x.argmax(1), minlength=16) / len(x)
+    assert ((best - 1 / 16).abs() < 4 * (1 / 16 / len(x)) ** 0.5).all()
+    pairs = torch.zeros(16, 16).index_put_(tuple(x.topk(2).indices.T), torch.tensor(1.0), accumulate=True)
+    off = pairs[~torch.eye(16, dtype=torch.bool)] / len(x)
+    assert ((off - 1 / 240).abs() < 4.5 * (1 / 240 / len(x)) ** 0.5).all() and not pairs.diagonal().any()
+
+
+def test_scores_do_not_change_between_versions() -> None:
+    assert linalg.keyed_scores(["w"], 2, linalg.keyed_generator(0)).tolist() == [
+        [-5503400895872217994, -4171897812286752712]
+    ]

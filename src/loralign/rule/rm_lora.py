@@ -27,13 +27,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from loralign.linalg import gram
+from loralign.linalg import gram, keyed_scores
 from loralign.optim import stacked
 from loralign.types import NOTHING, Ctx, Grad, LoralignError, Moment, Need, Pair, Plan
 
@@ -90,21 +89,24 @@ class MaskedOrthogonal:
 
     def _masks(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
         """The same for gradients and updates of a step: the draw is keyed. None where all slots train."""
-        ranks = [p.A.shape[0] for p in pairs]
-        kept = [self._kept(r, p.name) for r, p in zip(ranks, pairs, strict=True)]
-        if ctx.step == 1 or kept == ranks:
+        ranks: dict[tuple[int, torch.device, torch.dtype], list[Pair]] = {}
+        for p in pairs:
+            ranks.setdefault((p.A.shape[0], p.A.device, p.A.dtype), []).append(p)
+        if ctx.step == 1 or all(self._kept(r, group[0].name) == r for (r, *_), group in ranks.items()):
             return None
-        rows = [self._draw(r, q, ctx, p.name) for r, q, p in zip(ranks, kept, pairs, strict=True)]
-        flat = torch.tensor(list(chain.from_iterable(rows)), dtype=pairs[0].A.dtype).to(pairs[0].A.device)  # one copy
-        masks = [part.view(2, -1) for part in flat.split([2 * r for r in ranks])]
-        return [Grad(m[0][:, None].to(p.A.device), m[1].to(p.B.device)) for m, p in zip(masks, pairs, strict=True)]
+        found: dict[str, Grad] = {}
+        for (r, device, dtype), group in ranks.items():
+            on = self._drawn([p.name for p in group], r, self._kept(r, group[0].name), ctx).to(device, dtype)
+            rows, columns = on[:, 0, :, None].unbind(), on[:, 1].unbind()
+            found.update((p.name, Grad(*masks)) for p, *masks in zip(group, rows, columns, strict=True))
+        return [found[p.name] for p in pairs]
 
-    def _draw(self, r: int, q: int, ctx: Ctx, name: str) -> list[float]:
-        """2·r times 0 or 1: the mask of A's rows, then that of B's columns."""
-        source = ctx.draw("rm-lora", name)
-        rows = torch.randperm(r, generator=source).tolist()[:q]
-        columns = rows if self.draw == "shared" else torch.randperm(r, generator=source).tolist()[:q]
-        return [float(k in chosen) for chosen in (rows, columns) for k in range(r)]
+    def _drawn(self, names: Sequence[str], r: int, q: int, ctx: Ctx) -> Tensor:
+        """(n, 2, r) bool, q of r: A's rows and B's columns of every module; one draw for all, keyed by name."""
+        sides = 1 if self.draw == "shared" else 2
+        scores = keyed_scores(names, sides * r, ctx.draw("rm-lora", "")).view(len(names), sides, r)
+        on = torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, scores.topk(q).indices, True)
+        return on.expand(-1, 2, -1)
 
     def _kept(self, r: int, name: str) -> int:
         q = (r + 1) // 2 if self.keep is None else self.keep
