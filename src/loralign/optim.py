@@ -108,6 +108,9 @@ class PairOptimizer(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         self.sites = {site.name: site for site in sites}
+        self._modules: dict[str, dict[str, Any]] = {
+            site.name: {side: getattr(site.layer, f"lora_{side}")[site.adapter] for side in "AB"} for site in sites
+        }
         self.transform, self.rules = transform, tuple(rules)
         self.elementwise = "sharded" in transform.accepts and not self.rules
         """Nobody needs whole factors, so sharded ones stay apart."""
@@ -206,13 +209,13 @@ class PairOptimizer(torch.optim.Optimizer):
         values: dict[tuple[str, str], Tensor] = {}
         twins: dict[tuple[str, str], Tensor] = {}
         for name, factors in live.items():
-            site = self.sites[name]
-            layer: Any = site.layer
-            sides = {"A": layer.lora_A[site.adapter], "B": layer.lora_B[site.adapter]}
+            sides = self._modules[name]
+            twin = isinstance(sides["B"], SlotLinear) and sides["B"].kind == "T"
             for role, module in sides.items():
-                p = factors.get(role, module._parameters["weight"])
-                values[name, role] = (p if self.elementwise else whole(p)).detach()
-                if getattr(sides["B"], "kind", "") == "T" and isinstance(module, SlotLinear):
+                p = factors.get(role)
+                p = module._parameters["weight"] if p is None else p
+                values[name, role] = p.data if self.elementwise else whole(p.data)  # type: ignore[union-attr]
+                if twin:
                     twins[name, role] = module.frozen
         if twins:
             sums = torch._foreach_add([values[key] for key in twins], list(twins.values()))
