@@ -214,7 +214,7 @@ class PairOptimizer(torch.optim.Optimizer):
             for role, module in sides.items():
                 p = factors.get(role)
                 p = module._parameters["weight"] if p is None else p
-                values[name, role] = p.data if self.elementwise else whole(p.data)  # type: ignore[union-attr]
+                values[name, role] = p.data if self.elementwise else whole(p.data)
                 if twin:
                     twins[name, role] = module.frozen
         if twins:
