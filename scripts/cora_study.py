@@ -49,7 +49,7 @@ class Sizes:
     length: int
     """Tokens per row."""
     rows: int
-    """Of the validation and test files."""
+    """Of the validation file; twice as many of the test file."""
     rates: int
 
 
@@ -85,9 +85,10 @@ def train_source(task: str, seed: int, args: argparse.Namespace, sizes: Sizes) -
     folder = Path(args.output) / "sources" / task
     if (folder / "adapter_model.safetensors").is_file() and (folder / "run.json").is_file():
         return folder
+    rows = cut(args.data / task / "train.jsonl", None, args.output / "rows" / f"{task}.jsonl")
     recipe = {
         "model": str(args.model),
-        "data": {"train": cut(args.data / task / "train.jsonl", None, args.output / "rows" / f"{task}.jsonl")},
+        "data": {"train": rows, "max_length": sizes.length},
         "method": "lora",
         "rank": RANK,
         "alpha": ALPHA,
@@ -95,7 +96,6 @@ def train_source(task: str, seed: int, args: argparse.Namespace, sizes: Sizes) -
         "output": str(folder),
         "seed": seed,
     }
-    recipe["data"]["max_length"] = sizes.length
     file = args.output / f"source-{task}.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     loralign("train", file, log=args.output / f"source-{task}.log")
@@ -144,7 +144,7 @@ def study(args: argparse.Namespace, sizes: Sizes, bases: dict[str, str]) -> dict
         split: cut(
             args.data / args.target / f"{split}.jsonl", rows, args.output / "rows" / f"{args.target}-{split}.jsonl"
         )
-        for split, rows in (("train", None), ("valid", sizes.rows), ("test", sizes.rows))
+        for split, rows in (("train", None), ("valid", sizes.rows), ("test", 2 * sizes.rows))
     }
     return {
         "model": str(args.model),
