@@ -81,6 +81,7 @@ CLASHING: dict[str, tuple[Recipe, Surroundings]] = {
     "reason: where no evidence is collected": (replace(recipe("hrp"), outer=Links()), Surroundings()),
     "reason: the model would jump": (replace(recipe("delta-lora"), outer=Links()), Surroundings()),
     "reason: two rules would decide": (replace(recipe("lora"), rules=(Allocates(), Allocates())), Surroundings()),  # type: ignore[arg-type]
+    "reason: more slots at each step": (recipe("rm-lora", r=4, options={"keep": 5}), Surroundings()),
     "reason: wrong under dropout": (recipe("delta-lora", dropout=0.1), Surroundings()),
     "reason: DeepSpeed flattens": (recipe("lora-rite"), DEEPSPEED),
     "reason: ZeRO-3 shards W": (recipe("olora"), replace(DEEPSPEED, zero_stage=3)),
@@ -180,6 +181,21 @@ def test_a_chain_grows_by_a_link() -> None:
     found, plain = planned(chain, Step(2, 8, total_steps=15)), planned(recipe("lora", r=4))
     assert found.export_rank == 12
     assert found.adapter_bytes == 3 * plain.adapter_bytes
+
+
+@pytest.mark.parametrize(("steps", "rank"), [(0, 8), (9, 4), (10, 4), (11, 8)])
+def test_a_snapshot_exports_at_rank_2r_where_the_run_reaches_it(steps: int, rank: int) -> None:
+    delta, plain = recipe("delta-lora", r=4, options={"wait_steps": 10}), planned(recipe("lora", r=4))
+    found = planned(delta, Step(2, 8, total_steps=steps))
+    assert found.export_rank == rank
+    assert found.adapter_bytes == (rank // 4) * plain.adapter_bytes
+
+
+def test_rm_lora_needs_as_many_slots_as_it_keeps() -> None:
+    for keep in (None, 1, 4):
+        check_combination(recipe("rm-lora", r=4, options={"keep": keep}))
+    with pytest.raises(LoralignError, match="raise the rank"):
+        check_combination(recipe("rm-lora", r=4, options={"keep": 5}))
 
 
 def test_one_sided_recipes_pay_for_one_side() -> None:

@@ -72,6 +72,11 @@ CLASHES: tuple[Clash, ...] = (
         instead="keep one of them",
     ),
     _clash(
+        "too few slots",
+        reason="a rule trains more slots at each step than the rank has",
+        instead="lower its `keep`, or raise the rank",
+    ),
+    _clash(
         "dropout", "needs dropout 0",
         reason="this method is wrong under dropout",
         instead="set `dropout: 0`",
@@ -143,6 +148,7 @@ def facts(recipe: Recipe) -> frozenset[str]:
             "links need data": chain and not isinstance(later.needs, Nothing),
             "dropout": recipe.dropout > 0,
             "several allocate": declared.count("allocates") > 1,
+            "too few slots": any(getattr(rule, "least_rank", 1) > recipe.r for rule in recipe.rules),
             "not commits": "commits" not in declared,
             **{f"not {able}": able not in recipe.transform.accepts for able in ABILITIES},
             **{fact: True for fact in declared},
@@ -201,3 +207,12 @@ def links(recipe: Recipe, total_steps: int, names: Sequence[str]) -> int:
     while done < total_steps and (episode := recipe.outer.episode(index, total_steps, names)) is not None:
         index, done = index + 1, done + episode.steps
     return index
+
+
+def snapshots(recipe: Recipe, total_steps: int | None) -> int:
+    """Frozen slots per live one that rules will add in a run of so many steps (None, 0: of unknown length)."""
+    return sum(
+        int(getattr(rule, "freezes", 0))
+        for rule in recipe.rules
+        if not total_steps or getattr(rule, "wait_steps", 0) < total_steps
+    )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from loralign.plan import Start, draw, links, probe
+from loralign.plan import Start, draw, links, probe, snapshots
 from loralign.plan_trace import Step, example_batch, trace, usual_loss
 from loralign.sites import ADAPTER, put_in, sites, target_weights
 from loralign.slot import effective, install, link
@@ -92,7 +92,7 @@ def estimate(
     rank = max(int(effective(site.layer, site.adapter)[0].shape[0]) for site in found)
     static, state = _nbytes(_tensors(adapted)), _state_bytes(recipe, start, found, trained)
     episodes = links(recipe, step.total_steps, [site.name for site in found]) if step.total_steps else 1
-    slots = (2 if start.twin else 1) * episodes
+    slots = (2 if start.twin else 1) * episodes + snapshots(recipe, step.total_steps)
     frozen = (slots - 1) * sum(4 * s.r * (s.d_in + s.d_out) for s in found)
     moment = trace(adapted, step, batch, loss) - static
     return Estimate(

@@ -32,6 +32,7 @@ class Snapshot:
     boost: float
     wait_steps: int
     needs: Need = NOTHING
+    freezes: int = 1
 
     def penalty_grad(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
         return None

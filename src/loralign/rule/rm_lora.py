@@ -63,6 +63,10 @@ class MaskedOrthogonal:
     mask_target: Literal["grad", "update"]
     needs: Need = NOTHING
 
+    @property
+    def least_rank(self) -> int:
+        return self.keep or 1
+
     def penalty_grad(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
         if not self.c:
             return None
