@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 
+from loralign import LoralignError
 from loralign.compare import statistics
 from loralign.compare.rates import Rate, choose_rate
 from loralign.compare.statistics import Curve
@@ -136,7 +137,7 @@ def test_a_best_rate_at_the_edge_is_flagged() -> None:
 def test_an_arm_with_fewer_or_more_trials_is_refused(lost: int) -> None:
     counts = {"lora": 5, "full": 5, "short": 5 - lost}
     rates = [Rate(arm, 10.0**-i, 2.0) for arm, n in counts.items() for i in range(n)]
-    with pytest.raises(ValueError, match=f"'short' had {5 - lost}.*the others 5"):
+    with pytest.raises(LoralignError, match=f"'short' had {5 - lost}.*the others 5"):
         summarise([], rates)
 
 

@@ -231,15 +231,17 @@ def compare(
     only_report: Annotated[bool, typer.Option("--report", help="Run nothing, report what is finished.")] = False,
 ) -> None:
     """Compare methods, each at its own tuned learning rate; interrupted anywhere, it goes on where it was."""
-    from loralign.cli_compare import run_here, run_workers, say_result, spec_of
+    from loralign.cli_compare import run_alone, run_workers, say_result, spec_of, work_as_one_of_many
 
     spec = spec_of(study, overrides or ())
+    if worker:
+        work_as_one_of_many(spec)
+        return
     if not only_report and workers > 1:
-        run_workers(study, overrides or (), workers)
+        run_workers(study, overrides or (), workers, spec)
     elif not only_report:
-        run_here(spec)
-    if not worker:
-        say_result(spec)
+        run_alone(spec)
+    say_result(spec)
 
 
 @app.command(epilog="Example: loralign methods --json | jq '.[].id'")

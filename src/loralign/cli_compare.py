@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
-from loralign.types import WorkFailed
+from loralign.types import LoralignError, WorkFailed
 
 if TYPE_CHECKING:
     from loralign.compare.spec import Outcome, Spec, Trial
 
 
 def spec_of(study: Path, overrides: Sequence[str]) -> Spec:
+    """The study of a file; its model is looked up for the width that scales the learning-rate priors."""
+    try:
+        import optuna  # noqa: F401
+        import scipy  # noqa: F401
+    except ImportError as error:
+        raise LoralignError(f'compare needs {error.name}: pip install "loralign[compare]"') from error
     from loralign.config_study import load_study
     from loralign.config_yaml import override, read_yaml
     from loralign.train.model import hidden_size
@@ -27,54 +35,99 @@ def spec_of(study: Path, overrides: Sequence[str]) -> Spec:
     return load_study(study, overrides, hidden_size(str(content.get("model", ""))))
 
 
-def run_here(spec: Spec) -> bool:
-    """This process works until nothing is left or the budget is spent; True when the study is complete."""
-    from loralign.compare.runner import Resident
-    from loralign.compare.study import Store, wanted, work
+def say(text: str) -> None:
+    print(text, flush=True)
 
-    done = Store(spec).outcomes()
+
+def run_alone(spec: Spec) -> None:
+    """This process is the only worker here, and shows what is done."""
+    from loralign.compare.live import watched
+
+    with watched(spec, say):
+        work_here(spec)
+
+
+def work_as_one_of_many(spec: Spec) -> None:
+    """This process works and says what it finished itself."""
+    from loralign.compare.live import line
+
+    def tell(trial: Trial, outcome: Outcome, number: int, total: int) -> None:
+        say(line(trial, outcome, number, total))
+
+    work_here(spec, tell)
+
+
+def work_here(spec: Spec, on_done: object = None) -> bool:
+    """Work until nothing is left or the budget is spent; True when the study is complete."""
+    from loralign.compare.runner import Resident
+    from loralign.compare.store import Store
+    from loralign.compare.study import wanted, work
+
+    started, done = time.monotonic(), Store(spec).outcomes()
     if all(t.key in done for t in wanted(spec, done)):
         return True
-    return work(spec, Resident(spec).run, on_done=tell)
+    log = logging.getLogger("loralign")
+    if log.getEffectiveLevel() == logging.INFO:  # what every trial says of itself is for --debug
+        log.setLevel(logging.WARNING)
+    return work(spec, Resident(spec).run, on_done=on_done, started=started)  # type: ignore[arg-type]
 
 
-def tell(trial: Trial, outcome: Outcome, number: int, total: int) -> None:
-    """One line per finished trial."""
-    loss = f"{outcome.losses[-1]:.4f}" if outcome.losses else "–"
-    end = "diverged" if outcome.diverged else "given up" if outcome.pruned else loss
-    where = f"seed {trial.seed}" if trial.phase == "seed" else "rate"
-    print(f"[{number}/{total}] {trial.arm} at {trial.lr:g}, {where}: {end} in {outcome.total_s:.0f} s", flush=True)
+def run_workers(study: Path, overrides: Sequence[str], count: int, spec: Spec) -> None:
+    """`count` processes on this machine; GPUs are dealt out round robin. A worker that fails fails the command.
 
-
-def run_workers(study: Path, overrides: Sequence[str], count: int) -> None:
-    """`count` processes on this machine; GPUs are dealt out round robin. A worker that fails fails the command."""
+    What a worker says goes to `worker-N.log` in the study's folder; here the whole study is shown.
+    """
     import torch
+
+    from loralign.compare.live import watched
 
     gpus = torch.cuda.device_count()
     command = [sys.executable, "-m", "loralign", "compare", str(study), "--worker"]
     command += [part for text in overrides for part in ("--set", text)]
-    workers = []
-    for i in range(count):
-        given = {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus > 1 else {}
-        workers.append(subprocess.Popen(command, env={**os.environ, **given}))
-        time.sleep(0.2)
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(watched(spec, say))
+        logs, workers = [], []
+        for i in range(count):
+            given = {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus > 1 else {}
+            logs.append(stack.enter_context((spec.output / f"worker-{i + 1}.log").open("w+", encoding="utf-8")))
+            made = subprocess.Popen(command, env={**os.environ, **given}, stdout=logs[-1], stderr=subprocess.STDOUT)
+            stack.callback(_end, made)
+            workers.append(made)
         codes = [w.wait() for w in workers]
-    finally:
-        for w in workers:
-            w.terminate()
-    if any(codes):
-        raise WorkFailed(f"{sum(map(bool, codes))} of {count} workers failed; what they finished is kept, run again")
+        failed = [(code, _last_line(log)) for code, log in zip(codes, logs, strict=True) if code]
+    if failed:
+        code, said = failed[0]
+        kind = LoralignError if code == 2 else WorkFailed
+        raise kind(f"{len(failed)} of {count} workers failed, what they finished is kept; the first said: {said}")
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    """Ask it to stop, then make it."""
+    if worker.poll() is None:
+        worker.terminate()
+        try:
+            worker.wait(10)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+
+
+def _last_line(log: IO[str]) -> str:
+    log.seek(0)
+    lines = [text for text in log.read().splitlines() if text.strip()]
+    return lines[-1].removeprefix("loralign: ") if lines else "nothing"
 
 
 def say_result(spec: Spec) -> None:
     """Write the report and print table and sentences."""
     from rich.console import Console
 
-    from loralign.compare.report import report, sentences, terminal_table
+    from loralign.compare.report import report, sentences, terminal_tables
 
-    result, edges = report(spec)
-    Console().print(terminal_table(result, edges))
-    for line in sentences(result):
-        print(line)
-    print(f"{spec.output}: results.json, results.csv, rates.png, steps.png, seconds.png")
+    result = report(spec)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    for table in terminal_tables(result) if result.arms else ():
+        console.print(table)
+    for text in sentences(result):
+        say(text)
+    made = ("results.json", "results.csv", "rates.png", "steps.png", "seconds.png")
+    say(f"written to {spec.output}: {', '.join(n for n in made if (spec.output / n).exists())}")

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from loralign.compare.identity import content_of, file_print, shared_rows
 from loralign.compare.spec import Arm, Budget, Spec, TaskSpec
 from loralign.compare.study import check_arms
 from loralign.config import parse, to_recipe
 from loralign.config_errors import sentence
 from loralign.config_file import Count, Schedule, _Section
 from loralign.config_yaml import override, read_yaml
+from loralign.io.provenance import is_local
 from loralign.recipes import learning_rate
 from loralign.types import LoralignError, Recipe
+
+REFERENCES = ("full", "lora")
 
 
 class TaskSection(_Section):
@@ -76,15 +81,17 @@ class StudyTrainSection(_Section):
     """Share of the steps over which the rate rises."""
     autocast: bool = True
     """bf16 autocast on GPUs, over an fp32 base; the same for every arm."""
+    cpu_threads: Count = 1
+    """Threads of a worker on a CPU; results depend on it in the last bits, on the number of workers they do not."""
 
 
 class BudgetSection(_Section):
     trials: Count | None = None
     """Finished trials."""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """Wall clock of this call."""
+    """Wall clock of this call, all its workers together."""
     gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    """Summed time of all trials."""
+    """Summed time of all trials, on GPUs or CPUs, stopped ones included."""
 
 
 class StudyFile(_Section):
@@ -127,7 +134,25 @@ def load_study(path: str | Path, overrides: Sequence[str], hidden_size: int) -> 
     content = read_yaml(Path(path))
     for text in overrides:
         override(content, text)
-    return to_spec(parse_study(content, Path(path).name), hidden_size)
+    spec = to_spec(parse_study(content, Path(path).name), hidden_size)
+    _check_files(spec, Path(path).name)
+    return replace(spec, content=content_of(spec), shared_rows=shared_rows(spec))
+
+
+def _check_files(spec: Spec, name: str) -> None:
+    """Rows are there, and the rows that results are reported on are not the ones that choices see."""
+    task = spec.task
+    for source in (task.train, task.valid, task.test):
+        file = task.kind in ("text", "classify") or is_local(source) or Path(source).suffix
+        if file and not Path(source).expanduser().exists():
+            raise LoralignError(f"{name}: no such file: {source}")
+    if task.valid == task.train:
+        raise LoralignError(f"{name}: `task.valid` and `task.train` are the same rows: split some off")
+    if file_print(task.test) in (file_print(task.train), file_print(task.valid)):
+        raise LoralignError(
+            f"{name}: `task.test` holds the same rows as `task.train` or `task.valid`, so results would be reported on "
+            "rows that a choice has seen: split some off"
+        )
 
 
 def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
@@ -148,7 +173,12 @@ def to_spec(file: StudyFile, hidden_size: int) -> Spec:
     """The study that a file describes; `lora` and `full` are added unless switched off or already there."""
     given = [ArmSection(method=a) if isinstance(a, str) else a for a in file.arms]
     here = {(a.name or a.method) for a in given}
-    added = [ArmSection(method=m) for m in ("full", "lora") if file.references and m not in here]
+    for a in given:
+        if a.name in REFERENCES and a.method != a.name:
+            raise LoralignError(
+                f"`{a.name}` is what the others are compared with: call the arm of {a.method!r} otherwise"
+            )
+    added = [ArmSection(method=m) for m in REFERENCES if file.references and m not in here]
     arms = tuple(_arm(a, file, hidden_size) for a in (*added, *given))
     check_arms(arms)
     t, r = file.train, file.rates
@@ -169,6 +199,8 @@ def to_spec(file: StudyFile, hidden_size: int) -> Spec:
         seeds=file.seeds,
         prune=r.prune,
         autocast=t.autocast,
+        cpu_threads=t.cpu_threads,
+        references=file.references,
         budget=Budget(**file.budget.model_dump()),
         source=file.model_dump(mode="json", exclude_unset=True),
     )
@@ -195,4 +227,5 @@ def _arm(arm: ArmSection, file: StudyFile, hidden_size: int) -> Arm:
     s = recipe.scale(recipe.alpha, recipe.r) if isinstance(recipe, Recipe) else 1.0
     rate, source = learning_rate(arm.method, s, hidden_size)
     lr = arm.lr or float(f"{rate:.2g}")
-    return Arm(arm.name or recipe.name, recipe, lr, "given" if arm.lr else source)
+    given = {key: value for key, value in (("options", arm.options), ("preset", arm.preset)) if value}
+    return Arm(arm.name or recipe.name, recipe, lr, "given" if arm.lr else source, given)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from loralign.types import LoralignError
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -40,7 +42,7 @@ def check_equal_trials(counts: Mapping[str, int]) -> None:
     usual = max(Counter(counts.values()).items(), key=lambda item: (item[1], item[0]))[0] if counts else 0
     odd = [f"{arm!r} had {n}" for arm, n in counts.items() if n != usual]
     if odd:
-        raise ValueError(f"arms need the same number of rate trials: {', '.join(odd)}, the others {usual}")
+        raise LoralignError(f"arms need the same number of rate trials: {', '.join(odd)}, the others {usual}")
 
 
 def choose_rate(trials: Iterable[Rate]) -> Rate | None:

@@ -1,6 +1,6 @@
 """One worker's resident process: the base is loaded and the data tokenised once, then trial follows trial.
 
-Each trial is a Hugging Face Trainer with `attach`; the base weights are put back bit by bit before every trial, so a
+Each trial is a Hugging Face Trainer with `attach`; what a trial may change is put back bit by bit before the next, so a
 trial's outcome depends on (spec, arm, rate, seed) alone and not on what ran before.
 """
 
@@ -11,17 +11,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
 from peft import get_peft_model
+from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.compare.tasks import Prepared, prepare_task
 from loralign.sites import factors, peft_config, sites, target_weights
 from loralign.train.attach import attach
-from loralign.types import Full, WorkFailed
+from loralign.types import Full, LoralignError, WorkFailed
 
 log = logging.getLogger("loralign")
 Report = Callable[[int, float], bool]
@@ -29,45 +32,84 @@ Report = Callable[[int, float], bool]
 
 
 class Resident:
-    """The state that trials share."""
+    """The state that trials share.
+
+    Blocks are not compiled: torch.compile would have to trace them again for every arm, whose adapters differ in
+    structure and scale.
+    """
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cpu":
+            torch.set_num_threads(spec.cpu_threads)
         self.task: Prepared = prepare_task(spec, self.device)
-        self.pristine = {k: v.detach().clone() for k, v in self.task.model.state_dict().items()}
-        self.ended = time.perf_counter()
+        self.adapted: Any = self.task.model
+        self.pristine = self._pristine()
+        self.teardown_s = 0.0
 
     def run(self, trial: Trial, report: Report) -> Outcome:
         """Train one arm at one rate on one seed; divergence is an outcome, not an error."""
         arm = next(a for a in self.spec.arms if a.name == trial.arm)
-        previous, started = self.ended, time.perf_counter()
+        started = time.perf_counter()
         self._reset(trial.seed)
-        watch = Watch(started, report)
-        cuda = self.device == "cuda"
-        if cuda:
+        watch = Watch(started, report, self.device == "cuda")
+        if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                trainer, init_tokens = self._trainer(arm, trial, folder, watch)
-                trainer.remove_callback(PrinterCallback)
-                watch.init_s = time.perf_counter() - started
-                trainer.train()
-            except (WorkFailed, torch.linalg.LinAlgError) as error:
-                watch.diverged, watch.note, init_tokens = True, str(error), 0
-        outcome = self._outcome(trial, watch, init_tokens, started, started - previous)
-        self._unload()
-        self.ended = time.perf_counter()
-        return outcome
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self._train(arm, trial, folder, watch)
+            return self._outcome(watch, started)
+        except LoralignError as error:
+            raise type(error)(f"arm {arm.name!r} at {trial.lr:g}: {error}") from error
+        finally:
+            ended = time.perf_counter()
+            self._unload()
+            self.teardown_s = time.perf_counter() - ended
 
     # ---------------------------------------------------------------------------------------------------------- pieces
 
+    def _pristine(self) -> dict[str, Tensor]:
+        """On the host: what some trial changes, which is the head and what full fine-tuning trains."""
+        changed = {id(p) for p in self.task.head_parameters()}
+        for recipe in (arm.recipe for arm in self.spec.arms):
+            if isinstance(recipe, Full):
+                changed |= {id(p) for p in target_weights(self.task.model, recipe).values()}
+        kept = {n: p for n, p in self.task.model.named_parameters() if id(p) in changed}
+        return {n: t.detach().to("cpu", copy=True) for n, t in (*kept.items(), *self.task.model.named_buffers())}
+
+    @torch.no_grad()
     def _reset(self, seed: int) -> None:
         set_seed(seed)
-        self.task.model.load_state_dict(self.pristine)
+        self.adapted = model = self.task.model
+        present = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, value in self.pristine.items():
+            present[name].copy_(value)
         self.task.fresh_head(seed)
-        self.task.model.requires_grad_(True)
-        self.adapted: Any = self.task.model
+        model.requires_grad_(True)
+
+    def _train(self, arm: Arm, trial: Trial, folder: str, watch: Watch) -> None:
+        """What fails because numbers ran away is marked on `watch`; every other failure is raised."""
+        try:
+            trainer, watch.init_tokens = self._trainer(arm, trial, folder, watch)
+        except WorkFailed as error:
+            if trial.phase == "rate":  # whatever the rate: an error of the arm
+                raise
+            watch.diverged, watch.note = True, str(error)
+            return
+        trainer.remove_callback(PrinterCallback)
+        watch.init_s = time.perf_counter() - watch.started
+        try:
+            trainer.train()
+        except (WorkFailed, torch.linalg.LinAlgError) as error:
+            if isinstance(error, WorkFailed) and self._finite():
+                raise
+            watch.diverged, watch.note = True, str(error)
+
+    def _finite(self) -> bool:
+        trained = [p for p in self.adapted.parameters() if p.requires_grad]
+        tensors = [t for p in trained for t in (p, p.grad) if t is not None]
+        return all(bool(torch.isfinite(t).all()) for t in tensors)
 
     def _trainer(self, arm: Arm, trial: Trial, folder: str, watch: Watch) -> tuple[Trainer, int]:
         spec, model = self.spec, self.task.model
@@ -92,6 +134,7 @@ class Resident:
             seed=trial.seed,
             data_seed=trial.seed,
             remove_unused_columns=False,
+            include_num_input_tokens_seen="all",
         )
         rows = self.task.test if trial.phase == "seed" else self.task.valid
         common: dict[str, Any] = {"args": args, "train_dataset": self.task.train, "eval_dataset": rows}
@@ -107,40 +150,43 @@ class Resident:
         model = self.task.model
         wanted = {id(p) for p in target_weights(model, reference).values()}
         head = {id(p) for p in self.task.head_parameters()}
-        groups = {trial.lr: [p for p in model.parameters() if id(p) in wanted and id(p) not in head]}
         for p in model.parameters():
             p.requires_grad_(id(p) in wanted | head)
-        options: list[dict[str, Any]] = [{"params": ps, "lr": lr} for lr, ps in groups.items()]
-        if head:
-            options.append({"params": self.task.head_parameters(), "lr": self.spec.task.head_lr})
-        common["args"].max_grad_norm = reference.max_grad_norm
         decay = reference.weight_decay
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in model.parameters() if id(p) in wanted - head], "lr": trial.lr},
+            *({"params": [p], "lr": self.spec.task.head_lr, "weight_decay": decay * (p.dim() > 1)}
+              for p in self.task.head_parameters()),
+        ]  # fmt: skip
+        common["args"].max_grad_norm = reference.max_grad_norm
         trainer = Trainer(model=model, **common)
         trainer.optimizer_cls_and_kwargs = (
-            lambda: lambda *_, **__: torch.optim.AdamW(options, trial.lr, weight_decay=decay, fused=True),
+            lambda: lambda *_, **__: torch.optim.AdamW(groups, trial.lr, weight_decay=decay, fused=True),
             {},
         )
         return trainer
 
-    def _outcome(self, trial: Trial, watch: Watch, init_tokens: int, started: float, between: float) -> Outcome:
-        now = time.perf_counter()
-        trained = [p for p in self.adapted.parameters() if p.requires_grad]
-        is_adapter = self.adapted is not self.task.model
+    def _outcome(self, watch: Watch, started: float) -> Outcome:
+        cuda, is_adapter = self.device == "cuda", self.adapted is not self.task.model
+        found = [] if watch.diverged or not is_adapter else [factors(s)[0].shape[0] for s in sites(self.adapted)]
+        last = watch.steps[-1] if watch.steps else 0
         return Outcome(
             steps=tuple(watch.steps),
             seconds=tuple(watch.seconds),
             losses=tuple(watch.losses),
             metrics=dict(watch.metrics),
-            diverged=watch.diverged or not watch.losses or not all(abs(x) < float("inf") for x in watch.losses),
+            diverged=watch.diverged or not watch.losses,
             pruned=watch.pruned,
             init_s=watch.init_s,
-            init_tokens=init_tokens,
+            init_tokens=watch.init_tokens,
+            step_tokens=watch.tokens / last if last else 0.0,
             step_s=watch.step_s,
-            total_s=now - started,
-            between_s=between + watch.init_s,
-            peak_bytes=torch.cuda.max_memory_allocated() if self.device == "cuda" else 0,
-            trainable=sum(p.numel() for p in trained),
-            rank=max((factors(s)[0].shape[0] for s in sites(self.adapted)), default=0) if is_adapter else 0,
+            total_s=time.perf_counter() - started,
+            between_s=self.teardown_s + watch.begun - started,
+            peak_bytes=torch.cuda.max_memory_allocated() if cuda else 0,
+            trainable=sum(p.numel() for p in self.adapted.parameters() if p.requires_grad),
+            rank=max(found, default=0),
+            device=torch.cuda.get_device_name() if cuda else "cpu",
             note=watch.note,
         )
 
@@ -155,31 +201,40 @@ class Resident:
 
 _NOT_METRICS = frozenset(
     {"eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
-    | {"epoch", "eval_num_input_tokens_seen"}
+    | {"epoch", "num_input_tokens_seen"}
 )
 
 
 class Watch(TrainerCallback):
-    """Collects the curve; the clock stops while rows are evaluated."""
+    """Collects the curve; the clock stops while rows are evaluated, and waits for the GPU before it is read."""
 
-    def __init__(self, started: float, report: Report) -> None:
-        self.started, self.report = started, report
+    def __init__(self, started: float, report: Report, cuda: bool) -> None:
+        self.started, self.report, self.cuda = started, report, cuda
         self.steps: list[int] = []
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.metrics: dict[str, float] = {}
         self.diverged = self.pruned = False
-        self.init_s = self.step_s = self.paused = 0.0
+        self.init_s = self.paused = 0.0
+        self.init_tokens = self.tokens = 0
         self.note = ""
-        self._step_end = self._begin = 0.0
+        self.begun = self._step_end = started
+        """When the first step began, when the last one ended."""
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begin = time.perf_counter()
+    @property
+    def step_s(self) -> float:
+        """Median over the stretches between evaluations."""
+        ends = list(zip((0, *self.steps), (self.begun - self.started, *self.seconds), strict=True))
+        return median((t - s) / (n - m) for (m, s), (n, t) in pairwise(ends)) if self.steps else 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step_end = time.perf_counter()
-        taken = self._step_end - self._begin
-        self.step_s += (taken - self.step_s) / max(1, state.global_step)
+        if state.global_step % args.eval_steps == 0:
+            if self.cuda:
+                torch.cuda.synchronize()
+            self._step_end = time.perf_counter()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         loss = float(metrics["eval_loss"])
@@ -187,9 +242,10 @@ class Watch(TrainerCallback):
         self.seconds.append(self._step_end - self.started - self.paused)
         self.losses.append(loss)
         self.metrics = {k.removeprefix("eval_"): float(v) for k, v in metrics.items() if k not in _NOT_METRICS}
-        self.paused += time.perf_counter() - self._step_end
+        self.tokens = int(state.num_input_tokens_seen)
         if not abs(loss) < float("inf"):
             self.diverged, self.note = True, f"loss {loss} at step {state.global_step}"
             control.should_training_stop = True
         elif self.report(state.global_step, loss):
             self.pruned = control.should_training_stop = True
+        self.paused += time.perf_counter() - self._step_end

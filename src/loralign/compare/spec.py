@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,8 @@ class Arm:
     lr: float
     """Centre of the grid (the method's prior)."""
     lr_source: str = "given"
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Options and preset as the study file has them, plain data."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,16 @@ class Spec:
     prune: bool = True
     autocast: bool = True
     """bf16 autocast on GPUs over an fp32 base, the same for every arm."""
+    cpu_threads: int = 1
+    """Of a worker on a CPU. Sums depend on it to the last bit, so it belongs to the study and not to the machine."""
+    references: bool = True
+    """Whether `lora` and `full` were to be added."""
     budget: Budget = field(default_factory=Budget)
     source: Mapping[str, Any] = field(default_factory=dict)
-
-    def identity(self) -> str:
-        """Hash of what decides outcomes: a study file that was changed must not continue an old study."""
-        size = (self.steps, self.batch_size, self.micro_batch_size, self.eval_every, self.schedule, self.warmup)
-        kept = (self.model, self.task, size, self.rates, self.ratio, self.rate_seed)
-        return hashlib.blake2b(repr(kept).encode(), digest_size=8).hexdigest()
+    content: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of model and data (`identity.content_of`); a study goes on with the same ones only."""
+    shared_rows: int = 0
+    """Rows of the test file that stand in the training or validation file, too."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,9 @@ class Trial:
 class Outcome:
     """What a trial measured. losses: on validation rows (phase rate) or test rows (phase seed), lower is better.
 
-    seconds: since the trial's start, init included. tokens: seen by training; init_tokens: by evidence or preheating.
+    seconds: since the trial's start, init included, evaluations not. init_tokens: read by evidence or preheating;
+    step_tokens: by one optimizer step, mean. step_s: median over the stretches between evaluations. peak_bytes: of a
+    GPU, 0 on a CPU. device: what the trial ran on.
     """
 
     steps: tuple[int, ...]
@@ -115,13 +120,15 @@ class Outcome:
     pruned: bool = False
     init_s: float = 0.0
     init_tokens: int = 0
+    step_tokens: float = 0.0
     step_s: float = 0.0
     total_s: float = 0.0
     between_s: float = 0.0
-    """From the end of this worker's previous trial to the first step of this one."""
+    """What one trial after another costs beside training: unloading the last one, reset, init, trainer."""
     peak_bytes: int = 0
     trainable: int = 0
     rank: int = 0
+    device: str = ""
     note: str = ""
 
 

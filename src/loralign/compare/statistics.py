@@ -55,7 +55,7 @@ class Curve:
     trainable: int = 0
     exported_rank: int = 0
     diverged: bool = False
-    step_tokens: int = 0
+    step_tokens: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Measured at the end beside the loss (accuracy …)."""
 

@@ -6,100 +6,27 @@ every arm's best rate on fresh seeds with equal data order, judged on test rows 
 given up only against other rates of its own arm and not before half of the steps; it still counts. A rate is judged
 against those that stand before it in the plan, so that the order in which workers finish changes nothing (`in_order`).
 
-Optuna keeps the trials (journal file): a finished trial is never repeated, an interrupted one runs again from its
-start, several workers on one or more machines share the file. What comes next depends on finished outcomes alone, so
-a study that was killed ends with the same table.
+Optuna keeps the trials (`store.py`): a finished trial is never repeated, an interrupted one runs again from its start,
+several workers on one or more machines share the file. What comes next depends on finished outcomes alone, so a study
+that was killed ends with the same table. Later arms may join: they are tried like the others, and where that extends
+the grids, the earlier arms get the further rates, too.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any
-
-import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from dataclasses import replace
+from statistics import median
 
 from loralign.compare.spec import Arm, Outcome, Spec, Trial, grid, rate
+from loralign.compare.store import Claim, Store
 from loralign.types import LoralignError, WorkFailed
 
 log = logging.getLogger("loralign")
 Runner = Callable[[Trial, Callable[[int, float], bool]], Outcome]
-STALE_S = 180.0
-"""A trial whose worker has not reported for so long is taken over."""
-
-
-class Store:
-    """Trials and outcomes in an Optuna journal; safe to share between processes and machines."""
-
-    def __init__(self, spec: Spec) -> None:
-        spec.output.mkdir(parents=True, exist_ok=True)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = JournalStorage(JournalFileBackend(str(spec.output / "study.journal")))
-        self.study = optuna.create_study(study_name="loralign", storage=storage, load_if_exists=True)
-        known = self.study.user_attrs.get("identity")
-        if known is None:
-            self.study.set_user_attr("identity", spec.identity())
-        elif known != spec.identity():
-            raise LoralignError(
-                "the study in this folder was started with other settings: choose another output folder"
-            )
-
-    def _trials(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
-
-    def outcomes(self) -> dict[str, Outcome]:
-        """Finished trials by key, the first to finish where two workers ran the same one."""
-        found: dict[str, Outcome] = {}
-        for t in self._trials():
-            if t.state == TrialState.COMPLETE and "outcome" in t.user_attrs:
-                found.setdefault(t.user_attrs["key"], outcome_of(json.loads(t.user_attrs["outcome"])))
-        return found
-
-    def running(self) -> set[str]:
-        """Keys that a live worker is busy with."""
-        now = time.time()
-        return {t.user_attrs["key"] for t in self._trials() if _alive(t, now) and "key" in t.user_attrs}
-
-    def begin(self, trial: Trial) -> optuna.Trial:
-        """Claim a trial; the journal's lock makes the order of claims the same for everyone."""
-        claimed = self.study.ask()
-        claimed.set_user_attr("key", trial.key)
-        claimed.set_user_attr("worker", f"{os.getpid()}")
-        claimed.set_user_attr("beat", time.time())
-        return claimed
-
-    def first_to_claim(self, claimed: optuna.Trial, trial: Trial) -> bool:
-        now = time.time()
-        rivals = [
-            t.number
-            for t in self._trials()
-            if t.user_attrs.get("key") == trial.key and (t.state == TrialState.COMPLETE or _alive(t, now))
-        ]
-        return min(rivals, default=claimed.number) == claimed.number
-
-    def finish(self, claimed: optuna.Trial, outcome: Outcome) -> None:
-        claimed.set_user_attr("outcome", json.dumps(asdict(outcome)))
-        self.study.tell(claimed, outcome.losses[-1] if outcome.losses and not outcome.diverged else 1e30)
-
-    def drop(self, claimed: optuna.Trial) -> None:
-        self.study.tell(claimed, state=TrialState.FAIL)
-
-
-def _alive(t: FrozenTrial, now: float) -> bool:
-    return t.state == TrialState.RUNNING and now - t.user_attrs.get("beat", 0.0) < STALE_S
-
-
-def outcome_of(body: dict[str, Any]) -> Outcome:
-    for key in ("steps", "seconds", "losses"):
-        body[key] = tuple(body[key])
-    return Outcome(**body)
+POLL_S = 1.0
 
 
 # ----------------------------------------------------------------------------------------------------- what is next
@@ -229,55 +156,79 @@ def in_order(spec: Spec, done: Mapping[str, Outcome], trials: Sequence[Trial]) -
 # ---------------------------------------------------------------------------------------------------------- working
 
 
-def work(spec: Spec, runner: Runner, *, on_done: Callable[[Trial, Outcome, int, int], None] | None = None) -> bool:
-    """Run trials until none is left or the budget is spent; True when the study is complete. Workers may share it."""
-    store, started = Store(spec), time.monotonic()
+class OverBudget(Exception):
+    """A limit was passed in the middle of a trial."""
+
+
+def work(
+    spec: Spec,
+    runner: Runner,
+    *,
+    on_done: Callable[[Trial, Outcome, int, int], None] | None = None,
+    started: float | None = None,
+) -> bool:
+    """Run trials until none is left or the budget is spent; True when the study is complete. Workers may share it.
+
+    started: time.monotonic() from which `budget.minutes` counts; omitted: now.
+    """
+    store, started = Store(spec), time.monotonic() if started is None else started
     while True:
         done = store.outcomes()
         plan = wanted(spec, done)
         left = [t for t in plan if t.key not in done]
         if not left:
             return True
-        if _spent(spec, done, started):
-            log.warning("the budget is spent with %d of %d trials done; run again to go on", len(done), len(plan))
-            return False
         busy = store.running()
         free = [t for t in left if t.key not in busy]
-        if not free:  # other workers hold the rest
-            time.sleep(1.0)
+        if no_room(spec, store, started):
+            if not busy or free:
+                log.warning("the budget is spent with %d of %d trials done; run again to go on", len(done), len(plan))
+                return False
+        elif free and (claim := store.claim(free[0])):
+            try:
+                outcome = _one(store, spec, free[0], claim, runner, started)
+            except OverBudget:
+                continue
+            if outcome and on_done:
+                on_done(free[0], outcome, len(store.outcomes()), len(plan))
             continue
-        _one(store, spec, free[0], runner, on_done, len(done) + 1, len(plan))
+        time.sleep(POLL_S)  # other workers hold the rest
 
 
-def _one(store: Store, spec: Spec, trial: Trial, runner: Runner, on_done: Any, number: int, total: int) -> None:
-    claimed = store.begin(trial)
-    if not store.first_to_claim(claimed, trial):
-        store.drop(claimed)
-        return
+def _one(store: Store, spec: Spec, trial: Trial, claim: Claim, runner: Runner, started: float) -> Outcome | None:
+    """The outcome, None where another worker took the trial over."""
 
     def report(step: int, loss: float) -> bool:
-        claimed.set_user_attr("beat", time.time())
-        return should_stop(trial, step, loss, spec, store.outcomes())
+        claim.beat(step)
+        done = store.outcomes()
+        if claim.lost or passed(spec, store, started):
+            raise OverBudget
+        return should_stop(trial, step, loss, spec, done)
 
     try:
         outcome = runner(trial, report)
     except BaseException:
-        store.drop(claimed)
+        claim.drop()
         raise
-    store.finish(claimed, outcome)
-    if on_done:
-        on_done(trial, outcome, number, total)
+    return outcome if claim.finish(outcome) else None
 
 
-def _spent(spec: Spec, done: dict[str, Outcome], started: float) -> bool:
-    used_h = sum(o.total_s for o in done.values()) / 3600
+def passed(spec: Spec, store: Store, started: float) -> bool:
+    """Whether time is over now, also in the middle of a trial."""
     b = spec.budget
-    limits = (
-        b.trials is not None and len(done) >= b.trials,
-        b.minutes is not None and time.monotonic() - started >= 60 * b.minutes,
-        b.gpu_hours is not None and used_h >= b.gpu_hours,
-    )
-    return any(limits)
+    late = b.minutes is not None and time.monotonic() - started >= 60 * b.minutes
+    return late or (b.gpu_hours is not None and store.spent_s() >= 3600 * b.gpu_hours)
+
+
+def no_room(spec: Spec, store: Store, started: float) -> bool:
+    """Whether one more trial, of the usual length, would pass a limit; what others are running counts as finished."""
+    b, done, busy = spec.budget, store.outcomes(), store.running()
+    if b.trials is not None and len(done) + len(busy) >= b.trials:
+        return True
+    usual = median([o.total_s for o in done.values()]) if done else 0.0
+    ahead = sum(max(0.0, usual - elapsed) for elapsed, _ in busy.values())
+    late = b.minutes is not None and time.monotonic() - started + usual > 60 * b.minutes
+    return late or (b.gpu_hours is not None and store.spent_s() + ahead + usual > 3600 * b.gpu_hours)
 
 
 def check_arms(arms: Iterable[Arm]) -> None:

@@ -6,18 +6,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from loralign.compare.spec import Spec
 from loralign.linalg import keyed_generator
 from loralign.train.chat import IGNORED, fit
 from loralign.train.data import rows_format, to_trl
-from loralign.train.model import as_plain
+from loralign.train.model import load
 from loralign.train.read import read_rows
 from loralign.types import LoralignError
 
@@ -81,7 +81,7 @@ def read_jsonl(path: str, needed: Sequence[str]) -> Rows:
 
 
 def _text(spec: Spec, device: str) -> Prepared:
-    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    model, tokenizer = _causal(spec, device)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
     def blocks(path: str) -> Rows:
@@ -97,19 +97,19 @@ def _text(spec: Spec, device: str) -> Prepared:
         return {"input_ids": ids, "labels": ids.clone()}
 
     train, valid, test = (blocks(p) for p in (spec.task.train, spec.task.valid, spec.task.test))
-    return Prepared(_causal(spec, device), train, valid, test, collate, None)
+    return Prepared(model, train, valid, test, collate, None)
 
 
-def _causal(spec: Spec, device: str) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32, use_safetensors=True)
-    as_plain(model)
+def _causal(spec: Spec, device: str) -> tuple[PreTrainedModel, Any]:
+    model, tokenizer = load(spec.model, precision="fp32")
     model.config.use_cache = False
     model.to(torch.device(device))
-    return cast(PreTrainedModel, model)
+    return model, tokenizer
 
 
 def _classify(spec: Spec, device: str) -> Prepared:
-    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    where = str(folder) if (folder := Path(spec.model).expanduser()).is_dir() else spec.model
+    tokenizer = AutoTokenizer.from_pretrained(where)
     raw = [read_jsonl(p, ["text", "label"]) for p in (spec.task.train, spec.task.valid, spec.task.test)]
     names = sorted({str(row["label"]) for row in raw[0]})
     unknown = sorted({str(row["label"]) for rows in raw[1:] for row in rows} - set(names))
@@ -122,7 +122,7 @@ def _classify(spec: Spec, device: str) -> Prepared:
             [{"input_ids": i, "labels": names.index(str(r["label"]))} for i, r in zip(ids, rows, strict=True)]
         )
     model = AutoModelForSequenceClassification.from_pretrained(
-        spec.model, num_labels=len(names), dtype=torch.float32, use_safetensors=True
+        where, num_labels=len(names), dtype=torch.float32, use_safetensors=True
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -143,7 +143,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 def _sft(spec: Spec, device: str) -> Prepared:
-    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    model, tokenizer = _causal(spec, device)
 
     def rows(path: str) -> Rows:
         found = read_rows(path)
@@ -162,4 +162,4 @@ def _sft(spec: Spec, device: str) -> Prepared:
         return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", IGNORED)}
 
     train, valid, test = (rows(p) for p in (spec.task.train, spec.task.valid, spec.task.test))
-    return Prepared(_causal(spec, device), train, valid, test, collate, None)
+    return Prepared(model, train, valid, test, collate, None)

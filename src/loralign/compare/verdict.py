@@ -60,7 +60,7 @@ class StudyResult:
 def summarise(
     curves: Sequence[Curve], rates: Sequence[Rate] = (), *, baseline: str = "lora", reference: str = "full"
 ) -> StudyResult:
-    """Everything that a report prints. ValueError when the arms did not get the same number of rate trials."""
+    """Everything that a report prints. LoralignError when the arms did not get the same number of rate trials."""
     names = list(dict.fromkeys([r.arm for r in rates] + [c.arm for c in curves]))
     trials = {n: [r for r in rates if r.arm == n] for n in names}
     if rates:

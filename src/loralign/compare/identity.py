@@ -1,0 +1,162 @@
+"""What a study is bound to: every setting that decides outcomes, files by their content and never by their path.
+
+A study may be continued on another machine, so neither paths nor versions count. Arms are kept apart from the rest:
+further ones may join a study, one that is there already must not change. Seeds, extensions and budgets may grow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from loralign.compare.spec import Arm, Spec
+
+SAMPLES, SAMPLE_BYTES = 64, 65536
+"""Of a weight file: so many pieces, evenly spread, are read; the first and the last are among them."""
+NOT_CONTENT = ("_name_or_path", "transformers_version")
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt")
+
+
+def settings(spec: Spec) -> dict[str, Any]:
+    """The settings that all arms share, by the key that they have in a study file."""
+    task = {f"task.{k}": getattr(spec.task, k) for k in ("kind", "length", "head_lr")}
+    names = ("steps", "batch_size", "micro_batch_size", "eval_every", "schedule", "warmup", "autocast", "cpu_threads")
+    train = {f"train.{k}": getattr(spec, k) for k in names}
+    rates = {"rates.count": spec.rates, "rates.ratio": spec.ratio, "rates.prune": spec.prune}
+    return {**dict(spec.content), **task, **train, **rates, "rate_seed": spec.rate_seed}
+
+
+def arm_settings(arm: Arm) -> dict[str, Any]:
+    """The recipe of an arm as flat plain data, without its seed, and the centre of its grid."""
+    found = dict(_described(arm.recipe, ""))
+    return {**found, **dict(arm.given), "lr": arm.lr}
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Key, old and new value of the first setting that differs; a missing one is None."""
+    for key in dict.fromkeys((*old, *new)):
+        if old.get(key) != new.get(key):
+            return key, old.get(key), new.get(key)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def _described(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Flat (key, plain value) pairs. Fields at their default are left out, so that a new one changes no old study."""
+    inner = f"{name}." if name else ""
+    if is_dataclass(value) and not isinstance(value, type):
+        if name:
+            yield name, type(value).__qualname__
+        for f in fields(value):
+            held = getattr(value, f.name)
+            if f.name != "seed" and not _is_default(f, held):
+                yield from _described(held, inner + f.name)
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from _described(value[key], f"{inner}{key}")
+    elif isinstance(value, list | tuple | frozenset | set):
+        items = sorted(value, key=str) if isinstance(value, frozenset | set) else value
+        for i, item in enumerate(items):
+            yield from _described(item, f"{inner}{i}")
+    elif value is None or isinstance(value, str | int | float | bool):
+        yield name, value
+    elif callable(value) and hasattr(value, "__code__"):
+        yield from _described_function(value, name)
+    else:
+        yield name, type(value).__qualname__
+        yield from _described({k: v for k, v in getattr(value, "__dict__", {}).items() if k[0] != "_"}, name)
+
+
+def _described_function(function: Callable[..., Any], name: str) -> Iterator[tuple[str, Any]]:
+    yield name, function.__qualname__
+    cells = getattr(function, "__closure__", None) or ()
+    for variable, cell in zip(function.__code__.co_freevars, cells, strict=True):
+        yield from _described(cell.cell_contents, f"{name}.{variable}")
+
+
+def _is_default(field: Any, value: Any) -> bool:
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    return default is not MISSING and type(default) is type(value) and bool(default == value)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def content_of(spec: Spec) -> dict[str, str]:
+    """Fingerprints of model and data; files of a hub model are fetched."""
+    data = {f"task.{k}": file_print(getattr(spec.task, k)) for k in ("train", "valid", "test")}
+    return {"model": model_print(spec.model), **data}
+
+
+def file_print(name: str) -> str:
+    """Hash of a file, or of all files of a folder; a name that is neither stands for itself."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return f"hub:{name}"
+    found = blake2b(digest_size=12)
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def shared_rows(spec: Spec) -> int:
+    """Lines of the test file that the training or the validation file holds, too; 0 for what is not a file of lines."""
+    lines = [_lines(p) for p in (spec.task.train, spec.task.valid, spec.task.test)]
+    return sum(line in lines[0] or line in lines[1] for line in lines[2])
+
+
+def _lines(name: str) -> set[bytes]:
+    path = Path(name).expanduser()
+    return set(path.read_bytes().split(b"\n")) - {b""} if path.suffix == ".jsonl" and path.is_file() else set()
+
+
+def model_print(name: str) -> str:
+    """Hash of config, tokenizer and samples of the weights."""
+    found = blake2b(digest_size=12)
+    for file in _model_files(name):
+        found.update(file.name.encode())
+        if file.suffix in (".safetensors", ".gguf"):
+            _sample(file, found)
+        elif file.name == "config.json":
+            kept = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k not in NOT_CONTENT}
+            found.update(json.dumps(kept, sort_keys=True).encode())
+        else:
+            found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def _sample(file: Path, found: Any) -> None:
+    size = file.stat().st_size
+    found.update(str(size).encode())
+    with file.open("rb") as f:
+        for i in range(SAMPLES):
+            f.seek(max(0, size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+            found.update(f.read(SAMPLE_BYTES))
+
+
+def _model_files(name: str) -> list[Path]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    small = ("config.json", *_TOKENIZER)
+    if path.is_dir():
+        return [*(path / n for n in small if (path / n).exists()), *sorted(path.glob("*.safetensors"))]
+    index = _fetched(name, "model.safetensors.index.json")
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else ["model.safetensors"]
+    return [p for n in (*small, *shards) if (p := _fetched(name, n))]
+
+
+def _fetched(name: str, file: str) -> Path | None:
+    """A file of a hub model, None where the model has no such file or cannot be reached."""
+    found = cached_file(
+        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return Path(found) if found else None

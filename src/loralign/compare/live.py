@@ -1,0 +1,148 @@
+"""How far a study is, read from its journal: a table that is drawn anew on a terminal, one line per trial elsewhere.
+
+Whoever runs a study sees all of it, also what other workers do: the table knows only the journal.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from statistics import fmean, median
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from loralign.compare.spec import Outcome, Spec, Trial
+from loralign.compare.store import Store
+from loralign.compare.study import best_index, in_order, rate_trials, wanted
+
+EVERY_S = 2.0
+Running = Mapping[str, tuple[float, int]]
+
+
+def board(spec: Spec, done: Mapping[str, Outcome], running: Running) -> Table:
+    """Every arm's rates from low to high with their validation losses, the best one bold, and its seeds so far."""
+    plan, (trials, _) = wanted(spec, done), rate_trials(spec, done)
+    searched = all(t.key in done for t in trials)
+    judged = in_order(spec, done, trials) if searched else dict(done)
+    made = Table(title=headline(spec, done, running), box=box.SIMPLE_HEAD, title_justify="left")
+    for head in ("arm", "validation loss by rate", "test loss by seed"):
+        made.add_column(head)
+    for arm in spec.arms:
+        best = best_index(arm, judged, trials) if searched else None
+        rates = sorted((t for t in trials if t.arm == arm.name), key=lambda t: t.lr)
+        cells = [f"{t.lr:g} {_cell(t, judged, running, spec.steps, t.index == best)}" for t in rates]
+        seeds = [t for t in plan if t.arm == arm.name and t.phase == "seed"]
+        here = [done[t.key].losses[-1] for t in seeds if t.key in done and not done[t.key].diverged]
+        mean = f"mean {fmean(here):.4f}" if here else ""
+        waiting = [_cell(t, done, running, spec.steps, False) for t in seeds]
+        made.add_row(arm.name, " · ".join(cells), " ".join((*waiting, mean)))
+    return made
+
+
+def _cell(trial: Trial, done: Mapping[str, Outcome], running: Running, steps: int, best: bool) -> str:
+    if trial.key in running and trial.key not in done:
+        return f"[cyan]{100 * running[trial.key][1] // steps} %[/]"
+    if trial.key not in done:
+        return "[dim]…[/]"
+    text = end_of(done[trial.key])
+    return f"[bold]{text}[/]" if best else text
+
+
+def end_of(outcome: Outcome) -> str:
+    """How a trial ended, in a word or a number."""
+    if outcome.diverged:
+        return "diverged"
+    return "given up" if outcome.pruned else f"{outcome.losses[-1]:.4f}"
+
+
+def totals(spec: Spec, done: Mapping[str, Outcome]) -> tuple[int, int, bool]:
+    """Trials finished and needed, and whether the search may still add some; its seeds are counted from the start."""
+    plan = wanted(spec, done)
+    finished = sum(t.key in done for t in plan)
+    searching = all(t.phase == "rate" for t in plan)
+    return finished, len(plan) + (len(spec.arms) * spec.seeds if searching else 0), searching
+
+
+def headline(spec: Spec, done: Mapping[str, Outcome], running: Running) -> str:
+    """Trials done, running and to come, and about how long that takes."""
+    finished, total, searching = totals(spec, done)
+    said = f"{finished} of {'at least ' if searching else ''}{total} trials done"
+    if running:
+        said += f", {len(running)} running"
+    if finished and finished < total:
+        usual = median([o.total_s for o in done.values()])
+        ahead = (total - finished) * usual - sum(min(usual, elapsed) for elapsed, _ in running.values())
+        said += f", about {max(1, round(ahead / 60 / max(1, len(running))))} min to go"
+    return said
+
+
+def line(trial: Trial, outcome: Outcome, number: int, total: int) -> str:
+    """What is printed about a finished trial where no table is drawn."""
+    where = f"seed {trial.seed}" if trial.phase == "seed" else "rate"
+    return f"[{number}/{total}] {trial.arm} at {trial.lr:g}, {where}: {end_of(outcome)} in {outcome.total_s:.0f} s"
+
+
+@contextmanager
+def watched(spec: Spec, say: Callable[[str], None], console: Console | None = None) -> Iterator[None]:
+    """Within: progress of the study is shown, drawn by a thread, whoever works on it."""
+    console = console or Console()
+    show = _Drawn(spec, console) if console.is_terminal else _Said(spec, say)
+    ended = threading.Event()
+
+    def loop() -> None:
+        while not ended.wait(EVERY_S):
+            show.now()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    with show:
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            show.now()
+
+
+class _Drawn:
+    def __init__(self, spec: Spec, console: Console) -> None:
+        self.spec, self.store = spec, Store(spec)
+        self.live = Live(self._board(), console=console, auto_refresh=False)
+
+    def _board(self) -> Table:
+        return board(self.spec, self.store.outcomes(), self.store.running())
+
+    def now(self) -> None:
+        self.live.update(self._board(), refresh=True)
+
+    def __enter__(self) -> None:
+        self.live.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.live.stop()
+
+
+class _Said:
+    def __init__(self, spec: Spec, say: Callable[[str], None]) -> None:
+        self.spec, self.say, self.store = spec, say, Store(spec)
+        self.known = set(self.store.outcomes())
+
+    def now(self) -> None:
+        done = self.store.outcomes()
+        plan = {t.key: t for t in wanted(self.spec, done)}
+        _, total, _ = totals(self.spec, done)
+        for key in done:
+            if key not in self.known and key in plan:
+                self.known.add(key)
+                self.say(line(plan[key], done[key], sum(k in self.known for k in plan), total))
+
+    def __enter__(self) -> None:
+        done = self.store.outcomes()
+        self.say(headline(self.spec, done, self.store.running()))
+
+    def __exit__(self, *error: object) -> None:
+        pass

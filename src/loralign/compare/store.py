@@ -1,0 +1,279 @@
+"""Trials and outcomes in an Optuna journal, shared by processes and machines, NFS included.
+
+A claim is one line of the journal, so the order of claims is the same for everyone. A claim lives as long as its
+process: on the same machine that is looked up, from elsewhere it is seen by a beat that a thread writes all the time,
+whatever the trial is doing. What is judged is whether the beat changes, by the observer's clock: clocks of different
+machines need not agree. A claim that died is taken over; should its worker come back, its outcome is dropped.
+
+A process killed in the middle of a write leaves half a line (cut off at the next start) or the lock file (released
+after 30 s without a change).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+from optuna.exceptions import OptunaError
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from loralign.compare.identity import arm_settings, first_difference, settings
+from loralign.compare.spec import Arm, Outcome, Spec, Trial
+from loralign.types import LoralignError
+
+log = logging.getLogger("loralign")
+JOURNAL = "study.journal"
+NAME = "loralign"
+BEAT_S = 15.0
+STALE_S = 120.0
+"""A claim from another machine whose beat did not change for so long is dead."""
+ABANDONED_S = 3600.0
+"""So old a beat is dead at first sight, however clocks may differ."""
+
+
+class Store:
+    """The journal of one study. Opening it checks that the study's settings are the ones it was started with."""
+
+    def __init__(self, spec: Spec) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._journal = _opened(spec.output)
+        self._study = _study_id(self._journal)
+        self._bind(spec)
+        self._outcomes: dict[int, tuple[str, Outcome]] = {}
+        self._beats: dict[int, tuple[Any, float]] = {}
+
+    def _bind(self, spec: Spec) -> None:
+        """Keep the settings of a new study and of new arms; refuse others than those that are kept."""
+        known = self._journal.get_study_user_attrs(self._study)
+        wanted = {"settings": settings(spec), **{f"arm {arm.name}": arm_settings(arm) for arm in spec.arms}}
+        for key, value in wanted.items():
+            if key not in known:
+                self._journal.set_study_user_attr(self._study, key, value)
+        known = self._journal.get_study_user_attrs(self._study)
+        different = first_difference(known["settings"], wanted["settings"])
+        if different:
+            raise LoralignError(_other_settings(spec.output, *different))
+        for arm in spec.arms:
+            changed = first_difference(known[f"arm {arm.name}"], wanted[f"arm {arm.name}"])
+            if changed:
+                raise LoralignError(_other_arm(arm, *changed))
+
+    def _trials(self) -> list[FrozenTrial]:
+        found: list[FrozenTrial] = self._journal.get_all_trials(self._study, deepcopy=False)
+        return found
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """Finished trials by key, the first to finish where two workers ran the same one; parsed once."""
+        complete = [t for t in self._trials() if t.state == TrialState.COMPLETE and "outcome" in t.user_attrs]
+        found: dict[str, Outcome] = {}
+        for t in sorted(complete, key=lambda t: (t.datetime_complete, t.number)):
+            if t.number not in self._outcomes:
+                self._outcomes[t.number] = t.user_attrs["key"], outcome_of(json.loads(t.user_attrs["outcome"]))
+            key, outcome = self._outcomes[t.number]
+            found.setdefault(key, outcome)
+        return found
+
+    def running(self) -> dict[str, tuple[float, int]]:
+        """Seconds spent and step reached of the trials that a live worker is busy with, by key."""
+        alive = [t for t in self._trials() if self._alive(t)]
+        return {t.user_attrs["key"]: (t.user_attrs["beat"][0], t.user_attrs["beat"][2]) for t in alive}
+
+    def spent_s(self) -> float:
+        """Seconds of all trials: finished, running and given up half-way."""
+        total = sum(o.total_s for _, o in self._outcomes.values())
+        rest = [t for t in self._trials() if "beat" in t.user_attrs and t.state != TrialState.COMPLETE]
+        return float(total + sum(t.user_attrs["beat"][0] for t in rest))
+
+    def claim(self, trial: Trial) -> Claim | None:
+        """Take a trial, or None where another worker has it or has finished it."""
+        claimed = Claim(self._journal, self._study, trial.key)
+        for t in self._trials():
+            if t.user_attrs.get("key") != trial.key or t.number >= claimed.number:
+                continue
+            if t.state == TrialState.COMPLETE or self._alive(t):
+                claimed.drop()
+                return None
+            if t.state == TrialState.RUNNING:
+                with suppress(OptunaError, KeyError, RuntimeError):  # another took it over at the same moment
+                    self._journal.set_trial_state_values(t._trial_id, TrialState.FAIL)
+        return claimed
+
+    def _alive(self, t: FrozenTrial) -> bool:
+        if t.state != TrialState.RUNNING or "owner" not in t.user_attrs:
+            return False
+        machine, pid, born = t.user_attrs["owner"]
+        if machine == MACHINE:
+            return _process_lives(pid, born)
+        beat, now = t.user_attrs["beat"], time.monotonic()
+        if t.number not in self._beats or self._beats[t.number][0] != beat:
+            at_first_sight = t.number not in self._beats and time.time() - beat[1] > ABANDONED_S
+            self._beats[t.number] = beat, now - (STALE_S if at_first_sight else 0.0)
+        return now - self._beats[t.number][1] < STALE_S
+
+
+class Claim:
+    """A trial that this process runs; a thread shows that it lives."""
+
+    def __init__(self, journal: JournalStorage, study: int, key: str) -> None:
+        self._journal, self._started, self.step = journal, time.monotonic(), 0
+        attrs = {"key": key, "owner": OWNER, "beat": [0.0, time.time(), 0]}
+        self._trial = journal.create_new_trial(study, create_trial(state=TrialState.RUNNING, user_attrs=attrs))
+        self.number: int = journal.get_trial(self._trial).number
+        self.lost = False
+        """Another worker took the trial over: this one must not finish it."""
+        self._ended = threading.Event()
+        threading.Thread(target=self._show_life, daemon=True).start()
+
+    def beat(self, step: int | None = None) -> None:
+        self.step = self.step if step is None else step
+        elapsed = round(time.monotonic() - self._started, 1)
+        self._write(lambda: self._journal.set_trial_user_attr(self._trial, "beat", [elapsed, time.time(), self.step]))
+
+    def finish(self, outcome: Outcome) -> bool:
+        """Keep the outcome; False where the trial was lost."""
+        self._ended.set()
+        value = outcome.losses[-1] if outcome.losses and not outcome.diverged else 1e30
+        text = json.dumps(asdict(outcome))
+        self._write(lambda: self._journal.set_trial_user_attr(self._trial, "outcome", text))
+        self._write(lambda: self._journal.set_trial_state_values(self._trial, TrialState.COMPLETE, [value]))
+        return not self.lost
+
+    def drop(self) -> None:
+        self._ended.set()
+        self.beat()
+        self._write(lambda: self._journal.set_trial_state_values(self._trial, TrialState.FAIL))
+
+    def _show_life(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            try:
+                self.beat()
+            except Exception as error:  # a full disk: the trial's own writes will say so
+                log.debug("no beat: %s", error)
+
+    def _write(self, write: Any) -> None:
+        if self.lost:
+            return
+        try:
+            write()
+        except (OptunaError, RuntimeError) as error:
+            self.lost = True
+            log.debug("a trial was taken over by another worker: %s", error)
+
+
+def outcome_of(body: Mapping[str, Any]) -> Outcome:
+    curves = {key: tuple(body[key]) for key in ("steps", "seconds", "losses")}
+    return Outcome(**{**body, **curves})
+
+
+# ------------------------------------------------------------------------------------------------------------- journal
+
+
+def _opened(folder: Path) -> JournalStorage:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = (folder / JOURNAL).resolve()
+    backend = JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
+    _cut_half_line(path)
+    try:
+        return JournalStorage(backend)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise LoralignError(
+            f"{path.name} in {folder} is damaged at line {_broken_line(path)}: remove that line, or choose another "
+            "output folder"
+        ) from error
+
+
+def _cut_half_line(path: Path) -> None:
+    """Remove what a worker that was killed while writing left behind; whoever writes now holds the lock."""
+    if _ends_whole(path):
+        return
+    lock = JournalFileOpenLock(str(path))
+    lock.acquire()
+    try:
+        if not _ends_whole(path):
+            whole = path.read_bytes()
+            with path.open("r+b") as f:
+                f.truncate(whole.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def _ends_whole(path: Path) -> bool:
+    with path.open("rb") as f:
+        if not f.seek(0, os.SEEK_END):
+            return True
+        f.seek(-1, os.SEEK_END)
+        return f.read(1) == b"\n"
+
+
+def _broken_line(path: Path) -> int:
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            json.loads(line)["op_code"]
+        except (ValueError, KeyError, TypeError):
+            return number
+    return len(lines)
+
+
+def _study_id(journal: JournalStorage) -> int:
+    with suppress(KeyError):
+        return int(journal.get_study_id_from_name(NAME))
+    with suppress(OptunaError):  # another worker was quicker
+        return int(journal.create_new_study([optuna.study.StudyDirection.MINIMIZE], NAME))
+    return int(journal.get_study_id_from_name(NAME))
+
+
+# --------------------------------------------------------------------------------------------------- who, and refusals
+
+
+def _machine() -> str:
+    """Name, boot and process namespace: processes can be looked up by number only where all three agree."""
+    found = [socket.gethostname(), str(int(psutil.boot_time()))]
+    with suppress(OSError):
+        found.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(found)
+
+
+MACHINE = _machine()
+OWNER = [MACHINE, os.getpid(), psutil.Process().create_time()]
+
+
+def _process_lives(pid: int, born: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _other_settings(folder: Path, key: str, old: Any, new: Any) -> str:
+    if key == "model" or key in ("task.train", "task.valid", "task.test"):
+        return (
+            f"`{key}` holds something else than when the study in {folder} was started: choose another `output` "
+            "folder, or put the old files back"
+        )
+    return (
+        f"the study in {folder} was started with `{key}` {old}, the file now says {new}: choose another `output` "
+        "folder, or put it back"
+    )
+
+
+def _other_arm(arm: Arm, key: str, old: Any, new: Any) -> str:
+    was, now = ("the default" if x is None else x for x in (old, new))
+    return (
+        f"arm {arm.name!r} was started with `{key}` {was}, now it has {now}: give the changed arm a `name` of its own, "
+        "or choose another `output` folder"
+    )
