@@ -129,6 +129,7 @@ def test_heat_map_places_layers_and_kinds(tmp_path: Path) -> None:
     assert (layer_of("model.layers.12.mlp.up_proj"), kind_of("model.layers.12.mlp.up_proj")) == (12, "mlp.up_proj")
     assert (layer_of("head"), kind_of("head")) == (0, "head")
     panels = {"one": {"h.0.a": 0.5, "h.1.a": 1.0, "h.1.b": 0.0}, "two": {"h.0.a": 0.25}}
-    heat_map(panels, tmp_path / "map.png", title="t", scale="%")
+    for more in ({}, {"three": {}, "four": {"h.1.b": 1.0}, "five": {}}):
+        heat_map({**panels, **more}, tmp_path / "map.png", title="t", scale="%")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["map.png"]

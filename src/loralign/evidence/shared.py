@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,17 +28,20 @@ def common_subspace(
         return {}
     basis = _basis(need, passes, sites)
     found = {site.name: _directions(need, basis, site) for site in sites}
-    short = [site.name for site in sites if len(found[site.name].S) < site.r]
-    if short:
-        log.warning(
-            "%d of %d sites have fewer than r directions in common, %s first: the rest is filled up",
-            len(short),
-            len(sites),
-            short[0],
-        )
+    _report_gaps(found, sites)
     for name, d in found.items():
         log.debug("%s: %s", name, d.note)
     return found
+
+
+def _report_gaps(found: Mapping[str, Directions], sites: Sequence[Site]) -> None:
+    """Fewer than r in common is usual and said; nothing in common is a warning."""
+    for wanted, level in ((1, logging.WARNING), (None, logging.INFO)):
+        short = [site.name for site in sites if len(found[site.name].S) < (wanted or site.r)]
+        if short:
+            what = "no direction" if wanted else "fewer than r directions"
+            said = f"{len(short)} of {len(sites)} sites have {what} in common, {short[0]} first: the rest is filled up"
+            log.log(level, "%s", said)
 
 
 def _basis(need: CommonSubspace, passes: Passes, sites: Sequence[Site]) -> Basis:

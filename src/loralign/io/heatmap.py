@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+MOST_IN_A_ROW = 3
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -26,16 +27,21 @@ def kind_of(name: str) -> str:
 
 
 def heat_map(panels: Mapping[str, Mapping[str, float]], path: Path, *, title: str, scale: str) -> None:
-    """One panel per key, rows are layers and columns kinds of modules; values in [0, 1] are shown as percentages.
+    """One panel per key, at most three side by side: rows are layers, columns kinds of modules.
 
-    panels: title to {module name: value}; a module without a value stays grey.
+    panels: title to {module name: value in [0, 1]}, shown as percentages; a module without a value stays grey.
     """
     names = list(dict.fromkeys(name for values in panels.values() for name in values))
     layers, kinds = sorted({layer_of(n) for n in names}), list(dict.fromkeys(kind_of(n) for n in names))
-    height = 2.4 + 0.22 * max(6, len(layers))
-    figure = Figure(figsize=(1.6 + (0.8 + 0.42 * len(kinds)) * len(panels), height), layout="constrained")
+    rows = -(-len(panels) // MOST_IN_A_ROW)
+    columns = -(-len(panels) // rows)
+    size = (1.6 + (0.8 + 0.42 * len(kinds)) * columns, 0.6 + rows * (1.2 + 0.22 * max(6, len(layers))))
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    every_axis = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    axes = every_axis.flat[: len(panels)]
+    for idle in every_axis.flat[len(panels) :]:
+        idle.set_axis_off()
     for ax, (panel, values) in zip(axes, panels.items(), strict=True):
         grid = _grid(values, layers, kinds)
         ax.set_facecolor("#dddddd")
@@ -45,8 +51,9 @@ def heat_map(panels: Mapping[str, Mapping[str, float]], path: Path, *, title: st
         ax.set_xticks(range(len(kinds)), [k.rsplit(".", 1)[-1] for k in kinds], rotation=90, fontsize=7)
         every = max(1, len(layers) // 16)
         ax.set_yticks(range(0, len(layers), every), [str(i) for i in layers[::every]], fontsize=7)
-    axes[0].set_ylabel("layer", fontsize=8)
-    bar = figure.colorbar(image, ax=list(axes), shrink=0.9, pad=0.01)
+    for left in every_axis[:, 0]:
+        left.set_ylabel("layer", fontsize=8)
+    bar = figure.colorbar(image, ax=every_axis, shrink=0.9, pad=0.01, aspect=max(20.0, 5 * size[1]))
     bar.set_label(scale, fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=10)
