@@ -176,10 +176,10 @@ def init(args: argparse.Namespace) -> list[Row]:
     kinds: dict[str, Initialise] = {
         "PEFT lora_ga": of_peft,
         "ours, default sketch": ours(Sketch()),
-        "ours, 8r, no fall-back, not measured": ours(Sketch(exact_below=0.0, held_out=0)),
-        "ours, 4r, 4 passes, no fall-back": ours(Sketch(4, 4, exact_below=0.0, held_out=0)),
+        "ours, 8r, no fall-back, not measured": ours(Sketch(exact_above=1.0, held_out=0)),
+        "ours, 4r, 4 passes, no fall-back": ours(Sketch(4, 4, exact_above=1.0, held_out=0)),
         "ours, exact": ours(None),
-        "ours, 8r, no fall-back": ours(Sketch(exact_below=0.0)),
+        "ours, 8r, no fall-back": ours(Sketch(exact_above=1.0)),
     }
     last, rows = list(kinds)[-1], []
     for shape in dict.fromkeys(("tiny", args.shape)):

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loralign import adapt, sites
 from loralign.evidence import Passes, collect, exact_gradient, model_loss
 from loralign.evidence.gradient import accumulate
-from loralign.evidence.sketch import Side, Stream
+from loralign.evidence.sketch import Draws, Side, Stream
 from loralign.linalg import first_step_energy
 from loralign.sites import put_in
 from loralign.subspace import consensus_of, extract
@@ -62,7 +62,7 @@ def quality(args: argparse.Namespace) -> list[Row]:
     S = {name: torch.linalg.svdvals(g) for name, g in G.items()}
     dense = sum(4 * g.numel() for g in G.values())
     default = Sketch()
-    for setting in (*(Sketch(s.width, s.passes, exact_below=0.0, held_out=0) for s in SETTINGS), default):
+    for setting in (*(Sketch(s.width, s.passes, exact_above=1.0, held_out=0) for s in SETTINGS), default):
         made = collect(TopGradient(2, len(batches), setting), model, found, batches)
         energy, estimate, r = [], [], args.rank
         for name, d in made.items():
@@ -89,7 +89,7 @@ def pass_times(batch: dict[str, Tensor], args: argparse.Namespace) -> list[Row]:
     passes = Passes(fresh, model_loss)
     kinds: dict[str, Callable[[], Any]] = {"LoRA": lambda: model_loss(model, batch).backward()}
     for width in (4, 8):
-        into = {s.name: Stream(s, min(width * s.r, s.d_out, s.d_in), 0) for s in found}
+        into = {s.name: Stream(s, min(width * s.r, s.d_out, s.d_in), Draws(0)) for s in found}
         kinds[f"first pass, {width}r"] = lambda into=into: accumulate(passes, found, [batch], into, "")
         sides = {s.name: Side(s, torch.randn(s.d_in, min(width * s.r, s.d_out, s.d_in)), left=True) for s in found}
         kinds[f"further pass, {width}r"] = lambda sides=sides: accumulate(passes, found, [batch], sides, "")

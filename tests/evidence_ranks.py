@@ -23,7 +23,7 @@ from loralign.types import CommonSubspace, Preheated, Sketch, TopGradient
 from toy import batch_for, llama
 
 RANKS = 2
-SKETCH = Sketch(8, 3, exact_below=0.0, held_out=0)
+SKETCH = Sketch(8, 3, exact_above=1.0, held_out=0)
 
 
 def needs(world: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from oracles.sketch import projector
 from toy import batches_for, llama
 from toy_sources import adapters
 
-NEED = TopGradient(2, 2, Sketch(6, 1, exact_below=0.0))
+NEED = TopGradient(2, 2, Sketch(6, 1, exact_above=1.0))
 
 
 def recipe(name: str = "lora", options: dict[str, Any] | None = None, **fields: Any) -> Recipe:
@@ -249,7 +249,7 @@ def test_no_more_batches_are_drawn_than_asked_for() -> None:
 
 def test_spent_counts_tokens_without_padding() -> None:
     batches = batches_for(llama(), 3)
-    spent = gathered(None, TopGradient(2, 2, Sketch(4, 2, exact_below=0.0, held_out=1)), batches=batches).spent
+    spent = gathered(None, TopGradient(2, 2, Sketch(4, 2, exact_above=1.0, held_out=1)), batches=batches).spent
     tokens = [int(b["attention_mask"].sum()) for b in batches]
     assert spent.micro_batches == 5 and spent.tokens == 2 * (tokens[0] + tokens[1]) + tokens[2]
     assert spent.seconds > 0 and spent.state_bytes > 0 and "5 micro-batches" in str(spent)

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from loralign import LoralignError, Recipe, adapt, build, sites
 from loralign.evidence import collect, exact_gradient, model_loss
-from loralign.evidence.sketch import Dense, Shares, Side, Stream, estimated_quality, orthonormal, triples
+from loralign.evidence.sketch import (
+    Dense,
+    Draws,
+    Shares,
+    Side,
+    Staging,
+    Stream,
+    estimated_quality,
+    orthonormal,
+    triples,
+)
 from loralign.init.lora_ga import gradient_svd
 from loralign.sites import put_in, weight
 from loralign.slot import live_of
@@ -21,7 +31,7 @@ from oracles import sketch as oracle
 from toy import batch_for, batches_for, bert, gpt2, llama
 
 M, N, K = 24, 20, 8
-ONLY_SKETCH: dict[str, Any] = {"exact_below": 0.0, "held_out": 0}
+ONLY_SKETCH: dict[str, Any] = {"exact_above": 1.0, "held_out": 0}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -61,7 +71,7 @@ def run(a: Any, given: list[tuple[Tensor, Tensor]]) -> Any:
 
 def test_dense_is_the_gradient() -> None:
     given = uses(3, 5)
-    assert torch.allclose(run(Dense(site()), given).G, oracle.gradient(given), atol=1e-12)
+    assert torch.allclose(run(Dense(site(), Staging()), given).G, oracle.gradient(given), atol=1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -69,7 +79,7 @@ def test_low_rank_gradients_are_found_exactly(count: int) -> None:
     """rank G ≤ k: one pass gives the singular triples to rounding, however the micro-batches are cut."""
     L, R = normal(M, 5, seed=1), normal(N, 5, seed=2)
     given = [(h @ L.T, h @ R.T) for h in (normal(9, 5, seed=10 + i) for i in range(count))]
-    U, S, V = run(Stream(site(), K, 0), given).found(5)
+    U, S, V = run(Stream(site(), K, Draws(0)), given).found(5)
     wanted = oracle.leading(oracle.gradient(given), 5)
     assert torch.allclose(S[:5], wanted[1], rtol=1e-9)
     assert torch.allclose(oracle.projector(U), oracle.projector(wanted[0]), atol=1e-9)
@@ -81,7 +91,7 @@ def test_further_passes_are_subspace_iteration() -> None:
     """A side pass is the exact product; each one brings the directions closer to the best."""
     given = uses(4, 8, decay=0.7)
     G = oracle.gradient(given)
-    found, qualities = run(Stream(site(), 6, 0), given), []
+    found, qualities = run(Stream(site(), 6, Draws(0)), given), []
     for _ in range(4):
         U, S, V = found.found(4)
         qualities.append(oracle.quality(U, V, G))
@@ -129,14 +139,14 @@ def test_share_of_another_gradient() -> None:
     other = normal(M, N, seed=9)
     errors = []
     for seed in range(20):
-        shares = Shares(site(), U.float(), V.float(), seed)
+        shares = Shares(site(), U.float(), V.float(), Draws(seed))
         shares.add(torch.eye(M), other.float())
         errors.append(float(shares.share() or 0) - oracle.share(U, V, other))
     assert max(map(abs, errors)) < 0.15 and abs(sum(errors) / 20) < 0.02
-    whole = Shares(site(), torch.eye(M), torch.eye(N), 0)
+    whole = Shares(site(), torch.eye(M), torch.eye(N), Draws(0))
     whole.add(torch.eye(M), other.float())
     assert math.isclose(whole.share() or 0, 1.0, abs_tol=1e-5)
-    silent = Shares(site(), U.float(), V.float(), 0)
+    silent = Shares(site(), U.float(), V.float(), Draws(0))
     silent.add(torch.zeros(3, M), torch.zeros(3, N))
     assert silent.share() is None
 
@@ -345,7 +355,7 @@ def test_poor_sketches_are_repeated_exactly(caplog: pytest.LogCaptureFixture) ->
 
     x = torch.randn(200, 64)
     model = put_in(Two(), recipe(targets=("flat", "steep")))
-    need = TopGradient(2, 1, Sketch(4, 1, exact_below=0.9, held_out=0))
+    need = TopGradient(2, 1, Sketch(4, 1, exact_above=0.1, held_out=0))
     with caplog.at_level(logging.INFO, "loralign"):
         evidence, G = both(model, [{"x": x}], need, loss=lambda m, b: m(b["x"]))
     assert (evidence["flat"].exact, evidence["steep"].exact) == (True, False)
@@ -359,7 +369,7 @@ def test_poor_sketches_are_repeated_exactly(caplog: pytest.LogCaptureFixture) ->
 def test_held_out_share_is_measured_and_said(caplog: pytest.LogCaptureFixture) -> None:
     model = put_in(llama(), recipe())
     batches = batches_for(model, 3)
-    need = TopGradient(2, 2, Sketch(6, 2, exact_below=0.0, held_out=1))
+    need = TopGradient(2, 2, Sketch(6, 2, exact_above=1.0, held_out=1))
     assert need.draws == 3
     with caplog.at_level(logging.DEBUG, "loralign"):
         evidence, _ = both(model, batches, need)
@@ -419,3 +429,36 @@ def test_weights_are_not_read_for_a_gradient() -> None:
         layer.weight.requires_grad_(False)
     evidence = collect(TopGradient(2, 1, Sketch(4, 1)), model, sites(model), batches_for(model, 2))
     assert all(p.grad is None for p in model.parameters()) and len(evidence) == 14
+
+
+def test_energy_of_the_gradient_is_estimated_beside_the_sketch() -> None:
+    """E[‖G·Ω‖²/16] = ‖G‖²: the mean over 64 draws is near, whatever the number of increments."""
+    given = uses(3, 5)
+    wanted = float(oracle.gradient(given).square().sum())
+    seen = [run(Stream(site(), K, Draws(seed)), given).energy() for seed in range(64)]
+    assert abs(sum(seen) / 64 / wanted - 1) < 0.15
+
+
+def test_a_gradient_without_leading_directions_is_not_repeated() -> None:
+    """A flat spectrum: the sketch is poor, but the exact directions would hold hardly more of G."""
+    torch.manual_seed(1)
+    model = put_in(nn.Sequential(nn.Linear(300, 300, bias=False)), recipe(targets=("0",), r=2, alpha=4))
+    x, target = torch.randn(2, 600, 300)
+    need = TopGradient(2, 1, Sketch(4, 1, held_out=0))
+    d = collect(need, model, sites(model), [{"x": x}], loss=lambda m, b: (m(b["x"]) - target).square().mean())["0"]
+    assert not d.exact and (d.quality or 0.0) < 0.8
+    assert d.captured is not None and (1 - (d.quality or 0.0)) * d.captured < 0.1
+
+
+def test_evidence_rounds_nothing_of_its_own_under_autocast() -> None:
+    """Collected inside a bf16 autocast: the model's forward is rounded, the sketch's algebra is not."""
+    model = put_in(llama(), recipe())
+    batches = batches_for(model, 2)
+    need = TopGradient(2, 2, Sketch(6, 2, **ONLY_SKETCH))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = collect(need, model, sites(model), batches)
+    plain = collect(need, model, sites(model), batches)
+    for name, d in found.items():
+        assert d.U is not None and d.U.dtype == torch.float32
+        assert torch.allclose(d.U.T @ d.U, torch.eye(d.U.shape[1]), atol=1e-5), name
+        assert (d.S - plain[name].S).norm() / plain[name].S.norm() < 0.05, name

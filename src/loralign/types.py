@@ -96,8 +96,9 @@ class Sketch:
     """Columns kept, in multiples of r; more than per_rank, so that the quality can be estimated."""
     passes: int = 1
     """Over the same micro-batches: the first compresses the running sum, each further one is half a power iteration."""
-    exact_below: float = 0.9
-    """Sites whose estimated quality (1: as good as the exact directions) is lower are treated exactly; 0: none."""
+    exact_above: float = 0.1
+    """Sites where the exact directions could hold more than this share of the gradient's energy in addition to what the
+    sketch's hold, by its own estimate, are treated exactly; 1: none."""
     held_out: int = 1
     """Further micro-batches, on which only the captured share is measured; 0: not measured."""
 

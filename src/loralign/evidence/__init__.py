@@ -14,13 +14,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from loralign.evidence.gradient import exact_gradient as exact_gradient
 from loralign.evidence.gradient import top_gradient
 from loralign.evidence.partial import Partial
 from loralign.evidence.preheat import preheated
-from loralign.evidence.ranks import rank, same_everywhere
+from loralign.evidence.ranks import rank, same_everywhere, world
 from loralign.evidence.shared import common_subspace
 from loralign.evidence.store import Evidence as Evidence
 from loralign.evidence.store import evidence_key, load_evidence, save_evidence
@@ -85,10 +86,11 @@ def collect(
         passes.partial = Partial(path.with_suffix(".partial"))
     kept = same_everywhere(load_evidence(path) if path is not None and rank() == 0 else None)
     if kept is None:
-        found = Evidence(COLLECTORS[type(need)](need, passes, sites, taken), passes.spent)
+        with torch.autocast(passes.device.type, enabled=False):  # only the model's own forward is the caller's to round
+            found = Evidence(COLLECTORS[type(need)](need, passes, sites, taken), passes.spent)
         if path is not None and rank() == 0:
             save_evidence(path, found)
             passes.partial.done()
-        kept = same_everywhere(found)
+        kept = same_everywhere(found.on_cpu() if world() > 1 else found)
     log.info("evidence: %s", kept.spent)
     return kept

@@ -1,8 +1,9 @@
 """The leading singular triples of every site's initial gradient, by a sketch or exactly.
 
 G is the mean over micro-batches of each one's mean-loss gradient, and over ranks. A site is treated exactly where its
-sketch would be no smaller than G, where no sketch is asked for, and where the sketch's estimated quality is too low.
-Exact gradients are formed for one layer at a time and summed in fp32 on the CPU.
+sketch would be no smaller than G, where no sketch is asked for, and where by the sketch's own estimate the exact
+directions could hold much more of G: where G has no leading directions they could not, however poor the sketch. Exact
+gradients are formed for one layer at a time and summed in fp32 on the CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from loralign.evidence.ranks import world
-from loralign.evidence.sketch import Accumulator, Dense, Shares, Side, Stream, estimated_quality
+from loralign.evidence.sketch import Accumulator, Dense, Draws, Shares, Side, Staging, Stream, estimated_quality
 from loralign.evidence.tap import Passes, Progress
 from loralign.linalg import keyed_generator, top_svd
 from loralign.types import Batch, Directions, Loss, Site, Sketch, TopGradient
@@ -37,7 +38,8 @@ def exact_gradient(
     model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], loss: Loss, progress: Progress | None = None
 ) -> dict[str, Tensor]:
     """G (d_out, d_in) of every site, fp32 on the CPU, averaged over micro-batches and ranks."""
-    into = {site.name: Dense(site) for site in sites}
+    staging = Staging()
+    into = {site.name: Dense(site, staging) for site in sites}
     accumulate(Passes(model, loss, 0, progress), sites, batches, into, "gradient")
     return {name: a.G.div_(len(batches) * world()) for name, a in into.items()}
 
@@ -54,7 +56,7 @@ def _exact(dense: Dense, site: Site, k: int, count: int, passes: Passes) -> Dire
     )
     square = float(G.square().sum())
     share = float(S.square().sum()) / square if square > 0 else None
-    return Directions(U.cpu(), S.cpu(), V.cpu(), captured=share, quality=1.0)
+    return Directions(U, S.cpu(), V, captured=share, quality=1.0)
 
 
 def _sketched(site: Site, sketch: Sketch) -> int:
@@ -69,27 +71,30 @@ def top_gradient(
     """The leading per_rank·r singular triples of every site's gradient."""
     used, held_out = batches[: need.micro_batches], batches[need.micro_batches :]
     count = len(used) * world()
-    sketch = need.sketch or Sketch(passes=1, exact_below=0.0, held_out=0)
+    sketch = need.sketch or Sketch(passes=1, exact_above=1.0, held_out=0)
     width = {site.name: _sketched(site, sketch) if need.sketch else 0 for site in sites}
+    draws, staging = Draws(passes.seed), Staging()
     into: dict[str, Accumulator] = {
-        s.name: Stream(s, width[s.name], passes.seed) if width[s.name] else Dense(s) for s in sites
+        s.name: Stream(s, width[s.name], draws) if width[s.name] else Dense(s, staging) for s in sites
     }
     accumulate(passes, sites, used, into, "gradient")
+    energy = {name: a.energy() / count**2 for name, a in into.items() if isinstance(a, Stream)}
     found = _take_exact(into, need, sites, count, passes)
     todo = [site for site in sites if site.name in into]
     for _ in range(sketch.passes - 1 if todo else 0):
         into = {name: a.next() for name, a in into.items() if isinstance(a, Stream | Side)}
         accumulate(passes, todo, used, into, "gradient")
     for site in todo:
-        found[site.name] = _from_sketch(into[site.name], need.per_rank * site.r, count, sketch.passes)
-    poor = [site for site in todo if (found[site.name].quality or 0.0) < sketch.exact_below]
+        a = into[site.name]
+        found[site.name] = _from_sketch(a, need.per_rank * site.r, count, sketch.passes, energy[site.name])
+    poor = [site for site in todo if _exactness_adds(found[site.name]) > sketch.exact_above]
     if poor:
-        into = {site.name: Dense(site) for site in poor}
+        into = {site.name: Dense(site, staging) for site in poor}
         accumulate(passes, poor, used, into, "gradient")
         found |= _take_exact(into, need, poor, count, passes)
     _log_quality(found, poor, len(todo))
     found = {site.name: found[site.name] for site in sites}
-    return _measured(found, sites, held_out, passes, len(used)) if held_out else found
+    return _measured(found, sites, held_out, passes, len(used), draws) if held_out else found
 
 
 def _take_exact(
@@ -106,10 +111,19 @@ def _take_exact(
     return found
 
 
-def _from_sketch(a: Accumulator, k: int, count: int, passes: int) -> Directions:
+def _from_sketch(a: Accumulator, k: int, count: int, passes: int, energy: float) -> Directions:
+    """energy: an estimate of ‖G‖²."""
     assert isinstance(a, Stream | Side)
     U, S, V = a.found(k)
-    return Directions(U, S[:k] / count, V, exact=False, quality=estimated_quality(S, U.shape[1], passes))
+    held = float((S[:k] / count).square().sum())
+    share = min(1.0, held / energy) if energy > 0 else None
+    quality = estimated_quality(S, U.shape[1], passes)
+    return Directions(U, S[:k] / count, V, captured=share, exact=False, quality=quality)
+
+
+def _exactness_adds(d: Directions) -> float:
+    """The share of ‖G‖² by which the exact directions could exceed the sketch's, at most."""
+    return (1.0 - (d.quality or 0.0)) * (1.0 if d.captured is None else d.captured)
 
 
 def _log_quality(found: Mapping[str, Directions], poor: Sequence[Site], sketched: int) -> None:
@@ -123,14 +137,19 @@ def _log_quality(found: Mapping[str, Directions], poor: Sequence[Site], sketched
 
 
 def _measured(
-    found: dict[str, Directions], sites: Sequence[Site], batches: Sequence[Batch], passes: Passes, first: int
+    found: dict[str, Directions],
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    passes: Passes,
+    first: int,
+    draws: Draws,
 ) -> dict[str, Directions]:
     """The same directions with the share of a held-out gradient that they hold; logged, per site at debug level."""
     shares = {}
     for site in sites:
         d = found[site.name]
         assert d.U is not None and d.V is not None
-        shares[site.name] = Shares(site, d.U, d.V, passes.seed)
+        shares[site.name] = Shares(site, d.U, d.V, draws)
     accumulate(passes, sites, batches, shares, "held-out gradient", first)
     measured = {}
     for name, d in found.items():

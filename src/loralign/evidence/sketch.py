@@ -10,7 +10,10 @@ iteration each, on the exact sum, from the right basis first:  Y = G·P,  then  
 Cost:    6·T·k·(d_out + d_in) FLOPs per micro-batch of T tokens (`Side`: 2·T·k·(d_out + d_in)), state k·(d_out + d_in).
 Quality: of the k leading directions, estimated from below by the last value s_K of the sketch after p passes
 
-    1 − Σ_{i≤k} s_i²·(s_K/s_i)^{2p} / Σ_{i≤k} s_i²
+    q = 1 − Σ_{i≤k} s_i²·(s_K/s_i)^{2p} / Σ_{i≤k} s_i²
+
+so that the exact directions hold at most (1 − q)·Σ_{i≤k} s_i² more. The first pass also gathers E = ‖G·Ω‖²/16 with 16
+random probes Ω, an estimate of ‖G‖²: a share of it is what exactness could add.
 
 Measured on real SmolLM2 gradients against the exact singular vectors (records/, benchmarks/bench_evidence.py).
 Source:  subspace iteration: Halko, Martinsson, Tropp, arXiv 0909.4061, §4.5; recompressing a running sum is ours.
@@ -45,17 +48,33 @@ def matched(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return delta.float(), x.float()
 
 
-def orthonormal(Y: Tensor) -> Tensor:
+class Draws:
+    """Random N(0, 1) matrices of a collection, keyed by purpose and shape: sites of one shape share them."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._made: dict[tuple[str, int, int], Tensor] = {}
+
+    def __call__(self, what: str, rows: int, columns: int, like: Tensor) -> Tensor:
+        """(rows, columns) on like's device, fp32 (float64 where `like` is)."""
+        key = (what, rows, columns)
+        if key not in self._made:
+            real = torch.float64 if like.dtype == torch.float64 else torch.float32
+            self._made[key] = keyed_normal((rows, columns), self.seed, what, rows).to(like.device, real)
+        return self._made[key]
+
+
+def orthonormal(Y: Tensor, rounds: int = 2) -> Tensor:
     """An orthonormal basis (m, k) that spans the columns of Y (m, k); columns without content become 0 on the GPU.
 
-    CPU: Householder QR. GPU: Cholesky-QR, twice, in float64: Householder on many thin matrices would cost more than
-    the pass itself.
+    CPU: Householder QR. GPU: Cholesky-QR in float64, since Householder on many thin matrices would cost more than the
+    pass itself. After one round directions below 1e-7 of the first are shortened, after two they are unit vectors too.
     """
     if not Y.is_cuda:
         Q: Tensor = torch.linalg.qr(Y).Q
         return Q
     Q = Y.double()
-    for _ in range(2):
+    for _ in range(rounds):
         H = Q.T @ Q
         H.diagonal().add_(1e-14 * H.trace() + 1e-200)
         R = torch.linalg.cholesky_ex(H, upper=True).L
@@ -64,33 +83,50 @@ def orthonormal(Y: Tensor) -> Tensor:
 
 
 def _columns(X: Tensor, S: Tensor) -> Tensor:
-    """X (m, k), columns nearly orthogonal and of norms S (k,) -> orthonormal columns, same directions, on the CPU."""
+    """X (m, k), columns nearly orthogonal and of norms S (k,) -> orthonormal columns, same directions."""
     if X.is_cuda and float(S[-1]) > 1e-6 * float(S[0]):
-        return orthonormal(X).cpu()
-    X = X.cpu()
-    Q = torch.linalg.qr(X).Q
-    return Q * torch.where((Q * X).sum(0) < 0, -1.0, 1.0)
+        return orthonormal(X)
+    on_cpu = X.cpu()
+    Q = torch.linalg.qr(on_cpu).Q
+    return (Q * torch.where((Q * on_cpu).sum(0) < 0, -1.0, 1.0)).to(X)
 
 
 def triples(Y: Tensor, P: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triples of Y·Pᵀ: Y (m, K), P (n, K) orthonormal -> U (m, k), S (K,), V (n, k); on the CPU.
+    """Leading singular triples of Y·Pᵀ: Y (m, K), P (n, K) orthonormal -> U (m, k), S (K,) on the CPU, V (n, k).
 
     YᵀY = E·S²·Eᵀ in float64 (values down to 1e-8 of the first), V = P·E, U = orth(Y·E).
     """
     Y64 = Y.double()
     values, E = torch.linalg.eigh((Y64.T @ Y64).cpu())
     S, E = values.flip(-1).clamp_min(0).sqrt().to(Y.dtype), E.flip(-1).to(Y)[:, :k]
-    return _columns(Y @ E, S[:k]), S, (P @ E).cpu()
+    return _columns(Y @ E, S[:k]), S, P @ E
+
+
+class Staging:
+    """One page-locked host buffer, as large as the largest matrix, through which the GPU's matrices reach the host."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def __call__(self, G: Tensor) -> Tensor:
+        """G on the host; valid until the next call."""
+        if not G.is_cuda:
+            return G
+        if self._buffer.numel() < G.numel():
+            self._buffer = torch.empty(G.numel(), pin_memory=True)
+        held = self._buffer[: G.numel()].view_as(G)
+        held.copy_(G)
+        return held
 
 
 class Dense:
     """G itself, summed on the CPU in fp32."""
 
-    def __init__(self, site: Site) -> None:
-        self.G = torch.zeros(site.d_out, site.d_in)
+    def __init__(self, site: Site, staging: Staging) -> None:
+        self.G, self.staging = torch.zeros(site.d_out, site.d_in), staging
 
     def add(self, delta: Tensor, x: Tensor) -> None:
-        G = across(*matched(delta, x)).cpu()
+        G = self.staging(across(*matched(delta, x)))
         self.G = self.G.to(G.dtype).add_(G)
 
     def reduce(self) -> None:
@@ -101,37 +137,49 @@ class Dense:
 
 
 class Stream:
-    """The first pass: Ĝ = Q·Zᵀ of rank k, Q (d_out, k) orthonormal, Z (d_in, k)."""
+    """The first pass: Ĝ = Q·Zᵀ of rank k, Q (d_out, k) orthonormal, Z (d_in, k), and G·Ω (d_out, 16)."""
 
-    def __init__(self, site: Site, k: int, seed: int) -> None:
-        self.site, self.k, self.seed = site, k, seed
+    probes = 16
+
+    def __init__(self, site: Site, k: int, draws: Draws) -> None:
+        self.site, self.k, self.draws = site, k, draws
         self.Q: Tensor | None = None
-        self.Z = torch.zeros(0)
+        self.Z = self.probe = torch.zeros(0)
 
     def add(self, delta: Tensor, x: Tensor) -> None:
         d, x = matched(delta, x)
+        omega = self.draws("norm", self.site.d_in, self.probes, d)
         if self.Q is None:
-            real = torch.float64 if d.dtype == torch.float64 else torch.float32
-            self.Q = keyed_normal((self.site.d_out, self.k), self.seed, "sketch", self.site.d_out).to(d.device, real)
-            self.Z = torch.zeros(self.site.d_in, self.k, device=d.device, dtype=real)
+            self.Q = self.draws("sketch", self.site.d_out, self.k, d)
+            self.Z = omega.new_zeros(self.site.d_in, self.k)
+            self.probe = omega.new_zeros(self.site.d_out, self.probes)
         Q, Z = self.Q, self.Z
         P = Z + across(x, along(d, Q))
-        P = P / P.norm().clamp_min(torch.finfo(P.dtype).tiny)
-        self.Q = orthonormal(Q @ (Z.T @ P) + across(d, along(x, P)))
+        if d.dtype == torch.float16:  # the other types have room for products of gradients
+            P = P / P.norm().clamp_min(torch.finfo(P.dtype).tiny)
+        seen = across(d, along(x, torch.cat([P, omega], dim=1)))
+        self.Q = orthonormal(Q @ (Z.T @ P) + seen[:, : self.k], rounds=1)
         self.Z = Z @ (Q.T @ self.Q) + across(x, along(d, self.Q))
+        self.probe += seen[:, self.k :]
+
+    def energy(self) -> float:
+        """An estimate of ‖G‖², relative standard deviation at most √(2/16)."""
+        return float(self.probe.square().sum()) / self.probes
 
     def reduce(self) -> None:
         """Σ over ranks of Q·Zᵀ, compressed to rank k again."""
         if self.Q is None:  # an expert that no token of this rank reached
             self.Q, self.Z = torch.zeros(self.site.d_out, self.k), torch.zeros(self.site.d_in, self.k)
+            self.probe = torch.zeros(self.site.d_out, self.probes)
         if world() == 1:
             return
+        self.probe = sum_ranks(self.probe)
         U, S, V = product_svd(gather_columns(self.Q), gather_columns(self.Z).T)
         self.Q = from_rank_0(U[:, : self.k].to(self.Q))
         self.Z = from_rank_0((V * S)[:, : self.k].to(self.Z))
 
     def tensors(self) -> list[Tensor]:
-        return [self.Z] if self.Q is None else [self.Q, self.Z]
+        return [self.Z] if self.Q is None else [self.Q, self.Z, self.probe]
 
     def found(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """U, S, V: k triples and all values."""
@@ -182,19 +230,18 @@ class Shares:
 
     probes = 64
 
-    def __init__(self, site: Site, U: Tensor, V: Tensor, seed: int) -> None:
-        self.U, self.V = U, V
-        self.omega = keyed_normal((site.d_in, self.probes), seed, "held out", site.d_in)
-        self.left = torch.zeros(site.d_in, U.shape[1])  # GᵀU
-        self.right = torch.zeros(site.d_out, V.shape[1] + self.probes)  # G·[V | ω]
+    def __init__(self, site: Site, U: Tensor, V: Tensor, draws: Draws) -> None:
+        self.site, self.U, self.V, self.draws = site, U, V, draws
+        self.left = U.new_zeros(site.d_in, U.shape[1])  # GᵀU
+        self.right = V.new_zeros(site.d_out, V.shape[1] + self.probes)  # G·[V | ω]
 
     def add(self, delta: Tensor, x: Tensor) -> None:
         d, x = matched(delta, x)
+        omega = self.draws("held out", self.site.d_in, self.probes, d)
         if self.U.device != d.device or self.left.device != d.device:
-            self.U, self.V, self.omega = (t.to(d.device) for t in (self.U, self.V, self.omega))
-            self.left, self.right = self.left.to(d.device), self.right.to(d.device)
+            self.U, self.V, self.left, self.right = (t.to(d.device) for t in (self.U, self.V, self.left, self.right))
         self.left = self.left + across(x, along(d, self.U))
-        self.right = self.right + across(d, along(x, torch.cat([self.V.to(self.omega), self.omega], dim=1)))
+        self.right = self.right + across(d, along(x, torch.cat([self.V.to(omega), omega], dim=1)))
 
     def reduce(self) -> None:
         self.left, self.right = sum_ranks(self.left), sum_ranks(self.right)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ class Evidence(dict[str, Directions]):
     def __init__(self, found: Mapping[str, Directions] | None = None, spent: Spent | None = None) -> None:
         super().__init__(found or {})
         self.spent = spent or Spent()
+
+    def on_cpu(self) -> Evidence:
+        """The same, to be sent to other ranks."""
+
+        def moved(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.cpu()
+
+        return Evidence({n: replace(d, U=moved(d.U), V=moved(d.V)) for n, d in self.items()}, self.spent)
 
 
 def _bytes(t: Tensor) -> bytes:

@@ -140,12 +140,14 @@ def ready(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
 
 
 class Passes:
-    """Forward and backward passes through one model, and what they cost."""
+    """Forward and backward passes through one model, under the autocast in force when this was made; and their cost."""
 
     def __init__(self, model: nn.Module, loss: Loss, seed: int = 0, progress: Progress | None = None) -> None:
         self.model, self.loss, self.seed = model, loss, seed
         self.progress: Progress = progress or (lambda what, done, total: None)
         self.device = next(model.parameters()).device
+        kind = self.device.type
+        self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self.partial = Partial(None)
         self.tokens, self.micro_batches, self.state_bytes = 0, 0, 0
         self._start = time.perf_counter()
@@ -160,7 +162,10 @@ class Passes:
 
     def _loss(self, batch: Batch, index: int) -> Tensor:
         torch.manual_seed(keyed_generator(self.seed, "evidence", index).initial_seed())
-        return self.loss(self.model, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        kind, dtype, on = self.autocast
+        with torch.autocast(kind, dtype, enabled=on):
+            return self.loss(self.model, moved)
 
     @torch.no_grad()
     def value(self, batch: Batch) -> float:
