@@ -1,0 +1,221 @@
+"""Trials of the resident process on tiny models, and the command as people run it, killed and taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from loralign.compare.report import repeatable
+from loralign.compare.runner import Resident
+from loralign.compare.spec import Outcome, Trial
+from loralign.compare.store import Store
+from loralign.compare.study import work
+from loralign.sites import put_in, sites, target_weights
+from loralign.types import Full, Recipe, WorkFailed
+from tiny_study import load, write_study
+
+
+def timeless(outcome: Outcome) -> Outcome:
+    return replace(outcome, seconds=(), init_s=0.0, step_s=0.0, total_s=0.0, between_s=0.0)
+
+
+def never(step: int, loss: float) -> bool:
+    return False
+
+
+def trial(arm: str, lr: float = 1e-3, seed: int = 0, phase: str = "seed") -> Trial:
+    return Trial(phase, arm, 0, lr, seed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["text", "sft", "classify"])
+def test_an_outcome_does_not_depend_on_what_ran_before(tmp_path: Path, kind: str) -> None:
+    resident = Resident(load(write_study(tmp_path, kind)))
+    first = {arm: resident.run(trial(arm), never) for arm in ("full", "lora", "lora-ga")}
+    again = {arm: resident.run(trial(arm), never) for arm in ("lora-ga", "lora", "full")}
+    alone = Resident(load(tmp_path / "study.yaml")).run(trial("lora-ga"), never)
+    assert all(timeless(first[arm]) == timeless(again[arm]) for arm in first)
+    assert timeless(alone) == timeless(first["lora-ga"])
+    assert len({outcome.losses[-1] for outcome in first.values()}) == 3
+
+
+@pytest.mark.parametrize("kind", ["text", "classify"])
+def test_full_trains_the_matrices_that_lora_adapts_and_the_same_head(tmp_path: Path, kind: str) -> None:
+    spec = load(write_study(tmp_path, kind))
+    resident = Resident(spec)
+    full, lora = (next(a.recipe for a in spec.arms if a.name == name) for name in ("full", "lora"))
+    assert isinstance(full, Full) and isinstance(lora, Recipe)
+    head = resident.task.head_parameters()
+    weights = target_weights(resident.task.model, full)
+    matrices = {n for n, w in weights.items() if all(w is not p for p in head)}
+    trained = sum(weights[n].numel() for n in matrices) + sum(p.numel() for p in head)
+    assert resident.run(trial("full"), never).trainable == trained
+    outcome = resident.run(trial("lora"), never)
+    adapted = {s.name: s for s in sites(put_in(resident.task.model, lora))}
+    assert set(adapted) == matrices
+    factors = sum(s.r * (s.d_in + s.d_out) for s in adapted.values())
+    assert outcome.trainable == factors + sum(p.numel() for p in head)
+
+
+def test_a_head_starts_and_learns_alike_in_every_arm(tmp_path: Path) -> None:
+    resident = Resident(load(write_study(tmp_path, "classify")))
+    starts = []
+    for seed in (0, 0, 1):
+        resident._reset(seed)
+        starts.append([p.detach().clone() for p in resident.task.head_parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(starts[0], starts[1], strict=True))
+    assert not torch.equal(starts[0][0], starts[2][0])
+    frozen = {arm: resident.run(trial(arm, lr=1e-12), never).losses for arm in ("full", "lora")}
+    assert frozen["full"] == pytest.approx(frozen["lora"], rel=1e-5)  # only the head learns, at its own rate
+
+
+def test_evidence_is_counted(tmp_path: Path) -> None:
+    resident = Resident(load(write_study(tmp_path)))
+    plain, informed = (resident.run(trial(arm), never) for arm in ("lora", "lora-ga"))
+    assert plain.init_tokens == 0 and informed.init_tokens > 0
+    assert plain.step_tokens == informed.step_tokens == 8 * 16
+    assert 0 < informed.init_s < informed.seconds[0] < informed.seconds[1] < informed.total_s
+    assert (plain.rank, informed.rank) == (4, 8) and plain.device == "cpu"
+
+
+def test_running_away_is_an_outcome(tmp_path: Path) -> None:
+    resident = Resident(load(write_study(tmp_path)))
+    for arm in ("full", "lora"):
+        outcome = resident.run(trial(arm, lr=1e30), never)
+        assert outcome.diverged and outcome.note
+    assert not resident.run(trial("lora"), never).diverged  # the next trial is sound
+
+
+def test_any_other_failure_is_an_error_that_names_the_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def idle(*args: object, **kwargs: object) -> None:
+        raise WorkFailed("it did not act")
+
+    resident = Resident(load(write_study(tmp_path)))
+    monkeypatch.setattr("loralign.optim.PairOptimizer._transformed", idle)
+    with pytest.raises(WorkFailed, match=r"arm 'lora' at 0.001: it did not act"):
+        resident.run(trial("lora"), never)
+
+
+def test_a_start_that_fails_is_an_error_in_the_search_and_an_outcome_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise WorkFailed("the preheat diverged")
+
+    resident = Resident(load(write_study(tmp_path)))
+    monkeypatch.setattr("loralign.compare.runner.attach", broken)
+    with pytest.raises(WorkFailed, match=r"arm 'lora' at 0.001: the preheat diverged"):
+        resident.run(trial("lora", phase="rate"), never)
+    outcome = resident.run(trial("lora"), never)
+    assert outcome.diverged and outcome.note == "the preheat diverged"
+
+
+def test_given_up_half_way(tmp_path: Path) -> None:
+    outcome = Resident(load(write_study(tmp_path))).run(trial("lora"), lambda step, loss: step >= 2)
+    assert outcome.pruned and outcome.steps == (2,)
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def command(file: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "loralign", "compare", str(file), *words]
+
+
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def compare(file: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(file, *words), env=ENV, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_study_from_start_to_table_and_a_later_arm(tmp_path: Path) -> None:
+    file = write_study(tmp_path, "classify")
+    done = compare(file)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "[1/" in done.stdout and "lora-ga: " in done.stdout and "accuracy" in done.stdout
+    made = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"results.json", "results.csv", "rates.png", "steps.png", "seconds.png", "study.journal"} <= made
+    before = json.loads((tmp_path / "out" / "results.json").read_text())["trials"]
+    again = compare(file, "--set", "arms=[lora-ga, pissa]", "--set", "seeds=3")
+    assert again.returncode == 0, again.stderr
+    after = json.loads((tmp_path / "out" / "results.json").read_text())["trials"]
+    assert {key: after[key] for key in before} == before  # nothing ran twice
+    assert sum("/pissa/" in key for key in after) >= 3 + 3
+    refused = compare(file, "--set", "rank=2")
+    assert refused.returncode == 2 and "arm 'lora' was started with `r` 4, now it has 2" in refused.stderr
+
+
+def test_only_a_report_of_what_is_finished(tmp_path: Path) -> None:
+    file = write_study(tmp_path)
+    part = compare(file, "--set", "budget.trials=2")
+    assert part.returncode == 0 and "the budget is spent with 2 of 9 trials done" in part.stderr
+    said = compare(file, "--report")
+    assert said.returncode == 0
+    assert "the search for learning rates is unfinished, 2 of 9 trials are done: nothing is compared yet" in said.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_killed_at_random_moments_it_ends_with_the_same_table_bit_for_bit(tmp_path: Path) -> None:
+    """SIGKILL of the whole process group, twice, two workers; another machine's paths; then as if nothing had been."""
+    whole, cut = write_study(tmp_path / "whole", "classify"), write_study(tmp_path / "cut", "classify")
+    assert compare(whole).returncode == 0
+    draw = random.Random(time.time_ns())
+    for _ in range(2):
+        running = subprocess.Popen(
+            command(cut, "--workers", "2"), env=ENV, start_new_session=True, stdout=subprocess.DEVNULL
+        )
+        _wait_for_trials(cut, draw.randint(1, 6), running)
+        time.sleep(draw.random())
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    last = compare(cut, "--workers", "2")
+    assert last.returncode == 0, last.stderr
+    assert repeatable(tmp_path / "cut" / "out") == repeatable(tmp_path / "whole" / "out")
+    for picture in ("rates.png", "steps.png"):
+        assert (tmp_path / "cut" / "out" / picture).read_bytes() == (tmp_path / "whole" / "out" / picture).read_bytes()
+
+
+def _wait_for_trials(file: Path, count: int, running: subprocess.Popen[bytes]) -> None:
+    spec, end = load(file), time.monotonic() + 120
+    had = len(Store(spec).outcomes())
+    while time.monotonic() < end and running.poll() is None and len(Store(spec).outcomes()) < had + count:
+        time.sleep(0.2)
+
+
+@pytest.mark.distributed
+def test_a_worker_that_fails_is_quoted(tmp_path: Path) -> None:
+    file = write_study(tmp_path, arms=[{"method": "lora-ga", "rank": 32}])
+    said = compare(file, "--workers", "2")
+    assert said.returncode == 2
+    assert "2 of 2 workers failed, what they finished is kept; the first said: arm 'lora-ga' at " in said.stderr
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_minutes_end_a_trial_in_the_middle(tmp_path: Path, finished: int) -> None:
+    spec = load(write_study(tmp_path))
+    limited = replace(spec, budget=replace(spec.budget, minutes=0.001))
+    begun: list[str] = []
+
+    def slow(trial: Trial, report: Callable[[int, float], bool]) -> Outcome:
+        begun.append(trial.key)
+        time.sleep(0.1)
+        report(2, 1.0)
+        return Outcome((2,), (0.1,), (1.0,))
+
+    if finished:
+        work(replace(spec, budget=replace(spec.budget, trials=finished)), lambda t, r: Outcome((2,), (0.1,), (1.0,)))
+    assert not work(limited, slow)
+    assert len(begun) == 1 and len(Store(spec).outcomes()) == finished
+    assert Store(spec).running() == {}
