@@ -51,11 +51,12 @@ class Sizes:
     rows: int
     """Of the validation file; twice as many of the test file."""
     rates: int
+    extensions: int
 
 
-FULL = Sizes(source_steps=200, steps=200, eval_every=50, batch_size=32, length=128, rows=200, rates=5)
-SMALL = Sizes(source_steps=40, steps=30, eval_every=15, batch_size=4, length=48, rows=12, rates=3)
-TINY = Sizes(source_steps=3, steps=4, eval_every=2, batch_size=2, length=16, rows=2, rates=3)
+FULL = Sizes(200, 200, eval_every=50, batch_size=32, length=128, rows=200, rates=5, extensions=2)
+SMALL = Sizes(40, 20, eval_every=10, batch_size=4, length=48, rows=6, rates=3, extensions=1)
+TINY = Sizes(3, 4, eval_every=2, batch_size=2, length=16, rows=2, rates=3, extensions=0)
 
 
 def loralign(*args: str | Path, log: Path | None = None) -> None:
@@ -160,7 +161,7 @@ def study(args: argparse.Namespace, sizes: Sizes, bases: dict[str, str]) -> dict
         "references": False,
         "rank": RANK,
         "alpha": ALPHA,
-        "rates": {"count": sizes.rates, "ratio": 3.0, "extensions": 2},
+        "rates": {"count": sizes.rates, "ratio": 3.0, "extensions": sizes.extensions},
         "seeds": args.seeds,
         "train": {
             "steps": sizes.steps,
