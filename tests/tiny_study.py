@@ -22,7 +22,7 @@ def write_study(folder: Path, kind: str = "text", **changes: Any) -> Path:
     model = llama() if kind != "classify" else bert()
     model.save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
-    for i, (split, rows) in enumerate((("train", 48), ("valid", 16), ("test", 16))):
+    for i, (split, rows) in enumerate((("train", 80), ("valid", 16), ("test", 16))):
         made = [_row(kind, 1000 * i + n) for n in range(rows)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     task = {"kind": kind, "length": 16, **{s: str(folder / f"{s}.jsonl") for s in ("train", "valid", "test")}}

@@ -222,7 +222,7 @@ def plan(
         say(line)
 
 
-@app.command(epilog="Example: loralign compare examples/compare-bbc.yaml --workers 2")
+@app.command(epilog="Example: loralign compare examples/compare.yaml --workers 2")
 def compare(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study file (YAML).")],
     overrides: Overrides = None,

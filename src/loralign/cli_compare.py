@@ -69,7 +69,20 @@ def work_here(spec: Spec, on_done: object = None) -> bool:
     log = logging.getLogger("loralign")
     if log.getEffectiveLevel() == logging.INFO:  # what every trial says of itself is for --debug
         log.setLevel(logging.WARNING)
+        log.addFilter(_Once())
     return work(spec, Resident(spec).run, on_done=on_done, started=started)  # type: ignore[arg-type]
+
+
+class _Once(logging.Filter):
+    """What every trial would warn of again is said by the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        known, self.said = record.getMessage() in self.said, self.said | {record.getMessage()}
+        return not known
 
 
 def run_workers(study: Path, overrides: Sequence[str], count: int, spec: Spec) -> None:
