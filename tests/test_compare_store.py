@@ -1,0 +1,381 @@
+"""The journal that workers share: what a study is bound to, claims, workers that die, damaged files, budgets."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.storages.journal import JournalFileOpenLock
+from rich.console import Console
+
+from loralign import LoralignError, build
+from loralign.compare import store as storing
+from loralign.compare.identity import arm_settings, content_of, file_print, model_print, shared_rows
+from loralign.compare.live import board, headline, watched
+from loralign.compare.report import collect, repeatable, report
+from loralign.compare.spec import Arm, Budget, Outcome, Spec, TaskSpec, Trial
+from loralign.compare.store import Store
+from loralign.compare.study import no_room, rate_trials, seed_trials, wanted, work
+from loralign.types import Recipe
+
+TASK = TaskSpec("text", "a.jsonl", "b.jsonl", "c.jsonl")
+
+
+def arm(name: str, **fields: Any) -> Arm:
+    return Arm(name, build(fields.pop("method", name), **fields), lr=1e-3)
+
+
+def spec(folder: Path, *arms: Arm, **changes: Any) -> Spec:
+    fields = {"steps": 4, "eval_every": 2, "rates": 3, "seeds": 2, "extensions": 0, **changes}
+    return Spec("toy", TASK, arms or (arm("lora"), arm("pissa")), folder, **fields)
+
+
+def ended(loss: float = 1.0, **changes: Any) -> Outcome:
+    return Outcome((2, 4), (0.1, 0.2), (loss + 1, loss), **{"total_s": 36.0, **changes})
+
+
+def bowl(trial: Trial, report: Callable[[int, float], bool]) -> Outcome:
+    return ended(1 + 0.1 * trial.index**2 + 0.001 * trial.seed)
+
+
+FIRST = Trial("rate", "lora", 0, 1e-3, 1000)
+
+
+# -------------------------------------------------------------------------------------------- what a study is bound to
+
+
+def test_an_arm_that_changed_is_refused_by_name(tmp_path: Path) -> None:
+    Store(spec(tmp_path))
+    for changed, said in (
+        (arm("lora", r=8), "`r` the default, now it has 8"),
+        (arm("lora", method="rslora"), "`scale` the default, now it has over_sqrt_rank"),
+        (arm("lora", max_grad_norm=0.5), "`max_grad_norm` the default, now it has 0.5"),
+        (arm("lora", exclude=("q_proj",)), "`exclude.0` the default, now it has q_proj"),
+        (replace(arm("lora"), lr=2e-3), "`lr` 0.001, now it has 0.002"),
+        (replace(arm("lora"), given={"options": {"betas": [0.9, 0.99]}}), "`options` the default"),
+    ):
+        with pytest.raises(LoralignError, match=f"^arm 'lora' was started with {said}"):
+            Store(spec(tmp_path, changed, arm("pissa")))
+    Store(spec(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["lora-ga", "hrp", "lora-plus", "lora-rite", "delta-lora", "rm-lora", "cora"])
+def test_every_option_tells_arms_apart_and_the_seed_does_not(name: str) -> None:
+    here = arm_settings(arm(name))
+    assert json.loads(json.dumps(here)) == here
+    assert arm_settings(arm(name, seed=7)) == here
+    assert not any("0x" in str(value) for value in here.values())  # no address: another process says the same
+    recipe = build(name)
+    assert isinstance(recipe, Recipe)
+    assert arm_settings(Arm(name, replace(recipe, alpha=7.0), 1e-3)) != here
+
+
+def test_options_of_a_closure_count() -> None:
+    gammas = [arm_settings(Arm("x", build("lora-ga", {"gamma": gamma}), 1e-3)) for gamma in (16.0, 64.0)]
+    assert gammas[0] != gammas[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 8},
+        {"batch_size": 16},
+        {"eval_every": 4},
+        {"schedule": "linear"},
+        {"prune": False},
+        {"autocast": False},
+        {"cpu_threads": 2},
+        {"ratio": 2.0},
+        {"rates": 5},
+        {"content": {"model": "1"}},
+        {"content": {"task.valid": "1"}},
+    ],
+    ids=str,
+)
+def test_other_settings_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    Store(spec(tmp_path))
+    with pytest.raises(LoralignError, match="was started"):
+        Store(spec(tmp_path, **changes))
+
+
+def test_seeds_arms_extensions_and_budgets_may_grow_and_paths_differ(tmp_path: Path) -> None:
+    small = spec(tmp_path)
+    assert work(small, bowl)
+    before = Store(small).outcomes()
+    moved = tmp_path.rename(tmp_path.parent / "moved")
+    grown = spec(moved, *small.arms, arm("rslora"), seeds=3, extensions=2, budget=Budget(minutes=1))
+    grown = replace(grown, model="elsewhere/toy", task=replace(TASK, train="elsewhere/a.jsonl"))
+    ran: list[str] = []
+    assert work(grown, lambda t, r: (ran.append(t.key), bowl(t, r))[1])
+    assert not set(ran) & set(before) and len(ran) == 3 + 3 + 2  # its rates, its seeds, one more seed for the others
+
+
+def test_a_later_arm_at_its_edge_gives_every_arm_one_more_rate(tmp_path: Path) -> None:
+    def falling(trial: Trial, report: Callable[[int, float], bool]) -> Outcome:
+        return ended(1 + 0.1 * (trial.index - 2) ** 2) if trial.arm == "rslora" else bowl(trial, report)
+
+    small = spec(tmp_path, extensions=3)
+    assert work(small, bowl)
+    joined = spec(tmp_path, *small.arms, arm("rslora"), extensions=3)
+    assert work(joined, falling)
+    trials, edges = rate_trials(joined, Store(joined).outcomes())
+    counts = {a.name: sum(t.arm == a.name for t in trials) for a in joined.arms}
+    assert counts == {"lora": 5, "pissa": 5, "rslora": 5} and not edges
+
+
+def test_an_arm_whose_every_rate_diverged(tmp_path: Path) -> None:
+    def wild(trial: Trial, report: Callable[[int, float], bool]) -> Outcome:
+        return ended(diverged=True) if trial.arm == "pissa" else bowl(trial, report)
+
+    study = spec(tmp_path, extensions=2)
+    assert work(study, wild)
+    done = Store(study).outcomes()
+    trials, edges = rate_trials(study, done)
+    assert sorted(t.index for t in trials if t.arm == "pissa") == [-3, -2, -1, 0, 1]  # ever lower rates
+    assert edges == {"pissa": "low"} and all(t.arm == "lora" for t in seed_trials(study, done, trials))
+    pissa = next(a for a in report(study).arms if a.arm == "pissa")
+    assert pissa.sentence == "no learning rate finished: every trial diverged or was given up"
+
+
+def test_contents_and_not_paths(tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "config.json").write_text(json.dumps({"hidden_size": 4, "_name_or_path": place}))
+        (tmp_path / place / "model.safetensors").write_bytes(b"1" * 300_000)
+        (tmp_path / place / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert model_print(str(here)) == model_print(str(there))
+    assert file_print(str(here / "rows.jsonl")) == file_print(str(there / "rows.jsonl"))
+    with (there / "model.safetensors").open("r+b") as f:
+        f.seek(299_999)
+        f.write(b"2")
+    (there / "rows.jsonl").write_text('{"text": "b"}\n')
+    assert model_print(str(here)) != model_print(str(there))
+    assert file_print(str(here / "rows.jsonl")) != file_print(str(there / "rows.jsonl"))
+    task = TaskSpec("text", str(here / "rows.jsonl"), str(here / "config.json"), str(there / "rows.jsonl"))
+    study = replace(spec(tmp_path), model=str(here), task=task)
+    assert set(content_of(study)) == {"model", "task.train", "task.valid", "task.test"} and shared_rows(study) == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+
+def test_of_many_claims_one_wins(tmp_path: Path) -> None:
+    stores = [Store(spec(tmp_path)) for _ in range(6)]
+    barrier, won = threading.Barrier(len(stores)), []
+
+    def take(one: Store) -> None:
+        barrier.wait()
+        won.append(one.claim(FIRST))
+
+    threads = [threading.Thread(target=take, args=(one,)) for one in stores]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert sum(claim is not None for claim in won) == 1
+    assert set(stores[0].running()) == {FIRST.key}
+
+
+def test_a_process_that_died_here_is_taken_over_at_once(tmp_path: Path) -> None:
+    program = (
+        "import sys, os; sys.path.insert(0, 'tests'); from pathlib import Path; import test_compare_store as t; "
+        "t.Store(t.spec(Path(sys.argv[1]))).claim(t.FIRST); print('claimed', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "claimed\n"
+        here = Store(spec(tmp_path))
+        assert set(here.running()) == {FIRST.key} and here.claim(FIRST) is None
+        other.kill()
+        other.wait()
+    assert here.running() == {}
+    claim = here.claim(FIRST)
+    assert claim and claim.finish(ended()) and set(here.outcomes()) == {FIRST.key}
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, folder: Path, machine: str) -> Store:
+    """A store that sees itself on another machine."""
+    monkeypatch.setattr(storing, "MACHINE", machine)
+    return Store(spec(folder))
+
+
+def test_a_worker_elsewhere_lives_as_long_as_its_beat_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storing, "BEAT_S", 0.05)
+    monkeypatch.setattr(storing, "STALE_S", 0.6)
+    claim = Store(spec(tmp_path)).claim(FIRST)
+    there = elsewhere(monkeypatch, tmp_path, "another")
+    assert claim
+    end = time.monotonic() + 1.5  # far longer than STALE_S, without one evaluation
+    while time.monotonic() < end:
+        assert FIRST.key in there.running()
+        time.sleep(0.1)
+    claim._ended.set()  # its process stops: no beat any more
+    time.sleep(0.1)
+    assert FIRST.key in there.running()
+    time.sleep(0.7)
+    assert there.running() == {}
+    again = there.claim(FIRST)
+    assert again and not claim.finish(ended(9.0)) and claim.lost  # it woke up, too late
+    assert again.finish(ended(1.0)) and there.outcomes()[FIRST.key].losses[-1] == 1.0
+
+
+def test_a_clock_that_is_wrong_by_minutes_kills_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = Store(spec(tmp_path)).claim(FIRST)
+    assert claim
+    claim._ended.set()
+    there = elsewhere(monkeypatch, tmp_path, "another")
+    now = time.time()
+    monkeypatch.setattr(storing.time, "time", lambda: now + 600)
+    assert FIRST.key in there.running()
+    monkeypatch.setattr(storing.time, "time", lambda: now + 7200)  # abandoned yesterday
+    assert elsewhere(monkeypatch, tmp_path, "a third").running() == {}
+
+
+# ------------------------------------------------------------------------------------------------------- damaged files
+
+
+def test_half_a_line_of_a_killed_writer_is_cut_off(tmp_path: Path) -> None:
+    assert work(spec(tmp_path), bowl)
+    journal = tmp_path / "study.journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":6,"worker')
+    assert Store(spec(tmp_path)).outcomes() == Store(spec(tmp_path)).outcomes() != {}
+    assert journal.read_bytes() == whole
+
+
+def test_a_journal_cut_anywhere_goes_on_to_the_same_outcomes(tmp_path: Path) -> None:
+    assert work(spec(tmp_path / "whole"), bowl)
+    done, whole = Store(spec(tmp_path / "whole")).outcomes(), (tmp_path / "whole" / "study.journal").read_bytes()
+    for part in (0.15, 0.4, 0.6, 0.85):
+        folder = tmp_path / str(part)
+        folder.mkdir()
+        (folder / "study.journal").write_bytes(whole[: int(part * len(whole))])
+        study = spec(folder)
+        kill_claims(folder)
+        assert work(study, bowl)
+        assert Store(study).outcomes() == done
+
+
+def kill_claims(folder: Path) -> None:
+    """The claims of this test's own process become those of one that is gone."""
+    path = folder / "study.journal"
+    path.write_text(path.read_text().replace(f",{os.getpid()},", ",999999999,"))
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    assert work(spec(tmp_path), bowl)
+    journal = tmp_path / "study.journal"
+    lines = journal.read_text().splitlines(True)
+    journal.write_text("".join([*lines[:5], "{broken\n", *lines[5:]]))
+    with pytest.raises(LoralignError, match=r"study\.journal in .* is damaged at line 6: remove that line"):
+        Store(spec(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_lock_left_behind_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a relative folder, as in a study file
+    Store(spec(Path("out")))
+    JournalFileOpenLock("out/study.journal").acquire()
+    began = time.monotonic()
+    claim = Store(spec(Path("out"))).claim(FIRST)
+    assert claim and 20 < time.monotonic() - began < 60
+
+
+# ------------------------------------------------------------------------------------------------------------- budgets
+
+
+def test_a_budget_of_trials_counts_what_others_run(tmp_path: Path) -> None:
+    study = spec(tmp_path, budget=Budget(trials=2))
+    store = Store(study)
+    assert not no_room(study, store, time.monotonic())
+    claims = [store.claim(t) for t in wanted(study, {})[:2]]
+    assert no_room(study, store, time.monotonic())
+    assert claims[0] and claims[1]
+    claims[0].drop()
+    assert not no_room(study, store, time.monotonic())
+
+
+def test_hours_count_finished_running_and_dropped_trials(tmp_path: Path) -> None:
+    study = spec(tmp_path, budget=Budget(gpu_hours=0.05))  # 180 s, a trial takes 36 s
+    store, plan = Store(study), wanted(spec(tmp_path), {})
+    for t in plan[:2]:
+        claim = store.claim(t)
+        assert claim and claim.finish(ended())
+    assert store.outcomes() and store.spent_s() == pytest.approx(72)
+    assert not no_room(study, store, time.monotonic())
+    running = [store.claim(t) for t in plan[2:4]]  # 72 s more to come
+    assert not no_room(study, store, time.monotonic())
+    running.append(store.claim(plan[4]))
+    assert no_room(study, store, time.monotonic())
+    stopped = running[0]
+    assert stopped
+    stopped._started -= 100.0
+    stopped.drop()
+    assert store.spent_s() == pytest.approx(172, abs=2)
+
+
+def test_a_trial_that_would_end_too_late_is_not_begun(tmp_path: Path) -> None:
+    study, now = spec(tmp_path, budget=Budget(minutes=1)), time.monotonic()
+    assert not no_room(study, Store(study), now)
+    claim = Store(study).claim(FIRST)
+    assert claim and claim.finish(ended())
+    store = Store(study)
+    assert not no_room(study, store, now - 20) and no_room(study, store, now - 30)
+
+
+# --------------------------------------------------------------------------------------------------------- what is seen
+
+
+def test_the_table_shows_what_other_workers_do(tmp_path: Path) -> None:
+    study = spec(tmp_path, extensions=1)
+    store = Store(study)
+    claim = store.claim(wanted(study, {})[0])
+    assert claim
+    claim.beat(2)
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(board(study, store.outcomes(), store.running()))
+    text = console.export_text()
+    assert "0 of at least 10 trials done, 1 running" in text and "0.001 50 %" in text
+    claim.drop()
+    assert work(study, bowl)
+    assert headline(study, store.outcomes(), store.running()) == "10 of 10 trials done"
+
+
+def test_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+    said: list[str] = []
+    study = spec(tmp_path)
+    with watched(study, said.append):
+        work(study, bowl)
+    assert said[0] == "0 of at least 10 trials done" and len(said) == 11
+    assert said[-1] == "[10/10] pissa at 0.001, seed 1: 1.0010 in 36 s"
+
+
+def test_what_is_reported_of_an_unfinished_search(tmp_path: Path) -> None:
+    study = spec(tmp_path, budget=Budget(trials=3), references=False, shared_rows=2)
+    assert not work(study, bowl)
+    found = collect(study, Store(study).outcomes())
+    assert found.missing == 3 and len(found.rates) == 3 and not found.curves
+    notes = report(study).notes
+    assert notes[0].startswith("the search for learning rates is unfinished, 3 of 6 trials are done")
+    assert "`references: false`" in notes[1] and notes[2].startswith("2 test rows stand in")
+    assert repeatable(tmp_path)["table"] == []
+
+
+def test_different_devices_are_told(tmp_path: Path) -> None:
+    def run(trial: Trial, report: Callable[[int, float], bool]) -> Outcome:
+        return replace(bowl(trial, report), device="cpu" if trial.seed % 2 else "NVIDIA H100")
+
+    assert work(spec(tmp_path), run)
+    assert report(spec(tmp_path)).notes[0] == "trials ran on NVIDIA H100, cpu: their seconds are not comparable"
