@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The study of records/2026-11-26-h100-study on one GPU: SmolLM2-135M on German reviews, every arm at its own tuned rate.
+#
+#   scripts/gpu_study.sh [--workers 6] [--set key=value ...]
+#
+# Fetches weights and rows into the asset cache (scripts/assets.py), cuts the rows, runs `loralign compare`. Stopped at
+# any moment, the same command goes on. More arms are appended in study.yaml. PYTHON, STUDY, OUT and LORALIGN_ASSETS may
+# be set.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+python="${PYTHON:-.venv/bin/python}"
+study="${STUDY:-records/2026-11-26-h100-study/study.yaml}"
+out="${OUT:-runs/h100-study}"
+model=$("$python" scripts/assets.py smollm2)
+rows=$("$python" scripts/assets.py multiemo de)
+mkdir -p "$out/rows"
+# All training rows; validation and test rows enough for about 512 and 1,024 blocks of 128 tokens.
+cp "$rows/train.jsonl" "$out/rows/train.jsonl"
+head -n 220 "$rows/valid.jsonl" >"$out/rows/valid.jsonl"
+head -n 440 "$rows/test.jsonl" >"$out/rows/test.jsonl"
+exec "$python" -m loralign compare "$study" "$@" --set model="$model" --set output="$out" \
+  --set task.train="$out/rows/train.jsonl" --set task.valid="$out/rows/valid.jsonl" --set task.test="$out/rows/test.jsonl"
