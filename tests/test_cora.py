@@ -27,7 +27,7 @@ from loralign.train.attach import attach
 from loralign.types import CommonSubspace, Directions, Weight
 from oracles import cora as oracle
 from oracles.sketch import projector
-from toy import batch_for, llama
+from toy import batch_for, gpt2, llama
 from toy_sources import SHARED, adapters, fine_tunes, planted
 from trainers import toy_trainer
 
@@ -458,10 +458,15 @@ def test_bad_sources(sources: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "no_basis.safetensors")
     cases: list[tuple[list[Any], dict[str, Any], str]] = [
-        ([tmp_path / "none"], {}, "is no folder"),
+        ([tmp_path / "none"], {}, "does not exist"),
+        ([tmp_path / "no_basis.safetensors"], {}, "is a file"),
+        ([sources[0]], {}, "alone has nothing to share"),
+        ([tmp_path / "same"], {"base": tmp_path / "same"}, "alone has nothing to share"),
+        ([sources[0], sources[0] + "/"], {}, "given twice"),
+        (list(sources), {"base": tmp_path / "same"}, "leave `base` out"),
         ([*sources, tmp_path / "same"], {}, "mix adapters and checkpoints"),
-        ([tmp_path / "wide"], {"base": tmp_path / "same"}, "another model"),
-        ([tmp_path / "empty"], {"base": tmp_path / "same"}, "holds no safetensors"),
+        ([tmp_path / "wide", tmp_path / "same"], {"base": tmp_path / "same"}, "another model"),
+        ([tmp_path / "empty", tmp_path / "wide"], {"base": tmp_path / "same"}, "holds no safetensors"),
         ([], {}, "at least one source"),
     ]
     for given, options, message in cases:
@@ -469,9 +474,19 @@ def test_bad_sources(sources: tuple[str, ...], tmp_path: Path) -> None:
             extract(given, **options)
     with pytest.raises(LoralignError, match="is no basis file"):
         read_basis(tmp_path / "no_basis.safetensors")
+    with pytest.raises(LoralignError, match="is no basis file"):
+        read_basis(tmp_path / "same" / "config.json")
+    with pytest.raises(LoralignError, match="does not exist"):
+        read_basis(tmp_path / "none")
     write_basis(tmp_path / "b.safetensors", extract(sources))
     with pytest.raises(LoralignError, match="belongs to another model"):
         adapt(llama(hidden_size=64), recipe("cora", str(tmp_path / "b.safetensors")))
+    with pytest.raises(LoralignError, match="knows none of the 8 modules"):
+        adapt(gpt2(), recipe("cora", str(tmp_path / "b.safetensors")))
+    with pytest.raises(LoralignError, match="a basis file needs no `base`"):
+        adapt(llama(), build("cora", {"sources": [str(tmp_path / "b.safetensors")], "base": str(tmp_path)}, r=2))  # type: ignore[arg-type]
+    with pytest.raises(LoralignError, match="name them in `sources`"):
+        common_basis(base="some/folder")
     with pytest.raises(LoralignError, match="side is auto, left or right"):
         common_basis(side="up")
     with pytest.raises(LoralignError, match="rank ≤ 16"):
@@ -505,11 +520,19 @@ def test_targets_of_a_recipe_limit_what_is_read(tmp_path: Path) -> None:
     assert list(extract([tmp_path / "m"], targets=[target]).groups) == ["model.layers.*.mlp.up_proj"]
 
 
+def test_sources_that_share_nothing_are_refused(tmp_path: Path) -> None:
+    """Otherwise the method would act as another one, the fill; the model's own layers only warn."""
+    for seed in (0, 1):
+        llama(seed).save_pretrained(tmp_path / str(seed))
+    with pytest.raises(LoralignError, match="no direction above chance"):
+        adapt(llama(), recipe("cora", [str(tmp_path / "0"), str(tmp_path / "1")]))
+
+
 def test_conv1d_is_read_transposed(tmp_path: Path) -> None:
     """GPT-2's matrices are stored (d_in, d_out): the left basis has d_out rows."""
-    from toy import gpt2
-
-    gpt2().save_pretrained(tmp_path / "m")
+    model: Any = gpt2()
+    model.transformer.h[1].load_state_dict(model.transformer.h[0].state_dict())
+    model.save_pretrained(tmp_path / "m")
     group = extract([tmp_path / "m"]).groups["transformer.h.*.attn.c_attn"]
     assert (group["left"].basis.shape[0], group["right"].basis.shape[0]) == (96, 32)
     model = adapt(gpt2(), recipe("cora-init", str(tmp_path / "m")))

@@ -450,7 +450,7 @@ def test_rate_is_loras_prior() -> None:
 
 def test_refusals() -> None:
     batch = batch_for(llama())
-    with pytest.raises(LoralignError, match="preheat's rank must not be below"):
+    with pytest.raises(LoralignError, match="preheat's rank 2 is below the adapter's"):
         adapt(llama(), recipe("hrp", {"rank": 2, "steps": 1}), [batch])
     with pytest.raises(LoralignError, match="hrp-sketch"):
         high_rank_preheat(steps=0)

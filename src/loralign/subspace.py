@@ -185,6 +185,8 @@ def write_basis(path: Path, basis: Basis) -> None:
 
 def read_basis(path: Path) -> Basis:
     """A basis that `write_basis` wrote."""
+    if not path.is_file():
+        raise LoralignError(f"{path} {'is a folder' if path.exists() else 'does not exist'}: name a basis file")
     try:
         with safe_open(path, framework="pt") as f:
             about = json.loads((f.metadata() or {}).get("loralign_basis", "null"))
@@ -195,7 +197,9 @@ def read_basis(path: Path) -> Basis:
                 name, side = key.rsplit("|", 1)
                 shared = Shared(f.get_tensor(key), f.get_tensor(f"{key}|share"), null, count)
                 groups.setdefault(name, {})[side] = shared
-    except (OSError, SafetensorError) as error:
+    except SafetensorError:
+        raise LoralignError(f"{path.name} is no basis file: make one with `loralign subspace extract`") from None
+    except OSError as error:
         raise LoralignError(f"cannot read the basis file {path}: {error}") from None
     return Basis(groups, about["facts"])
 

@@ -76,9 +76,17 @@ def members(sources: Sequence[Path], base: Path | None, targets: Sequence[Target
         raise LoralignError("a common subspace needs at least one source")
     for path in (*sources, *([base] if base else ())):
         if not path.is_dir():
-            raise LoralignError(f"{path} is no folder: give the folder of an adapter or a checkpoint")
+            what = "is a file" if path.exists() else "does not exist"
+            raise LoralignError(f"{path} {what}: give the folder of an adapter or a checkpoint")
+    doubled = [p for i, p in enumerate(sources) if p.resolve() in [q.resolve() for q in sources[:i]]]
+    if doubled:
+        raise LoralignError(f"{doubled[0]} is given twice and would agree with itself: name every source once")
     facts = {"sources": [_identity(p) for p in sources], "base": _identity(base) if base else None, "width": width}
     adapters = [(p / "adapter_config.json").is_file() for p in sources]
+    if any(adapters) and base:
+        raise LoralignError("adapters are differences from their base already: leave `base` out")
+    if len(sources) < 2 and (all(adapters) or base):
+        raise LoralignError(f"{sources[0]} alone has nothing to share: give two or more adapters or fine-tuned models")
     if all(adapters):
         return Members(_of_adapters(sources, targets), width, {"kind": "adapters", **facts})
     if any(adapters):
@@ -194,8 +202,8 @@ class Checkpoint:
         near = [k for k in self.files if k.endswith("." + wanted) or wanted.endswith("." + k)]
         if len(near) != 1:
             raise LoralignError(
-                f"{self.folder.name} has {len(near)} tensors for {name}: a checkpoint whose tensors are fused or named "
-                "otherwise must be saved again by a current transformers"
+                f"{self.folder.name} has {len(near)} tensors for {name}: it is another model, or its tensors are fused "
+                "or named otherwise and must be saved again by a current transformers"
             )
         return near[0]
 

@@ -78,6 +78,8 @@ def collect(
     taken = list(islice(batches or (), need.draws))
     if need.draws and not taken:
         raise LoralignError("the init needs gradients, so it needs data: pass `batches`")
+    if len(taken) < need.draws:
+        log.warning("evidence: the data has %d of the %d micro-batches that the init asks for", len(taken), need.draws)
     passes = Passes(model, loss, seed, progress)
     path = None
     if cache:

@@ -176,8 +176,11 @@ def preheated(
     need: Preheated, passes: Passes, sites: Sequence[Site], batches: Sequence[Batch]
 ) -> dict[str, Directions]:
     """The r leading triples of the preheated product, or of the two-pass sketch where no step is taken."""
-    if any(need.rank(site.r) < site.r for site in sites):
-        raise LoralignError("the preheat's rank must not be below the adapter's")
+    low = next((site for site in sites if need.rank(site.r) < site.r), None)
+    if low:
+        raise LoralignError(
+            f"the preheat's rank {need.rank(low.r)} is below the adapter's {low.r} at {low.name}: raise `options.rank`"
+        )
     found = _trained(need, passes, sites, batches) if need.steps else _sketched(need, passes, sites, batches)
     silent = [name for name, d in found.items() if not float(d.S[0]) > 0]
     if silent:

@@ -28,6 +28,13 @@ def common_subspace(
         return {}
     basis = _basis(need, passes, sites)
     found = {site.name: _directions(need, basis, site) for site in sites}
+    if need.sources and not any(len(d.S) for d in found.values()):
+        raise LoralignError(
+            "the sources share no direction above chance at any module: give more of them, closer to the task, or take "
+            "another init"
+            if any(basis.at(site.name) for site in sites)
+            else f"the basis knows none of the {len(sites)} modules, {sites[0].name} first: it belongs to another model"
+        )
     _report_gaps(found, sites)
     for name, d in found.items():
         log.debug("%s: %s", name, d.note)
@@ -48,6 +55,8 @@ def _basis(need: CommonSubspace, passes: Passes, sites: Sequence[Site]) -> Basis
     if not need.sources:
         return consensus_of(_own_layers(sites, need.width), passes.progress)
     if len(need.sources) == 1 and Path(need.sources[0]).is_file():
+        if need.base:
+            raise LoralignError("a basis file needs no `base`: leave it out")
         return read_basis(Path(need.sources[0]))
     targets = [Target(s.name, s.d_out, s.d_in, bool(getattr(s.layer, "fan_in_fan_out", False))) for s in sites]
     return extract(need.sources, base=need.base, targets=targets, width=need.width, progress=passes.progress)

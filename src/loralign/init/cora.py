@@ -94,17 +94,25 @@ class CommonBasis:
 
 
 def _made(
-    train: dict[bool, Train], sources: Sequence[str], base: str | None, side: str, width: int, kappa: float, fill: str
+    train: dict[bool, Train],
+    sources: str | Sequence[str],
+    base: str | None,
+    side: str,
+    width: int,
+    kappa: float,
+    fill: str,
 ) -> CommonBasis:
     if side not in ("auto", "left", "right") or fill not in FILLS or width < 1 or not kappa > 0:
         raise LoralignError("side is auto, left or right; fill is own or random; width and kappa are positive")
     named = (sources,) if isinstance(sources, str) else tuple(str(s) for s in sources)
+    if base and not named:
+        raise LoralignError("`base` is what the sources were fine-tuned from: name them in `sources`, or leave it out")
     needs = CommonSubspace(named, base, side, width)  # type: ignore[arg-type]
     return CommonBasis(train, FILLS[fill], kappa, needs)
 
 
 def common_basis(
-    sources: Sequence[str] = (),
+    sources: str | Sequence[str] = (),
     *,
     base: str | None = None,
     side: str = "auto",
@@ -117,7 +125,7 @@ def common_basis(
 
 
 def common_start(
-    sources: Sequence[str] = (),
+    sources: str | Sequence[str] = (),
     *,
     base: str | None = None,
     side: str = "auto",
