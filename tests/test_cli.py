@@ -2,100 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
 import re
 import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import tiny_trl
-import toy
 from assets import asset, needs
+from cli_world import Done, assert_one_sentence, bytes_of, run, run_process, world_in
 from loralign import METHODS
-from loralign.cli import main
 from loralign.cli_run import Lines, explained
 from loralign.types import VerificationFailed, WorkFailed
 
 ROOT = Path(__file__).parents[1]
-TEMPLATE = "{% for m in messages %}{{ '<bos> ' + m['content'] + ' <eos> ' }}{% endfor %}"
-RECIPE = """\
-model: base
-data: {train: rows.jsonl, eval: 0.25, max_length: 32}
-method: lora-ga
-options: {micro_batches: 2}
-rank: 4
-train: {steps: 6, batch_size: 4, learning_rate: 1e-2, save_every: 2, log_every: 2}
-output: out
-"""
-
-
-@dataclass(frozen=True)
-class Done:
-    """What one command left: exit code, standard output, standard error."""
-
-    code: int
-    out: str
-    err: str
-
-
-def run(*argv: object) -> Done:
-    """One command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main([str(word) for word in argv])
-    return Done(code, out.getvalue(), err.getvalue())
-
-
-def run_process(*argv: object, **kwargs: Any) -> Done:
-    """One command as people run it."""
-    command = [sys.executable, "-m", "loralign", *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **kwargs)
-    return Done(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder where the commands run: a saved tiny Llama with its tokenizer, rows, a recipe."""
-    root, before = tmp_path_factory.mktemp("cli"), dict(os.environ)
-    tokenizer = tiny_trl.tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(root / "base")
-    toy.llama(max_position_embeddings=256).save_pretrained(root / "base")
-    rows = [{"prompt": tiny_trl.words(4, i), "completion": " " + tiny_trl.words(3, 100 + i % 3)} for i in range(24)]
-    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    (root / "r.yaml").write_text(RECIPE, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    """The folder where the commands run."""
+    with world_in(tmp_path_factory.mktemp("cli")) as root:
         yield root
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
 def trained(world: Path) -> Done:
     """`loralign train r.yaml`; the result lies in `out`."""
     return run("train", "r.yaml")
-
-
-def bytes_of(folder: Path) -> dict[str, str]:
-    """Checksum of every file below a folder."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 @contextmanager
@@ -107,15 +48,6 @@ def no_file_above(limit: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def assert_one_sentence(done: Done) -> str:
-    """The last line of stderr says what is wrong; there is no traceback. Returns that line."""
-    assert "Traceback" not in done.err
-    said = [line for line in done.err.splitlines() if line.startswith("loralign: ")]
-    assert len(said) == 1, done.err
-    assert done.err.splitlines()[-1] == said[0]
-    return said[0]
 
 
 # ------------------------------------------------------------------------------------------------------- the whole way
@@ -344,7 +276,8 @@ BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is s
         r"`train\.extra\.learning_rate` is decided by the recipe's own",
     ),
     "unknown tracker": ("train.report_to=[nothing]", r"`train\.report_to` names 'nothing', which is not installed"),
-    "output is a file": ("output=r.yaml", "r.yaml is not empty: choose another output folder"),
+    "output is a file": ("output=r.yaml", "r.yaml is a file: name a folder in `output`"),
+    "output below a file": ("output=r.yaml/out", "cannot write r.yaml/out: .*r.yaml is no folder; name another folder"),
     "unknown key": ("train.step=3", r"r\.yaml: `train\.step` is no key of a recipe; did you mean `train\.steps`\?"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -78,7 +79,8 @@ def explained(error: Exception) -> tuple[int, str]:
         )
     if reason := disk_full(error):
         return 1, f"writing failed ({reason}): free some space, then try again"
-    if isinstance(error, BAD_PATH) and error.filename:
+    read_only = getattr(error, "errno", None) == errno.EROFS
+    if isinstance(error, OSError) and (read_only or isinstance(error, BAD_PATH)) and error.filename:
         return 2, f"{error.filename}: {(error.strerror or 'not usable').lower()}; name another path"
     if isinstance(error, OSError) and error.filename:
         return 1, f"{error.filename}: {error.strerror}"

@@ -51,7 +51,10 @@ def _value(text: str, where: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise LoralignError(f"{where}{line}: {error.problem or 'broken YAML'}") from error
+        mends = {"stands twice": "keep one", "\\t": "use spaces, no tabs"}
+        said = str(error.problem)
+        mend = next((mends[part] for part in mends if part in said), "write `key: value`, lists as [a, b]")
+        raise LoralignError(f"{where}{line}: {error.problem or 'broken YAML'}; {mend}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise LoralignError(f"{where}: {str(error).splitlines()[0]}") from error
 

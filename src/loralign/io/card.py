@@ -59,7 +59,7 @@ def write_card(folder: Path, card: Card) -> None:
 
 def render(card: Card) -> str:
     """The card as Markdown with front matter; no local path survives."""
-    sections = [_front(card), _title(card), _use(card), _training(card), _export(card), _versions()]
+    sections = [_front(card), _title(card), _use(card), _training(card), _export(card), _recipe(card), _versions()]
     return "\n\n".join(part.strip() for part in sections if part) + "\n"
 
 
@@ -140,6 +140,13 @@ def _export(card: Card) -> str:
     else:
         lines.append(str(card.verified))
     return "## Export\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _recipe(card: Card) -> str:
+    if not card.source:
+        return ""
+    text = yaml.safe_dump(scrub(card.source), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    return f"## Recipe\n\n```yaml\n{text}```"
 
 
 def _versions() -> str:

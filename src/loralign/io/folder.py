@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -45,7 +46,7 @@ def fresh_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_left(out)
             temporary.mkdir()
             yield temporary
             readable = temporary.stat().st_mode & 0o666  # safetensors writes files that only their owner may read
@@ -55,6 +56,15 @@ def fresh_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
             _publish(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_left(out: Path) -> None:
+    """Temporary folders of exports that were killed; those of processes that run, or may run, are left alone."""
+    alive = Path("/proc")
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        pid = left.name.split(".")[-2]
+        if pid == str(os.getpid()) or (alive.is_dir() and not (alive / pid).exists()):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def disk_full(error: BaseException) -> str:

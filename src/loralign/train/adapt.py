@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def start(model: PeftModel, recipe: Recipe, evidence: Mapping[str, Directions]) 
             made[site.name] = recipe.init(W, site.r, site.s, evidence.get(site.name), draw)
         except LoralignError as error:
             refused[site.name] = error
-        note_rank(site)
+    note_ranks(found)
     if refused:
         first, *rest = refused
         more = f" (and at {len(rest)} more sites: {', '.join(rest[:8])})" if rest else ""
@@ -105,9 +105,15 @@ def start(model: PeftModel, recipe: Recipe, evidence: Mapping[str, Directions]) 
     return write_start(model, recipe, made)
 
 
-def note_rank(site: Site) -> None:
-    if site.r > min(site.d_in, site.d_out):
-        log.warning("rank %d exceeds the smaller side of %s (%d)", site.r, site.name, min(site.d_in, site.d_out))
+def note_ranks(found: Sequence[Site]) -> None:
+    """One warning for all sites whose rank is above their smaller side."""
+    wide = [site for site in found if site.r > min(site.d_in, site.d_out)]
+    if wide:
+        first, more = wide[0], f" and at {len(wide) - 1} more sites" if len(wide) > 1 else ""
+        log.warning(
+            "rank %d exceeds the smaller side (%d) of %s%s: slots beyond it add nothing",
+            *(first.r, min(first.d_in, first.d_out), first.name, more),
+        )
 
 
 def write_start(model: PeftModel, recipe: Recipe, made: Mapping[str, Factors]) -> dict[str, Storage]:

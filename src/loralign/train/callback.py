@@ -11,14 +11,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from loralign.evidence import Spent
 from loralign.optim import PairOptimizer
 from loralign.sites import sites, sync_config
 from loralign.slot import SlotLinear, live_of, whole, write
 from loralign.train.adapt import Storage
-from loralign.train.checkpoint import NOTE, Note, read_note, read_state, write_checkpoint
+from loralign.train.checkpoint import Note, check_resumed, complete, read_note, read_state, reopen
 from loralign.train.episodes import Episodes
 from loralign.train.events import apply_plan
 from loralign.types import LoralignError, Recipe, WorkFailed
@@ -65,6 +64,8 @@ class RecipeCallback(TrainerCallback):
         self.episodes.begin(state.max_steps)
         if self.resume_from is not None:
             note = read_note(self.resume_from)
+            if note.recipe != self.recipe.name:
+                raise LoralignError(f"{self.resume_from.name} is of {note.recipe}, not of {self.recipe.name}")
             if note.step != state.global_step:
                 raise LoralignError(
                     f"attached to resume from step {note.step}, but the trainer starts at {state.global_step}"
@@ -72,6 +73,7 @@ class RecipeCallback(TrainerCallback):
             self.episodes.resume(note.episode, note.episode_start)
             self._load(read_state(self.resume_from))
             sync_config(self.model)
+            check_resumed(self.resume_from, state)
         elif state.global_step > 0:
             raise LoralignError(
                 f"the trainer resumes at step {state.global_step}: "
@@ -119,15 +121,10 @@ class RecipeCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.episodes.after_step(state.global_step, self._own())
-        self._reopen(args, state, control)
+        reopen(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._reopen(args, state, control)
-
-    def _reopen(self, args: Any, state: Any, control: Any) -> None:
-        """A checkpoint of an earlier attempt that is about to be written over is no longer complete."""
-        if args.should_save and (control.should_save or args.save_strategy == "best"):
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / NOTE).unlink(missing_ok=True)
+        reopen(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs and self.optimizer is not None:
@@ -135,18 +132,14 @@ class RecipeCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saved = self._state()  # on every rank: sharded tensors are gathered
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and folder.is_dir():
-            episode, start = self.episodes.position
-            note = Note(self.recipe.name, state.global_step, self.stored, episode, start)
-            write_checkpoint(folder, note, saved)
-            rotate_checkpoints(args.output_dir, self.keep, state.best_model_checkpoint, use_mtime=True)
+        episode, start = self.episodes.position
+        complete(args, state, Note(self.recipe.name, state.global_step, self.stored, episode, start), saved, self.keep)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self._load(read_state(Path(state.best_model_checkpoint)))
             sync_config(self.model)
-        if self.unreached:
+        if self.unreached and self.steps_seen:
             log.warning("%d adapted modules never got a gradient: %s", len(self.unreached), sorted(self.unreached)[:5])
 
     # ----------------------------------------------------------------------------------------------------------- state

@@ -45,7 +45,7 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise LoralignError(f"no such file: {name}")
+            raise LoralignError(f"no such file: {name}; give the .gguf file of the model, or its folder")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
@@ -54,7 +54,7 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
             raise LoralignError(f"{name} is no model folder: it has no config.json")
         return str(path), {}
     if path.is_absolute() or name.startswith("."):
-        raise LoralignError(f"no such folder: {name}")
+        raise LoralignError(f"no such folder: {name}; give the folder or hub id of the base model in `model`")
     return name, {}
 
 

@@ -248,7 +248,7 @@ def _folder(path: Path) -> Dataset | DatasetDict:
 
 def _hub(source: str, path: Path, split: str | None) -> Dataset | DatasetDict:
     if not HUB_ID.fullmatch(source) or path.suffix in READERS:
-        raise LoralignError(f"no such file: {source}")
+        raise LoralignError(f"no such file: {source}; paths count from the folder where the command runs")
     try:
         name = split.split("[")[0] if split else None
         return datasets.load_dataset(source, split=split) if name else datasets.load_dataset(source)

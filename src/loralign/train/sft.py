@@ -8,13 +8,11 @@ and ends with the same bits on the CPU.
 
 from __future__ import annotations
 
-import difflib
-import json
 import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,28 +25,28 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerCallback,
     set_seed,
 )
-from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
 from loralign.evidence import Progress
-from loralign.io.card import Card, write_card
 from loralign.io.export import ExportReport, export
-from loralign.io.folder import disk_full
-from loralign.io.provenance import write_run
+from loralign.io.folder import disk_full, fresh_folder
 from loralign.io.verify import verify
 from loralign.sites import explained_targets, peft_config, target_weights
 from loralign.train.adapt import check_start
+from loralign.train.arguments import arguments
 from loralign.train.attach import attach
+from loralign.train.begun import check_output, check_unchanged, note_beginning, remove_half, resume_point
 from loralign.train.chat import Fit, fit
-from loralign.train.checkpoint import last_complete
+from loralign.train.checkpoint import AlreadyTrained, CheckpointCallback, step_of
 from loralign.train.data import fingerprint, rows_format, split_eval, to_trl
 from loralign.train.job import Job
+from loralign.train.journal import Journal
 from loralign.train.model import dtype_of, load
 from loralign.train.packing import check_packing
 from loralign.train.read import read_rows
+from loralign.train.record import describe
 from loralign.types import Full, LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
@@ -72,8 +70,8 @@ class Ready:
 
     trainer: SFTTrainer
     tokenizer: PreTrainedTokenizerBase
-    rows: dict[str, int]
-    fingerprint: str
+    journal: Journal
+    fingerprints: dict[str, str]
     resume_from: Path | None
     init_seconds: float
 
@@ -88,18 +86,22 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
     """
     ready = prepare(job, resume=resume, progress=progress)
     trainer, started = ready.trainer, time.perf_counter()
-    before = trainer.evaluate() if trainer.eval_dataset is not None and ready.resume_from is None else {}
     try:
-        trainer.train(resume_from_checkpoint=str(ready.resume_from) if ready.resume_from else None)
+        if ready.resume_from is None:
+            note_beginning(job, ready.fingerprints)
+            if trainer.eval_dataset is not None:
+                trainer.evaluate()
+        _train(trainer, ready.resume_from)
     except (OSError, SafetensorError, RuntimeError) as error:
         if not disk_full(error):
             raise
         raise WorkFailed(f"writing failed ({disk_full(error)}): free some space, then --resume") from error
     trained = time.perf_counter()
-    metrics = _metrics(trainer, before)
+    metrics = _metrics(ready)
     if isinstance(job.recipe, Full):
-        trainer.model.save_pretrained(job.output)
-        ready.tokenizer.save_pretrained(job.output)
+        with fresh_folder(job.output, overwrite=True) as folder:
+            trainer.model.save_pretrained(folder)
+            ready.tokenizer.save_pretrained(folder)
         report, verified = None, False
     else:
         report = export(
@@ -107,8 +109,20 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
         )
         verified = verify(job.output, base=job.model).passed
     seconds = {"init": ready.init_seconds, "train": trained - started, "export": time.perf_counter() - trained}
-    _describe(job, ready, metrics, report, verified, seconds)
+    rows = len(trainer.train_dataset), len(trainer.eval_dataset or ())
+    describe(job, rows, ready.fingerprints["data.train"], metrics, report, verified, seconds)
     return Result(job.output, metrics, report, verified, seconds)
+
+
+def _train(trainer: SFTTrainer, resume_from: Path | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except AlreadyTrained as done:  # it was stopped between its last checkpoint and the end of its export
+        log.info("%s; exporting", done)
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
+        trainer.is_in_train = False
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 def initialise(
@@ -135,19 +149,23 @@ def initialise(
 def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     """Everything up to the first training step."""
     set_seed(job.seed)
-    resume_from = _resume_point(job, resume)
+    resume_from = resume_point(job) if resume else None
+    if not resume:
+        check_output(job.output)
+    args = arguments(job)
     model, tokenizer = load(
         job.model, revision=job.revision, precision=job.training.precision, trust_remote_code=job.trust_remote_code
     )
     if job.data.packing:
         check_packing(model)
     train, held_out = _tokens(job, tokenizer)
-    args = _arguments(job, has_eval=held_out is not None)
-    callbacks: list[TrainerCallback] = [LogCallback(job.output / "log.jsonl", resume_from is not None, progress)]
-    if job.training.patience is not None:
-        callbacks.append(EarlyStoppingCallback(job.training.patience))
+    rows = {"data.train": fingerprint(train)} | ({} if held_out is None else {"data.eval": fingerprint(held_out)})
+    if resume_from is not None:
+        check_unchanged(job, rows)
+        remove_half(resume_from)
+    journal = Journal(job.output / "log.jsonl", step_of(resume_from) if resume_from else None, progress)
     started = time.perf_counter()
-    trainer = _trainer(job, model, tokenizer, args, train, held_out, callbacks)
+    trainer = _trainer(job, model, tokenizer, args, train, held_out)
     if isinstance(job.recipe, Recipe):
         attach(trainer, job.recipe, resume_from=resume_from, cache=job.cache, progress=progress)
         if resume_from is None:
@@ -156,26 +174,21 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
                 _one_batch(trainer),
                 tolerance=1e-6 if dtype_of(job.training.precision) == torch.float32 else 1e-2,
             )
+    else:
+        trainer.add_callback(CheckpointCallback(job.recipe.name, resume_from))
+    trainer.add_callback(journal)
+    if job.training.patience is not None:
+        trainer.add_callback(Patience(job.training.patience))
     trainer.remove_callback(PrinterCallback)
-    sizes = {"train": len(trainer.train_dataset), "eval": len(trainer.eval_dataset or ())}
-    return Ready(trainer, tokenizer, sizes, fingerprint(train), resume_from, time.perf_counter() - started)
+    return Ready(trainer, tokenizer, journal, rows, resume_from, time.perf_counter() - started)
 
 
-def _resume_point(job: Job, resume: bool) -> Path | None:
-    kept = job.output / "checkpoints"
-    if resume:
-        found = last_complete(kept)
-        if found is None:
-            raise LoralignError(
-                f"nothing to resume in {job.output.name}: no checkpoint is complete; empty it, run without --resume"
-            )
-        for half in kept.glob("checkpoint-*"):  # cut off while it was written
-            if int(half.name.rsplit("-", 1)[1]) > int(found.name.rsplit("-", 1)[1]):
-                shutil.rmtree(half)
-        return found
-    if job.output.exists() and (not job.output.is_dir() or any(p.is_file() for p in job.output.rglob("*"))):
-        raise LoralignError(f"{job.output.name} is not empty: choose another output folder, or --resume the run in it")
-    return None
+class Patience(EarlyStoppingCallback):
+    """Early stopping that remembers, in a resumed run, that it had stopped."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            raise AlreadyTrained(f"the run had ended at step {state.global_step} by `train.patience`")
 
 
 def _rows(job: Job) -> tuple[Dataset, Dataset | None]:
@@ -202,67 +215,6 @@ def _tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Data
     return one(train, "training"), None if held_out is None else one(held_out, "evaluation")
 
 
-def _arguments(job: Job, *, has_eval: bool) -> SFTConfig:
-    t = job.training
-    if t.batch_size % t.micro_batch_size:
-        raise LoralignError(f"batch_size {t.batch_size} is no multiple of micro_batch_size {t.micro_batch_size}")
-    if t.load_best and not (has_eval and t.eval_every):
-        raise LoralignError("load_best needs evaluation rows (`data.eval`) and `train.eval_every`")
-    bf16 = dtype_of(t.precision) == torch.bfloat16
-    save_every = t.eval_every if t.load_best else t.save_every
-    settings: dict[str, Any] = {
-        "output_dir": str(job.output / "checkpoints"),
-        "max_steps": t.steps or -1,
-        "num_train_epochs": t.epochs,
-        "per_device_train_batch_size": t.micro_batch_size,
-        "per_device_eval_batch_size": t.micro_batch_size,
-        "gradient_accumulation_steps": t.batch_size // t.micro_batch_size,
-        "learning_rate": t.learning_rate,
-        "lr_scheduler_type": t.schedule,
-        "warmup_steps": t.warmup,
-        "eval_strategy": "steps" if has_eval and t.eval_every else "no",
-        "eval_steps": t.eval_every,
-        "save_strategy": "steps" if save_every else "no",
-        "save_steps": save_every or 500,
-        "save_total_limit": t.keep,
-        "load_best_model_at_end": t.load_best or t.patience is not None,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-        "logging_steps": t.log_every,
-        "report_to": list(t.report_to),
-        "bf16": bf16,
-        "gradient_checkpointing": t.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if t.gradient_checkpointing else None,
-        "dataloader_num_workers": t.workers,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
-        "seed": job.seed,
-        "max_length": job.data.max_length,
-        "packing": job.data.packing,
-        "assistant_only_loss": False,  # the labels already say it
-    }
-    ours = sorted(settings.keys() & t.extra.keys())
-    if ours:
-        raise LoralignError(
-            f"`train.extra.{ours[0]}` is decided by the recipe's own keys: leave it out of `train.extra`"
-        )
-    known = [f.name for f in fields(SFTConfig) if f.init]
-    for name in t.extra.keys() - set(known):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ": leave it out"
-        raise LoralignError(f"`train.extra.{name}` is no field of TRL's SFTConfig{hint}")
-    for tracker in t.report_to:
-        if tracker not in (*get_available_reporting_integrations(), "all", "none"):
-            raise LoralignError(
-                f"`train.report_to` names {tracker!r}, which is not installed or not known: leave it out"
-            )
-    try:
-        return SFTConfig(**settings, **t.extra)
-    except (TypeError, ValueError) as error:
-        raise LoralignError(f"`train` does not fit TRL's SFTConfig: {error}") from error
-
-
 def _trainer(
     job: Job,
     model: PreTrainedModel,
@@ -270,9 +222,8 @@ def _trainer(
     args: SFTConfig,
     train: Dataset,
     held_out: Dataset | None,
-    callbacks: list[TrainerCallback],
 ) -> SFTTrainer:
-    common: dict[str, Any] = {"args": args, "train_dataset": train, "eval_dataset": held_out, "callbacks": callbacks}
+    common: dict[str, Any] = {"args": args, "train_dataset": train, "eval_dataset": held_out}
     if isinstance(job.recipe, Recipe):
         config = peft_config(job.recipe, model)
         with explained_targets(model, job.recipe):
@@ -297,73 +248,16 @@ def _probes(ready: Ready) -> dict[str, torch.Tensor]:
     return {k: v.cpu() for k, v in _one_batch(ready.trainer).items() if k in ("input_ids", "attention_mask")}
 
 
-def _metrics(trainer: SFTTrainer, before: dict[str, float]) -> dict[str, float]:
-    found = {
-        "train_loss": next(
-            (h["train_loss"] for h in reversed(trainer.state.log_history) if "train_loss" in h), float("nan")
-        )
-    }
+def _metrics(ready: Ready) -> dict[str, float]:
+    trainer, state = ready.trainer, ready.trainer.state
+    history = state.log_history
+    found = {key: float(e[key]) for e in history for key in ("train_loss",) if key in e}
     if trainer.eval_dataset is not None:
-        found["eval_loss"] = float(trainer.evaluate()["eval_loss"])
-        if "eval_loss" in before:
-            found["eval_loss_before"] = float(before["eval_loss"])
-    if trainer.state.best_metric is not None:
-        found["best_eval_loss"] = float(trainer.state.best_metric)
-    return {**found, "steps": float(trainer.state.global_step)}
-
-
-def _describe(
-    job: Job,
-    ready: Ready,
-    metrics: dict[str, float],
-    report: ExportReport | None,
-    verified: bool,
-    seconds: dict[str, float],
-) -> None:
-    card = Card(
-        base=job.model,
-        revision=job.revision,
-        method=job.recipe.name,
-        options=_options(job),
-        data={"rows": ready.rows, "fingerprint": ready.fingerprint},
-        learning_rate=job.training.learning_rate,
-        lr_source=job.training.lr_source,
-        metrics=metrics,
-        export=report,
-        verified=verified,
-        source=job.source,
-    )
-    write_card(job.output, card)
-    write_run(job.output, card, seconds=seconds)
-
-
-def _options(job: Job) -> dict[str, Any]:
-    if isinstance(job.recipe, Full):
-        return {}
-    r = job.recipe
-    return {"rank": r.r, "alpha": r.alpha, "scale": r.scale(r.alpha, r.r), "dropout": r.dropout, "seed": r.seed}
-
-
-class LogCallback(TrainerCallback):
-    """log.jsonl, one line per log, and progress; a non-finite loss ends the run."""
-
-    def __init__(self, path: Path, keep: bool, progress: Progress | None) -> None:
-        self.path, self.keep, self.progress = path, keep, progress
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and not self.keep:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("", encoding="utf-8")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or logs is None:
-            return
-        with self.path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        loss = logs.get("loss")
-        if loss is not None and not abs(loss) < float("inf"):
-            raise WorkFailed(f"the loss is {loss} at step {state.global_step}: lower the learning rate")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.progress:
-            self.progress("train", state.global_step, state.max_steps)
+        measured = [e["eval_loss"] for e in history if "eval_loss" in e and e["step"] == state.global_step]
+        fresh = measured if not trainer.args.load_best_model_at_end else []
+        found["eval_loss"] = float(fresh[-1] if fresh else trainer.evaluate()["eval_loss"])
+        if ready.journal.loss_before is not None:
+            found["eval_loss_before"] = ready.journal.loss_before
+    if state.best_metric is not None and trainer.args.load_best_model_at_end:
+        found["best_eval_loss"] = float(state.best_metric)
+    return {**found, "steps": float(state.global_step)}

@@ -1,0 +1,67 @@
+"""log.jsonl, one line per log of the Trainer, and progress; a loss that is not finite ends the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from loralign.evidence import Progress
+from loralign.train.checkpoint import write_atomically
+from loralign.types import WorkFailed
+
+BEFORE = 0
+"""Step of the evaluation before training."""
+
+
+class Journal(TrainerCallback):
+    """The log of one run. resumed_step: lines beyond it are of an attempt that was cut off, None: a new run."""
+
+    def __init__(self, path: Path, resumed_step: int | None, progress: Progress | None) -> None:
+        self.path, self.progress = path, progress
+        self.kept = [] if resumed_step is None else [e for e in _entries(path) if e.get("step", 0) <= resumed_step]
+        self.opened = False
+
+    @property
+    def loss_before(self) -> float | None:
+        """Evaluation loss before the first step, of a resumed run too."""
+        return next((e["eval_loss"] for e in self.kept if e.get("step") == BEFORE and "eval_loss" in e), None)
+
+    def _open(self) -> None:
+        """With the first line, so that a run which is refused leaves no file."""
+        self.opened = True
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, "".join(json.dumps(e) + "\n" for e in self.kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        if not self.opened:
+            self._open()
+        entry = {"step": state.global_step, **logs}
+        self.kept.append(entry)
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(entry) + "\n")
+        loss = logs.get("loss")
+        if loss is not None and not abs(loss) < float("inf"):
+            raise WorkFailed(
+                f"the loss is {loss} at step {state.global_step}: lower the learning rate, or look for broken rows in "
+                "the data"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress:
+            self.progress("train", state.global_step, state.max_steps)
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """The lines that are whole; a kill may have cut the last one."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found

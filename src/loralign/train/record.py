@@ -1,0 +1,60 @@
+"""What a finished run says about itself: the model card and run.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loralign.io.card import Card, write_card
+from loralign.io.export import ExportReport
+from loralign.io.provenance import write_run
+from loralign.train.job import Job
+from loralign.types import Full
+
+
+def describe(
+    job: Job,
+    rows: tuple[int, int],
+    fingerprint: str,
+    metrics: dict[str, float],
+    report: ExportReport | None,
+    verified: bool,
+    seconds: dict[str, float],
+) -> None:
+    """Write both. rows: for training and held out; fingerprint: of the training rows, as tokens."""
+    card = Card(
+        base=job.model,
+        revision=job.revision,
+        method=job.recipe.name,
+        options=_options(job),
+        data=_data(job, rows, fingerprint),
+        learning_rate=job.training.learning_rate,
+        lr_source=job.training.lr_source,
+        metrics=metrics,
+        export=report,
+        verified=verified,
+        source=job.source,
+    )
+    write_card(job.output, card)
+    write_run(job.output, card, seconds=seconds)
+
+
+def _options(job: Job) -> dict[str, Any]:
+    t, r = job.training, job.recipe
+    adapter = {} if isinstance(r, Full) else {
+        "rank": r.r, "alpha": r.alpha, "scale": r.scale(r.alpha, r.r), "dropout": r.dropout
+    }  # fmt: skip
+    said = {"batch size": t.batch_size, "schedule": t.schedule, "warm-up": t.warmup, "seed": job.seed}
+    return {**adapter, "targets": r.targets, "weight decay": r.weight_decay, **said}
+
+
+def _data(job: Job, rows: tuple[int, int], fingerprint: str) -> dict[str, Any]:
+    train = job.data.train
+    return {
+        "name": Path(train).name if Path(train).exists() else train,
+        "rows": rows[0],
+        "held-out rows": rows[1],
+        "tokens per row at most": job.data.max_length,
+        "loss on": "answers only" if job.data.assistant_only else "every token",
+        "fingerprint": fingerprint,
+    }

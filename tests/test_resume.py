@@ -1,0 +1,160 @@
+"""A run that was killed, anywhere, goes on as if it had not been; with other settings it is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cli_world import Done, assert_one_sentence, bytes_of, run, world_in
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+
+event, ending, torn = sys.argv[1:4]
+
+def watch(name, args):
+    if name == event and str(args[1 if name == "os.rename" else 0]).replace(os.sep, "/").endswith(ending):
+        for path in Path(torn).rglob("*") if torn else ():
+            if path.is_file():
+                os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(watch)
+from loralign.cli import main
+main(sys.argv[4:])
+"""
+"""`loralign` that is killed when it opens or renames a certain file; what the folder `torn` holds by then is cut in
+half, as by a power failure."""
+
+MOMENTS = {  # what is just going to happen; the folder whose files get torn
+    "state of the trainer": ("open", "checkpoint-4/trainer_state.json", "checkpoint-4"),
+    "our note": ("os.rename", "checkpoint-4/loralign.json", "checkpoint-4"),
+    "the first checkpoint": ("os.rename", "checkpoint-2/loralign.json", ""),
+    "the export": ("os.rename", "killed/adapter_config.json", ""),
+}
+QUICK = "our note"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with world_in(tmp_path_factory.mktemp("resume")) as root:
+        yield root
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path) -> Done:
+    """The uninterrupted run; its result lies in `out`."""
+    done = run("train", "r.yaml", "--set", "train.keep=9")
+    assert done.code == 0, done.err
+    return done
+
+
+def train_and_kill(moment: str, output: str) -> int:
+    event, ending, torn = MOMENTS[moment]
+    torn_folder = f"{output}/checkpoints/{torn}" if torn else ""
+    command = [sys.executable, "-c", KILLED, event, ending, torn_folder]
+    done = subprocess.run([*command, "train", "r.yaml", "--set", f"output={output}"], capture_output=True, timeout=300)
+    return done.returncode
+
+
+def losses(folder: str) -> list[tuple[int, float]]:
+    entries = map(json.loads, Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [(e["step"], e["loss"]) for e in entries if "loss" in e]
+
+
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize(
+    "moment", [pytest.param(m, marks=() if m == QUICK else pytest.mark.slow) for m in MOMENTS], ids=list(MOMENTS)
+)
+def test_a_kill_in_the_middle_of_a_save_loses_nothing(moment: str) -> None:
+    shutil.rmtree("killed", ignore_errors=True)
+    assert train_and_kill(moment, "killed") == -signal.SIGKILL
+    if moment == "the first checkpoint":
+        run_again = run("train", "r.yaml", "--set", "output=killed", "--resume")
+        assert run_again.code == 2, "no checkpoint was complete yet"
+        assert "no checkpoint is complete" in assert_one_sentence(run_again)
+        return
+    resumed = run("train", "r.yaml", "--set", "output=killed", "--resume")
+    assert resumed.code == 0, resumed.err
+    for path in ("adapter_model.safetensors", "checkpoints/checkpoint-6/adapter_model.safetensors"):
+        ours, theirs = load_file(Path("killed", path)), load_file(Path("out", path))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs), path
+    assert losses("killed") == losses("out")
+    metrics = json.loads(Path("killed/run.json").read_text(encoding="utf-8"))["metrics"]
+    assert metrics["eval_loss_before"] > metrics["eval_loss"], "the first evaluation was not lost"
+    assert [p.name for p in Path.cwd().glob(".killed.*")] == [], "the half export is gone"
+
+
+CHANGES = {  # overrides: what is said
+    "rate": (["train.learning_rate=5e-3"], r"`train.learning_rate` is 0.005, the run began with 0.01"),
+    "method": (["method=pissa", "options={}"], "`method` is 'pissa', the run began with 'lora-ga'"),
+    "option": (["options={micro_batches: 3}"], "`options` is {'micro_batches': 3}, the run began with"),
+    "rank": (["rank=2"], "`rank` is 2, the run began with 4"),
+    "longer": (["train.steps=8"], "`train.steps` is 8, the run began with 6"),
+    "rows": (["data.train=other.jsonl"], "the rows of `data.train` are not those that the run began with"),
+}
+
+
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("what", CHANGES)
+def test_other_settings_are_refused_and_nothing_is_touched(what: str, world: Path) -> None:
+    rows = Path("rows.jsonl").read_text(encoding="utf-8").splitlines()
+    Path("other.jsonl").write_text("\n".join(reversed(rows)), encoding="utf-8")
+    before = bytes_of(world)
+    overrides, said = CHANGES[what]
+    done = run("train", "r.yaml", "--resume", *(word for o in overrides for word in ("--set", o)))
+    assert done.code == 2, done.err
+    assert said in assert_one_sentence(done)
+    assert bytes_of(world) == before
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_finished_run_takes_no_further_step() -> None:
+    shutil.copytree("out", "finished")
+    done = run("train", "r.yaml", "--resume", "--set", "output=finished", "--set", "train.log_every=1")
+    assert done.code == 0, done.err
+    assert "checkpoint-6 is the end of its run (6 steps)" in done.err
+    ours, theirs = (load_file(Path(f, "adapter_model.safetensors")) for f in ("finished", "out"))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_patience_and_the_best_checkpoint_survive_a_move(world: Path) -> None:
+    """Early stopping after one evaluation without a gain: the rate is far too high."""
+    patient = ["train.patience=1", "train.eval_every=1", "train.save_every=null", "train.steps=20"]
+    patient += ["train.learning_rate=3", "train.schedule=constant"]
+    argv = ["train", "r.yaml", *(word for o in patient for word in ("--set", o))]
+    done = run(*argv, "--set", "output=early")
+    assert done.code == 0, done.err
+    steps = int(float(dict(line.split(": ") for line in done.out.splitlines() if line.startswith("steps: "))["steps"]))
+    assert steps < 20, "it stopped early"
+    shutil.move("early", "moved")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        Path("moved", name).rename(Path(f"first-{name}"))
+    again = run(*argv, "--set", "output=moved", "--resume")
+    assert again.code == 0, again.err
+    assert f"the run had ended at step {steps} by `train.patience`" in again.err
+    ours, theirs = load_file("moved/adapter_model.safetensors"), load_file("first-adapter_model.safetensors")
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs), "the best checkpoint, not the last"
+
+
+def test_full_fine_tuning_resumes(world: Path) -> None:
+    full = ["method=full", "options={}", "rank=null", "train.learning_rate=1e-3"]
+    argv = ["train", "r.yaml", *(word for o in full for word in ("--set", o))]
+    assert run(*argv, "--set", "output=full").code == 0
+    shutil.copytree("full", "full-again")
+    shutil.rmtree("full-again/checkpoints/checkpoint-6")
+    again = run(*argv, "--set", "output=full-again", "--resume")
+    assert again.code == 0, again.err
+    ours, theirs = (load_file(Path(f, "model.safetensors")) for f in ("full-again", "full"))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
