@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw as torch_adamw
 
 from loralign.linalg import keyed_generator
+from loralign.optim_lists import adam_state, adam_updates, masked
 from loralign.slot import SlotLinear, live_of, parted, whole
 from loralign.types import (
     Ctx,
@@ -35,52 +35,6 @@ from loralign.types import (
     Transform,
     WorkFailed,
 )
-
-
-def adam_state(p: Tensor) -> dict[str, Tensor]:
-    """Empty Adam state of one tensor: step (), exp_avg and exp_avg_sq like p, fp32 (float64 stays)."""
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    zeros = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
-    step = torch.zeros((), dtype=torch.float32, device=p.device)
-    return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-
-
-def stacked(tensors: Sequence[Tensor | None]) -> Tensor:
-    """One (n, ...) tensor of n equal shapes, at least fp32; for what a group of pairs has in common."""
-    whole_group = torch.stack([t for t in tensors if t is not None])
-    return whole_group.to(torch.promote_types(whole_group.dtype, torch.float32))
-
-
-def adam_updates(
-    grads: Sequence[Tensor | None],
-    state: Sequence[dict[str, Tensor] | None],
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-) -> list[Tensor | None]:
-    """−lr·m̂/(√v̂ + ε) of each tensor by torch's fused AdamW on a zero buffer; changes state in place."""
-    live = [(g, st) for g, st in zip(grads, state, strict=True) if g is not None and st is not None]
-    updates = [torch.empty_like(st["exp_avg"]) for _, st in live]
-    if live:
-        torch._foreach_zero_(updates)
-        torch_adamw(
-            updates,
-            [g.to(st["exp_avg"].dtype) for g, st in live],
-            [st["exp_avg"] for _, st in live],
-            [st["exp_avg_sq"] for _, st in live],
-            [],
-            [st["step"] for _, st in live],
-            fused=True,
-            amsgrad=False,
-            beta1=betas[0],
-            beta2=betas[1],
-            lr=lr,
-            weight_decay=0.0,
-            eps=eps,
-            maximize=False,
-        )
-    rest = iter(updates)
-    return [None if g is None else next(rest) for g in grads]
 
 
 class PairOptimizer(torch.optim.Optimizer):
@@ -187,9 +141,9 @@ class PairOptimizer(torch.optim.Optimizer):
                 "no pair of the adapter received a gradient, so nothing was trained: "
                 "is the loss computed from the adapted model?"
             )
-        grads = _masked(grads, pairs, [rule.grad_mask(pairs, ctx) for rule in self.rules])
+        grads = masked(grads, pairs, [rule.grad_mask(pairs, ctx) for rule in self.rules])
         updates = self._decayed(self._transformed(pairs, grads, live), live)
-        updates = _masked(updates, pairs, [*(rule.update_mask(pairs, ctx) for rule in self.rules), self._alive(pairs)])
+        updates = masked(updates, pairs, [*(rule.update_mask(pairs, ctx) for rule in self.rules), self._alive(pairs)])
         self._apply(live, updates)
         self._step_rest()
         self.applied, self.steps_here = len(pairs), self.steps_here + 1
@@ -370,19 +324,3 @@ class PairOptimizer(torch.optim.Optimizer):
 
 def _group(role: str, named: Mapping[str, nn.Parameter], lr: float, decay: float) -> dict[str, Any]:
     return {"params": list(named.values()), "names": list(named), "role": role, "lr": lr, "weight_decay": decay}
-
-
-def _masked(values: dict[str, Grad], pairs: Sequence[Pair], masks: Iterable[Sequence[Grad] | None]) -> dict[str, Grad]:
-    """Values times masks, one product for all tensors of a shape."""
-    for mask in (m for m in masks if m is not None):
-        for factor in ("A", "B"):
-            groups: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
-            for pair, m in zip(pairs, mask, strict=True):
-                v, on = getattr(values[pair.name], factor), getattr(m, factor)
-                if v is not None and on is not None:
-                    groups.setdefault((v.shape, on.shape, v.device), []).append((pair.name, v, torch.atleast_2d(on)))
-            for group in groups.values():
-                names, vs, ons = zip(*group, strict=True)
-                made = torch.stack(vs) * torch.stack(ons)
-                values.update((n, values[n]._replace(**{factor: v})) for n, v in zip(names, made.unbind(), strict=True))
-    return values

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from loralign.linalg import gram, keyed_scores
-from loralign.optim import stacked
+from loralign.optim_lists import stacked
 from loralign.types import NOTHING, Ctx, Grad, LoralignError, Moment, Need, Pair, Plan
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loralign.optim import adam_state, adam_updates
+from loralign.optim_lists import adam_state, adam_updates
 from loralign.types import Ctx, Grad, Pair, SlotPlan, State
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from loralign.linalg import gram, psd_inverse
-from loralign.optim import stacked
+from loralign.optim_lists import stacked
 from loralign.transform.adamw import adamw
 from loralign.transform.combine import Chain, chain
 from loralign.types import Ctx, Grad, Pair, SlotPlan, State, WorkFailed

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from loralign.linalg import gram, sylvester_spectral
-from loralign.optim import stacked
+from loralign.optim_lists import stacked
 from loralign.transform.adamw import adamw
 from loralign.transform.combine import chain, descend
 from loralign.types import Ctx, Grad, Pair, SlotPlan, State, Transform

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from loralign.linalg import gram
-from loralign.optim import stacked
+from loralign.optim_lists import stacked
 from loralign.types import Ctx, Grad, LoralignError, Pair, SlotPlan, State
 
 CUT = 1e-6

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from loralign.linalg import msign
-from loralign.optim import stacked
+from loralign.optim_lists import stacked
 from loralign.types import Ctx, Grad, Pair, SlotPlan, State
 
 
