@@ -148,10 +148,12 @@ def _sentence(kind: Kind, curves: Sequence[Curve], comparison: Comparison | None
 
 def _about_final(c: Comparison, base: str) -> str:
     low, high = sorted((abs(c.final.low), abs(c.final.high)))
-    size = f"{base} by {_figure(abs(c.final.mean))} (95 % {_figure(low)} … {_figure(high)})"
+    half = c.final.high - c.final.mean
     if c.final_sign:
+        n = max(_decimals(abs(c.final.mean)), _decimals(half))
+        size = f"{base} by {abs(c.final.mean):.{n}f} (95 % {low:.{n}f} … {high:.{n}f})"
         return f"{'better' if c.final_sign > 0 else 'worse'} than {size}"
-    noise = f"{_figure(-c.final.mean, sign=True)} ± {_figure(c.final.high - c.final.mean)}"
+    noise = f"{-c.final.mean:+.{_decimals(half)}f} ± {half:.{_decimals(half)}f}"
     if c.speed_sign:
         return f"ends level with {base} within noise ({noise})"
     return f"no difference from {base} within noise (final loss {noise})"
@@ -169,10 +171,9 @@ def _about_speed(c: Comparison, base: str) -> str:
     return f"reaches the final loss of {base} in {share} and {clock}"
 
 
-def _figure(x: float, *, sign: bool = False) -> str:
-    """Three decimals, more where they would hide the number."""
-    decimals = 3 if x == 0 or not math.isfinite(x) else max(3, 1 - math.floor(math.log10(abs(x))))
-    return f"{x:{'+' if sign else ''}.{min(decimals, 9)}f}"
+def _decimals(x: float) -> int:
+    """Three, more where they would hide the number."""
+    return 3 if x == 0 or not math.isfinite(x) else min(9, max(3, 1 - math.floor(math.log10(abs(x)))))
 
 
 def _flags(curves: Sequence[Curve], rates: Sequence[Rate], comparison: Comparison | None) -> list[str]:
