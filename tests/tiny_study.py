@@ -51,4 +51,4 @@ def _row(kind: str, seed: int) -> dict[str, Any]:
 
 
 def load(file: Path, *overrides: str) -> Spec:
-    return load_study(file, overrides, 32)
+    return load_study(file, overrides)

@@ -227,10 +227,14 @@ def compare(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study file (YAML).")],
     overrides: Overrides = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes on this machine, dealt out over its GPUs.")] = 1,
-    worker: Annotated[bool, typer.Option("--worker", help="Only work on the study; others report it.")] = False,
+    worker: Annotated[bool, typer.Option("--worker", help="Only work on the study, print what is done here.")] = False,
     only_report: Annotated[bool, typer.Option("--report", help="Run nothing, report what is finished.")] = False,
 ) -> None:
-    """Compare methods, each at its own tuned learning rate; interrupted anywhere, it goes on where it was."""
+    """Compare methods, each at its own tuned learning rate, beside tuned `lora` and full fine-tuning.
+
+    Interrupted anywhere, the same command goes on where it was. Other machines that see the study's folder share the
+    work by `loralign compare STUDY --worker`. Arms, seeds and budgets may be added to a study later.
+    """
     from loralign.cli_compare import run_alone, run_workers, say_result, spec_of, work_as_one_of_many
 
     spec = spec_of(study, overrides or ())

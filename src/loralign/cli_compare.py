@@ -19,20 +19,14 @@ if TYPE_CHECKING:
 
 
 def spec_of(study: Path, overrides: Sequence[str]) -> Spec:
-    """The study of a file; its model is looked up for the width that scales the learning-rate priors."""
     try:
         import optuna  # noqa: F401
         import scipy  # noqa: F401
     except ImportError as error:
         raise LoralignError(f'compare needs {error.name}: pip install "loralign[compare]"') from error
     from loralign.config_study import load_study
-    from loralign.config_yaml import override, read_yaml
-    from loralign.train.model import hidden_size
 
-    content = read_yaml(study)
-    for text in overrides:
-        override(content, text)
-    return load_study(study, overrides, hidden_size(str(content.get("model", ""))))
+    return load_study(study, overrides)
 
 
 def say(text: str) -> None:

@@ -18,6 +18,7 @@ from loralign.config_file import Count, Schedule, _Section
 from loralign.config_yaml import override, read_yaml
 from loralign.io.provenance import is_local
 from loralign.recipes import learning_rate
+from loralign.train.model import hidden_size
 from loralign.types import LoralignError, Recipe
 
 REFERENCES = ("full", "lora")
@@ -129,12 +130,15 @@ class StudyFile(_Section):
     """Folder of the study: trials, results, pictures."""
 
 
-def load_study(path: str | Path, overrides: Sequence[str], hidden_size: int) -> Spec:
-    """Read a study file; hidden_size of the model scales the priors."""
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
+    """Read a study file; the width of its model, which scales the learning-rate priors, is read from the config."""
+    if not Path(path).is_file():
+        raise LoralignError(f"no such study file: {path}; examples/compare.yaml is one to copy")
     content = read_yaml(Path(path))
     for text in overrides:
         override(content, text)
-    spec = to_spec(parse_study(content, Path(path).name), hidden_size)
+    file = parse_study(content, Path(path).name)
+    spec = to_spec(file, hidden_size(file.model))
     _check_files(spec, Path(path).name)
     return replace(spec, content=content_of(spec), shared_rows=shared_rows(spec))
 
@@ -160,7 +164,7 @@ def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
     try:
         file = StudyFile.model_validate(dict(content))
     except ValidationError as error:
-        raise LoralignError(f"{name}: {sentence(error, StudyFile)}") from error
+        raise LoralignError(f"{name}: {{said}") from error
     t = file.train
     if t.micro_batch_size and t.batch_size % t.micro_batch_size:
         raise LoralignError(f"{name}: `train.batch_size` is no multiple of `train.micro_batch_size`")
