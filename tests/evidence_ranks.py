@@ -6,6 +6,7 @@ Collects every kind of evidence on its own half of the micro-batches and writes 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from loralign import build, sites
-from loralign.evidence import collect
+from loralign.evidence import collect, partial
 from loralign.sites import put_in
 from loralign.types import CommonSubspace, Preheated, Sketch, TopGradient
 from toy import batch_for, llama
@@ -38,6 +39,25 @@ def needs(world: int) -> dict[str, Any]:
     }
 
 
+def check_that_a_stopped_preheat_goes_on(model: Any, batches: list[Any], need: Preheated, cache: Path) -> None:
+    """Stopped after the second of three steps on every rank, then the same numbers as without a stop."""
+    partial.EVERY_S = 0.0
+
+    def stop(what: str, done: int, total: int) -> None:
+        if (what, done) == ("preheat", 2):
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        collect(need, model, sites(model), batches, seed=5, cache=cache, progress=stop)
+    steps: list[int] = []
+    found = collect(
+        need, model, sites(model), batches, seed=5, cache=cache, progress=lambda what, done, total: steps.append(done)
+    )
+    assert steps[0] == 3, steps
+    whole = collect(need, model, sites(model), batches, seed=5)
+    assert all(torch.equal(getattr(d, k), getattr(whole[n], k)) for n, d in found.items() for k in "USV")
+
+
 def main(rank: int, world: int, folder: Path, engine: str) -> None:
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}-{engine}", rank=rank, world_size=world)
@@ -52,6 +72,8 @@ def main(rank: int, world: int, folder: Path, engine: str) -> None:
         fully_shard(model)
     mine = batches[rank::RANKS] if world > 1 else batches
     out: dict[str, torch.Tensor] = {}
+    if world > 1:
+        check_that_a_stopped_preheat_goes_on(model, mine, needs(world)["hrp"], folder / f"stopped-{engine}")
     for kind, need in needs(world).items():
         cache = folder / f"cache-{engine}" if kind == "exact" else None
         for turn in range(2 if cache else 1):

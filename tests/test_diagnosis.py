@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from loralign import LoralignError, Recipe, build, peft_config, sites
 from loralign.io.heatmap import heat_map, kind_of, layer_of
 from loralign.train.attach import attach
 from loralign.train.diagnosis import BEST, diagnose
+from loralign.train.journal import Journal
 from toy import llama
 
 R = 2
@@ -109,6 +111,26 @@ def test_without_evaluation_rows_the_next_training_rows_count(tmp_path: Path) ->
     assert diagnose(trainer, made, beside=(), micro_batches=2).held_out == "training rows that no init saw"
     with pytest.raises(LoralignError, match=r"leave none to measure on: set `data\.eval`"):
         diagnose(trainer, made, beside=("hrp-sketch",), micro_batches=2)
+
+
+def test_the_first_line_of_the_log_says_what_the_start_knows(tmp_path: Path) -> None:
+    """What the evidence cost, and every layer's shares; lora needs none and says none."""
+    lines = {}
+    for name in ("lora-ga", "lora"):
+        made = build(name, {"micro_batches": 2} if name == "lora-ga" else {}, r=R)
+        assert isinstance(made, Recipe)
+        model = llama()
+        trainer = tiny_trl.sft(tmp_path, peft_config(made, model), model, max_steps=1)
+        journal = Journal(tmp_path / f"{name}.jsonl", None, None)
+        journal.note_evidence(attach(trainer, made).evidence)
+        trainer.add_callback(journal)
+        trainer.train()
+        lines[name] = [json.loads(line) for line in journal.path.read_text(encoding="utf-8").splitlines()]
+    first, *rest = lines["lora-ga"]
+    told = first["evidence"]
+    assert first["step"] == 0 and told["micro_batches"] == 3 and told["tokens"] > 0 and len(told["sites"]) == 14
+    assert all(0 < site["held_out"] <= 1 and 0 < site["captured"] <= 1 for site in told["sites"].values())
+    assert len(rest) == len(lines["lora"]) and not any("evidence" in line for line in (*rest, *lines["lora"]))
 
 
 def test_full_is_no_start(tmp_path: Path) -> None:

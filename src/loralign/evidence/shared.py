@@ -14,7 +14,7 @@ from loralign.evidence.ranks import rank
 from loralign.evidence.tap import Passes
 from loralign.sites import weight
 from loralign.subspace import SIDES, Basis, Shared, Side, consensus_of, extract, read_basis
-from loralign.subspace_sources import Leading, Members, Target, cut, leading, pattern
+from loralign.subspace_sources import WEIGHTS_WARNING, Leading, Members, Target, cut, leading, pattern
 from loralign.types import Batch, CommonSubspace, Directions, LoralignError, Site
 
 log = logging.getLogger("loralign")
@@ -57,7 +57,10 @@ def _basis(need: CommonSubspace, passes: Passes, sites: Sequence[Site]) -> Basis
     if len(need.sources) == 1 and Path(need.sources[0]).is_file():
         if need.base:
             raise LoralignError("a basis file needs no `base`: leave it out")
-        return read_basis(Path(need.sources[0]))
+        kept = read_basis(Path(need.sources[0]))
+        if kept.facts["kind"] == "weights":
+            log.warning("%s", WEIGHTS_WARNING)
+        return kept
     targets = [Target(s.name, s.d_out, s.d_in, bool(getattr(s.layer, "fan_in_fan_out", False))) for s in sites]
     return extract(need.sources, base=need.base, targets=targets, width=need.width, progress=passes.progress)
 

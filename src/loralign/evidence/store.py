@@ -31,6 +31,14 @@ class Evidence(dict[str, Directions]):
         super().__init__(found or {})
         self.spent = spent or Spent()
 
+    def facts(self) -> dict[str, Any]:
+        """What is worth a line of a log: the cost, and per site the shares, without the directions; empty if none."""
+        if not self:
+            return {}
+        told = ("captured", "held_out", "quality", "exact", "note")
+        sites = {n: {k: v for k in told if (v := getattr(d, k)) not in (None, "")} for n, d in self.items()}
+        return {**asdict(self.spent), "sites": sites}
+
     def on_cpu(self) -> Evidence:
         """The same, to be sent to other ranks."""
 

@@ -65,9 +65,9 @@ def attach(
             evidence = gather(
                 model, recipe, _batches(trainer, recipe), loss=loss_of(trainer), cache=cache, progress=progress
             )
-            stored, spent = start(model, recipe, evidence), evidence.spent
+            stored, spent, facts = start(model, recipe, evidence), evidence.spent, evidence.facts()
     else:
-        stored, spent = dict(read_note(Path(resume_from)).storage), None
+        stored, spent, facts = dict(read_note(Path(resume_from)).storage), None, {}
         restore_storage(model, recipe, stored)
     callback = RecipeCallback(
         recipe,
@@ -76,6 +76,7 @@ def attach(
         resume_from=Path(resume_from) if resume_from else None,
         keep=trainer.args.save_total_limit,
         spent=spent,
+        evidence=facts,
     )
     trainer.add_callback(callback)
     lr = float(trainer.args.learning_rate)

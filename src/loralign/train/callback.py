@@ -26,7 +26,11 @@ log = logging.getLogger("loralign")
 
 
 class RecipeCallback(TrainerCallback):
-    """One run of one recipe. Attributes for the curious: `optimizer`, `episodes`, `unreached`, `spent` (evidence)."""
+    """One run of one recipe.
+
+    Attributes for the curious: `optimizer`, `episodes`, `unreached`, `spent` and `evidence` (what it cost and, per
+    site, what the start holds).
+    """
 
     def __init__(
         self,
@@ -37,10 +41,11 @@ class RecipeCallback(TrainerCallback):
         resume_from: Path | None = None,
         keep: int | None = None,
         spent: Spent | None = None,
+        evidence: Mapping[str, Any] | None = None,
     ) -> None:
         self.recipe, self.model, self.stored = recipe, model, dict(stored)
         self.resume_from, self.keep = resume_from, keep
-        self.spent = spent or Spent()
+        self.spent, self.evidence = spent or Spent(), dict(evidence or {})
         self.steps_seen = 0
         self.optimizer: PairOptimizer | None = None
         self.episodes = Episodes(recipe, model)

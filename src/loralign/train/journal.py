@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ class Journal(TrainerCallback):
     def loss_before(self) -> float | None:
         """Evaluation loss before the first step, of a resumed run too."""
         return next((e["eval_loss"] for e in self.kept if e.get("step") == BEFORE and "eval_loss" in e), None)
+
+    def note_evidence(self, facts: Mapping[str, Any]) -> None:
+        """What the start knows, as the first line; `facts` may be empty."""
+        if facts:
+            self.kept.append({"step": BEFORE, "evidence": dict(facts)})
 
     def _open(self) -> None:
         """With the first line, so that a run which is refused leaves no file."""

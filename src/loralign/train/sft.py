@@ -167,7 +167,8 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     started = time.perf_counter()
     trainer = _trainer(job, model, tokenizer, args, train, held_out)
     if isinstance(job.recipe, Recipe):
-        attach(trainer, job.recipe, resume_from=resume_from, cache=job.cache, progress=progress)
+        callback = attach(trainer, job.recipe, resume_from=resume_from, cache=job.cache, progress=progress)
+        journal.note_evidence(callback.evidence)
         if resume_from is None:
             check_start(
                 trainer.model,
