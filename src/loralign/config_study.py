@@ -164,7 +164,8 @@ def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
     try:
         file = StudyFile.model_validate(dict(content))
     except ValidationError as error:
-        raise LoralignError(f"{name}: {{said}") from error
+        said = sentence(error, StudyFile).replace("key of a recipe", "key of a study")
+        raise LoralignError(f"{name}: {said}") from error
     t = file.train
     if t.micro_batch_size and t.batch_size % t.micro_batch_size:
         raise LoralignError(f"{name}: `train.batch_size` is no multiple of `train.micro_batch_size`")
