@@ -40,6 +40,8 @@ NAME = "loralign"
 BEAT_S = 15.0
 STALE_S = 120.0
 """A claim from another machine whose beat did not change for so long is dead."""
+CLOCK_S = 5.0
+"""Two looks at the start of one process may differ by this much: the clock was set in between."""
 ABANDONED_S = 3600.0
 """So old a beat is dead at first sight, however clocks may differ."""
 
@@ -241,7 +243,9 @@ def _study_id(journal: JournalStorage) -> int:
 
 def _machine() -> str:
     """Name, boot and process namespace: processes can be looked up by number only where all three agree."""
-    found = [socket.gethostname(), str(int(psutil.boot_time()))]
+    found = [socket.gethostname()]
+    with suppress(OSError):
+        found.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
     with suppress(OSError):
         found.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(found)
@@ -254,7 +258,8 @@ OWNER = [MACHINE, os.getpid(), psutil.Process().create_time()]
 def _process_lives(pid: int, born: float) -> bool:
     try:
         process = psutil.Process(pid)
-        return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
+        same = abs(process.create_time() - born) < CLOCK_S
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
