@@ -15,12 +15,14 @@ Differs: from the code: s is the pair's (there 2), m̂ and v̂ count steps from 
          gradients (there on the finished update), frozen W does not decay, X by two symmetric eigendecompositions
          (there complex ones), (BᵀB)⁻¹ is damped relative to its size too and cut where float32 knows nothing. Default
          is "factor", the authors' older release; their newer one and the paper's algorithm is "full".
-Cost:    10·r²(d_in + d_out) FLOPs and one batched `eigh` of r by r matrices a step ("full": two). State: factor 8 B per
-         trained number, full 8 B per number of W (52 GB for a 7B model), none 0.
+Cost:    10·r²(d_in + d_out) FLOPs and one batched `eigh` of r by r matrices a step (torch takes them one by one on CUDA
+         above r = 32); "full": two. State: factor 8 B per trained number, full 8 B per number of W (52 GB for a 7B
+         model), none 0.
 Export:  exact.
 Args:    moments: where Adam's averages live. x: "sylvester" (7), "zero" or "symmetric" (½·C·(AAᵀ)⁻¹, C the right side
          of (7)); the step of the product is the same. damping: δ of (BᵀB + δI)⁻¹ in units of its mean eigenvalue,
-         1e-6 (paper: none). floor: smallest δ, in units of B², 1e-8 as in the code. betas, eps: Adam's.
+         1e-6 (paper: none). floor: smallest δ, in units of B², 1e-8 as in the code. From B = 0 the first a are as
+         large as 1/δ, and Adam's memory of them holds A still for long in "factor". betas, eps: Adam's.
          The rate of "full" is full fine-tuning's, s cancels. Clipping: the usual global norm of 1.
 Example:
     >>> import torch
