@@ -26,6 +26,14 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor:
     return whole_group.to(torch.promote_types(whole_group.dtype, torch.float32))
 
 
+def scales(pairs: Sequence[Pair], like: Tensor) -> Tensor | float:
+    """s of every pair, (n, 1, 1); the one number where all agree, which saves a copy to the device."""
+    found = [p.s for p in pairs]
+    if len(set(found)) == 1:
+        return found[0]
+    return torch.tensor(found, dtype=torch.float64).to(like)[:, None, None]
+
+
 def adam_updates(
     grads: Sequence[Tensor | None],
     state: Sequence[dict[str, Tensor] | None],

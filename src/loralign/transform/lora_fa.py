@@ -21,11 +21,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from loralign.linalg import gram, psd_inverse
-from loralign.optim_lists import stacked
+from loralign.optim_lists import scales, stacked
 from loralign.transform.adamw import adamw
 from loralign.transform.combine import Chain, chain
 from loralign.types import Ctx, Grad, Pair, SlotPlan, State, WorkFailed
@@ -50,7 +49,7 @@ class Projected:
         if grads[0].B is None:
             raise WorkFailed(f"lora-fa trains B only, and B of {pairs[0].name} does not train")
         A = stacked([p.A for p in pairs])
-        s = torch.tensor([p.s for p in pairs], dtype=torch.float64).to(A)[:, None, None]
+        s = scales(pairs, A)
         b = stacked([g.B for g in grads]) @ (psd_inverse(gram(A.mT)) / s**2)
         return [Grad(None, b_k) for b_k in b.unbind()]
 

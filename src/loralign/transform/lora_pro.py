@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from loralign.linalg import gram, sylvester_spectral
-from loralign.optim_lists import stacked
+from loralign.optim_lists import scales, stacked
 from loralign.transform.adamw import adamw
 from loralign.transform.combine import chain, descend
 from loralign.types import Ctx, Grad, Pair, SlotPlan, State, Transform
@@ -93,13 +93,13 @@ def closest(
     B: Tensor,
     gA: Tensor | None,
     gB: Tensor | None,
-    s: Tensor,
+    s: Tensor | float,
     choose: Choice = sylvester,
     *,
     damping: float,
     floor: float,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(a, b) of n pairs: A, gA (n, r, d_in), B, gB (n, d_out, r), s (n, 1, 1); None for a factor that is frozen."""
+    """(a, b) of n pairs: A, gA (n, r, d_in), B, gB (n, d_out, r), s or (n, 1, 1) of them; None where frozen."""
     if gA is None or gB is None:
         a = None if gA is None else spectra(gram(B), damping, floor).inverse() / s**2 @ gA
         b = None if gB is None else gB @ (spectra(gram(A.mT), damping, floor).inverse() / s**2)
@@ -191,9 +191,9 @@ class FullMoments:
         """The moments belong to W, not to slots."""
 
 
-def _values(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
+def _values(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor | float]:
     A, B = stacked([p.A for p in pairs]), stacked([p.B for p in pairs])
-    return A, B, torch.tensor([p.s for p in pairs], dtype=torch.float64).to(A)[:, None, None]
+    return A, B, scales(pairs, A)
 
 
 def _product(A: Tensor, B: Tensor, a: Tensor | None, b: Tensor | None, k: int) -> Tensor:
