@@ -65,13 +65,25 @@ def plot_rates(rates: Sequence[Rate], path: Path, *, baseline: str = "lora", ref
         x, y = [r.lr for r in line], [r.loss for r in line]
         axes.plot(x, y, color=colour, linestyle=dash, marker=marker, markersize=5, linewidth=1.5, label=arm)
         axes.plot(best[arm].lr, best[arm].loss, "o", markersize=12, markerfacecolor="none", markeredgecolor=colour)
-    losses = sorted(r.loss for r in rates if r.finished)
-    if losses:
-        top = max(losses[(3 * len(losses)) // 4 - 1], *(b.loss for b in best.values()))
-        axes.set_ylim(losses[0] - 0.1 * (top - losses[0]) - 1e-9, top + 0.1 * (top - losses[0]) + 1e-9)
+    if best:
+        low, top = _between(rates, best)
+        axes.set_ylim(low - 0.06 * (top - low) - 1e-9, top + 0.06 * (top - low) + 1e-9)
     axes.plot([], [], "o", markersize=10, markerfacecolor="none", markeredgecolor="#444444", label="best rate")
     _unfinished(axes, rates, arms, look)
     _save(figure, axes, path)
+
+
+def _between(rates: Sequence[Rate], best: dict[str, Rate]) -> tuple[float, float]:
+    """Losses to show: three quarters of all and those beside every arm's best, unless they are far away."""
+    losses = sorted(r.loss for r in rates if r.finished)
+    usual = max(losses[(3 * len(losses) - 1) // 4], *(b.loss for b in best.values()), losses[0])
+    beside = [usual]
+    for arm, found in best.items():
+        line = sorted((r for r in rates if r.arm == arm and r.finished), key=lambda r: r.lr)
+        at = line.index(found)
+        beside += [r.loss for r in line[max(0, at - 1) : at + 2]]
+    far = losses[0] + 3 * (usual - losses[0])
+    return losses[0], max((b for b in beside if b <= far), default=usual)
 
 
 def _unfinished(axes: Axes, rates: Sequence[Rate], arms: Sequence[str], look: dict[str, Style]) -> None:
