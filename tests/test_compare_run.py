@@ -11,11 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
+from loralign.compare import runner as running
+from loralign.compare.compiled import blocks, compiled
 from loralign.compare.report import repeatable
 from loralign.compare.runner import Resident
 from loralign.compare.spec import Outcome, Trial
@@ -123,6 +127,28 @@ def test_a_start_that_fails_is_an_error_in_the_search_and_an_outcome_later(
 def test_given_up_half_way(tmp_path: Path) -> None:
     outcome = Resident(load(write_study(tmp_path))).run(trial("lora"), lambda step, loss: step >= 2)
     assert outcome.pruned and outcome.steps == (2,)
+
+
+# torch 2.13's dynamo instantiates the autograd functions that it traces, and looks at every tensor's grad
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_blocks_are_shared_by_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced by dynamo, run by the eager backend: the second trial of an arm and those of its kind trace nothing."""
+    resident = Resident(load(write_study(tmp_path)))
+    plain = {arm: resident.run(trial(arm), never) for arm in ("lora", "lora-ga", "full")}
+    monkeypatch.setattr(running, "compiled", partial(compiled, backend="eager"))
+    resident.compile = True
+    traced = []
+    for arm in ("lora", "lora-ga", "full", "lora", "lora-ga", "full"):
+        before = counters["stats"]["unique_graphs"]
+        outcome = resident.run(trial(arm), never)
+        traced.append(counters["stats"]["unique_graphs"] - before)
+        assert outcome.losses == pytest.approx(plain[arm].losses, rel=1e-6)
+        assert outcome.step_s > 0 and outcome.seconds[-1] < outcome.total_s
+    assert traced[0] > 0 and traced[3:] == [0, 0, 0]
+    assert all(block._compiled_call_impl is None for block in blocks(resident.task.model))
+    again = [resident.run(trial("lora"), never) for _ in range(2)]
+    assert timeless(again[0]) == timeless(again[1])
 
 
 # ------------------------------------------------------------------------------------------------------- the command

@@ -82,6 +82,8 @@ class StudyTrainSection(_Section):
     """Share of the steps over which the rate rises."""
     autocast: bool = True
     """bf16 autocast on GPUs, over an fp32 base; the same for every arm."""
+    compile: bool = False
+    """Compile the model's blocks on GPUs, once per worker; for task text, whose rows have one length."""
     cpu_threads: Count = 1
     """Threads of a worker on a CPU; results depend on it in the last bits, on the number of workers they do not."""
 
@@ -169,6 +171,8 @@ def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
     t = file.train
     if t.micro_batch_size and t.batch_size % t.micro_batch_size:
         raise LoralignError(f"{name}: `train.batch_size` is no multiple of `train.micro_batch_size`")
+    if t.compile and file.task.kind != "text":
+        raise LoralignError(f"{name}: `train.compile` needs rows of one length, as task text has: leave it out")
     if t.steps % t.eval_every:
         raise LoralignError(f"{name}: `train.steps` {t.steps} is no multiple of `train.eval_every` {t.eval_every}")
     return file
@@ -204,6 +208,7 @@ def to_spec(file: StudyFile, hidden_size: int) -> Spec:
         seeds=file.seeds,
         prune=r.prune,
         autocast=t.autocast,
+        compile=t.compile,
         cpu_threads=t.cpu_threads,
         references=file.references,
         budget=Budget(**file.budget.model_dump()),

@@ -28,6 +28,7 @@ def settings(spec: Spec) -> dict[str, Any]:
     task = {f"task.{k}": getattr(spec.task, k) for k in ("kind", "length", "head_lr")}
     names = ("steps", "batch_size", "micro_batch_size", "eval_every", "schedule", "warmup", "autocast", "cpu_threads")
     train = {f"train.{k}": getattr(spec, k) for k in names}
+    train |= {"train.compile": True} if spec.compile else {}
     rates = {"rates.count": spec.rates, "rates.ratio": spec.ratio, "rates.prune": spec.prune}
     return {**dict(spec.content), **task, **train, **rates, "rate_seed": spec.rate_seed}
 

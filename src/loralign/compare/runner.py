@@ -10,6 +10,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from statistics import median
@@ -20,8 +21,9 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from loralign.compare.compiled import compiled, warm
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
-from loralign.compare.tasks import Prepared, prepare_task
+from loralign.compare.tasks import Prepared, Rows, prepare_task
 from loralign.sites import factors, peft_config, sites, target_weights
 from loralign.train.attach import attach
 from loralign.types import Full, LoralignError, WorkFailed
@@ -34,13 +36,13 @@ Report = Callable[[int, float], bool]
 class Resident:
     """The state that trials share.
 
-    Blocks are not compiled: torch.compile would have to trace them again for every arm, whose adapters differ in
-    structure and scale.
+    With `spec.compile` a GPU runs compiled blocks (`compiled.py`); a CPU never does, there it does not pay.
     """
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.compile = spec.compile and self.device == "cuda"
         if self.device == "cpu":
             torch.set_num_threads(spec.cpu_threads)
         self.task: Prepared = prepare_task(spec, self.device)
@@ -100,7 +102,11 @@ class Resident:
         trainer.remove_callback(PrinterCallback)
         watch.init_s = time.perf_counter() - watch.started
         try:
-            trainer.train()
+            with compiled(self.task.model) if self.compile else nullcontext():
+                if self.compile:
+                    warm(trainer, self.adapted, self.task, self._held_out(trial))
+                    watch.warm_s = watch.paused = time.perf_counter() - watch.started - watch.init_s
+                trainer.train()
         except (WorkFailed, torch.linalg.LinAlgError) as error:
             if isinstance(error, WorkFailed) and self._finite():
                 raise
@@ -136,8 +142,8 @@ class Resident:
             remove_unused_columns=False,
             include_num_input_tokens_seen="all",
         )
-        rows = self.task.test if trial.phase == "seed" else self.task.valid
-        common: dict[str, Any] = {"args": args, "train_dataset": self.task.train, "eval_dataset": rows}
+        common: dict[str, Any] = {"args": args, "train_dataset": self.task.train}
+        common |= {"eval_dataset": self._held_out(trial)}
         common |= {"data_collator": self.task.collate, "compute_metrics": self.task.metrics, "callbacks": [watch]}
         if isinstance(arm.recipe, Full):
             return self._full(arm.recipe, trial, common), 0
@@ -145,6 +151,10 @@ class Resident:
         self.adapted = get_peft_model(model, peft_config(recipe, model))
         trainer = Trainer(model=self.adapted, **common)
         return trainer, attach(trainer, recipe, rest_lr=spec.task.head_lr).spent.tokens
+
+    def _held_out(self, trial: Trial) -> Rows:
+        """Test rows for what is reported, validation rows for what is chosen."""
+        return self.task.test if trial.phase == "seed" else self.task.valid
 
     def _full(self, reference: Full, trial: Trial, common: dict[str, Any]) -> Trainer:
         model = self.task.model
@@ -215,7 +225,7 @@ class Watch(TrainerCallback):
         self.losses: list[float] = []
         self.metrics: dict[str, float] = {}
         self.diverged = self.pruned = False
-        self.init_s = self.paused = 0.0
+        self.init_s = self.warm_s = self.paused = 0.0
         self.init_tokens = self.tokens = 0
         self.note = ""
         self.begun = self._step_end = started
@@ -224,7 +234,7 @@ class Watch(TrainerCallback):
     @property
     def step_s(self) -> float:
         """Median over the stretches between evaluations."""
-        ends = list(zip((0, *self.steps), (self.begun - self.started, *self.seconds), strict=True))
+        ends = list(zip((0, *self.steps), (self.begun - self.started - self.warm_s, *self.seconds), strict=True))
         return median((t - s) / (n - m) for (m, s), (n, t) in pairwise(ends)) if self.steps else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -76,6 +76,8 @@ class Spec:
     prune: bool = True
     autocast: bool = True
     """bf16 autocast on GPUs over an fp32 base, the same for every arm."""
+    compile: bool = False
+    """Run compiled blocks on GPUs; rows must be of one length."""
     cpu_threads: int = 1
     """Of a worker on a CPU. Sums depend on it to the last bit, so it belongs to the study and not to the machine."""
     references: bool = True
