@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -21,6 +21,7 @@ from loralign.recipes import learning_rate
 from loralign.train.model import hidden_size
 from loralign.types import LoralignError, Recipe
 
+T = TypeVar("T", bound=_Section)
 REFERENCES = ("full", "lora")
 
 
@@ -163,11 +164,11 @@ def _check_files(spec: Spec, name: str) -> None:
 
 def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
     """A mapping as it stands in a file; `name` is said in errors."""
-    try:
-        file = StudyFile.model_validate(dict(content))
-    except ValidationError as error:
-        said = sentence(error, StudyFile).replace("key of a recipe", "key of a study")
-        raise LoralignError(f"{name}: {said}") from error
+    arms = content.get("arms")
+    for i, arm in enumerate(arms if isinstance(arms, list) else (), 1):
+        if isinstance(arm, Mapping):
+            _validated(ArmSection, arm, f"{name}, arm {i}", "an arm")
+    file = _validated(StudyFile, content, name, "a study")
     t = file.train
     if t.micro_batch_size and t.batch_size % t.micro_batch_size:
         raise LoralignError(f"{name}: `train.batch_size` is no multiple of `train.micro_batch_size`")
@@ -176,6 +177,14 @@ def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
     if t.steps % t.eval_every:
         raise LoralignError(f"{name}: `train.steps` {t.steps} is no multiple of `train.eval_every` {t.eval_every}")
     return file
+
+
+def _validated(section: type[T], content: Mapping[str, Any], name: str, kind: str) -> T:
+    try:
+        return section.model_validate(dict(content))
+    except ValidationError as error:
+        said = sentence(error, section).replace("key of a recipe", f"key of {kind}")
+        raise LoralignError(f"{name}: {said}") from error
 
 
 def to_spec(file: StudyFile, hidden_size: int) -> Spec:
