@@ -70,7 +70,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "option": ("arms=[{method: lora-ga, options: {gama: 1.0}}]", "lora-ga has no option 'gama'; did you mean 'gamma'?"),
     "arm key": (
         "arms=[{method: pissa, rnak: 3}]",
-        "study.yaml, arm 1: `rnak` is no key of an arm; did you mean `rank`?",
+        "arm 1: `rnak` is no key of an arm; did you mean `rank`?",
     ),
     "arm type": ("arms=[{method: pissa, lr: fast}]", "arm 1: `lr` must be a number"),
     "steps": ("train.eval_every=3", "`train.steps` 4 is no multiple of `train.eval_every` 3"),
