@@ -10,15 +10,19 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import toy
+from assets import asset, needs
 from loralign import METHODS, Recipe, adapt, build, factors, optimizer, peft_config, sites
+from loralign.io.export import export
+from loralign.io.verify import VerifyJob, verify_many
 from loralign.plan import facts
 from loralign.train.attach import attach
 from loralign.types import CommonSubspace
@@ -27,15 +31,13 @@ from toy_sources import SHARED, adapters, planted
 from trainers import toy_trainer
 
 ADAPTERS = [m.id for m in METHODS.values() if not m.reference]
+REAL = "smollm2-2layer"
 FAMILIES: dict[str, Callable[[], Any]] = {
-    "llama": toy.llama,
-    "tied": toy.tied,
-    "gpt2": toy.gpt2,
-    "bert": toy.bert,
-    "t5": toy.t5,
-    "vit": toy.vit,
+    **toy.FAMILIES,
+    REAL: lambda: AutoModelForCausalLM.from_pretrained(asset(REAL), dtype=torch.float32).eval(),
 }
 EVERYWHERE = ("lora", "lora-ga", "pissa")
+PROFILES: tuple[Literal["peft"], Literal["portable"]] = ("peft", "portable")
 OPTIONS: dict[str, dict[str, Any]] = {"delta-lora": {"wait_steps": 0}}
 """So that it acts within three steps."""
 
@@ -44,7 +46,9 @@ def product() -> Iterator[Any]:
     for family in FAMILIES:
         for name in ADAPTERS:
             quick = family == "llama" or name in EVERYWHERE
-            yield pytest.param(family, name, marks=() if quick else pytest.mark.slow, id=f"{name}-{family}")
+            marks = [] if quick else [pytest.mark.slow]
+            marks += [pytest.mark.assets, needs(REAL)] if family == REAL else []
+            yield pytest.param(family, name, marks=marks, id=f"{name}-{family}")
 
 
 def recipe(name: str, sources: Sequence[str] = (), **fields: Any) -> Recipe:
@@ -130,6 +134,25 @@ def test_contract(family: str, name: str, tmp_path: Path, sources: Sources) -> N
     assert gap(output(model), after) < 2e-6
     model.unmerge_adapter()
     assert gap(output(model), after) < 2e-6
+
+
+def test_every_export_reloads_in_a_clean_process(tmp_path: Path, sources: Sources) -> None:
+    """3: both profiles of every recipe, loaded by one process that imports only transformers and peft."""
+    toy.llama().save_pretrained(tmp_path / "base")
+    jobs = []
+    for name in ADAPTERS:
+        base = toy.llama()
+        made = recipe(name, sources(name, "llama"))
+        model = adapt(base, made, [batch_for(base)] * 3)
+        train(model, made, 3)
+        for profile in PROFILES:
+            out = tmp_path / f"{name}-{profile}"
+            export(model, out, profile=profile, base_id="toy", probes=batch_for(base))
+            jobs.append(VerifyJob(out, tmp_path / "base"))
+    reports = verify_many(jobs)
+    assert [r.line() for r in reports if not r.passed] == []
+    for report in reports:
+        assert report.relative < 1e-5 < 1e-3 < report.effect, report.folder
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -2,7 +2,7 @@
 
 llama()  LlamaForCausalLM          gpt2()  GPT2LMHeadModel (Conv1D)     tied()  Llama, head tied to the embedding
 bert()   BertForSequenceClassification (3 labels, fresh head)           t5()    T5ForConditionalGeneration
-vit()    ViTForImageClassification (3 labels)
+vit()    ViTForImageClassification (3 labels)              moe()   Mixtral, 4 fused experts
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -135,6 +137,25 @@ def vit(seed: int = 0) -> PreTrainedModel:
     return _seeded(ViTForImageClassification, config, seed)
 
 
+def moe(seed: int = 0) -> PreTrainedModel:
+    config = MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return _seeded(MixtralForCausalLM, config, seed)
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
     "gpt2": gpt2,
@@ -142,6 +163,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "t5": t5,
     "vit": vit,
     "tied": tied,
+    "moe": moe,
 }
 
 

@@ -54,6 +54,8 @@ def peft_config(recipe: Recipe, model: nn.Module, *, adapted: bool = False) -> L
     if recipe.r < 1 or any(r < 1 for r in recipe.ranks.values()):
         raise LoralignError("ranks start at 1; to skip a module name it in `exclude`")
     targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
+    if targets == "all-linear" and (blocks := expert_blocks(model)):  # PEFT would take the fused experts too
+        targets = [n for n in linear if not _inside(n, blocks) and linear[n] is not _head(model)]
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     heads = fresh_heads(base)
     alphas = {k: exact_alpha(recipe.scale(recipe.alpha, r), r) for k, r in ranks.items()}
@@ -69,6 +71,28 @@ def peft_config(recipe: Recipe, model: nn.Module, *, adapted: bool = False) -> L
         task_type=task_type(base),
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear.values()),
     )
+
+
+def expert_blocks(model: nn.Module) -> set[str]:
+    """Modules that hold fused experts, (experts, d_out, d_in) parameters; with their routers and shared experts.
+
+    A pair (A, B) adapts one matrix: "all-linear" leaves these blocks as they are, `skipped` lists them.
+    """
+    found = set()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and "expert" in name and ".lora_" not in name:
+            owner = name.removeprefix(_PREFIX).replace(".base_layer", "").rpartition(".")[0]
+            found.add(owner.rpartition(".")[0] if owner.endswith("experts") else owner)
+    return found
+
+
+def _inside(name: str, blocks: set[str]) -> bool:
+    return any(name.startswith(f"{block}.") for block in blocks)
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    return head
 
 
 def fresh_heads(model: nn.Module) -> list[str]:
@@ -105,6 +129,11 @@ def explained_targets(model: nn.Module, recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        if "is not supported. Currently" in str(error):  # a module that holds no single matrix
+            raise LoralignError(
+                f"targets {recipe.targets!r} names a {str(error).removeprefix('Target module ').split('(')[0]}, which "
+                "is no linear layer (fused experts are not supported): leave it out of `targets`"
+            ) from error
         if "arget modules" not in str(error) and "target_modules" not in str(error):
             raise
         names = sorted({n.rsplit(".", 1)[-1] for n in linear_modules(model)})
@@ -117,12 +146,12 @@ def sites(model: nn.Module, adapter: str = ADAPTER) -> list[Site]:
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
+        if adapter in layer.lora_embedding_A or type(layer).__name__ == "ParamWrapper":
+            raise LoralignError(
+                f"{name.removeprefix(_PREFIX)} holds an embedding or fused experts, which are no linear layers: "
+                "leave it out of `targets`"
+            )
         if adapter not in layer.lora_A:
-            if adapter in layer.lora_embedding_A or type(layer).__name__ == "ParamWrapper":
-                raise LoralignError(
-                    f"{name} is a {type(layer).__name__}: embeddings and fused expert parameters are not "
-                    "supported, leave them out of `targets`"
-                )
             continue
         A, B = layer.lora_A[adapter], layer.lora_B[adapter]
         if not isinstance(A, nn.Linear):
@@ -154,11 +183,12 @@ def differing_target(model: PeftModel, recipe: Recipe) -> str:
     """How the adapted modules differ from the recipe's targets ("leaves out model.x"), "" where they do not."""
     base, found = model.get_base_model(), sites(model)
     modules = dict(base.named_modules())
-    head = getattr(base, "get_output_embeddings", lambda: None)()
+    head, blocks = _head(base), expert_blocks(base)
 
     def wanted(name: str) -> bool:
         excluded = any(_matches(name, e) for e in recipe.exclude)
-        return not excluded and (recipe.targets == "all-linear" or _wanted(name, recipe.targets))
+        named = not _inside(name, blocks) if recipe.targets == "all-linear" else _wanted(name, recipe.targets)
+        return named and not excluded
 
     for site in found:
         if not wanted(site.name):
@@ -176,8 +206,10 @@ def weight(site: Site) -> Weight:
 
     def read() -> Tensor:
         base: Any = site.layer.get_base_layer()  # type: ignore[operator]
-        W = dequantize_module_weight(base) if _quantised(base) else base.weight
-        W = whole(W.detach()).to(torch.float32, copy=True)
+        kept = getattr(base, "weight", None)
+        W = whole(dequantize_module_weight(base).detach()).to(torch.float32, copy=True)
+        if kept is not None and base.weight is not kept:  # PEFT's copy of an 8-bit weight on the CPU has no scales
+            base.weight = kept
         return W.T.contiguous() if isinstance(base, Conv1D) else W
 
     return Weight(site.name, (site.d_out, site.d_in), read)
@@ -197,10 +229,11 @@ def factors(site: Site) -> tuple[Tensor, Tensor]:
 def target_weights(model: nn.Module, reference: Full) -> dict[str, nn.Parameter]:
     """The weight matrices that a recipe with these targets would adapt; for full fine-tuning of the same matrices."""
     linear = linear_modules(model)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head, blocks = _head(model), expert_blocks(model)
     found: dict[str, nn.Parameter] = {}
     for name, module in linear.items():
-        wanted = module is not head if reference.targets == "all-linear" else _wanted(name, reference.targets)
+        plain = module is not head and not _inside(name, blocks)
+        wanted = plain if reference.targets == "all-linear" else _wanted(name, reference.targets)
         if wanted and not any(_matches(name, e) for e in reference.exclude):
             found[name] = module.weight  # type: ignore[assignment]
     if not found:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,8 +129,9 @@ def write_start(model: PeftModel, recipe: Recipe, made: Mapping[str, Factors]) -
         install(site.layer, site.adapter, factors, recipe.form, dict(extra), chain)
     link({site.name: site.layer for site in found}, found[0].adapter, recipe.form)
     keep_saving_right(model)
-    left = skipped(model, found)
-    log.info("%s: %d sites adapted, %d left as they are", recipe.name, len(found), len(left))
+    left = Counter(skipped(model, found).values())
+    said = ", ".join(f"{count} × {reason}" for reason, count in left.items())
+    log.info("%s: %d sites adapted; left as they are: %s", recipe.name, len(found), said or "none")
     return {name: Storage(int(f.A.shape[0]), f.twin, f.train) for name, f in made.items()}
 
 
