@@ -528,6 +528,16 @@ def test_sources_that_share_nothing_are_refused(tmp_path: Path) -> None:
         adapt(llama(), recipe("cora", [str(tmp_path / "0"), str(tmp_path / "1")]))
 
 
+def test_sites_of_one_group_are_cached(tmp_path: Path) -> None:
+    """Layers of one model share their tensors in memory; the cache file holds each site's own."""
+    model: Any = llama()
+    model.model.layers[1].load_state_dict(model.model.layers[0].state_dict())
+    model.save_pretrained(tmp_path / "m")
+    states = [adapt(llama(), recipe("cora", str(tmp_path / "m")), cache=tmp_path / "c").state_dict() for _ in range(2)]
+    assert len(list((tmp_path / "c").iterdir())) == 1
+    assert all(torch.equal(t, states[1][k]) for k, t in states[0].items())
+
+
 def test_conv1d_is_read_transposed(tmp_path: Path) -> None:
     """GPT-2's matrices are stored (d_in, d_out): the left basis has d_out rows."""
     model: Any = gpt2()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from loralign import LoralignError, Recipe, adapt, build, sites
 from loralign.evidence import collect, exact_gradient, model_loss
@@ -327,6 +329,37 @@ def test_int8_base(name: str) -> None:
         assert torch.equal(layer.weight, stored[s.name])
         live = live_of(s.layer, "default")
         assert bool(live.A.any()) or bool(live.A0.any())
+
+
+def torchao_int8() -> Any:
+    return TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+
+
+def bitsandbytes_int8() -> Any:
+    pytest.importorskip("bitsandbytes")
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs, of many kinds
+@pytest.mark.parametrize("config", [torchao_int8, bitsandbytes_int8])
+def test_int8_of_a_library(config: Any, tmp_path: Path) -> None:
+    """Where one is installed: gradients, weights read for a fill, the cache; the model computes the same afterwards."""
+    quantisation = config()
+    llama(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "m")
+    batches = batches_for(llama(), 3)
+    ways = {"lora-ga": {"micro_batches": 2}, "hrp": {"rank": 4, "steps": 2}, "hrp-sketch": {"rank": 4}, "cora-init": {}}
+    for name, options in ways.items():
+        states = []
+        for _ in range(2):
+            base = AutoModelForCausalLM.from_pretrained(
+                tmp_path / "m", quantization_config=quantisation, device_map="cpu"
+            ).eval()
+            before = base(**batches[0]).logits
+            made = recipe(name, options)
+            model = adapt(base, made, batches, cache=tmp_path / "cache")
+            assert torch.equal(model(**batches[0]).logits, before), name
+            states.append([live_of(s.layer, "default").A for s in sites(model)])
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True)), name
 
 
 # ---------------------------------------------------------------------------------------------- exact where it pays off

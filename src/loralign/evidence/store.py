@@ -69,7 +69,10 @@ def evidence_key(
         digest.update(folder_state(Path(folder)).encode())
     for name, p in model.named_parameters():
         if ".lora_" not in name:
-            flat = whole(p.detach()).reshape(-1)
+            stored = p.detach()
+            if type(stored).__module__.startswith("torchao."):  # no views of its packed numbers
+                stored = stored.dequantize()
+            flat = whole(stored).reshape(-1)
             digest.update(_bytes(flat[:: max(1, flat.numel() // 1024)]))
     data = hashlib.blake2b(digest_size=16)
     for batch in batches:
@@ -91,7 +94,7 @@ def save_evidence(path: Path, found: Evidence) -> None:
     tensors, facts = {}, {}
     for name, d in found.items():
         sides = (("U", d.U), ("S", d.S), ("V", d.V))
-        tensors.update({f"{name}|{k}": v.contiguous() for k, v in sides if v is not None})
+        tensors.update({f"{name}|{k}": v.clone().contiguous() for k, v in sides if v is not None})  # sites may share
         facts[name] = [d.captured, d.exact, d.note, d.held_out, d.quality]
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(tensors, temporary, metadata={"facts": json.dumps(facts), "spent": json.dumps(asdict(found.spent))})
