@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from loralign import LoralignError, build
 from loralign.compare.spec import Arm, Budget, Outcome, Spec, TaskSpec, Trial
 from loralign.compare.store import Store
-from loralign.compare.study import rate_trials, wanted, work
+from loralign.compare.study import in_order, rate_trials, should_stop, wanted, work
 
 TASK = TaskSpec("text", "a", "b", "c")
 
@@ -121,3 +122,28 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     work(spec(tmp_path, budget=Budget(trials=1)), runner({"lora": 0, "pissa": 0}))
     with pytest.raises(LoralignError, match=r"`train.steps` 4, the file now says 8"):
         Store(spec(tmp_path, steps=8))
+
+
+def test_the_order_of_finish_changes_nothing(tmp_path: Path) -> None:
+    """The middle rates finish last: what they would have ended was not, and counts as given up all the same."""
+    study = spec(tmp_path, ("lora",), rates=5, steps=8, eval_every=2, extensions=0)
+    losses = {0: 1.0, 1: 1.1, -1: 1.2, 2: 1.5, -2: 0.9}
+
+    def run(trial: Trial) -> Outcome:
+        final = losses[trial.index]
+        curve = (final + 3, final + 2, final + (0.6 if trial.index == -2 else 0.5), final)
+        return Outcome((2, 4, 6, 8), (1, 2, 3, 4), curve, metrics={"accuracy": final}, step_tokens=3.0)
+
+    plan = rate_trials(study, {})[0]
+    whole = {t.key: run(t) for t in plan}  # every trial ran to its end
+    alone: dict[str, Outcome] = {}  # one worker, in order
+    for t in plan:
+        o = run(t)
+        for kept, (step, loss) in enumerate(zip(o.steps, o.losses, strict=True), 1):
+            if should_stop(t, step, loss, study, alone):
+                o = replace(o, steps=o.steps[:kept], seconds=o.seconds[:kept], losses=o.losses[:kept], pruned=True)
+                break
+        alone[t.key] = o
+    given_up = {t.index: in_order(study, whole, plan)[t.key].steps for t in plan if alone[t.key].pruned}
+    assert given_up == {-1: (2, 4), 2: (2, 4)}  # not −2: it is below the worst at step 4, and ends best
+    assert in_order(study, whole, plan) == in_order(study, alone, plan)

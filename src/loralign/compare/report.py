@@ -38,12 +38,14 @@ TIMES = frozenset({"init_s", "step_s", "seconds_to_lora", "seconds_to_full", "pe
 @dataclass(frozen=True)
 class Finished:
     """What the finished trials allow to say. rates: of the search, curves: at the best rates, none before the search is
-    over. edges: arms whose best rate is still at an edge. missing: trials of the search that are not finished yet."""
+    over. edges: arms whose best rate is still at an edge. missing: trials of the search that are not finished yet.
+    trials: all outcomes by key, as one worker would have had them once the search is over."""
 
     curves: list[Curve]
     rates: list[Rate]
     edges: dict[str, str]
     missing: int
+    trials: dict[str, Outcome]
 
 
 def collect(spec: Spec, done: Mapping[str, Outcome]) -> Finished:
@@ -51,11 +53,11 @@ def collect(spec: Spec, done: Mapping[str, Outcome]) -> Finished:
     trials, edges = rate_trials(spec, done)
     here = [t for t in trials if t.key in done]
     if len(here) < len(trials):
-        return Finished([], [_rate(t.arm, t.lr, done[t.key]) for t in here], {}, len(trials) - len(here))
+        return Finished([], [_rate(t.arm, t.lr, done[t.key]) for t in here], {}, len(trials) - len(here), dict(done))
     found = {**done, **in_order(spec, done, trials)}
     seeds = [t for t in seed_trials(spec, found, trials) if t.key in found]
     curves = [_curve(t.arm, t.lr, t.seed, found[t.key]) for t in seeds]
-    return Finished(curves, [_rate(t.arm, t.lr, found[t.key]) for t in trials], edges, 0)
+    return Finished(curves, [_rate(t.arm, t.lr, found[t.key]) for t in trials], edges, 0, found)
 
 
 def _rate(arm: str, lr: float, o: Outcome) -> Rate:
@@ -80,7 +82,7 @@ def report(spec: Spec) -> StudyResult:
     out = spec.output
     write_text(out / "results.csv", as_csv([row(arm) for arm in result.arms]))
     body = {"result": plain(result), "edges": found.edges, "study": dict(spec.source), "timing": timing(done)}
-    trials = {key: plain(done[key]) for key in sorted(done)}
+    trials = {key: plain(found.trials[key]) for key in sorted(found.trials)}
     write_json(out / "results.json", {**body, "environment": environment(), "trials": trials})
     if found.rates:
         plot_rates(found.rates, out / "rates.png")

@@ -147,8 +147,8 @@ def in_order(spec: Spec, done: Mapping[str, Outcome], trials: Sequence[Trial]) -
         for i, (step, loss) in enumerate(zip(outcome.steps, outcome.losses, strict=True)):
             if _hopeless(step, loss, spec, before):
                 n, o = i + 1, outcome
-                times, losses = o.seconds[:n], o.losses[:n]
-                found[trial.key] = replace(o, steps=o.steps[:n], seconds=times, losses=losses, pruned=True)
+                rest = {"pruned": True, "metrics": {}, "step_tokens": 0.0}  # what was measured later is forgotten
+                found[trial.key] = replace(o, steps=o.steps[:n], seconds=o.seconds[:n], losses=o.losses[:n], **rest)
                 break
     return found
 
