@@ -146,11 +146,15 @@ def in_order(spec: Spec, done: Mapping[str, Outcome], trials: Sequence[Trial]) -
         before = [found[t.key] for t in earlier(trial, trials)]
         for i, (step, loss) in enumerate(zip(outcome.steps, outcome.losses, strict=True)):
             if _hopeless(step, loss, spec, before):
-                n, o = i + 1, outcome
-                rest = {"pruned": True, "metrics": {}, "step_tokens": 0.0}  # what was measured later is forgotten
-                found[trial.key] = replace(o, steps=o.steps[:n], seconds=o.seconds[:n], losses=o.losses[:n], **rest)
+                found[trial.key] = _given_up(outcome, i + 1)
                 break
     return found
+
+
+def _given_up(o: Outcome, n: int) -> Outcome:
+    """The outcome after n evaluations; what was measured later is forgotten."""
+    steps, seconds, losses = o.steps[:n], o.seconds[:n], o.losses[:n]
+    return replace(o, steps=steps, seconds=seconds, losses=losses, pruned=True, metrics={}, step_tokens=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------- working
