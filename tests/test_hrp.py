@@ -444,6 +444,20 @@ def test_steps_accumulate_micro_batches() -> None:
         assert torch.allclose(d.S, b[name].S, rtol=1e-3), name
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    """Both kinds, with optimizer steps: the factors of the run without, to the bit."""
+    found = []
+    for checkpointing in (False, True):
+        base: Any = llama()
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model = put_in(base, recipe("lora", r=2))
+        need = Preheated(lambda r: 6, 3, "AB", micro_batches=3, lr=1e-2)
+        found.append(collect(need, model, sites(model), [batch_for(base, seed=i) for i in range(3)]))
+    assert all(torch.equal(d.V, found[1][name].V) for name, d in found[0].items())  # type: ignore[arg-type]
+
+
 def test_rate_is_loras_prior() -> None:
     assert math.isclose(prior_rate(2.0, 2000), 5e-4) and prior_rate(2.0, 4000) < 5e-4 < prior_rate(1.0, 2000)
 
