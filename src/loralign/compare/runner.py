@@ -17,14 +17,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from loralign.compare.compiled import compiled, warm
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.compare.tasks import Prepared, Rows, prepare_task
-from loralign.sites import factors, peft_config, sites, target_weights
+from loralign.sites import factors, put_in, sites, target_weights
 from loralign.train.attach import attach
 from loralign.types import Full, LoralignError, WorkFailed
 
@@ -142,13 +141,14 @@ class Resident:
             remove_unused_columns=False,
             include_num_input_tokens_seen="all",
         )
+        args._n_gpu = min(1, args.n_gpu)  # one trial, one GPU; the Trainer would spread it over all that it sees
         common: dict[str, Any] = {"args": args, "train_dataset": self.task.train}
         common |= {"eval_dataset": self._held_out(trial)}
         common |= {"data_collator": self.task.collate, "compute_metrics": self.task.metrics, "callbacks": [watch]}
         if isinstance(arm.recipe, Full):
             return self._full(arm.recipe, trial, common), 0
         recipe = replace(arm.recipe, seed=trial.seed)
-        self.adapted = get_peft_model(model, peft_config(recipe, model))
+        self.adapted = put_in(model, recipe)
         trainer = Trainer(model=self.adapted, **common)
         return trainer, attach(trainer, recipe, rest_lr=spec.task.head_lr).spent.tokens
 
