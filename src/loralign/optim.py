@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from loralign.linalg import keyed_generator
 from loralign.optim_lists import adam_state, adam_updates, masked
-from loralign.slot import SlotLinear, live_of, parted, whole
+from loralign.optim_shards import add_, wholes
+from loralign.slot import SlotLinear, live_of, whole
 from loralign.types import (
     Ctx,
     Grad,
@@ -134,7 +135,7 @@ class PairOptimizer(torch.optim.Optimizer):
         ctx = self._ctx({})
         self._penalise(live, pairs, ctx)
         self._clip()
-        grads = {p.name: Grad(*(self._grad(live[p.name].get(f)) for f in "AB")) for p in pairs}
+        grads = self._grads(live, pairs)
         pairs = [p for p in pairs if any(g is not None for g in grads[p.name])]
         if not pairs:
             raise WorkFailed(
@@ -168,9 +169,11 @@ class PairOptimizer(torch.optim.Optimizer):
             for role, module in sides.items():
                 p = factors.get(role)
                 p = module._parameters["weight"] if p is None else p
-                values[name, role] = p.data if self.elementwise else whole(p.data)
+                values[name, role] = p.data
                 if twin:
                     twins[name, role] = module.frozen
+        if not self.elementwise:
+            values = dict(zip(values, wholes(list(values.values())), strict=True))
         if twins:
             sums = torch._foreach_add([values[key] for key in twins], list(twins.values()))
             values.update(zip(twins, sums, strict=True))
@@ -180,10 +183,11 @@ class PairOptimizer(torch.optim.Optimizer):
             made.append(Pair(name, values[name, "A"], values[name, "B"], self.sites[name].s, train))
         return made
 
-    def _grad(self, p: nn.Parameter | None) -> Tensor | None:
-        if p is None or p.grad is None:
-            return None
-        return p.grad if self.elementwise else whole(p.grad)
+    def _grads(self, live: Mapping[str, Mapping[str, nn.Parameter]], pairs: Sequence[Pair]) -> dict[str, Grad]:
+        found = {(p.name, f): q.grad for p in pairs for f, q in live[p.name].items() if q.grad is not None}
+        if not self.elementwise:
+            found = dict(zip(found, wholes(list(found.values())), strict=True))
+        return {p.name: Grad(found.get((p.name, "A")), found.get((p.name, "B"))) for p in pairs}
 
     def _ctx(self, scalars: Mapping[str, Tensor]) -> Ctx:
         rate = {g["role"]: float(g["lr"]) * self.lr_factor for g in self.param_groups}
@@ -202,8 +206,7 @@ class PairOptimizer(torch.optim.Optimizer):
             found = [(p.grad, getattr(g, f)) for pair, g in penalties for f, p in live[pair.name].items()]
             todo = [(grad, extra) for grad, extra in found if grad is not None and extra is not None]
             if todo:
-                extras = [parted(extra.to(grad.dtype), grad) for grad, extra in todo]
-                torch._foreach_add_([grad for grad, _ in todo], extras)
+                add_(*zip(*todo, strict=True))
 
     def _clip(self) -> None:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -269,10 +272,8 @@ class PairOptimizer(torch.optim.Optimizer):
             if not names:
                 continue
             now = [getattr(updates[n], factor) for n in names]
-            ps = [
-                p.data if type(p.data) is type(u) else whole(p.data)
-                for p, u in zip((live[n][factor] for n in names), now, strict=True)
-            ]
+            ps: list[Tensor] = [live[n][factor].data for n in names]
+            ps = ps if self.elementwise else wholes(ps)
             made = torch._foreach_add(now, [p.to(u.dtype) for p, u in zip(ps, now, strict=True)], alpha=-rate[factor])
             updates.update({n: updates[n]._replace(**{factor: u}) for n, u in zip(names, made, strict=True)})
         return updates
@@ -281,9 +282,8 @@ class PairOptimizer(torch.optim.Optimizer):
         for factor in "AB":
             rows = [(live[n][factor], getattr(u, factor)) for n, u in updates.items() if factor in live[n]]
             todo = [(p, u) for p, u in rows if u is not None]
-            if not todo:
-                continue
-            torch._foreach_add_([p for p, _ in todo], [parted(u.to(p.dtype), p) for p, u in todo])
+            if todo:
+                add_(*zip(*todo, strict=True))
 
     def _step_rest(self) -> None:
         for group in self.param_groups:
@@ -302,7 +302,7 @@ class PairOptimizer(torch.optim.Optimizer):
         """What rules see after a step: pairs with their new values, the gradients of this step, the dead slots."""
         live = self._live()
         pairs = self._pairs(live)
-        grads = {p.name: Grad(*(self._grad(live[p.name].get(f)) for f in "AB")) for p in pairs}
+        grads = self._grads(live, pairs)
         extra = {n: dict(live_of(s.layer, s.adapter).extra) for n, s in self.sites.items()}
         dead = {n: frozenset(mask.nonzero().flatten().tolist()) for n, mask in self.dead.items()}
         ctx = self._ctx({})
