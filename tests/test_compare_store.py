@@ -373,6 +373,11 @@ def test_what_is_reported_of_an_unfinished_search(tmp_path: Path) -> None:
     assert repeatable(tmp_path)["table"] == []
 
 
+def test_unfinished_seeds_are_told(tmp_path: Path) -> None:
+    assert not work(spec(tmp_path, budget=Budget(trials=8)), bowl)
+    assert report(spec(tmp_path)).notes[0] == "the seeds are unfinished, 2 of 4 trials are done; run again to go on"
+
+
 def test_different_devices_are_told(tmp_path: Path) -> None:
     def run(trial: Trial, report: Callable[[int, float], bool]) -> Outcome:
         return replace(bowl(trial, report), device="cpu" if trial.seed % 2 else "NVIDIA H100")

@@ -20,7 +20,7 @@ from loralign.compare.rates import Rate
 from loralign.compare.spec import Outcome, Spec
 from loralign.compare.statistics import Curve, Interval
 from loralign.compare.store import Store
-from loralign.compare.study import in_order, rate_trials, seed_trials
+from loralign.compare.study import in_order, rate_trials, seed_trials, wanted
 from loralign.compare.verdict import ArmResult, StudyResult, summarise
 from loralign.io.provenance import environment, write_json, write_text
 
@@ -100,6 +100,11 @@ def notes(spec: Spec, done: Mapping[str, Outcome], found: Finished) -> list[str]
         said.append(
             f"the search for learning rates is unfinished, {len(found.rates)} of {known} trials are done: nothing is "
             "compared yet"
+        )
+    seeds = [t for t in wanted(spec, done) if t.phase == "seed"]
+    if left := sum(t.key not in done for t in seeds):
+        said.append(
+            f"the seeds are unfinished, {len(seeds) - left} of {len(seeds)} trials are done; run again to go on"
         )
     if not spec.references:
         said.append("`lora` and `full` were not added (`references: false`)")
