@@ -123,7 +123,7 @@ def init(
     from loralign.train.sft import initialise
 
     with progress() as bars:
-        measure = measure_of(beside, source or (), progress=bars) if report else None
+        measure = measure_of(beside, source or (), cache=job.cache, progress=bars) if report else None
         shares = initialise(job, measure=measure, progress=bars)
     for line in write_report(job.output, shares) if shares else ():
         say(line)
@@ -147,13 +147,14 @@ def export(
     import torch
 
     from loralign.cli_run import opened
+    from loralign.io.card import read_card
     from loralign.io.export import export as write
 
     model, tokenizer, named = opened(folder, base)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype.value)} if dtype else {}
     report = write(
         model, out, profile=profile.value, max_rank=max_rank, power_of_two=power_of_two, overwrite=overwrite,
-        tokenizer=tokenizer, **named, **options,
+        tokenizer=tokenizer, card=read_card(folder, named["base_id"]), **named, **options,
     )  # fmt: skip
     for line in report.lines():
         say(line)

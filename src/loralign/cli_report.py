@@ -22,11 +22,13 @@ FOLDER = "start"
 
 
 def measure_of(
-    beside: Sequence[str] | None, sources: Sequence[str], *, progress: Progress
+    beside: Sequence[str] | None, sources: Sequence[str], *, cache: Path | None, progress: Progress
 ) -> Callable[[Any, Recipe], Shares]:
     """What measures a trainer's start beside these methods; names are checked now."""
     others = tuple(method(name).id for name in beside) if beside else BESIDE
-    return lambda trainer, recipe: diagnose(trainer, recipe, beside=others, sources=sources, progress=progress)
+    return lambda trainer, recipe: diagnose(
+        trainer, recipe, beside=others, sources=sources, cache=cache, progress=progress
+    )
 
 
 def write_report(output: Path, shares: Shares) -> list[str]:
