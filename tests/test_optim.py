@@ -426,3 +426,20 @@ def test_a_closure_is_called_with_gradients() -> None:
 
     assert stepper.step(closure) > 0  # type: ignore[arg-type, operator]
     assert stepper.applied == 14
+
+
+def test_a_moment_is_made_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules are asked after every step; what they do not read costs nothing."""
+    made = recipe("rm-lora")
+    model = adapted(made)
+    stepper = optimizer(model, made, 1e-2)
+    backward(model)
+    stepper.step()
+    seen: list[int] = []
+    pairs = stepper._pairs
+    monkeypatch.setattr(stepper, "_pairs", lambda live: seen.append(1) or pairs(live))
+    moment = stepper.moment(10)
+    assert made.rules[0].event(moment) is None and not seen
+    assert len(moment.pairs) == len(moment.grads) == len(stepper.sites) == len(moment.extra)
+    assert [p.name for p in moment.pairs] == list(moment.grads)
+    assert len(seen) == 1

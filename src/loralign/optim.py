@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loralign.linalg import keyed_generator
-from loralign.optim_lists import adam_state, adam_updates, masked
+from loralign.optim_lists import LateMapping, LateSequence, adam_state, adam_updates, masked
 from loralign.optim_shards import add_, wholes
 from loralign.slot import SlotLinear, live_of, whole
 from loralign.types import (
@@ -299,11 +299,14 @@ class PairOptimizer(torch.optim.Optimizer):
             torch._foreach_add_(todo, [u.to(p.dtype) for u, p in zip(made, todo, strict=True) if u is not None])
 
     def moment(self, total_steps: int) -> Moment:
-        """What rules see after a step: pairs with their new values, the gradients of this step, the dead slots."""
+        """What rules see after a step: pairs with their new values, the gradients of this step, the dead slots.
+
+        Made when a rule reads it, so read it before the next step, and under FSDP2 on every rank or on none.
+        """
         live = self._live()
-        pairs = self._pairs(live)
-        grads = self._grads(live, pairs)
-        extra = {n: dict(live_of(s.layer, s.adapter).extra) for n, s in self.sites.items()}
+        pairs = LateSequence(lambda: self._pairs(live))
+        grads = LateMapping(lambda: self._grads(live, pairs))
+        extra = LateMapping(lambda: {n: dict(live_of(s.layer, s.adapter).extra) for n, s in self.sites.items()})
         dead = {n: frozenset(mask.nonzero().flatten().tolist()) for n, mask in self.dead.items()}
         ctx = self._ctx({})
         return Moment(ctx.step, total_steps, pairs, grads, extra, dead, ctx.draw)

@@ -1,9 +1,11 @@
-"""Lists of tensors treated as one: stacks of equal shapes, Adam by one fused call, masks by one product per shape."""
+"""Lists of tensors treated as one: stacks of equal shapes, Adam by one fused call, masks by one product per shape; and
+collections that are only made where somebody looks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -80,3 +82,47 @@ def masked(values: dict[str, Grad], pairs: Sequence[Pair], masks: Iterable[Seque
                 made = torch.stack(vs) * torch.stack(ons)
                 values.update((n, values[n]._replace(**{factor: v})) for n, v in zip(names, made.unbind(), strict=True))
     return values
+
+
+T = TypeVar("T")
+
+
+class LateSequence(Sequence[T]):
+    """A sequence that is made when it is first read: most rules look at a moment and find that it is not theirs."""
+
+    def __init__(self, make: Callable[[], Sequence[T]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _made(self) -> Sequence[T]:
+        return self._make()
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: Any) -> Any:
+        return self._made[index]
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+class LateMapping(Mapping[str, T]):
+    """As `LateSequence`."""
+
+    def __init__(self, make: Callable[[], Mapping[str, T]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _made(self) -> Mapping[str, T]:
+        return self._make()
+
+    def __getitem__(self, key: str) -> T:
+        return self._made[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
