@@ -21,7 +21,17 @@ from loralign.init.cora import common_basis, common_start
 from loralign.layer import low_rank
 from loralign.linalg import haar, keyed_normal, top_svd
 from loralign.sites import draw_for, put_in
-from loralign.subspace import Consensus, Shared, consensus_of, extract, null_level, read_basis, show_basis, write_basis
+from loralign.subspace import (
+    Consensus,
+    Shared,
+    check_sources,
+    consensus_of,
+    extract,
+    null_level,
+    read_basis,
+    show_basis,
+    write_basis,
+)
 from loralign.subspace_sources import Members, Target, leading
 from loralign.train.attach import attach
 from loralign.types import CommonSubspace, Directions, Weight
@@ -472,6 +482,11 @@ def test_bad_sources(sources: tuple[str, ...], tmp_path: Path) -> None:
     for given, options, message in cases:
         with pytest.raises(LoralignError, match=message):
             extract(given, **options)
+    for given, options, message in (cases[0], *cases[2:7]):  # from headers alone, before a model is loaded
+        with pytest.raises(LoralignError, match=message):
+            check_sources([str(s) for s in given], **options)
+    check_sources(())
+    check_sources(sources)
     with pytest.raises(LoralignError, match="is no basis file"):
         read_basis(tmp_path / "no_basis.safetensors")
     with pytest.raises(LoralignError, match="is no basis file"):

@@ -15,6 +15,7 @@ from rich.table import Table
 from loralign.evidence import Progress
 from loralign.io.heatmap import heat_map, kind_of
 from loralign.recipes import method
+from loralign.subspace import check_sources
 from loralign.train.diagnosis import BESIDE, Shares, diagnose
 from loralign.types import Recipe
 
@@ -24,7 +25,8 @@ FOLDER = "start"
 def measure_of(
     beside: Sequence[str] | None, sources: Sequence[str], *, cache: Path | None, progress: Progress
 ) -> Callable[[Any, Recipe], Shares]:
-    """What measures a trainer's start beside these methods; names are checked now."""
+    """What measures a trainer's start beside these methods; names and sources are checked now."""
+    check_sources(sources)
     others = tuple(method(name).id for name in beside) if beside else BESIDE
     return lambda trainer, recipe: diagnose(
         trainer, recipe, beside=others, sources=sources, cache=cache, progress=progress

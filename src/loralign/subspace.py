@@ -114,6 +114,16 @@ class Basis:
         return None
 
 
+def check_sources(sources: Sequence[str], base: str | None = None) -> None:
+    """Raise where these cannot be the sources of a subspace; before anything is spent, only headers are read."""
+    paths = [Path(s) for s in sources]
+    if len(paths) == 1 and paths[0].is_file():
+        read_basis(paths[0])
+    elif paths:
+        adapters = all((p / "adapter_config.json").is_file() for p in paths)
+        members(paths, Path(base) if base else None, None if adapters else [], 1)
+
+
 def extract(
     sources: Sequence[str | Path],
     *,
