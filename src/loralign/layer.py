@@ -110,6 +110,9 @@ def low_rank(
     twin: bool = False,
 ) -> Tensor:
     """base + s·x·[A; A0]ᵀ·[B | B0]ᵀ (see the module); may write into `base`, which must be a fresh layer output."""
+    if torch.compiler.is_compiling():  # the compiler fuses the plain statement, and cannot trace a write into `base`
+        h = _as(x, base.dtype) @ _as(fold_A(A, A0), base.dtype).t()
+        return base + s * (h @ _as(fold_B(B, B0, twin=twin), base.dtype).t())
     y: Tensor = _LowRank.apply(base, x, A, B, A0, B0, s, twin)
     return y
 
