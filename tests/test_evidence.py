@@ -30,6 +30,7 @@ from loralign.types import (
     Preheated,
     Sketch,
     TopGradient,
+    WorkFailed,
 )
 from oracles.sketch import projector
 from toy import batches_for, llama
@@ -292,19 +293,44 @@ class Routed(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["lora-ga", "hrp", "hrp-sketch"])
-def test_a_module_that_no_token_reached_starts_plainly(name: str) -> None:
+def test_a_module_that_no_token_reached_starts_plainly(name: str, caplog: pytest.LogCaptureFixture) -> None:
     options: dict[str, Any] = {"hrp": {"rank": 4, "steps": 2}, "hrp-sketch": {"rank": 4, "micro_batches": 2}}.get(
         name, {}
     )
     torch.manual_seed(0)
     batches = [{"x": torch.randn(8, 16)} for _ in range(3)]
     made = recipe(name, options, targets=("used", "idle"))
-    model = adapt(Routed(), made, batches, loss=lambda m, b: m(b["x"]).square().mean())
+    with caplog.at_level(logging.WARNING, "loralign"):
+        model = adapt(Routed(), made, batches, loss=lambda m, b: m(b["x"]).square().mean())
+    assert "left 1 sites without directions, idle first: plain start" in caplog.text
     plain = adapt(Routed(), recipe("lora", targets=("used", "idle")))
     start = {s.name: s.layer.lora_A["default"].weight.detach() for s in sites(model)}  # type: ignore[index]
     wanted = {s.name: s.layer.lora_A["default"].weight.detach() for s in sites(plain)}  # type: ignore[index]
     assert torch.equal(start["idle"], wanted["idle"])
     assert start["used"].shape != wanted["used"].shape or not torch.equal(start["used"], wanted["used"])
+
+
+class Spike(torch.autograd.Function):
+    """The loss is finite, its gradient is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        return g / 0.0
+
+
+@pytest.mark.parametrize("need", [NEED, TopGradient(2, 2, None), Preheated(lambda r: 4, 0, "A", micro_batches=2)])
+def test_a_gradient_that_is_not_finite_is_refused(need: Any) -> None:
+    model = put_in(llama(), recipe())
+
+    def loss(m: nn.Module, batch: Batch) -> Tensor:
+        return Spike.apply(model_loss(m, batch))  # type: ignore[no-untyped-call, no-any-return]
+
+    with pytest.raises(WorkFailed, match=r"of model\.layers\.0\.self_attn\.q_proj is not finite"):
+        collect(need, model, sites(model), batches_for(model, 2), loss=loss)
 
 
 def test_evidence_of_a_third_party_init() -> None:

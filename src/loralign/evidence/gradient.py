@@ -12,13 +12,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from loralign.evidence.ranks import world
 from loralign.evidence.sketch import Accumulator, Dense, Draws, Shares, Side, Staging, Stream, estimated_quality
 from loralign.evidence.tap import Passes, Progress
 from loralign.linalg import keyed_generator, top_svd
-from loralign.types import Batch, Directions, Loss, Site, Sketch, TopGradient
+from loralign.types import Batch, Directions, Loss, Site, Sketch, TopGradient, WorkFailed
 
 log = logging.getLogger("loralign")
 
@@ -30,8 +31,10 @@ def accumulate(
     """One pass over the micro-batches into these accumulators, summed over ranks."""
     passes(sites, batches, lambda site, delta, x: into[site.name].add(delta, x), what, first)
     passes.holds([t for a in into.values() for t in a.tensors()])
-    for a in into.values():
+    for name, a in into.items():
         a.reduce()
+        if not all(bool(torch.isfinite(t.sum())) for t in a.tensors()):
+            raise WorkFailed(f"the {what} of {name} is not finite: look for broken rows, or use bf16 in place of fp16")
 
 
 def exact_gradient(
@@ -93,8 +96,16 @@ def top_gradient(
         accumulate(passes, poor, used, into, "gradient")
         found |= _take_exact(into, need, poor, count, passes)
     _log_quality(found, poor, len(todo))
-    found = {site.name: found[site.name] for site in sites}
+    found = checked({site.name: found[site.name] for site in sites}, "gradient")
     return _measured(found, sites, held_out, passes, len(used), draws) if held_out else found
+
+
+def checked(found: dict[str, Directions], what: str) -> dict[str, Directions]:
+    """The same; sites without directions, such as an expert that no token reached, are named."""
+    silent = [name for name, d in found.items() if not float(d.S[0]) > 0]
+    if silent:
+        log.warning("the %s left %d sites without directions, %s first: plain start", what, len(silent), silent[0])
+    return found
 
 
 def _take_exact(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralign.evidence.gradient import accumulate
+from loralign.evidence.gradient import accumulate, checked
 from loralign.evidence.partial import adam_state
 from loralign.evidence.ranks import sum_ranks, world
 from loralign.evidence.sketch import Side, orthonormal
@@ -181,8 +181,4 @@ def preheated(
         raise LoralignError(
             f"the preheat's rank {need.rank(low.r)} is below the adapter's {low.r} at {low.name}: raise `options.rank`"
         )
-    found = _trained(need, passes, sites, batches) if need.steps else _sketched(need, passes, sites, batches)
-    silent = [name for name, d in found.items() if not float(d.S[0]) > 0]
-    if silent:
-        log.warning("the preheat left %d sites without directions, %s first: plain start there", len(silent), silent[0])
-    return found
+    return checked((_trained if need.steps else _sketched)(need, passes, sites, batches), "preheat")

@@ -115,5 +115,7 @@ def gradient_svd(
         raise LoralignError(f"direction is one of {sorted(DIRECTIONS)}, scale one of {sorted(scales(gamma))}")
     if not gamma > 0:
         raise LoralignError(f"gamma = {gamma}: it must be positive, larger means a smaller start")
+    if micro_batches < 1:
+        raise LoralignError(f"micro_batches = {micro_batches}: a gradient needs at least one")
     needs = TopGradient(per_rank=2, micro_batches=micro_batches, sketch=sketch)
     return GradientSVD(DIRECTIONS[direction], scales(gamma)[scale], norm_clip, needs)
