@@ -14,9 +14,10 @@ from loralign.plan import check_combination
 from loralign.plan_memory import Estimate, estimate
 from loralign.plan_trace import Step
 from loralign.recipes import method
+from loralign.subspace import check_sources
 from loralign.train.job import Job
 from loralign.train.model import hidden_size
-from loralign.types import Recipe
+from loralign.types import CommonSubspace, Recipe
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ def planned(file: RunFile, device: str = "auto") -> Planned:
     recipe, t = job.recipe, job.training
     if isinstance(recipe, Recipe):
         check_combination(recipe)
+        if isinstance(recipe.init.needs, CommonSubspace):
+            check_sources(recipe.init.needs.sources, recipe.init.needs.base)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = t.precision == "bf16" or (t.precision == "auto" and device == "cuda")
