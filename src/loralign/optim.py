@@ -12,11 +12,13 @@ A pair's values are A and B themselves; for a twin A0 + ΔA and B0 + ΔB. Update
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from loralign.linalg import keyed_generator
 from loralign.optim_lists import LateMapping, LateSequence, adam_state, adam_updates, masked
@@ -134,17 +136,23 @@ class PairOptimizer(torch.optim.Optimizer):
         pairs = self._pairs({name: factors for name, factors in live.items() if name not in self.asleep})
         ctx = self._ctx({})
         self._penalise(live, pairs, ctx)
-        self._clip()
+        norm = self._clip()
         grads = self._grads(live, pairs)
         pairs = [p for p in pairs if any(g is not None for g in grads[p.name])]
         if not pairs:
+            self._checked(norm)
             raise WorkFailed(
                 "no pair of the adapter received a gradient, so nothing was trained: "
                 "is the loss computed from the adapted model?"
             )
         grads = masked(grads, pairs, [rule.grad_mask(pairs, ctx) for rule in self.rules])
-        updates = self._decayed(self._transformed(pairs, grads, live), live)
+        try:
+            updates = self._decayed(self._transformed(pairs, grads, live), live)
+        except torch.linalg.LinAlgError:
+            self._checked(norm)  # says it better where the gradient is to blame
+            raise
         updates = masked(updates, pairs, [*(rule.update_mask(pairs, ctx) for rule in self.rules), self._alive(pairs)])
+        self._checked(norm)  # here and no earlier: until now the device works on while the host prepares its next calls
         self._apply(live, updates)
         self._step_rest()
         self.applied, self.steps_here = len(pairs), self.steps_here + 1
@@ -208,31 +216,45 @@ class PairOptimizer(torch.optim.Optimizer):
             if todo:
                 add_(*zip(*todo, strict=True))
 
-    def _clip(self) -> None:
+    def _clip(self) -> Tensor | None:
+        """Scale all gradients to at most the norm allowed; returns their norm, on the device as long as nobody asks."""
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not grads:
-            return
+            return None
         kinds: dict[Any, list[Tensor]] = {}
         for grad in grads:
             kinds.setdefault((grad.device, getattr(grad, "placements", None)), []).append(grad)
-        parts = [torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(kind)))) for kind in kinds.values()]
-        norm = torch.linalg.vector_norm(torch.stack([whole(part).to(grads[0].device) for part in parts]))
+        parts = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(kind))) for kind in kinds.values()]
+        if len(parts) == 1 and not isinstance(parts[0], DTensor):
+            norm = parts[0]
+        else:
+            norm = torch.linalg.vector_norm(torch.stack([whole(part).to(grads[0].device) for part in parts]))
+        if self.max_grad_norm > 0:
+            scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            for (device, placements), kind in kinds.items():
+                torch._foreach_mul_(kind, scale.to(device) if placements is None else float(scale))
+        return norm
+
+    def _checked(self, norm: Tensor | None) -> None:
+        """Keep the norm and raise where it is not finite, before any parameter moves."""
+        if norm is None:
+            return
         self.grad_norm = norm.item()
-        if not torch.isfinite(norm):
+        if not math.isfinite(self.grad_norm):
             raise WorkFailed(
                 f"the gradient is not finite at step {self.param_groups[0]['step']} (norm {self.grad_norm}): "
                 "lower the learning rate, or look for broken rows in the data"
             )
-        if 0 < self.max_grad_norm < self.grad_norm:
-            torch._foreach_mul_(grads, self.max_grad_norm / (self.grad_norm + 1e-6))
 
     def _transformed(
         self, pairs: Sequence[Pair], grads: Mapping[str, Grad], live: Mapping[str, Mapping[str, nn.Parameter]]
     ) -> dict[str, Grad]:
         batches: dict[Any, list[Pair]] = {}
+        mixed = "shapes" in self.transform.accepts
         for pair in pairs:
             g = grads[pair.name]
-            key = (pair.A.shape, pair.B.shape, pair.train, pair.A.device, g.A is None, g.B is None)
+            shape = len(pair.A) if mixed else (pair.A.shape, pair.B.shape)
+            key = (shape, pair.train, pair.A.device, g.A is None, g.B is None)
             batches.setdefault(key, []).append(pair)
         state = {pair.name: self._state(pair, live[pair.name]) for pair in pairs}
         ctx, scalars = self._ctx({}), dict[str, Tensor]()

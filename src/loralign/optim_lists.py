@@ -23,9 +23,44 @@ def adam_state(p: Tensor) -> dict[str, Tensor]:
 
 
 def stacked(tensors: Sequence[Tensor | None]) -> Tensor:
-    """One (n, ...) tensor of n equal shapes, at least fp32; for what a group of pairs has in common."""
-    whole_group = torch.stack([t for t in tensors if t is not None])
-    return whole_group.to(torch.promote_types(whole_group.dtype, torch.float32))
+    """One (n, ...) tensor of n equal shapes, at least fp32, not to be written to; no copy of rows of one tensor."""
+    found = [t for t in tensors if t is not None]
+    joint = _rows_of(found)
+    if joint is None:
+        # one (n·rows, ...) tensor is made faster than n views and a stack
+        joint = torch.cat(found).view(len(found), *found[0].shape) if found[0].dim() else torch.stack(found)
+    return joint.to(torch.promote_types(joint.dtype, torch.float32))
+
+
+def _rows_of(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The tensor whose rows, all and in order, these are; None where there is none."""
+    base = tensors[0]._base
+    if base is None or base.shape != (len(tensors), *tensors[0].shape) or not base.is_contiguous():
+        return None
+    step, start = base.stride(0) * base.element_size(), base.data_ptr()
+    if any(t._base is not base for t in tensors) or tensors[0].stride() != base.stride()[1:]:
+        return None
+    places = list(map(Tensor.data_ptr, tensors))
+    return base if places == list(range(start, start + len(tensors) * step, step)) else None
+
+
+def kept(states: Sequence[dict[str, Tensor]], key: str) -> Tensor:
+    """One (n, ...) tensor of which the states' tensors are the rows, so that writing to it changes them all."""
+    found = [st[key] for st in states]
+    joint = _rows_of(found)
+    if joint is None:
+        joint = torch.stack(found)
+        for st, row in zip(states, joint.unbind(), strict=True):
+            st[key] = row
+    return joint
+
+
+def by_shape(pairs: Sequence[Pair]) -> list[list[int]]:
+    """The places of the pairs of each shape."""
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for k, p in enumerate(pairs):
+        groups.setdefault((*p.A.shape, p.B.shape[0]), []).append(k)
+    return list(groups.values())
 
 
 def scales(pairs: Sequence[Pair], like: Tensor) -> Tensor | float:
@@ -45,12 +80,11 @@ def adam_updates(
 ) -> list[Tensor | None]:
     """−lr·m̂/(√v̂ + ε) of each tensor by torch's fused AdamW on a zero buffer; changes state in place."""
     live = [(g, st) for g, st in zip(grads, state, strict=True) if g is not None and st is not None]
-    updates = [torch.empty_like(st["exp_avg"]) for _, st in live]
+    updates = _zeros([st["exp_avg"] for _, st in live])
     if live:
-        torch._foreach_zero_(updates)
         torch_adamw(
             updates,
-            [g.to(st["exp_avg"].dtype) for g, st in live],
+            [g if g.dtype == u.dtype else g.to(u.dtype) for (g, _), u in zip(live, updates, strict=True)],
             [st["exp_avg"] for _, st in live],
             [st["exp_avg_sq"] for _, st in live],
             [],
@@ -68,6 +102,21 @@ def adam_updates(
     return [None if g is None else next(rest) for g in grads]
 
 
+def _zeros(like: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros of these shapes, those of one shape as rows of one tensor."""
+    made: list[Tensor] = list(like)
+    groups: dict[Any, list[int]] = {}
+    for k, t in enumerate(like):
+        if type(t) is Tensor:
+            groups.setdefault((t.shape, t.dtype, t.device), []).append(k)
+        else:
+            made[k] = torch.zeros_like(t)
+    for (shape, dtype, device), at in groups.items():
+        for k, row in zip(at, torch.zeros((len(at), *shape), dtype=dtype, device=device).unbind(), strict=True):
+            made[k] = row
+    return made
+
+
 def masked(values: dict[str, Grad], pairs: Sequence[Pair], masks: Iterable[Sequence[Grad] | None]) -> dict[str, Grad]:
     """Values times masks, one product for all tensors of a shape."""
     for mask in (m for m in masks if m is not None):
@@ -79,7 +128,7 @@ def masked(values: dict[str, Grad], pairs: Sequence[Pair], masks: Iterable[Seque
                     groups.setdefault((v.shape, on.shape, v.device), []).append((pair.name, v, torch.atleast_2d(on)))
             for group in groups.values():
                 names, vs, ons = zip(*group, strict=True)
-                made = torch.stack(vs) * torch.stack(ons)
+                made = stacked(vs) * stacked(ons)
                 values.update((n, values[n]._replace(**{factor: v})) for n, v in zip(names, made.unbind(), strict=True))
     return values
 

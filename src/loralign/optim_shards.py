@@ -34,7 +34,7 @@ def add_(ps: Sequence[Tensor], us: Sequence[Tensor]) -> None:
     sharded: list[tuple[Tensor, Tensor]] = []
     for p, u in zip(ps, us, strict=True):
         if not isinstance(p, DTensor):
-            local.append((p, u.to(p.dtype)))
+            local.append((p, u if u.dtype == p.dtype else u.to(p.dtype)))
         elif isinstance(u, DTensor) or not _by_rows(p):
             sharded.append((p, parted(u.to(p.dtype), p)))
         else:

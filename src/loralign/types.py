@@ -283,11 +283,13 @@ class Ctx:
 
 @runtime_checkable
 class Transform(Protocol):
-    """Gradients of pairs to updates of pairs; a pure function of its arguments, batched over pairs of one shape."""
+    """Gradients of pairs to updates of pairs; a pure function of its arguments, batched over pairs of one shape (of one
+    rank, where it accepts "shapes")."""
 
     @property
     def accepts(self) -> frozenset[str]:
-        """Facts for the combination table: "one_sided", "gated", "bf16", "zero", "sharded" (factors may be parts)."""
+        """Facts for the combination table: "one_sided", "gated", "bf16", "zero", "sharded" (factors may be parts),
+        "shapes" (pairs of several shapes in one call)."""
         ...
 
     @property

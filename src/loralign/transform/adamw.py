@@ -31,7 +31,7 @@ from loralign.types import Ctx, Grad, Pair, SlotPlan, State
 class AdamW:
     betas: tuple[float, float]
     eps: float
-    accepts: frozenset[str] = frozenset({"one_sided", "gated", "bf16", "sharded", "zero"})
+    accepts: frozenset[str] = frozenset({"one_sided", "gated", "bf16", "sharded", "shapes", "zero"})
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:

@@ -13,7 +13,7 @@ Args:    none with a unit.
 Example:
     >>> from loralign.transform.combine import chain, descend
     >>> sorted(chain(descend(), descend()).accepts)
-    ['bf16', 'gated', 'one_sided', 'sharded', 'zero']
+    ['bf16', 'gated', 'one_sided', 'shapes', 'sharded', 'zero']
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Per:
 
 @dataclass(frozen=True)
 class Descend:
-    accepts: frozenset[str] = frozenset({"one_sided", "gated", "bf16", "sharded", "zero"})
+    accepts: frozenset[str] = frozenset({"one_sided", "gated", "bf16", "sharded", "shapes", "zero"})
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from loralign.linalg import gram, sylvester_spectral
-from loralign.optim_lists import scales, stacked
+from loralign.optim_lists import by_shape, scales, stacked
 from loralign.transform.adamw import adamw
 from loralign.transform.combine import chain, descend
 from loralign.types import Ctx, Grad, Pair, SlotPlan, State, Transform
@@ -58,6 +58,9 @@ class Spectrum(NamedTuple):
     lam: Tensor
     E: Tensor
     delta: Tensor
+
+    def at(self, k: int) -> Spectrum:
+        return Spectrum(self.lam[k], self.E[k], self.delta[k])
 
     def inverse(self) -> Tensor:
         """(H + δI)⁻¹, 0 in the directions that the working precision does not know, so 0 where H = 0 and δ = 0."""
@@ -88,6 +91,52 @@ def spectra(H: Tensor, damping: float, floor: float) -> Spectrum:
     return Spectrum(lam, E, damping * H.diagonal(dim1=-2, dim2=-1).mean(-1) + floor)
 
 
+class Group(NamedTuple):
+    """n pairs of one shape: A, gA (n, r, d_in), B, gB (n, d_out, r), s or (n, 1, 1) of them; None for a frozen side."""
+
+    A: Tensor
+    B: Tensor
+    gA: Tensor | None
+    gB: Tensor | None
+    s: Tensor | float
+
+
+def adjusted(
+    groups: Sequence[Group], choose: Choice, *, damping: float, floor: float
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """(a, b) of each group, None where frozen; what is r by r is done once for all of them."""
+    sizes = [len(g.A) for g in groups]
+    s2 = _squares(groups)
+    if groups[0].gA is None or groups[0].gB is None:
+        one = torch.cat([gram(g.B) if g.gB is None else gram(g.A.mT) for g in groups])
+        inverse = (spectra(one, damping, floor).inverse() / s2).split(sizes)
+        return [
+            (None if g.gA is None else h @ g.gA, None if g.gB is None else g.gB @ h)
+            for g, h in zip(groups, inverse, strict=True)
+        ]
+    HB, HA = (torch.cat([gram(x) for x in xs]) for xs in ([g.B for g in groups], [g.A.mT for g in groups]))
+    both = spectra(torch.stack([HB, HA]), damping, floor)
+    iB, iA = both.inverse()
+    iB = iB / s2
+    right = torch.cat([g.gA @ g.A.mT for g in groups])  # type: ignore[operator]
+    left = torch.cat([g.B.mT @ g.gB for g in groups])  # type: ignore[operator]
+    X = choose(both.at(0), both.at(1), -iB @ right).expand_as(right)  # eq. 7
+    made: list[tuple[Tensor | None, Tensor | None]] = []
+    parts = (whole.split(sizes) for whole in (X, iB, iA / s2, iB @ left @ iA + X))
+    for g, x, h, k, y in zip(groups, *parts, strict=True):
+        a = torch.baddbmm(x @ g.A, h, g.gA)  # eq. 5
+        made.append((a, torch.baddbmm(g.gB @ k, g.B, y, alpha=-1)))
+    return made
+
+
+def _squares(groups: Sequence[Group]) -> Tensor | float:
+    """s² of all pairs, one number where they agree."""
+    found = {g.s for g in groups if not isinstance(g.s, Tensor)}
+    if len(found) == 1 and not any(isinstance(g.s, Tensor) for g in groups):
+        return float(found.pop() ** 2)
+    return torch.cat([g.s if isinstance(g.s, Tensor) else g.A.new_full((len(g.A), 1, 1), g.s) for g in groups]) ** 2
+
+
 def closest(
     A: Tensor,
     B: Tensor,
@@ -99,19 +148,8 @@ def closest(
     damping: float,
     floor: float,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(a, b) of n pairs: A, gA (n, r, d_in), B, gB (n, d_out, r), s or (n, 1, 1) of them; None where frozen."""
-    if gA is None or gB is None:
-        a = None if gA is None else spectra(gram(B), damping, floor).inverse() / s**2 @ gA
-        b = None if gB is None else gB @ (spectra(gram(A.mT), damping, floor).inverse() / s**2)
-        return a, b
-    both = spectra(torch.stack([gram(B), gram(A.mT)]), damping, floor)
-    HB, HA = (Spectrum(*parts) for parts in zip(*both, strict=True))
-    iB, iA = both.inverse()
-    iB = iB / s**2
-    X = choose(HB, HA, -iB @ (gA @ A.mT))  # eq. 7
-    a = torch.baddbmm(X @ A, iB, gA)  # eq. 5
-    b = torch.baddbmm(gB @ (iA / s**2), B, iB @ (B.mT @ gB) @ iA + X, alpha=-1)
-    return a, b
+    """`adjusted` of one group."""
+    return adjusted([Group(A, B, gA, gB, s)], choose, damping=damping, floor=floor)[0]
 
 
 @dataclass(frozen=True)
@@ -121,7 +159,7 @@ class Adjusted:
     choose: Choice
     damping: float
     floor: float
-    accepts: frozenset[str] = frozenset({"one_sided"})
+    accepts: frozenset[str] = frozenset({"one_sided", "shapes"})
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
@@ -133,9 +171,13 @@ class Adjusted:
         return {}
 
     def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
-        A, B, s = _values(pairs)
-        gA, gB = (stacked(g) if g[0] is not None else None for g in zip(*grads, strict=True))
-        return _split(*closest(A, B, gA, gB, s, self.choose, damping=self.damping, floor=self.floor), len(pairs))
+        places = by_shape(pairs)
+        groups = [_group([grads[k] for k in at], [pairs[k] for k in at]) for at in places]
+        out: list[Grad] = [Grad(None, None)] * len(pairs)
+        for at, made in zip(places, adjusted(groups, self.choose, damping=self.damping, floor=self.floor), strict=True):
+            for k, g in zip(at, _split(*made, len(at)), strict=True):
+                out[k] = g
+        return out
 
     def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
         """Nothing is kept."""
@@ -167,9 +209,9 @@ class FullMoments:
         return {}
 
     def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
-        A, B, s = _values(pairs)
-        gA, gB = (stacked(g) if g[0] is not None else None for g in zip(*grads, strict=True))
+        A, B, gA, gB, s = _group(grads, pairs)
         a, b = closest(A, B, gA, gB, s, zero, damping=self.damping, floor=self.floor)
+        gA, gB = (None if g is None else torch.empty_like(g) for g in (gA, gB))
         for k, pair in enumerate(pairs):  # one full-size matrix at a time
             moments = {**state[k][pair.train[0]], **state[k][pair.train[-1]]}
             u = self._adam(pair.s * _product(A[k], B[k], a, b, k), moments)
@@ -191,9 +233,10 @@ class FullMoments:
         """The moments belong to W, not to slots."""
 
 
-def _values(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor | float]:
+def _group(grads: Sequence[Grad], pairs: Sequence[Pair]) -> Group:
     A, B = stacked([p.A for p in pairs]), stacked([p.B for p in pairs])
-    return A, B, scales(pairs, A)
+    gA, gB = (stacked(g) if g[0] is not None else None for g in zip(*grads, strict=True))
+    return Group(A, B, gA, gB, scales(pairs, A))
 
 
 def _product(A: Tensor, B: Tensor, a: Tensor | None, b: Tensor | None, k: int) -> Tensor:
