@@ -176,10 +176,24 @@ def test_readme_links_and_commands_exist() -> None:
     assert set(re.findall(r"(?:`|^ +)make ([a-z-]+)", README, flags=re.MULTILINE)) <= targets
 
 
-def test_readme_commands_are_known() -> None:
+PAGES = ["README.md", "docs/cli.md", "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_options_exist(page: str) -> None:
+    """Every `loralign …` of the pages: the command and each of its options are known, examples exist."""
     from typer.main import get_command
 
     from loralign.cli import app
 
-    commands = set(get_command(app).commands)  # type: ignore[attr-defined]
-    assert set(re.findall(r"(?:`|^ +)loralign ([a-z]+)", README, flags=re.MULTILINE)) <= commands
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = re.findall(r"(?:`|^ +)loralign ([a-z][^`\n]*)", text, flags=re.MULTILINE)
+    assert lines or page == "CONTRIBUTING.md"
+    for line in lines:
+        words = [w.strip("[]") for w in line.split()]
+        known = {o for p in commands[words[0]].params for o in p.opts}
+        sub = getattr(commands[words[0]], "commands", {})
+        for other in sub.values():
+            known |= {o for p in other.params for o in p.opts}
+        assert {w for w in words if w.startswith("--")} <= known | {"--debug"}, line

@@ -208,15 +208,7 @@ def job_of(path: Path, overrides: Sequence[str] | None) -> Job:
 def opened(folder: Path, base: str | None) -> tuple[Any, Any, dict[str, Any]]:
     """Adapted model, tokenizer, and the base's name and revision as the folder has them."""
     from loralign.train.use import open_adapter
-    from loralign.types import LoralignError, WorkFailed
 
-    try:
-        model, tokenizer = open_adapter(folder, base)
-    except WorkFailed:
-        raise
-    except LoralignError as error:
-        if base is None and "cannot load" in str(error):
-            raise LoralignError(f"{error}; say where the base model is with --base") from error
-        raise
+    model, tokenizer = open_adapter(folder, base)
     config = model.peft_config["default"]
     return model, tokenizer, {"base_id": config.base_model_name_or_path, "revision": config.revision}

@@ -44,7 +44,9 @@ def method_table() -> str:
         table.add_row(m["id"], m["summary"], m["arxiv"] or "–", m["export"], prior)
     out = io.StringIO()
     Console(file=out, width=110).print(table)
+    unread = ", ".join(m["id"] for m in method_data() if m["unverified"])
     notes = "lr·s: prior at hidden size 2000, `loralign plan` scales it. Mixes: `method: lora-ga + lora-rite`."
+    notes += f"\nReconstructions, of papers that could not be read in full: {unread}." if unread else ""
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n\n" + notes
 
 

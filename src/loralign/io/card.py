@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class Card:
     """None: not yet; a sentence: what the verification said."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """The recipe file, parsed."""
+    trained: bool = True
+    """False: only the start, for another trainer."""
 
 
 _PIPELINES = {
@@ -49,6 +52,16 @@ _AUTO = {
     "LMHeadModel": "AutoModelForCausalLM",
     "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
 }
+
+
+def read_card(folder: Path, base: str) -> Card:
+    """What the `run.json` of a trained folder says, for the card of another form of it; a bare card without one."""
+    try:
+        said = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return Card(base)
+    known = {f.name for f in fields(Card)} - {"base", "revision", "export", "verified"}
+    return Card(base, **{key: value for key, value in said.items() if key in known})
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -97,9 +110,9 @@ def _title(card: Card) -> str:
     revision = card.revision or (card.export.revision if card.export else None)
     at = f" at revision `{revision}`" if revision else ""
     kind = "A fine-tuned copy of" if _merged(card) else "A LoRA adapter for"
-    return (
-        f"# {_base(card).rsplit('/', 1)[-1]}, {card.method}\n\n{kind} `{_base(card)}`{at}, trained with {card.method}."
-    )
+    name, method = _base(card).rsplit("/", 1)[-1], card.method
+    how = f", {'trained with' if card.trained else 'not trained yet, initialised by'} {method}" if method else ""
+    return f"# {name}{f', {method}' if method else ''}\n\n{kind} `{_base(card)}`{at}{how}."
 
 
 def _use(card: Card) -> str:

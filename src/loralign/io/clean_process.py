@@ -87,7 +87,7 @@ def load_base(source: str, revision: str | None, how: dict[str, Any], device: st
     except (OSError, ValueError) as error:
         raise BadInput(
             f"the base model {source} is neither a local folder nor in the Hugging Face cache ({first_line(error)}): "
-            "pass base=<folder or hub id>"
+            "name its folder with --base (in Python base=…)"
         ) from error
     name = how["model_class"]
     if not hasattr(transformers, name):
@@ -166,7 +166,9 @@ def verify(job: dict[str, Any]) -> dict[str, Any]:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         source = job.get("base") or config.get("base_model_name_or_path")
         if not source:
-            raise BadInput(f"{folder} does not say which base model it belongs to: pass base=<folder or hub id>")
+            raise BadInput(
+                f"{folder} does not say which base model it belongs to: name it with --base (in Python base=…)"
+            )
         revision = None if job.get("base") else config.get("revision")
         model = load_adapter(load_base(source, revision, how, device), folder, stored)
     got = compute(model, inputs, how, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ def describe(
     seconds: dict[str, float],
 ) -> None:
     """Write both. rows: for training and held out; fingerprint: of the training rows, as tokens."""
-    card = Card(
+    card = replace(card_of(job, rows, fingerprint), metrics=metrics, export=report, verified=verified)
+    write_card(job.output, card)
+    write_run(job.output, card, seconds=seconds)
+
+
+def card_of(job: Job, rows: tuple[int, int], fingerprint: str) -> Card:
+    """What is known before the first step."""
+    return Card(
         base=job.model,
         revision=job.revision,
         method=job.recipe.name,
@@ -30,13 +38,8 @@ def describe(
         data=_data(job, rows, fingerprint),
         learning_rate=job.training.learning_rate,
         lr_source=job.training.lr_source,
-        metrics=metrics,
-        export=report,
-        verified=verified,
         source=job.source,
     )
-    write_card(job.output, card)
-    write_run(job.output, card, seconds=seconds)
 
 
 def _options(job: Job) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from loralign.io.export import ExportReport, export
 from loralign.io.folder import disk_full, fresh_folder
 from loralign.io.verify import verify
 from loralign.sites import explained_targets, peft_config, target_weights
+from loralign.subspace import check_sources
 from loralign.train.adapt import check_start
 from loralign.train.arguments import arguments
 from loralign.train.attach import attach
@@ -46,8 +47,8 @@ from loralign.train.journal import Journal
 from loralign.train.model import dtype_of, load
 from loralign.train.packing import check_packing
 from loralign.train.read import read_rows
-from loralign.train.record import describe
-from loralign.types import Full, LoralignError, Recipe, WorkFailed
+from loralign.train.record import card_of, describe
+from loralign.types import CommonSubspace, Full, LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
 Measured = TypeVar("Measured")
@@ -74,6 +75,11 @@ class Ready:
     fingerprints: dict[str, str]
     resume_from: Path | None
     init_seconds: float
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """For training and held out."""
+        return len(self.trainer.train_dataset), len(self.trainer.eval_dataset or ())
 
 
 def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> Result:
@@ -109,8 +115,7 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
         )
         verified = verify(job.output, base=job.model).passed
     seconds = {"init": ready.init_seconds, "train": trained - started, "export": time.perf_counter() - trained}
-    rows = len(trainer.train_dataset), len(trainer.eval_dataset or ())
-    describe(job, rows, ready.fingerprints["data.train"], metrics, report, verified, seconds)
+    describe(job, ready.rows, ready.fingerprints["data.train"], metrics, report, verified, seconds)
     return Result(job.output, metrics, report, verified, seconds)
 
 
@@ -139,11 +144,19 @@ def initialise(
         raise LoralignError(f"{job.recipe.name} has no adapter to initialise: choose another method, or train it")
     ready = prepare(job, resume=False, progress=progress)
     measured = measure(ready.trainer, job.recipe) if measure else None
+    card = replace(card_of(job, ready.rows, ready.fingerprints["data.train"]), trained=False)
     export(
-        ready.trainer.model, job.output, base_id=job.model, revision=job.revision, probes=_probes(ready), overwrite=True
-    )
+        ready.trainer.model, job.output, base_id=job.model, revision=job.revision, probes=_probes(ready), card=card,
+        overwrite=True,
+    )  # fmt: skip
     shutil.rmtree(job.output / "checkpoints", ignore_errors=True)  # the trainer's, which never trains
     return measured
+
+
+def _check_sources(recipe: Recipe | Full) -> None:
+    """Of a common subspace; before the model is loaded."""
+    if isinstance(recipe, Recipe) and isinstance(recipe.init.needs, CommonSubspace):
+        check_sources(recipe.init.needs.sources, recipe.init.needs.base)
 
 
 def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
@@ -152,6 +165,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     resume_from = resume_point(job) if resume else None
     if not resume:
         check_output(job.output)
+        _check_sources(job.recipe)
     args = arguments(job)
     model, tokenizer = load(
         job.model, revision=job.revision, precision=job.training.precision, trust_remote_code=job.trust_remote_code

@@ -15,7 +15,7 @@ from loralign.evidence import Progress
 from loralign.train.data import rows_format, to_trl
 from loralign.train.model import load
 from loralign.train.read import read_rows
-from loralign.types import LoralignError
+from loralign.types import LoralignError, WorkFailed
 
 Conversation = list[dict[str, str]]
 Asked = Conversation | str
@@ -27,7 +27,12 @@ def open_adapter(folder: Path, base: str | None = None) -> tuple[Any, PreTrained
     if not (folder / "adapter_config.json").is_file():
         raise LoralignError(f"{folder.name} is no adapter folder: it has no adapter_config.json")
     config = PeftConfig.from_pretrained(str(folder))
-    model, tokenizer = load(base or str(config.base_model_name_or_path), revision=config.revision)
+    try:
+        model, tokenizer = load(base or str(config.base_model_name_or_path), revision=config.revision)
+    except LoralignError as error:
+        if base is not None or isinstance(error, WorkFailed):
+            raise
+        raise LoralignError(f"{error}; where it is not a hub id, name the base model's folder with --base") from error
     return PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer
 
 
