@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loralign.recipes import METHODS
-from loralign.slot import self_test
+from loralign.slot_check import self_test
 from loralign.types import LoralignError
 
 

@@ -20,7 +20,8 @@ from loralign.evidence import Evidence, Progress, collect, model_loss
 from loralign.optim import PairOptimizer
 from loralign.plan import check_combination
 from loralign.sites import draw_for, keep_saving_right, put_in, sites, skipped, weight
-from loralign.slot import install, link, self_test
+from loralign.slot import install, link
+from loralign.slot_check import self_test
 from loralign.types import Batches, Directions, Factors, LoralignError, Loss, Recipe, Site, Train, WorkFailed
 
 log = logging.getLogger("loralign")
