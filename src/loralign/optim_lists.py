@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import Any, TypeVar, overload
 
 import torch
@@ -32,13 +34,16 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor:
     return joint.to(torch.promote_types(joint.dtype, torch.float32))
 
 
+_BASE = attrgetter("_base")
+
+
 def _rows_of(tensors: Sequence[Tensor]) -> Tensor | None:
     """The tensor whose rows, all and in order, these are; None where there is none."""
     base = tensors[0]._base
     if base is None or base.shape != (len(tensors), *tensors[0].shape) or not base.is_contiguous():
         return None
     step, start = base.stride(0) * base.element_size(), base.data_ptr()
-    if any(t._base is not base for t in tensors) or tensors[0].stride() != base.stride()[1:]:
+    if tensors[0].stride() != base.stride()[1:] or not all(map(is_, map(_BASE, tensors), repeat(base))):
         return None
     places = list(map(Tensor.data_ptr, tensors))
     return base if places == list(range(start, start + len(tensors) * step, step)) else None

@@ -36,13 +36,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loralign.linalg import gram
-from loralign.optim_lists import stacked
+from loralign.optim_lists import by_shape, kept, stacked
 from loralign.types import Ctx, Grad, LoralignError, Pair, SlotPlan, State
 
 CUT = 1e-6
@@ -50,24 +51,23 @@ CUT = 1e-6
 
 
 class Side(NamedTuple):
-    """n pairs, one factor. g: (n, m, r), m its long side. X: (n, k, r), the other factor upright. kept: n states."""
+    """One factor of n pairs of one shape. g: (n, m, r), m its long side. X: (n, k, r), the other factor upright."""
 
     factor: str
+    places: list[int]
     g: Tensor
     X: Tensor
-    kept: list[dict[str, Tensor]]
-
-    def stack(self, key: str) -> Tensor:
-        return torch.stack([st[key] for st in self.kept])
 
 
-def _sides(grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair]) -> list[Side]:
+def _sides(grads: Sequence[Grad], pairs: Sequence[Pair]) -> list[Side]:
+    """All of A first, then all of B."""
     found = []
+    shapes = by_shape(pairs)
     for factor, other in (("A", "B"), ("B", "A")):
         if getattr(grads[0], factor) is not None:
-            g, X = stacked([getattr(x, factor) for x in grads]), stacked([getattr(p, other) for p in pairs])
-            g, X = (g.mT, X) if factor == "A" else (g, X.mT)
-            found.append(Side(factor, g, X, [st[factor] for st in state]))
+            for at in shapes:
+                g, X = stacked([getattr(grads[k], factor) for k in at]), stacked([getattr(pairs[k], other) for k in at])
+                found.append(Side(factor, at, *((g.mT, X) if factor == "A" else (g, X.mT))))
     return found
 
 
@@ -84,17 +84,19 @@ def whitening(H: Tensor) -> Tensor:
 
 
 def bases(sides: Sequence[Side], T: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Q of every side, (n, k, r), and R⁻¹ of all, (sides·n, r, r): X·R⁻¹ = Q, one correction against rounding.
+    """Q of every side, (n, k, r), and R⁻¹ of all, (pairs, r, r): X·R⁻¹ = Q, one correction against rounding.
 
     T: the `whitening` of all sides.
     """
-    Qs = [side.X @ t for side, t in zip(sides, T.chunk(len(sides)), strict=True)]
+    sizes = [len(side.g) for side in sides]
+    Qs = [side.X @ t for side, t in zip(sides, T.split(sizes), strict=True)]
     mend = 1.5 * torch.eye(T.shape[-1], dtype=T.dtype, device=T.device) - 0.5 * torch.cat([gram(Q) for Q in Qs])
-    return [Q @ f for Q, f in zip(Qs, mend.chunk(len(sides)), strict=True)], T @ mend
+    return [Q @ f for Q, f in zip(Qs, mend.split(sizes), strict=True)], T @ mend
 
 
-def _group_key(pairs: Sequence[Pair]) -> str:
-    return f"whitening of {pairs[0].name} and those with it"
+def _key(pairs: Sequence[Pair], what: object) -> str:
+    """Of what `measure` hands to `update` of the same pairs."""
+    return f"{pairs[0].name} and those with it: {what}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class InvariantAdam:
     eps: float
     clip: float
     escape: float
-    accepts: frozenset[str] = frozenset({"one_sided"})
+    accepts: frozenset[str] = frozenset({"one_sided", "shapes"})
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
@@ -125,68 +127,76 @@ class InvariantAdam:
     def measure(
         self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
     ) -> Mapping[str, Tensor]:
-        """Σ‖ḡ‖² over all pairs, and for `update` the whitening of this group, under its own key."""
-        sides = _sides(grads, state, pairs)
+        """Σ‖ḡ‖² over all pairs; and for `update` the whitening and the stacks, under keys of their own."""
+        sides = _sides(grads, pairs)
         T = whitening(torch.cat([gram(side.X) for side in sides]))
-        if not self.clip:
-            return {_group_key(pairs): T}
-        square = T.mT @ torch.cat([gram(side.g) for side in sides]) @ T  # ḡᵀḡ
-        return {"unmagnified": square.diagonal(dim1=-2, dim2=-1).sum(), _group_key(pairs): T}
+        found = {_key(pairs, "T"): T}
+        for k, side in enumerate(sides):
+            found[_key(pairs, (k, "g"))], found[_key(pairs, (k, "X"))] = side.g, side.X
+        if self.clip:
+            square = T.mT @ torch.cat([gram(side.g) for side in sides]) @ T  # ḡᵀḡ
+            found["unmagnified"] = square.diagonal(dim1=-2, dim2=-1).sum()
+        return found
 
     def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
-        sides = _sides(grads, state, pairs)
-        Qs, R_inv = bases(sides, ctx.scalars[_group_key(pairs)])
-        parts = R_inv.chunk(len(sides))
-        g_bar = [side.g @ part for side, part in zip(sides, parts, strict=True)]
-        if self.clip:
-            scale = (self.clip / ctx.scalars["unmagnified"].sqrt()).clamp(max=1.0)
-            g_bar = [g * scale for g in g_bar]
-        torch._foreach_add_([st["step"] for side in sides for st in side.kept], 1.0)
-        beta1, beta2 = self._decays(torch.cat([side.stack("step") for side in sides]).to(R_inv.dtype))
+        factors = [factor for factor in "AB" if getattr(grads[0], factor) is not None]
+        shapes = by_shape(pairs)
+        sides = [
+            Side(factor, at, ctx.scalars[_key(pairs, (k, "g"))], ctx.scalars[_key(pairs, (k, "X"))])
+            for k, (factor, at) in enumerate((factor, at) for factor in factors for at in shapes)
+        ]
+        sizes = [len(side.g) for side in sides]
+        states = [state[k][side.factor] for side in sides for k in side.places]
+        own = [states[end - n : end] for n, end in zip(sizes, accumulate(sizes), strict=True)]
+        Qs, R_inv = bases(sides, ctx.scalars[_key(pairs, "T")])
+        scale = (self.clip / ctx.scalars["unmagnified"].sqrt()).clamp(max=1.0) if self.clip else 1.0
+        g_bar = [side.g @ part for side, part in zip(sides, (R_inv * scale).split(sizes), strict=True)]
+        t = kept(states, "step").add_(1.0)
+        beta1, beta2 = self._decays(t.to(R_inv.dtype))
 
-        P = torch.cat([Q.mT @ side.stack("basis") for side, Q in zip(sides, Qs, strict=True)])
+        first, basis = ([kept(part, key) for part in own] for key in ("first", "basis"))
+        P = torch.cat([Q.mT @ then for Q, then in zip(Qs, basis, strict=True)])
         seen = torch.cat([gram(g) / g.shape[-2] for g in g_bar])
-        before = [torch.cat([side.stack(key) for side in sides]) for key in ("second", "spectrum", "escaped")]
-        fresh, root = self._curvature(P, seen, beta2, *before)
-        shape = root * (1 - beta1)[:, None, None]
-        carry = P.mT * beta1[:, None, None]
+        root = self._curvature(P, seen, beta2, *(kept(states, key) for key in ("second", "spectrum", "escaped")))
 
-        updates: dict[str, Sequence[Tensor | None]] = {"A": [None] * len(pairs), "B": [None] * len(pairs)}
-        made = zip(sides, g_bar, Qs, parts, shape.chunk(len(sides)), carry.chunk(len(sides)), strict=True)
-        for k, (side, g, Q, part, f, c) in enumerate(made):
-            M = torch.baddbmm(g @ f, side.stack("first"), c)
-            keep = {"first": M, "basis": Q, **{key: value.chunk(len(sides))[k] for key, value in fresh.items()}}
-            for key, value in keep.items():
-                torch._foreach_copy_([st[key] for st in side.kept], list(value.unbind()))
-            lr = ctx.lr_A if side.factor == "A" else ctx.lr_B
-            step = M @ (part.mT * -lr)
-            updates[side.factor] = (step.mT.contiguous() if side.factor == "A" else step).unbind()
-        return [Grad(a, b) for a, b in zip(updates["A"], updates["B"], strict=True)]
+        rates = {"A": -ctx.lr_A, "B": -ctx.lr_B}
+        parts = [
+            whole.split(sizes) for whole in (root * (1 - beta1)[:, None, None], P.mT * beta1[:, None, None], R_inv.mT)
+        ]
+        out = [Grad(None, None)] * len(pairs)
+        for side, g, Q, M, was, f, carry, back in zip(sides, g_bar, Qs, first, basis, *parts, strict=True):
+            M.copy_(torch.baddbmm(g @ f, M, carry))
+            was.copy_(Q)
+            step = M @ (back * rates[side.factor])
+            rows = (step.mT.contiguous() if side.factor == "A" else step).unbind()
+            for k, row in zip(side.places, rows, strict=True):
+                out[k] = Grad(row, out[k].B) if side.factor == "A" else Grad(out[k].A, row)
+        return out
 
     def _decays(self, t: Tensor) -> list[Tensor]:
         """β'; by expm1, since 1 − βᵗ would lose digits in float32."""
         return [b * torch.expm1(math.log(b) * (t - 1)) / torch.expm1(math.log(b) * t) for b in self.betas]
 
-    def _curvature(
-        self, P: Tensor, seen: Tensor, beta2: Tensor, V: Tensor, before: Tensor, rho: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """New V, its eigenvalues and ρ, and (V + ρI)^(−½), ε beside the root, 0 where nothing was ever seen.
+    def _curvature(self, P: Tensor, seen: Tensor, beta2: Tensor, V: Tensor, before: Tensor, rho: Tensor) -> Tensor:
+        """(V + ρI)^(−½) of the new V and ρ, ε beside the root, 0 where nothing was ever seen; V, its eigenvalues
+        `before` and ρ are changed in place.
 
         One decomposition for the transported V, whose eigenvalues ρ needs, and the new one; the old one's are kept.
         """
         moved = P @ V @ P.mT
-        V = torch.lerp(seen, moved, beta2[:, None, None])
+        V.copy_(torch.lerp(seen, moved, beta2[:, None, None]))
         if self.escape:
             (after, lam), (_, E) = torch.linalg.eigh(torch.stack([moved, V]))
             total = before.sum(-1) - moved.diagonal(dim1=-2, dim2=-1).sum(-1)
             lost = torch.minimum((before - after).amax(-1), total).clamp_min(0)
-            rho = beta2 * (rho + self.escape * lost)
+            rho.add_(lost, alpha=self.escape).mul_(beta2)
         else:
             lam, E = torch.linalg.eigh(V)
         size = lam.clamp_min(0) + rho[..., None]
         live = size > CUT * size[..., -1:]
         root = (E / (torch.where(live, size, torch.inf).sqrt() + self.eps)[..., None, :]) @ E.mT
-        return {"second": V, "spectrum": lam, "escaped": rho}, root
+        before.copy_(lam)
+        return root
 
     def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
         """Nothing: the state lives in the bases of the factors, and P carries it to the new ones."""
