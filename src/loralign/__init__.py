@@ -1,5 +1,7 @@
 """loralign: LoRA that keeps up with full fine-tuning; ships plain PEFT adapters."""
 
+from loralign.io.export import export as export
+from loralign.io.verify import verify as verify
 from loralign.recipes import METHODS as METHODS
 from loralign.recipes import build as build
 from loralign.recipes import learning_rate as learning_rate
@@ -8,6 +10,7 @@ from loralign.sites import peft_config as peft_config
 from loralign.sites import sites as sites
 from loralign.train.adapt import adapt as adapt
 from loralign.train.adapt import optimizer as optimizer
+from loralign.train.attach import attach as attach
 from loralign.types import Full as Full
 from loralign.types import LoralignError as LoralignError
 from loralign.types import Recipe as Recipe
