@@ -414,6 +414,26 @@ def test_lines_come_at_the_end_and_not_too_often(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "rows: 100/100\n"
 
 
+def test_a_gguf_file_is_trained_as_the_plain_model_it_is(tmp_path: Path) -> None:
+    """Transformers de-quantises the file and still calls the model quantised."""
+    toy_gguf = pytest.importorskip("toy_gguf")
+    model = toy_gguf.write(tmp_path / "tiny.gguf")
+    rows = [{"prompt": f"{i}+1=", "completion": f"{i + 1}"} for i in range(8)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    overrides = [
+        f"model={model}", f"data={{train: {tmp_path / 'sums.jsonl'}, max_length: 16}}", "method=pissa", "options={}",
+        f"output={tmp_path / 'out'}", "train.steps=2", "train.save_every=null",
+    ]  # fmt: skip
+    done = run("train", "r.yaml", *(word for o in overrides for word in ("--set", o)))
+    assert done.code == 0, done.err
+    assert "was de-quantised while loading; its layers are plain" in done.err
+    assert done.out.splitlines()[-1] == f"Verified: {tmp_path / 'out'}"
+    merged = run("export", tmp_path / "out", "--base", model, "--profile", "merged", "--out", tmp_path / "merged")
+    assert merged.code == 0, merged.err
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert run("verify", tmp_path / "merged").code == 0
+
+
 # ----------------------------------------------------------------------------------------------- examples, real weights
 
 
