@@ -269,12 +269,13 @@ class PairOptimizer(torch.optim.Optimizer):
         return updates
 
     def _state(self, pair: Pair, live: Mapping[str, nn.Parameter]) -> State:
-        missing = [f for f, p in live.items() if not self.state[p]]
+        state = {factor: self.state[p] for factor, p in live.items()}
+        missing = [factor for factor, kept in state.items() if not kept]
         if missing:
             fresh = self.transform.init(pair)
             for factor in missing:
-                self.state[live[factor]].update(fresh.get(factor, {}))
-        return {factor: self.state[p] for factor, p in live.items()}
+                state[factor].update(fresh.get(factor, {}))
+        return state
 
     def _alive(self, pairs: Sequence[Pair]) -> Sequence[Grad] | None:
         if not self.dead:

@@ -123,19 +123,30 @@ def _zeros(like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def masked(values: dict[str, Grad], pairs: Sequence[Pair], masks: Iterable[Sequence[Grad] | None]) -> dict[str, Grad]:
-    """Values times masks, one product for all tensors of a shape."""
-    for mask in (m for m in masks if m is not None):
-        for factor in ("A", "B"):
-            groups: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
-            for pair, m in zip(pairs, mask, strict=True):
-                v, on = getattr(values[pair.name], factor), getattr(m, factor)
-                if v is not None and on is not None:
-                    groups.setdefault((v.shape, on.shape, v.device), []).append((pair.name, v, torch.atleast_2d(on)))
-            for group in groups.values():
-                names, vs, ons = zip(*group, strict=True)
-                made = stacked(vs) * stacked(ons)
-                values.update((n, values[n]._replace(**{factor: v})) for n, v in zip(names, made.unbind(), strict=True))
-    return values
+    """Values of the pairs times masks, one product for all tensors of a shape."""
+    todo = [mask for mask in masks if mask is not None]
+    if not todo:
+        return values
+    names = [p.name for p in pairs]
+    a, b = [values[n].A for n in names], [values[n].B for n in names]
+    for mask in todo:
+        a, b = _products(a, [m.A for m in mask]), _products(b, [m.B for m in mask])
+    return {n: Grad(*both) for n, *both in zip(names, a, b, strict=True)}
+
+
+def _products(values: Sequence[Tensor | None], masks: Sequence[Tensor | None]) -> list[Tensor | None]:
+    made = list(values)
+    groups: dict[Any, list[int]] = {}
+    for k, (v, on) in enumerate(zip(values, masks, strict=True)):
+        if v is not None and on is not None:
+            groups.setdefault((v.shape, on.shape, v.device), []).append(k)
+    for (shape, on_shape, _), at in groups.items():
+        whole = stacked([values[k] for k in at])
+        on = torch.stack([masks[k] for k in at])  # type: ignore[misc]
+        on = on[:, None] if len(on_shape) < len(shape) else on
+        for k, row in zip(at, (whole * on).unbind(), strict=True):
+            made[k] = row
+    return made
 
 
 T = TypeVar("T")

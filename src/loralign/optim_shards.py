@@ -15,6 +15,8 @@ from loralign.slot import parted
 def wholes(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The full tensors; those that lie by rows over a mesh of one dimension come together, the same on every rank."""
     found = list(tensors)
+    if not any(isinstance(t, DTensor) for t in tensors):
+        return found
     groups: dict[tuple[object, torch.dtype], list[int]] = {}
     for k, t in enumerate(tensors):
         if isinstance(t, DTensor):
@@ -30,11 +32,14 @@ def wholes(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def add_(ps: Sequence[Tensor], us: Sequence[Tensor]) -> None:
     """p += u in place, in the dtype of p. u is whole, or sharded as p is."""
+    if not any(isinstance(p, DTensor) for p in ps):
+        torch._foreach_add_(list(ps), [u if u.dtype == p.dtype else u.to(p.dtype) for p, u in zip(ps, us, strict=True)])
+        return
     local: list[tuple[Tensor, Tensor]] = []
     sharded: list[tuple[Tensor, Tensor]] = []
     for p, u in zip(ps, us, strict=True):
         if not isinstance(p, DTensor):
-            local.append((p, u if u.dtype == p.dtype else u.to(p.dtype)))
+            local.append((p, u.to(p.dtype)))
         elif isinstance(u, DTensor) or not _by_rows(p):
             sharded.append((p, parted(u.to(p.dtype), p)))
         else:

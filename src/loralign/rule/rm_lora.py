@@ -50,6 +50,21 @@ def slope(X: Tensor) -> Tensor:
     return X @ (E * torch.where(size > 0, 2 / size, 0.0))
 
 
+def _slopes(factors: Sequence[Tensor | None], weight: float, flat: bool) -> list[Tensor | None]:
+    """weight·slope of each factor, one call per shape; flat: rows are the directions (A)."""
+    made: list[Tensor | None] = [None] * len(factors)
+    groups: dict[object, list[int]] = {}
+    for k, X in enumerate(factors):
+        if X is not None:
+            groups.setdefault((X.shape, X.device, X.dtype), []).append(k)
+    for at in groups.values():
+        joint = stacked([factors[k] for k in at])
+        g = slope(joint.mT).mT if flat else slope(joint)
+        for k, own in zip(at, (weight * g).unbind(), strict=True):
+            made[k] = own
+    return made
+
+
 def _excess(X: Tensor) -> Tensor:
     H = gram(X)
     return H - torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
@@ -71,19 +86,8 @@ class MaskedOrthogonal:
         if not self.c:
             return None
         weight = self.c / sum(len(p.train) for p in pairs)
-        grads: dict[str, dict[str, Tensor]] = {p.name: {} for p in pairs}
-        for factor in "AB":
-            groups: dict[object, list[Pair]] = {}
-            for p in pairs:
-                if factor in p.train:
-                    X: Tensor = getattr(p, factor)
-                    groups.setdefault((X.shape, X.device, X.dtype), []).append(p)
-            for group in groups.values():
-                X = stacked([getattr(p, factor) for p in group])
-                g = slope(X.mT).mT if factor == "A" else slope(X)
-                for p, own in zip(group, (weight * g).unbind(), strict=True):
-                    grads[p.name][factor] = own
-        return [Grad(grads[p.name].get("A"), grads[p.name].get("B")) for p in pairs]
+        found = [_slopes([getattr(p, f) if f in p.train else None for p in pairs], weight, f == "A") for f in "AB"]
+        return [Grad(a, b) for a, b in zip(*found, strict=True)]
 
     def grad_mask(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
         return self._masks(pairs, ctx)
