@@ -45,11 +45,11 @@ def named(path: Path) -> str:
 
 
 def write_rows(folder: Path) -> dict[str, str]:
-    """Disjoint splits; which article goes where depends on its text alone."""
+    """Disjoint splits; which article goes where depends on its start alone, so that no start stands in two of them."""
     lines = (assets() / "bbc" / "all.jsonl").read_text(encoding="utf-8").splitlines()
-    unique = {row["text"]: row["label"] for row in map(json.loads, lines)}
-    ordered = sorted(unique.items(), key=lambda item: blake2b(item[0].encode(), digest_size=8).digest())
-    rows = iter({"text": " ".join(text.split()[:WORDS]), "label": label} for text, label in ordered)
+    starts = {" ".join(row["text"].split()[:WORDS]): row["label"] for row in map(json.loads, lines)}
+    ordered = sorted(starts.items(), key=lambda item: blake2b(item[0].encode(), digest_size=8).digest())
+    rows = iter({"text": text, "label": label} for text, label in ordered)
     paths = {}
     for split, size in SIZES.items():
         path = folder / f"{split}.jsonl"
