@@ -27,7 +27,7 @@ from loralign.compare.store import Store
 from loralign.compare.study import work
 from loralign.sites import put_in, sites, target_weights
 from loralign.types import Full, Recipe, WorkFailed
-from tiny_study import load, write_study
+from tiny_study import SMALL, load, write_study
 
 
 def timeless(outcome: Outcome) -> Outcome:
@@ -245,3 +245,20 @@ def test_minutes_end_a_trial_in_the_middle(tmp_path: Path, finished: int) -> Non
     assert not work(limited, slow)
     assert len(begun) == 1 and len(Store(spec).outcomes()) == finished
     assert Store(spec).running() == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_leaves_no_claim_behind(tmp_path: Path, workers: str) -> None:
+    file = write_study(tmp_path, train={**SMALL, "steps": 4000})
+    running = subprocess.Popen(
+        command(file, "--workers", workers), env=ENV, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    spec, end = load(file), time.monotonic() + 120
+    while time.monotonic() < end and not Store(spec).running():
+        time.sleep(0.2)
+    time.sleep(1.0)
+    os.killpg(running.pid, signal.SIGINT)
+    error = running.communicate(timeout=60)[1]
+    assert running.returncode == 130 and error == "loralign: stopped\n"
+    assert Store(spec).running() == {} and not Store(spec).outcomes()
