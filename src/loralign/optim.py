@@ -168,27 +168,29 @@ class PairOptimizer(torch.optim.Optimizer):
         return {name: factors for name, factors in found.items() if factors}
 
     def _pairs(self, live: Mapping[str, Mapping[str, nn.Parameter]]) -> list[Pair]:
-        """The present values of these sites' factors; those of twins are sums, formed in one call."""
-        values: dict[tuple[str, str], Tensor] = {}
-        twins: dict[tuple[str, str], Tensor] = {}
-        for name, factors in live.items():
+        """The present values of these sites' factors; those of twins are sums, formed in one call per side."""
+        found: dict[str, list[Tensor]] = {"A": [], "B": []}
+        twins: dict[str, list[tuple[int, Tensor]]] = {"A": [], "B": []}
+        for k, (name, factors) in enumerate(live.items()):
             sides = self._modules[name]
             twin = isinstance(sides["B"], SlotLinear) and sides["B"].kind == "T"
-            for role, module in sides.items():
+            for role, values in found.items():
                 p = factors.get(role)
-                p = module._parameters["weight"] if p is None else p
-                values[name, role] = p.data
+                values.append((sides[role]._parameters["weight"] if p is None else p).data)
                 if twin:
-                    twins[name, role] = module.frozen
+                    twins[role].append((k, sides[role].frozen))
         if not self.elementwise:
-            values = dict(zip(values, wholes(list(values.values())), strict=True))
-        if twins:
-            sums = torch._foreach_add([values[key] for key in twins], list(twins.values()))
-            values.update(zip(twins, sums, strict=True))
+            both = wholes([*found["A"], *found["B"]])
+            found = {"A": both[: len(live)], "B": both[len(live) :]}
+        for role, frozen in twins.items():
+            if frozen:
+                sums = torch._foreach_add([found[role][k] for k, _ in frozen], [t for _, t in frozen])
+                for (k, _), value in zip(frozen, sums, strict=True):
+                    found[role][k] = value
         made = []
-        for name, factors in live.items():
+        for (name, factors), A, B in zip(live.items(), found["A"], found["B"], strict=True):
             train: Train = "AB" if len(factors) == 2 else "A" if "A" in factors else "B"
-            made.append(Pair(name, values[name, "A"], values[name, "B"], self.sites[name].s, train))
+            made.append(Pair(name, A, B, self.sites[name].s, train))
         return made
 
     def _grads(self, live: Mapping[str, Mapping[str, nn.Parameter]], pairs: Sequence[Pair]) -> dict[str, Grad]:
