@@ -55,7 +55,7 @@ class Sizes:
 
 
 FULL = Sizes(200, 200, eval_every=50, batch_size=32, length=128, rows=200, rates=5, extensions=2)
-SMALL = Sizes(40, 20, eval_every=10, batch_size=4, length=48, rows=6, rates=3, extensions=1)
+SMALL = Sizes(40, 20, eval_every=10, batch_size=4, length=48, rows=6, rates=3, extensions=3)
 TINY = Sizes(3, 4, eval_every=2, batch_size=2, length=16, rows=2, rates=3, extensions=0)
 
 
