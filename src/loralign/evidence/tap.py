@@ -43,8 +43,10 @@ class Spent:
     """A fact: read from the cache; the numbers are those of the run that filled it."""
 
     def __str__(self) -> str:
-        what = f"{self.micro_batches} micro-batches, {self.tokens} tokens, {self.seconds:.1f} s"
-        return f"{what}, state of {self.state_bytes / 2**20:.1f} MiB{' (from the cache)' if self.cached else ''}"
+        parts = [f"{self.micro_batches} micro-batches, {self.tokens} tokens"] if self.micro_batches else []
+        parts += [f"{self.seconds:.1f} s"]
+        parts += [f"state of {self.state_bytes / 2**20:.1f} MiB"] if self.state_bytes else []
+        return f"{', '.join(parts)}{' (from the cache)' if self.cached else ''}"
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
