@@ -12,8 +12,8 @@ Export:  exact.
 Args:    betas, eps: Adam's. Clipping: the usual global norm of 1, over what trains.
 Example:
     >>> from loralign.transform.lora_fa import projected_gradient
-    >>> projected_gradient().accepts
-    frozenset({'one_sided'})
+    >>> sorted(projected_gradient().accepts)
+    ['one_sided', 'shapes']
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from loralign.linalg import gram, psd_inverse
-from loralign.optim_lists import scales, stacked
+from loralign.optim_lists import by_shape, scales, stacked
 from loralign.transform.adamw import adamw
 from loralign.transform.combine import Chain, chain
 from loralign.types import Ctx, Grad, Pair, SlotPlan, State, WorkFailed
@@ -34,7 +35,7 @@ from loralign.types import Ctx, Grad, Pair, SlotPlan, State, WorkFailed
 class Projected:
     """Gradients of B to b; keeps nothing."""
 
-    accepts: frozenset[str] = frozenset({"one_sided"})
+    accepts: frozenset[str] = frozenset({"one_sided", "shapes"})
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
@@ -48,10 +49,14 @@ class Projected:
     def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
         if grads[0].B is None:
             raise WorkFailed(f"lora-fa trains B only, and B of {pairs[0].name} does not train")
-        A = stacked([p.A for p in pairs])
-        s = scales(pairs, A)
-        b = stacked([g.B for g in grads]) @ (psd_inverse(gram(A.mT)) / s**2)
-        return [Grad(None, b_k) for b_k in b.unbind()]
+        places = by_shape(pairs)
+        inverse = psd_inverse(torch.cat([gram(stacked([pairs[k].A for k in at]).mT) for at in places]))
+        out = [Grad(None, None)] * len(pairs)
+        for at, iA in zip(places, inverse.split([len(at) for at in places]), strict=True):
+            b = stacked([grads[k].B for k in at]) @ (iA / scales([pairs[k] for k in at], iA) ** 2)
+            for k, own in zip(at, b.unbind(), strict=True):
+                out[k] = Grad(None, own)
+        return out
 
     def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
         """Nothing is kept."""

@@ -5,7 +5,7 @@
 Shapes:  A, gA (r, d_in) · B, gB (d_out, r)
 Source:  Zhang & Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models", arXiv 2402.02347, scaled
          AdamW. Official code: pilancilab/Riemannian_Preconditioned_LoRA; PEFT optimizers (create_riemannian_optimizer).
-Differs: one eigendecomposition per group of equal shapes instead of a pseudo-inverse per module. No factor 1/s², as in
+Differs: one eigendecomposition per step instead of a pseudo-inverse per module. No factor 1/s², as in
          the codes. The step of the product counts P_B·G·P_A twice, `lora_pro` once.
 Cost:    4·r²(d_in + d_out) FLOPs a step; Adam's state.
 Export:  exact.
@@ -13,8 +13,8 @@ Args:    damping: δ, absolute, in units of B² and A², 1e-6 in the official co
          for long after B = 0. betas, eps: Adam's. Clipping: the usual global norm of 1, before the preconditioner.
 Example:
     >>> from loralign.transform.riemannian import scaled_gradient
-    >>> scaled_gradient().accepts
-    frozenset({'one_sided'})
+    >>> sorted(scaled_gradient().accepts)
+    ['one_sided', 'shapes']
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from loralign.linalg import gram, psd_inverse
-from loralign.optim_lists import stacked
+from loralign.optim_lists import by_shape, stacked
 from loralign.transform.adamw import adamw
 from loralign.transform.combine import Chain, chain
 from loralign.types import Ctx, Grad, LoralignError, Pair, SlotPlan, State
@@ -37,7 +37,7 @@ class Scaled:
     """Gradients to preconditioned gradients; keeps nothing."""
 
     damping: float
-    accepts: frozenset[str] = frozenset({"one_sided"})
+    accepts: frozenset[str] = frozenset({"one_sided", "shapes"})
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
@@ -49,11 +49,18 @@ class Scaled:
         return {}
 
     def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
-        n, H = len(pairs), torch.stack([gram(stacked([p.B for p in pairs])), gram(stacked([p.A for p in pairs]).mT)])
-        iB, iA = psd_inverse(H + self.damping * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device))
-        a = [None] * n if grads[0].A is None else (iB @ stacked([g.A for g in grads])).unbind()
-        b = [None] * n if grads[0].B is None else (stacked([g.B for g in grads]) @ iA).unbind()
-        return [Grad(*pair) for pair in zip(a, b, strict=True)]
+        places = by_shape(pairs)
+        X = [[stacked([getattr(pairs[k], f) for k in at]) for at in places] for f in "BA"]
+        H = torch.stack([torch.cat([gram(B) for B in X[0]]), torch.cat([gram(A.mT) for A in X[1]])])
+        inverse = psd_inverse(H + self.damping * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device))
+        out = [Grad(None, None)] * len(pairs)
+        for at, iB, iA in zip(places, *(whole.split([len(at) for at in places]) for whole in inverse), strict=True):
+            gA, gB = ([getattr(grads[k], f) for k in at] for f in "AB")
+            a = [None] * len(at) if gA[0] is None else (iB @ stacked(gA)).unbind()
+            b = [None] * len(at) if gB[0] is None else (stacked(gB) @ iA).unbind()
+            for k, *both in zip(at, a, b, strict=True):
+                out[k] = Grad(*both)
+        return out
 
     def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
         """Nothing is kept."""
