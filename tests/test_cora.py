@@ -485,6 +485,19 @@ def test_bad_sources(sources: tuple[str, ...], tmp_path: Path) -> None:
     for given, options, message in (cases[0], *cases[2:7]):  # from headers alone, before a model is loaded
         with pytest.raises(LoralignError, match=message):
             check_sources([str(s) for s in given], **options)
+    for name, text, message in (
+        ("foreign", '{"peft_type": "IA3"}', "no plain LoRA adapter"),
+        ("half", '{"peft_type":', "none that PEFT reads"),
+        ("odd", '{"peft_type": "FOO"}', "none that PEFT reads"),
+        ("cut", (Path(sources[0]) / "adapter_config.json").read_text(), "is missing or cut off"),
+        ("bare", (Path(sources[0]) / "adapter_config.json").read_text(), "save the adapter again"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(text)
+        if name != "bare":
+            (tmp_path / name / "adapter_model.safetensors").write_bytes(b"12345678")
+        with pytest.raises(LoralignError, match=message):
+            check_sources((*sources, str(tmp_path / name)))
     check_sources(())
     check_sources(sources)
     with pytest.raises(LoralignError, match="is no basis file"):

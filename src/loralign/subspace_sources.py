@@ -23,7 +23,7 @@ import torch
 import transformers
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
@@ -148,8 +148,13 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / "adapter_model.safetensors"
         if not self.file.is_file():
-            raise LoralignError(f"{folder} has an adapter_config.json but no adapter_model.safetensors")
-        config = LoraConfig.from_pretrained(str(folder))
+            raise LoralignError(
+                f"{folder} has an adapter_config.json but no adapter_model.safetensors: save the adapter again"
+            )
+        try:
+            config = LoraConfig.from_pretrained(str(folder))
+        except (ValueError, KeyError, TypeError) as error:
+            raise LoralignError(f"{folder.name}/adapter_config.json is none that PEFT reads ({error!r})") from None
         if not isinstance(config, LoraConfig) or config.use_dora:
             raise LoralignError(f"{folder.name} is no plain LoRA adapter: its product is not its update")
         self.config = config
@@ -157,7 +162,7 @@ class Adapter:
     @cached_property
     def names(self) -> dict[str, str]:
         """Module name -> key stem in the file."""
-        with safe_open(self.file, framework="pt") as f:
+        with _opened(self.file) as f:
             keys = f.keys()
         stems = [k.removesuffix(".lora_A.weight") for k in keys if k.endswith(".lora_A.weight")]
         return {stem.removeprefix("base_model.model."): stem for stem in stems}
@@ -169,7 +174,7 @@ class Adapter:
         return float(alpha) / (r**0.5 if config.use_rslora else r)
 
     def leading(self, name: str) -> tuple[Tensor, Tensor]:
-        with safe_open(self.file, framework="pt") as f:
+        with _opened(self.file) as f:
             stem = self.names[name]
             A, B = (f.get_tensor(f"{stem}.lora_{side}.weight").float() for side in "AB")
         U, S, V = product_svd(B * self.scale(name), A)
@@ -212,7 +217,7 @@ class Checkpoint:
         key = self.key(target.name)
         file = self.files[key]
         if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
+            self._open[file] = _opened(file)
         W: Tensor = self._open[file].get_tensor(key)
         W = W.T if target.transposed else W
         if tuple(W.shape) != (target.d_out, target.d_in) or not W.is_floating_point():
@@ -224,8 +229,15 @@ class Checkpoint:
 
 
 def _keys(file: Path) -> Iterable[str]:
-    with safe_open(file, framework="pt") as f:
+    with _opened(file) as f:
         return list(f.keys())
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise LoralignError(f"{file} is missing or cut off ({error}): copy it again") from None
 
 
 def targets_of(folder: Path) -> list[Target]:
