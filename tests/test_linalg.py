@@ -577,6 +577,7 @@ BATCHED = {
     "basis_inverse": lambda X, Y, H, K: linalg.basis_inverse(linalg.orthonormal_basis(X)[1]),
     "polar": lambda X, Y, H, K: linalg.polar(Y),
     "msign": lambda X, Y, H, K: linalg.msign(Y),
+    "msign_each": lambda X, Y, H, K: linalg.msign_each([Y])[0],
     "captured": lambda X, Y, H, K: linalg.captured(linalg.polar(X), X @ Y),
     "first_step_energy": lambda X, Y, H, K: linalg.first_step_energy(X, Y, X @ Y, torch.linalg.svdvals(X @ Y)),
     "top_svd": lambda X, Y, H, K: linalg.top_svd(X @ Y, 2),

@@ -289,16 +289,22 @@ def msign(X: Tensor, *, steps: int = 5) -> Tensor:
     a, b, c = 3.4445, −4.7750, 2.0315. After 5 steps a singular value above 0.002·‖X‖_F lies in [0.68, 1.21]; smaller
     ones σ come as up to 485·σ/‖X‖_F. Cost: 4·m·n·k + 8·steps·k³ FLOPs, k = min(m, n).
     """
-    if X.shape[-2] < X.shape[-1]:
-        return msign(X.mT, steps=steps).mT
-    X = _scaled(*_work(X))
-    H, eye = gram(X), torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    return msign_each([X], steps=steps)[0]
+
+
+def msign_each(Xs: Sequence[Tensor], *, steps: int = 5) -> list[Tensor]:
+    """`msign` of tensors whose smaller sides are equal, the iteration once for all: each (n, rows, columns)."""
+    upright = [_scaled(*_work(X if X.shape[-2] >= X.shape[-1] else X.mT)) for X in Xs]
+    grams = [gram(X) for X in upright]
+    H = torch.cat(grams)
+    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
     total = H.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(1)  # below 1 only for X = 0
     H, T = H / total, eye / total.sqrt()
     for _ in range(steps):
         F = 3.4445 * eye - 4.7750 * H + 2.0315 * H @ H
         T, H = T @ F, F @ H @ F
-    return X @ T
+    signs = [X @ part for X, part in zip(upright, T.split([len(g) for g in grams]), strict=True)]
+    return [S if X.shape[-2] >= X.shape[-1] else S.mT for X, S in zip(Xs, signs, strict=True)]
 
 
 def captured(U: Tensor, G: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loralign.linalg import msign
-from loralign.optim_lists import stacked
+from loralign.linalg import msign_each
+from loralign.optim_lists import by_shape, kept, stacked
 from loralign.types import Ctx, Grad, Pair, SlotPlan, State
 
 
@@ -35,7 +35,7 @@ from loralign.types import Ctx, Grad, Pair, SlotPlan, State
 class MatrixSign:
     momentum: float
     newton_steps: int
-    accepts: frozenset[str] = frozenset({"one_sided", "gated"})
+    accepts: frozenset[str] = frozenset({"one_sided", "gated", "shapes"})
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
@@ -52,20 +52,23 @@ class MatrixSign:
         return {}
 
     def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
-        A = self._side([g.A for g in grads], [st.get("A") for st in state], ctx.lr_A)
-        B = self._side([g.B for g in grads], [st.get("B") for st in state], ctx.lr_B)
-        return [Grad(a, b) for a, b in zip(A, B, strict=True)]
-
-    def _side(
-        self, grads: Sequence[Tensor | None], state: Sequence[dict[str, Tensor] | None], lr: float
-    ) -> Sequence[Tensor | None]:
-        if grads[0] is None:
-            return [None] * len(grads)
-        g, kept = stacked(grads), [st["momentum"] for st in state if st is not None]
-        m = torch.lerp(torch.stack(kept), g, 1 - self.momentum)
-        torch._foreach_copy_(kept, list(m.unbind()))
-        size = 0.2 * max(g.shape[-2:]) ** 0.5
-        return (msign(torch.lerp(g, m, self.momentum), steps=self.newton_steps) * (-lr * size)).unbind()
+        sides: list[tuple[str, list[int], Tensor]] = []  # factor, pairs, n of one shape
+        for factor in (f for f in "AB" if getattr(grads[0], f) is not None):
+            for at in by_shape(pairs):
+                g = stacked([getattr(grads[k], factor) for k in at])
+                m = kept([state[k][factor] for k in at], "momentum").lerp_(g, 1 - self.momentum)
+                sides.append((factor, at, torch.lerp(g, m, self.momentum)))
+        small: dict[int, list[int]] = {}
+        for i, (_, _, n) in enumerate(sides):
+            small.setdefault(min(n.shape[-2:]), []).append(i)
+        out = [Grad(None, None)] * len(pairs)
+        for places in small.values():
+            signs = msign_each([sides[i][2] for i in places], steps=self.newton_steps)
+            for (factor, at, n), sign in zip((sides[i] for i in places), signs, strict=True):
+                rate = -0.2 * max(n.shape[-2:]) ** 0.5 * (ctx.lr_A if factor == "A" else ctx.lr_B)
+                for k, own in zip(at, (sign * rate).unbind(), strict=True):
+                    out[k] = Grad(own, out[k].B) if factor == "A" else Grad(out[k].A, own)
+        return out
 
     def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
         """Dead and fresh slots start without momentum."""
