@@ -169,7 +169,8 @@ def skipped(model: nn.Module, found: Sequence[Site]) -> dict[str, str]:
     reasons = {}
     for name, module in model.named_modules():
         short = name.removeprefix(_PREFIX)
-        if short in adapted or any(short.startswith(a + ".") for a in adapted):
+        parts = short.split(".")
+        if any(".".join(parts[:n]) in adapted for n in range(1, len(parts) + 1)):
             continue
         if isinstance(module, nn.Linear | Conv1D):
             reasons[short] = "output head or not in `targets`"

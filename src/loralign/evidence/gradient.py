@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from loralign.evidence.ranks import world
-from loralign.evidence.sketch import Accumulator, Dense, Draws, Shares, Side, Staging, Stream, estimated_quality
+from loralign.evidence.sketch import (
+    Accumulator,
+    Dense,
+    Draws,
+    Shares,
+    Side,
+    Staging,
+    Stream,
+    estimated_quality,
+    spectra,
+)
 from loralign.evidence.tap import Passes, Progress
 from loralign.linalg import keyed_generator, top_svd
 from loralign.types import Batch, Directions, Loss, Site, Sketch, TopGradient, WorkFailed
@@ -87,9 +97,10 @@ def top_gradient(
     for _ in range(sketch.passes - 1 if todo else 0):
         into = {name: a.next() for name, a in into.items() if isinstance(a, Stream | Side)}
         accumulate(passes, todo, used, into, "gradient")
-    for site in todo:
-        a = into[site.name]
-        found[site.name] = _from_sketch(a, need.per_rank * site.r, count, sketch.passes, energy[site.name])
+    sketches = [a for a in (into[site.name] for site in todo) if isinstance(a, Stream | Side)]
+    for site, a, spectrum in zip(todo, sketches, spectra(sketches), strict=True):
+        U, S, V = a.found(need.per_rank * site.r, spectrum)
+        found[site.name] = _from_sketch(U, S, V, count, sketch.passes, energy[site.name])
     poor = [site for site in todo if _exactness_adds(found[site.name]) > sketch.exact_above]
     if poor:
         into = {site.name: Dense(site, staging) for site in poor}
@@ -122,13 +133,12 @@ def _take_exact(
     return found
 
 
-def _from_sketch(a: Accumulator, k: int, count: int, passes: int, energy: float) -> Directions:
-    """energy: an estimate of ‖G‖²."""
-    assert isinstance(a, Stream | Side)
-    U, S, V = a.found(k)
+def _from_sketch(U: Tensor, S: Tensor, V: Tensor, count: int, passes: int, energy: float) -> Directions:
+    """U (d_out, k), V (d_in, k), S: all values of the sketch of count·G; energy: an estimate of ‖G‖²."""
+    k = U.shape[1]
     held = float((S[:k] / count).square().sum())
     share = min(1.0, held / energy) if energy > 0 else None
-    quality = estimated_quality(S, U.shape[1], passes)
+    quality = estimated_quality(S, k, passes)
     return Directions(U, S[:k] / count, V, captured=share, exact=False, quality=quality)
 
 

@@ -21,12 +21,18 @@ Source:  subspace iteration: Halko, Martinsson, Tropp, arXiv 0909.4061, §4.5; r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
 from loralign.evidence.ranks import from_rank_0, gather_columns, sum_ranks, world
 from loralign.linalg import fix_signs, keyed_normal, product_svd
 from loralign.types import Site
+
+Spectrum = tuple[Tensor, Tensor]
+"""Eigenvalues, ascending, and eigenvectors."""
 
 
 def across(a: Tensor, b: Tensor) -> Tensor:
@@ -91,15 +97,27 @@ def _columns(X: Tensor, S: Tensor) -> Tensor:
     return (Q * torch.where((Q * on_cpu).sum(0) < 0, -1.0, 1.0)).to(X)
 
 
-def triples(Y: Tensor, P: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def triples(Y: Tensor, P: Tensor, k: int, spectrum: Spectrum | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Leading singular triples of Y·Pᵀ: Y (m, K), P (n, K) orthonormal -> U (m, k), S (K,) on the CPU, V (n, k).
 
     YᵀY = E·S²·Eᵀ in float64 (values down to 1e-8 of the first), V = P·E, U = orth(Y·E).
+    spectrum: of YᵀY, where it is known already.
     """
-    Y64 = Y.double()
-    values, E = torch.linalg.eigh((Y64.T @ Y64).cpu())
+    values, E = spectrum or torch.linalg.eigh(square(Y))
     S, E = values.flip(-1).clamp_min(0).sqrt().to(Y.dtype), E.flip(-1).to(Y)[:, :k]
     return _columns(Y @ E, S[:k]), S, P @ E
+
+
+def square(Y: Tensor) -> Tensor:
+    """YᵀY (K, K) in float64, on the CPU."""
+    Y = Y.double()
+    return (Y.T @ Y).cpu()
+
+
+def spectra(sketches: Sequence[Stream | Side]) -> list[Spectrum]:
+    """Of every sketch's square: small eigenproblems for one core each, so several at a time."""
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return list(pool.map(torch.linalg.eigh, [square(a.wide) for a in sketches]))
 
 
 class Staging:
@@ -181,10 +199,15 @@ class Stream:
     def tensors(self) -> list[Tensor]:
         return [self.Z] if self.Q is None else [self.Q, self.Z, self.probe]
 
-    def found(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def wide(self) -> Tensor:
+        """The factor that is not orthonormal."""
+        return self.Z
+
+    def found(self, k: int, spectrum: Spectrum | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """U, S, V: k triples and all values."""
         assert self.Q is not None
-        V, S, U = triples(self.Z, self.Q, k)
+        V, S, U = triples(self.Z, self.Q, k, spectrum)
         U, V = fix_signs(U, V)
         return U, S, V
 
@@ -213,8 +236,12 @@ class Side:
     def tensors(self) -> list[Tensor]:
         return [self.basis, self.sum]
 
-    def found(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        own, S, other = triples(self.sum, self.basis, k)
+    @property
+    def wide(self) -> Tensor:
+        return self.sum
+
+    def found(self, k: int, spectrum: Spectrum | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        own, S, other = triples(self.sum, self.basis, k, spectrum)
         U, V = fix_signs(own, other) if self.left else fix_signs(other, own)
         return U, S, V
 
