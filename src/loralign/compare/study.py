@@ -47,9 +47,12 @@ def best_index(arm: Arm, done: Mapping[str, Outcome], trials: Sequence[Trial]) -
 def rate_trials(spec: Spec, done: Mapping[str, Outcome]) -> tuple[list[Trial], dict[str, str]]:
     """All trials of phase "rate" that the finished ones call for, and the arms whose best is still at an edge.
 
-    Rounds: the base grid, then one more rate for every arm while any arm's best is at an edge ("low" or "high").
+    Rounds: the base grid, then one more rate for every arm while any arm's best is at an edge ("low" or "high"). Every
+    arm's centre comes first, then every arm's next rate, so that workers side by side still know the earlier rates of
+    an arm when they judge a later one, and a study that stops early is balanced.
     """
-    first = [t for arm in spec.arms for t in grid(arm, spec.rates, spec.ratio)]
+    grids = (grid(arm, spec.rates, spec.ratio) for arm in spec.arms)
+    first = [t for turn in zip(*grids, strict=True) for t in turn]
     trials = [Trial("rate", t.arm, t.index, t.lr, spec.rate_seed) for t in first]
     for extension in range(spec.extensions + 1):
         if any(t.key not in done for t in trials):
