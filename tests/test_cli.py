@@ -266,6 +266,10 @@ BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is s
     "adapter as model": ("model=out", "out holds an adapter, not a base model: give the base model in `model`"),
     "no model folder": ("model=.", r"\. is no model folder: it has no config\.json"),
     "unknown hub id": ("model=no/such", "cannot load the model 'no/such': .*; check the name, or give the folder"),
+    "pickled weights": ("model=pickled", "'pickled': it has no safetensors weights, and nothing is unpickled; save it"),
+    "damaged weights": ("model=torn", r"'torn': its weights are damaged \(.*\); download or copy them again"),
+    "foreign code": ("model=coded", "'coded': it needs code that its repository ships; set `trust_remote_code: true`"),
+    "no language model": ("model=seeing", "'seeing': it is no causal language model, which task sft needs"),
     "no gguf file": ("model=none.gguf", r"no such file: none\.gguf"),
     "foreign setting": (
         "train.extra={max_step: 1}",
@@ -282,6 +286,21 @@ BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is s
 }
 
 
+def odd_models(root: Path) -> None:
+    """Copies of the base model that cannot be used."""
+    for name in ("pickled", "torn", "coded", "seeing"):
+        shutil.copytree(root / "base", root / name, dirs_exist_ok=True)
+    config = json.loads((root / "base" / "config.json").read_text(encoding="utf-8"))
+    own = {**config, "model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    (root / "coded" / "config.json").write_text(json.dumps(own), encoding="utf-8")
+    (root / "coded" / "own.py").write_text("raise SystemExit('run')", encoding="utf-8")
+    (root / "seeing" / "config.json").write_text(json.dumps({**config, "model_type": "vit"}), encoding="utf-8")
+    weights = "model.safetensors"
+    (root / "pickled" / weights).unlink()
+    torch.save(load_file(root / "base" / weights), root / "pickled" / "pytorch_model.bin")
+    (root / "torn" / weights).write_bytes((root / "base" / weights).read_bytes()[:3000])
+
+
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("what", BAD_RUNS)
 def test_bad_input_exits_2_and_harms_nothing(what: str, world: Path) -> None:
@@ -289,6 +308,7 @@ def test_bad_input_exits_2_and_harms_nothing(what: str, world: Path) -> None:
     (world / "empty.jsonl").write_text("", encoding="utf-8")
     (world / "broken.jsonl").write_text('{"text": "w5"}\n{"text": \n', encoding="utf-8")
     (world / "column.jsonl").write_text('{"foo": "w5"}\n', encoding="utf-8")
+    odd_models(world)
     before = bytes_of(world)
     done = run("train", "r.yaml", "--set", "output=bad", "--set", override)
     assert done.code == 2

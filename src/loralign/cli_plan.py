@@ -16,7 +16,7 @@ from loralign.plan_trace import Step
 from loralign.recipes import method
 from loralign.subspace import check_sources
 from loralign.train.job import Job
-from loralign.train.model import hidden_size
+from loralign.train.model import hidden_size, loading
 from loralign.types import CommonSubspace, Recipe
 
 
@@ -66,8 +66,8 @@ def _meta_model(name: str, dtype: torch.dtype, place: dict[str, Any]) -> Any:
     path = Path(name).expanduser()
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     where = path.parent if gguf else path if path.is_dir() else name
-    config = AutoConfig.from_pretrained(str(where), **place, **gguf)
-    with torch.device("meta"):
+    with loading(name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(str(where), **place, **gguf)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=place["trust_remote_code"])
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,11 +29,9 @@ def load(
     """
     where, extra = _source(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **extra}
-    try:
+    with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype_of(precision), use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise LoralignError(f"cannot load the model {name!r}: {_why(error)}") from error
     as_plain(model)
     if is_adapted(model):
         raise LoralignError(f"{name!r} is an adapter, not a base model: give the base model in `model`")
@@ -90,13 +91,29 @@ def _says_gguf(model: PreTrainedModel) -> bool:
 def hidden_size(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
     """Width of the residual stream, from the config alone; 2000 (where priors are stated) when it has none."""
     where, extra = _source(name)
-    try:
+    with loading(name):
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code, **extra)
-    except (OSError, ValueError, KeyError) as error:
-        raise LoralignError(f"cannot load the model {name!r}: {_why(error)}") from error
     return int(getattr(config, "hidden_size", 2000))
 
 
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Within: what goes wrong while a model is read becomes one sentence with the mend."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise LoralignError(f"cannot load the model {name!r}: {_why(error)}") from error
+
+
 def _why(error: Exception) -> str:
-    said = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+    text = str(error).strip()
+    said = text.split("\n")[0].split(". ")[0].rstrip(".")
+    if isinstance(error, SafetensorError):
+        return f"its weights are damaged ({said}); download or copy them again"
+    if "trust_remote_code" in text:
+        return "it needs code that its repository ships; set `trust_remote_code: true` if you trust that code"
+    if "no file named" in text and "safetensors" in text:
+        return "it has no safetensors weights, and nothing is unpickled; save it again with `save_pretrained`"
+    if "Unrecognized configuration class" in text:
+        return "it is no causal language model, which task sft needs; give another `model`"
     return f"{said}; check the name, or give the folder of the model"
