@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -425,6 +426,14 @@ def test_preheating_lowers_the_loss_and_the_start_follows_it() -> None:
             site.layer.lora_A["default"].weight.copy_(d.V.T)  # type: ignore[index]
             site.layer.lora_B["default"].weight.copy_(d.U * d.S)  # type: ignore[index]
     assert float(model_loss(model, batch).detach()) < before - 0.05
+
+
+def test_a_preheat_that_leads_away_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = put_in(nn.Sequential(nn.Linear(16, 16)), recipe("lora", targets=("0",)))
+    batch, need = {"x": normal(8, 16).float()}, Preheated(lambda r: 6, 6, "AB", micro_batches=1, lr=30.0)
+    with caplog.at_level(logging.WARNING, "loralign"):
+        collect(need, model, sites(model), [batch], loss=lambda m, b: m(b["x"]).square().mean())
+    assert "loss rose" in caplog.text
 
 
 def test_steps_accumulate_micro_batches() -> None:

@@ -15,7 +15,7 @@ from loralign.evidence import exact_gradient, model_loss
 from loralign.init.lora_ga import gradient_svd
 from loralign.linalg import top_svd
 from loralign.sites import draw_for, put_in
-from loralign.types import Directions, Factors, Recipe, Weight
+from loralign.types import Directions, Factors, Recipe, Sketch, Weight
 from oracles import lora_ga as oracle
 from toy import batch_for, llama
 
@@ -193,6 +193,15 @@ def test_bf16_base_gets_the_same_start_up_to_rounding() -> None:
     wrapped(**batch_for(llama())).loss.backward()
     opt.step()
     assert opt.applied == 14 and all(torch.isfinite(factors(site)[1]).all() for site in sites(wrapped))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"micro_batches": 0}, {"sketch": Sketch(width=1)}, {"sketch": Sketch(passes=0)}, {"sketch": Sketch(held_out=-1)}],
+)
+def test_counts_that_mean_nothing_are_refused(options: Any) -> None:
+    with pytest.raises(LoralignError, match=r"at least|needs at least one"):
+        gradient_svd(**options)
 
 
 def test_needs_data() -> None:

@@ -130,6 +130,8 @@ def _train(need: Preheated, passes: Passes, pairs: Sequence[Temporary], batches:
     passes.holds([*moving, *moving, *moving, *moving])
     seen = f"loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else "all of them before the stop"
     log.info("preheat: %d steps at lr %.1e, %s", need.steps, peak, seen)
+    if losses and losses[-1] > 2 * losses[0]:
+        log.warning("the preheat's loss rose: its directions are of little use, give `hrp` a lower `lr`")
 
 
 def _trained(need: Preheated, passes: Passes, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[str, Directions]:

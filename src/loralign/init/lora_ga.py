@@ -117,5 +117,9 @@ def gradient_svd(
         raise LoralignError(f"gamma = {gamma}: it must be positive, larger means a smaller start")
     if micro_batches < 1:
         raise LoralignError(f"micro_batches = {micro_batches}: a gradient needs at least one")
+    if sketch is not None and (sketch.width < 2 or sketch.passes < 1 or sketch.held_out < 0):
+        raise LoralignError(
+            "a sketch has width 2 at least (2·r columns are needed), 1 pass and 0 held-out micro-batches"
+        )
     needs = TopGradient(per_rank=2, micro_batches=micro_batches, sketch=sketch)
     return GradientSVD(DIRECTIONS[direction], scales(gamma)[scale], norm_clip, needs)
