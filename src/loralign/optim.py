@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loralign.linalg import keyed_generator
+from loralign.optim_groups import groups
 from loralign.optim_lists import LateMapping, LateSequence, adam_state, adam_updates, masked
 from loralign.optim_shards import add_, wholes
 from loralign.slot import SlotLinear, live_of, whole
 from loralign.types import (
     Ctx,
     Grad,
-    LoralignError,
     Moment,
     Pair,
     Rule,
@@ -79,39 +79,8 @@ class PairOptimizer(torch.optim.Optimizer):
         self.reached: set[str] = set()
         """Sites that ever received an update."""
         self.applied, self.steps_here, self.grad_norm, self.lr_factor = 0, 0, float("nan"), 1.0
-        super().__init__(self._groups(rest, lr, rest_lr, weight_decay), {"lr": lr, "weight_decay": weight_decay})
-
-    def _groups(
-        self, rest: Mapping[str, nn.Parameter], lr: float, rest_lr: float | None, decay: float
-    ) -> list[dict[str, Any]]:
-        factors: dict[str, dict[str, nn.Parameter]] = {"A": {}, "B": {}}
-        for site in self.sites.values():
-            for role, side in (("A", "lora_A"), ("B", "lora_B")):
-                p = getattr(site.layer, side)[site.adapter]._parameters["weight"]
-                if p.requires_grad:
-                    factors[role][site.name] = p
-        if not factors["A"] and not factors["B"]:
-            raise LoralignError("no factor of the adapter trains: load it with is_trainable=True or adapt again")
-        self._check_precision(factors)
-        others = {
-            1.0: {n: p for n, p in rest.items() if p.dim() > 1},
-            0.0: {n: p for n, p in rest.items() if p.dim() < 2},
-        }
-        made = [
-            _group("A", factors["A"], lr, decay),
-            _group("B", factors["B"], lr * self.transform.lr_ratio, decay),
-            *(_group("rest", ps, lr if rest_lr is None else rest_lr, decay * keep) for keep, ps in others.items()),
-        ]
-        return [group for group in made if group["params"]]
-
-    def _check_precision(self, factors: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
-        for name, p in (item for side in factors.values() for item in side.items()):
-            if p.dtype in (torch.bfloat16, torch.float16) and "bf16" not in self.transform.accepts:
-                raise LoralignError(
-                    f"{name} has factors in {str(p.dtype).removeprefix('torch.')}, and this method multiplies small "
-                    "numbers of them, which half precision rounds away: keep the adapter in fp32 (PEFT's default, "
-                    "autocast_adapter_dtype=True), or use the transform adamw"
-                )
+        made = groups(sites, rest, transform, lr, rest_lr, weight_decay)
+        super().__init__(made, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -348,7 +317,3 @@ class PairOptimizer(torch.optim.Optimizer):
         for name in names:
             for p in live.get(name, {}).values():
                 self.state.pop(p, None)
-
-
-def _group(role: str, named: Mapping[str, nn.Parameter], lr: float, decay: float) -> dict[str, Any]:
-    return {"params": list(named.values()), "names": list(named), "role": role, "lr": lr, "weight_decay": decay}
