@@ -137,7 +137,7 @@ def test_contract(family: str, name: str, tmp_path: Path, sources: Sources) -> N
 
 
 def test_every_export_reloads_in_a_clean_process(tmp_path: Path, sources: Sources) -> None:
-    """3: both profiles of every recipe, in one process that imports only transformers and peft; bf16 loses below 1 %."""
+    """3: both profiles of every recipe, in one process with transformers and peft alone; in bf16 below 1 % is lost."""
     toy.llama().save_pretrained(tmp_path / "base")
     jobs = []
     for name in ADAPTERS:
