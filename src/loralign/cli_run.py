@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
+FIRST = os.environ.get("RANK", "0") == "0"
+"""Under `accelerate launch` or torchrun the first process speaks for all; errors come from each."""
+
+
 def say(text: str) -> None:
     """One line of output."""
-    typer.echo(text)
+    if FIRST:
+        typer.echo(text)
 
 
 # ----------------------------------------------------------------------------------------------------------- exit codes
@@ -93,7 +98,7 @@ def _quiet(debug: bool) -> Iterator[None]:
     handler, log = _Stderr(), logging.getLogger("loralign")
     level = log.level
     log.addHandler(handler)
-    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    log.setLevel(logging.DEBUG if debug else logging.INFO if FIRST else logging.WARNING)
     with warnings.catch_warnings(), ExitStack() as stack:
         if not debug:
             warnings.simplefilter("ignore")
@@ -153,8 +158,8 @@ def replace_text(path: Path, text: str) -> None:
 @contextmanager
 def progress() -> Iterator[Progress]:
     """A callback (what, done, total): bars on a terminal, else a line per tenth of the way."""
-    if not sys.stderr.isatty():
-        yield Lines()
+    if not FIRST or not sys.stderr.isatty():
+        yield Lines() if FIRST else (lambda what, done, total: None)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

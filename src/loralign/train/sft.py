@@ -94,7 +94,8 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
     trainer, started = ready.trainer, time.perf_counter()
     try:
         if ready.resume_from is None:
-            note_beginning(job, ready.fingerprints)
+            if trainer.is_world_process_zero():
+                note_beginning(job, ready.fingerprints)
             if trainer.eval_dataset is not None:
                 trainer.evaluate()
         _train(trainer, ready.resume_from)
@@ -104,6 +105,8 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
         raise WorkFailed(f"writing failed ({disk_full(error)}): free some space, then --resume") from error
     trained = time.perf_counter()
     metrics = _metrics(ready)
+    if not trainer.is_world_process_zero():  # of several processes the first one writes
+        return Result(job.output, metrics, None, False, {"init": ready.init_seconds, "train": trained - started})
     if isinstance(job.recipe, Full):
         with fresh_folder(job.output, overwrite=True) as folder:
             trainer.model.save_pretrained(folder)
