@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loralign import LoralignError, Recipe, adapt, build, optimizer, peft_config, sites
+from loralign.config import parse, to_recipe
 from loralign.evidence import collect
 from loralign.evidence.shared import choose_side
 from loralign.init.cora import common_basis, common_start
@@ -546,6 +547,13 @@ def test_targets_of_a_recipe_limit_what_is_read(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "m")
     target = Target("model.layers.0.mlp.up_proj", 48, 32)
     assert list(extract([tmp_path / "m"], targets=[target]).groups) == ["model.layers.*.mlp.up_proj"]
+
+
+@pytest.mark.parametrize("given", ["shared.safetensors", ["shared.safetensors"]])
+def test_a_recipe_file_names_one_source_or_several(given: Any) -> None:
+    file = {"model": "m", "data": {"train": "rows.jsonl"}, "output": "o", "method": "cora"}
+    made = to_recipe(parse({**file, "options": {"sources": given}}))
+    assert isinstance(made, Recipe) and made.init.needs == CommonSubspace(("shared.safetensors",))
 
 
 def test_sources_that_share_nothing_are_refused(tmp_path: Path) -> None:
