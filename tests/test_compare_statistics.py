@@ -274,3 +274,14 @@ def test_a_study_without_references_says_so() -> None:
         "no finished `full` arm: the gap to it is unknown",
     )
     assert result.arms[0].kind == "untested"
+
+
+def test_an_arm_whose_seeds_have_not_run_is_not_called_diverged() -> None:
+    searches = [r for arm in ("full", "lora", "late") for r in rates(2.5, 2.0, 2.5, arm=arm)]
+    result = summarise([*three("full", 1.0), *three("lora", 2.0)], searches)
+    late = next(a for a in result.arms if a.arm == "late")
+    assert (
+        late.sentence
+        == "its rate is found (validation loss 2.0000), none of its seeds has run: nothing is compared yet"
+    )
+    assert late.lr is not None and not late.steps_to and row(late)["steps_to_lora"] == ""

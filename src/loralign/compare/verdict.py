@@ -93,14 +93,14 @@ def _arm_result(
     comparison: Comparison | None,
     baseline: str,
 ) -> ArmResult:
-    reached = {target: to_target(curves, loss) for target, loss in targets.items()}
+    reached = {target: to_target(curves, loss) for target, loss in targets.items()} if curves else {}
     diverged = sum(not c.sound for c in curves)
     kind = _kind(name == baseline, diverged, comparison)
     best = choose_rate(rates)
     return ArmResult(
         arm=name,
         kind=kind,
-        sentence=_sentence(kind, curves, comparison, f"`{baseline}`"),
+        sentence=_sentence(kind, curves, comparison, f"`{baseline}`", best),
         flags=tuple(_flags(curves, rates, comparison)),
         lr=best.lr if best else (curves[0].lr if curves else None),
         seeds=len(curves),
@@ -132,9 +132,15 @@ def _kind(is_baseline: bool, diverged: int, comparison: Comparison | None) -> Ki
 # ---------------------------------------------------------------------------------------------------------- plain words
 
 
-def _sentence(kind: Kind, curves: Sequence[Curve], comparison: Comparison | None, base: str) -> str:
+def _sentence(
+    kind: Kind, curves: Sequence[Curve], comparison: Comparison | None, base: str, best: Rate | None = None
+) -> str:
     if kind == "baseline":
         return "what the other arms are compared with"
+    if not curves and best is not None:
+        return (
+            f"its rate is found (validation loss {best.loss:.4f}), none of its seeds has run: nothing is compared yet"
+        )
     if not curves:
         return "no learning rate finished: every trial diverged or was given up"
     if kind == "unstable":
