@@ -3,9 +3,9 @@
 #
 #   scripts/gpu_study.sh [--workers 6] [--set key=value ...]
 #
-# Fetches weights and rows into the asset cache (scripts/assets.py), cuts the rows, runs `loralign compare`. Stopped at
-# any moment, the same command goes on. More arms are appended in study.yaml. PYTHON, STUDY, OUT and LORALIGN_ASSETS may
-# be set.
+# Fetches weights and rows into the asset cache (scripts/assets.py), cuts the rows, runs `loralign compare` from where the
+# record's journal stands. Stopped at any moment, the same command goes on. More arms are appended in study.yaml. PYTHON,
+# STUDY, OUT and LORALIGN_ASSETS may be set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
@@ -15,6 +15,8 @@ out="${OUT:-runs/h100-study}"
 model=$("$python" scripts/assets.py smollm2)
 rows=$("$python" scripts/assets.py multiemo de)
 mkdir -p "$out/rows"
+journal="$(dirname "$study")/study.journal"
+[ -e "$out/study.journal" ] || { [ -e "$journal" ] && cp "$journal" "$out/study.journal"; } || true
 # All training rows; validation and test rows enough for about 512 and 1,024 blocks of 128 tokens.
 cp "$rows/train.jsonl" "$out/rows/train.jsonl"
 head -n 220 "$rows/valid.jsonl" >"$out/rows/valid.jsonl"
