@@ -14,9 +14,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
 
 import toy
-from loralign import LoralignError, Recipe, build, peft_config, sites
+from loralign import LoralignError, Recipe, build, optimizer, peft_config, sites
 from loralign.train.attach import attach
 from loralign.train.checkpoint import last_complete
 from loralign.types import WorkFailed
@@ -353,6 +354,18 @@ def test_a_run_that_is_not_finite_ends_undamaged(broken: str, tmp_path: Path) ->
     last = last_complete(tmp_path)
     assert last is not None and last.name == "checkpoint-2"
     PeftModel.from_pretrained(toy.llama(), last)
+
+
+def test_processes_that_would_train_apart_are_stopped(tmp_path: Path) -> None:
+    made = recipe()
+    trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=1)
+    callback = attach(trainer, made)
+    callback.adopt(optimizer(trainer.model, made, 1e-3))
+    args, state = SimpleNamespace(parallel_mode=ParallelMode.DISTRIBUTED), SimpleNamespace(max_steps=1, global_step=0)
+    with pytest.raises(WorkFailed, match=r"the processes would train apart.*eval_on_start"):
+        callback.on_train_begin(args, state, None)
+    trainer.model_wrapped = torch.nn.Sequential(trainer.model)
+    callback.on_train_begin(args, state, None)
 
 
 def test_evidence_that_is_not_finite_is_refused(tmp_path: Path) -> None:

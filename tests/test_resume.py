@@ -158,3 +158,25 @@ def test_full_fine_tuning_resumes(world: Path) -> None:
     assert again.code == 0, again.err
     ours, theirs = (load_file(Path(f, "model.safetensors")) for f in ("full-again", "full"))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_train_one_model_and_resume(world: Path) -> None:
+    """With an evaluation before the first step: a Trainer that evaluates before `train()` does not wrap the model."""
+    few = ["train.batch_size=2", "train.micro_batch_size=2", "train.log_every=1"]
+
+    def train(output: str, *more: str) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "loralign", "train"]
+        words = [word for o in (*few, f"output={output}") for word in ("--set", o)]
+        done = subprocess.run([*command, "r.yaml", *words, *more], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Verified: ") == 1, "the first process speaks"
+
+    train("two")
+    shutil.copytree("two", "two-again")
+    shutil.rmtree("two-again/checkpoints/checkpoint-6")
+    train("two-again", "--resume")
+    ours, theirs = (load_file(Path(f, "adapter_model.safetensors")) for f in ("two-again", "two"))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert losses("two-again") == losses("two")

@@ -15,13 +15,13 @@ from loralign.train.model import dtype_of
 from loralign.types import LoralignError
 
 
-def arguments(job: Job) -> SFTConfig:
-    """TRL's settings of a job.
+def arguments(job: Job, *, resumed: bool = False) -> SFTConfig:
+    """TRL's settings of a job. resumed: the evaluation before the first step has been made.
 
     Raises:
         LoralignError: values that do not go together, an unknown field or tracker.
     """
-    settings = _settings(job)
+    settings = _settings(job) | {"eval_on_start": job.data.eval is not None and not resumed}
     _check_extra(job, settings)
     for tracker in job.training.report_to:
         if tracker not in (*get_available_reporting_integrations(), "all", "none"):

@@ -76,6 +76,7 @@ def attach(
         resume_from=Path(resume_from) if resume_from else None,
         keep=trainer.args.save_total_limit,
         spent=spent,
+        wrapped=lambda: trainer.model_wrapped,
         evidence=facts,
     )
     trainer.add_callback(callback)

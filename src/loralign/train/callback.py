@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+from transformers.training_args import ParallelMode
 
 from loralign.evidence import Spent
 from loralign.optim import PairOptimizer
@@ -41,11 +43,13 @@ class RecipeCallback(TrainerCallback):
         resume_from: Path | None = None,
         keep: int | None = None,
         spent: Spent | None = None,
+        wrapped: Callable[[], nn.Module] | None = None,
         evidence: Mapping[str, Any] | None = None,
     ) -> None:
         self.recipe, self.model, self.stored = recipe, model, dict(stored)
         self.resume_from, self.keep = resume_from, keep
         self.spent, self.evidence = spent or Spent(), dict(evidence or {})
+        self.wrapped = wrapped or (lambda: model)
         self.steps_seen = 0
         self.optimizer: PairOptimizer | None = None
         self.episodes = Episodes(recipe, model)
@@ -65,6 +69,7 @@ class RecipeCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._own()
+        self._check_wrapped(args)
         self._warn_of_waiting(state.max_steps)
         self.episodes.begin(state.max_steps)
         if self.resume_from is not None:
@@ -83,6 +88,15 @@ class RecipeCallback(TrainerCallback):
             raise LoralignError(
                 f"the trainer resumes at step {state.global_step}: "
                 "call attach(trainer, recipe, resume_from=<that folder>)"
+            )
+
+    def _check_wrapped(self, args: Any) -> None:
+        """Several processes must train one model; a Trainer that evaluated before `train()` no longer wraps it."""
+        alone = args.parallel_mode != ParallelMode.DISTRIBUTED or self.wrapped() is not self.model
+        if not alone and not any(isinstance(p, DTensor) for p in self.model.parameters()):
+            raise WorkFailed(
+                "the processes would train apart, because the trainer evaluated before train(): set eval_on_start=True "
+                "in its arguments instead"
             )
 
     def _warn_of_waiting(self, max_steps: int) -> None:

@@ -93,11 +93,8 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
     ready = prepare(job, resume=resume, progress=progress)
     trainer, started = ready.trainer, time.perf_counter()
     try:
-        if ready.resume_from is None:
-            if trainer.is_world_process_zero():
-                note_beginning(job, ready.fingerprints)
-            if trainer.eval_dataset is not None:
-                trainer.evaluate()
+        if ready.resume_from is None and trainer.is_world_process_zero():
+            note_beginning(job, ready.fingerprints)
         _train(trainer, ready.resume_from)
     except (OSError, SafetensorError, RuntimeError) as error:
         if not disk_full(error):
@@ -169,7 +166,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     if not resume:
         check_output(job.output)
         _check_sources(job.recipe)
-    args = arguments(job)
+    args = arguments(job, resumed=resume)
     model, tokenizer = load(
         job.model, revision=job.revision, precision=job.training.precision, trust_remote_code=job.trust_remote_code
     )
