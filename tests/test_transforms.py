@@ -496,6 +496,24 @@ def test_batched_equals_looped_and_order_does_not_matter(name: str) -> None:
             same(looped, batched)
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_each_factor_has_its_own_rate(name: str) -> None:
+    """B's rate does not reach A, nor A's B; both are proportional to the first update."""
+    transform, (pairs, grads) = MAKE[name](), case(name)
+    made = {}
+    for rates in ((0.1, 0.1), (0.1, 0.3), (0.0, 0.3)):
+        state = [transform.init(p) for p in pairs[:3]]
+        ctx = Ctx(*rates, 1, {}, CTX.draw)
+        scalars = transform.measure(grads[:3], state, pairs[:3], ctx)
+        made[rates] = transform.update(grads[:3], state, pairs[:3], replace(ctx, scalars=scalars))
+    for alike, apart, still in zip(*made.values(), strict=True):
+        if alike.A is not None:
+            close(apart.A, alike.A, 1e-12)
+            assert not still.A.any()
+        close(apart.B, 3 * alike.B, 1e-12)
+        close(still.B, 3 * alike.B, 1e-12)
+
+
 CTX = Ctx(0.1, 0.1, 1, {}, lambda purpose, name: torch.Generator())
 
 

@@ -36,14 +36,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loralign.linalg import gram
-from loralign.optim_lists import by_shape, kept, stacked
+from loralign.optim_lists import kept, stacked
 from loralign.types import Ctx, Grad, LoralignError, Pair, SlotPlan, State
 
 CUT = 1e-6
@@ -51,24 +51,42 @@ CUT = 1e-6
 
 
 class Side(NamedTuple):
-    """One factor of n pairs of one shape. g: (n, m, r), m its long side. X: (n, k, r), the other factor upright."""
+    """n factors of the same sides. g: (n, m, r), m their long side. X: (n, k, r), the other factors upright.
 
-    factor: str
-    places: list[int]
+    of_A, of_B: the pairs they belong to, A's first.
+    """
+
+    of_A: list[int]
+    of_B: list[int]
     g: Tensor
     X: Tensor
 
+    def states(self, state: Sequence[State]) -> list[dict[str, Tensor]]:
+        return [*(state[k]["A"] for k in self.of_A), *(state[k]["B"] for k in self.of_B)]
 
-def _sides(grads: Sequence[Grad], pairs: Sequence[Pair]) -> list[Side]:
-    """All of A first, then all of B."""
-    found = []
-    shapes = by_shape(pairs)
-    for factor, other in (("A", "B"), ("B", "A")):
-        if getattr(grads[0], factor) is not None:
-            for at in shapes:
-                g, X = stacked([getattr(grads[k], factor) for k in at]), stacked([getattr(pairs[k], other) for k in at])
-                found.append(Side(factor, at, *((g.mT, X) if factor == "A" else (g, X.mT))))
-    return found
+
+def _members(grads: Sequence[Grad], pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
+    """(pairs of A, pairs of B) of each shape (m, k)."""
+    groups: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    trained = grads[0].A is not None, grads[0].B is not None
+    for k, p in enumerate(pairs):
+        d_out, d_in = len(p.B), p.A.shape[1]
+        if trained[0]:
+            groups.setdefault((d_in, d_out), ([], []))[0].append(k)
+        if trained[1]:
+            groups.setdefault((d_out, d_in), ([], []))[1].append(k)
+    return list(groups.values())
+
+
+def _side(of_A: list[int], of_B: list[int], grads: Sequence[Grad], pairs: Sequence[Pair]) -> Side:
+    g, X = [], []
+    if of_A:
+        g.append(stacked([grads[k].A for k in of_A]).mT)
+        X.append(stacked([pairs[k].B for k in of_A]))
+    if of_B:
+        g.append(stacked([grads[k].B for k in of_B]))
+        X.append(stacked([pairs[k].A for k in of_B]).mT)
+    return Side(of_A, of_B, *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (g, X)))
 
 
 def whitening(H: Tensor) -> Tensor:
@@ -128,7 +146,7 @@ class InvariantAdam:
         self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
     ) -> Mapping[str, Tensor]:
         """Σ‖ḡ‖² over all pairs; and for `update` the whitening and the stacks, under keys of their own."""
-        sides = _sides(grads, pairs)
+        sides = [_side(*members, grads, pairs) for members in _members(grads, pairs)]
         T = whitening(torch.cat([gram(side.X) for side in sides]))
         found = {_key(pairs, "T"): T}
         for k, side in enumerate(sides):
@@ -139,15 +157,13 @@ class InvariantAdam:
         return found
 
     def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
-        factors = [factor for factor in "AB" if getattr(grads[0], factor) is not None]
-        shapes = by_shape(pairs)
         sides = [
-            Side(factor, at, ctx.scalars[_key(pairs, (k, "g"))], ctx.scalars[_key(pairs, (k, "X"))])
-            for k, (factor, at) in enumerate((factor, at) for factor in factors for at in shapes)
+            Side(*members, ctx.scalars[_key(pairs, (k, "g"))], ctx.scalars[_key(pairs, (k, "X"))])
+            for k, members in enumerate(_members(grads, pairs))
         ]
         sizes = [len(side.g) for side in sides]
-        states = [state[k][side.factor] for side in sides for k in side.places]
-        own = [states[end - n : end] for n, end in zip(sizes, accumulate(sizes), strict=True)]
+        own = [side.states(state) for side in sides]
+        states = list(chain.from_iterable(own))
         Qs, R_inv = bases(sides, ctx.scalars[_key(pairs, "T")])
         scale = (self.clip / ctx.scalars["unmagnified"].sqrt()).clamp(max=1.0) if self.clip else 1.0
         g_bar = [side.g @ part for side, part in zip(sides, (R_inv * scale).split(sizes), strict=True)]
@@ -159,19 +175,25 @@ class InvariantAdam:
         seen = torch.cat([gram(g) / g.shape[-2] for g in g_bar])
         root = self._curvature(P, seen, beta2, *(kept(states, key) for key in ("second", "spectrum", "escaped")))
 
-        rates = {"A": -ctx.lr_A, "B": -ctx.lr_B}
-        parts = [
-            whole.split(sizes) for whole in (root * (1 - beta1)[:, None, None], P.mT * beta1[:, None, None], R_inv.mT)
-        ]
-        out = [Grad(None, None)] * len(pairs)
-        for side, g, Q, M, was, f, carry, back in zip(sides, g_bar, Qs, first, basis, *parts, strict=True):
+        alike = ctx.lr_A == ctx.lr_B
+        common = -ctx.lr_A if alike else -1.0
+        parts = (root * (1 - beta1)[:, None, None], P.mT * beta1[:, None, None], R_inv.mT * common)
+        A: list[Tensor | None] = [None] * len(pairs)
+        B: list[Tensor | None] = [None] * len(pairs)
+        for side, g, Q, M, was, f, carry, back in zip(
+            sides, g_bar, Qs, first, basis, *(whole.split(sizes) for whole in parts), strict=True
+        ):
             M.copy_(torch.baddbmm(g @ f, M, carry))
             was.copy_(Q)
-            step = M @ (back * rates[side.factor])
-            rows = (step.mT.contiguous() if side.factor == "A" else step).unbind()
-            for k, row in zip(side.places, rows, strict=True):
-                out[k] = Grad(row, out[k].B) if side.factor == "A" else Grad(out[k].A, row)
-        return out
+            a, b = (M @ back).split([len(side.of_A), len(side.of_B)])
+            a = a.mT.contiguous()
+            if not alike:
+                a, b = a * ctx.lr_A, b * ctx.lr_B
+            for k, row in zip(side.of_A, a.unbind(), strict=True):
+                A[k] = row
+            for k, row in zip(side.of_B, b.unbind(), strict=True):
+                B[k] = row
+        return [Grad(*both) for both in zip(A, B, strict=True)]
 
     def _decays(self, t: Tensor) -> list[Tensor]:
         """β'; by expm1, since 1 − βᵗ would lose digits in float32."""
