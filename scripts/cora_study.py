@@ -131,7 +131,7 @@ def random_basis(like: Path, out: Path) -> str:
         for side, shared in sides.items():
             m = shared.basis.shape[0]
             basis = torch.linalg.qr(keyed_normal((m, min(RANK, m)), 0, "random basis", name, side)).Q
-            groups[name][side] = Shared(basis, torch.ones(basis.shape[1]), 0.0, 1)
+            groups[name][side] = Shared(basis, torch.ones(basis.shape[1]), 0.5, 1)
     facts = {"kind": "random", "sources": [{"name": "random draws"}], "base": None, "width": RANK}
     write_basis(out, Basis(groups, facts))
     return str(out)
