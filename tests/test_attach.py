@@ -350,7 +350,7 @@ def test_a_run_that_is_not_finite_ends_undamaged(broken: str, tmp_path: Path) ->
     with pytest.raises(WorkFailed, match=r"gradient is not finite at step 3 .*lower the learning rate"):
         trainer.train()
     assert all(torch.equal(kept[n], p) for n, p in trained(trainer.model).items())
-    assert all(torch.isfinite(t).all() for s in callback.optimizer.state.values() for t in s.values())
+    assert not callback.optimizer.state  # the moments that saw such a gradient are dropped
     last = last_complete(tmp_path)
     assert last is not None and last.name == "checkpoint-2"
     PeftModel.from_pretrained(toy.llama(), last)

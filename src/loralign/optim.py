@@ -115,8 +115,13 @@ class PairOptimizer(torch.optim.Optimizer):
                 "is the loss computed from the adapted model?"
             )
         grads = masked(grads, pairs, [rule.grad_mask(pairs, ctx) for rule in self.rules])
-        updates = self._decayed(self._transformed(pairs, grads, live, norm), live)
+        try:
+            updates = self._decayed(self._transformed(pairs, grads, live), live)
+        except torch.linalg.LinAlgError:
+            self._checked(norm)  # says it better where the gradient is to blame
+            raise
         updates = masked(updates, pairs, [*(rule.update_mask(pairs, ctx) for rule in self.rules), self._alive(pairs)])
+        self._checked(norm)  # here and no earlier: until now the device works on while the host prepares its next calls
         self._apply(live, updates)
         self._step_rest()
         self.applied, self.steps_here = len(pairs), self.steps_here + 1
@@ -202,22 +207,19 @@ class PairOptimizer(torch.optim.Optimizer):
         return norm
 
     def _checked(self, norm: Tensor | None) -> None:
-        """Keep the norm and raise where it is not finite. The host waits for the device here."""
+        """Keep the norm; where it is not finite drop the moments, which have seen it, and raise before a factor moves."""
         if norm is None:
             return
         self.grad_norm = norm.item()
         if not math.isfinite(self.grad_norm):
+            self.state.clear()
             raise WorkFailed(
                 f"the gradient is not finite at step {self.param_groups[0]['step']} (norm {self.grad_norm}): "
                 "lower the learning rate, or look for broken rows in the data"
             )
 
     def _transformed(
-        self,
-        pairs: Sequence[Pair],
-        grads: Mapping[str, Grad],
-        live: Mapping[str, Mapping[str, nn.Parameter]],
-        norm: Tensor | None,
+        self, pairs: Sequence[Pair], grads: Mapping[str, Grad], live: Mapping[str, Mapping[str, nn.Parameter]]
     ) -> dict[str, Grad]:
         batches: dict[Any, list[Pair]] = {}
         mixed = "shapes" in self.transform.accepts
@@ -228,7 +230,6 @@ class PairOptimizer(torch.optim.Optimizer):
             batches.setdefault(key, []).append(pair)
         state = {pair.name: self._state(pair, live[pair.name]) for pair in pairs}
         ctx, scalars = self._ctx({}), dict[str, Tensor]()
-        self._checked(norm)  # as late as nothing has changed yet: the host has prepared what it could meanwhile
         for batch in batches.values():
             part = self.transform.measure([grads[p.name] for p in batch], [state[p.name] for p in batch], batch, ctx)
             for scalar, value in part.items():
