@@ -207,7 +207,7 @@ class PairOptimizer(torch.optim.Optimizer):
         return norm
 
     def _checked(self, norm: Tensor | None) -> None:
-        """Keep the norm; where it is not finite drop the moments, which have seen it, and raise before a factor moves."""
+        """Keep the norm. Not finite: drop the moments, which have seen it, and raise before any factor moves."""
         if norm is None:
             return
         self.grad_norm = norm.item()
