@@ -55,7 +55,10 @@ FIRST = Trial("rate", "lora", 0, 1e-3, 1000)
 
 
 def test_an_arm_that_changed_is_refused_by_name(tmp_path: Path) -> None:
-    Store(spec(tmp_path))
+    store = Store(spec(tmp_path))
+    claimed = store.claim(FIRST)
+    assert claimed is not None
+    claimed.finish(ended())
     for changed, said in (
         (arm("lora", r=8), "`r` the default, now it has 8"),
         (arm("lora", method="rslora"), "`scale` the default, now it has over_sqrt_rank"),
@@ -67,6 +70,17 @@ def test_an_arm_that_changed_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(LoralignError, match=f"^arm 'lora' was started with {said}"):
             Store(spec(tmp_path, changed, arm("pissa")))
     Store(spec(tmp_path))
+
+
+def test_an_arm_without_a_trial_may_still_change(tmp_path: Path) -> None:
+    Store(spec(tmp_path))
+    mended = arm("pissa", r=8)
+    Store(spec(tmp_path, arm("lora"), mended))
+    claimed = Store(spec(tmp_path, arm("lora"), mended)).claim(replace(FIRST, arm="pissa"))
+    assert claimed is not None
+    claimed.drop()
+    with pytest.raises(LoralignError, match=r"^arm 'pissa' was started with `r` 8, now it has the default"):
+        Store(spec(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["lora-ga", "hrp", "lora-plus", "lora-rite", "delta-lora", "rm-lora", "cora"])

@@ -58,7 +58,7 @@ class Store:
         self._beats: dict[int, tuple[Any, float]] = {}
 
     def _bind(self, spec: Spec) -> None:
-        """Keep the settings of a new study and of new arms; refuse others than those that are kept."""
+        """Keep the settings of a new study and of new arms; refuse others than those that trials have run with."""
         known = self._journal.get_study_user_attrs(self._study)
         wanted = {"settings": settings(spec), **{f"arm {arm.name}": arm_settings(arm) for arm in spec.arms}}
         for key, value in wanted.items():
@@ -68,10 +68,13 @@ class Store:
         different = first_difference(known["settings"], wanted["settings"])
         if different:
             raise LoralignError(_other_settings(spec.output, *different))
+        begun = {arm_of(t.user_attrs["key"]) for t in self._trials() if "key" in t.user_attrs}
         for arm in spec.arms:
             changed = first_difference(known[f"arm {arm.name}"], wanted[f"arm {arm.name}"])
-            if changed:
+            if changed and arm.name in begun:
                 raise LoralignError(_other_arm(arm, *changed))
+            if changed:
+                self._journal.set_study_user_attr(self._study, f"arm {arm.name}", wanted[f"arm {arm.name}"])
 
     def _trials(self) -> list[FrozenTrial]:
         found: list[FrozenTrial] = self._journal.get_all_trials(self._study, deepcopy=False)
@@ -124,6 +127,11 @@ class Store:
             at_first_sight = t.number not in self._beats and time.time() - beat[1] > ABANDONED_S
             self._beats[t.number] = beat, now - (STALE_S if at_first_sight else 0.0)
         return now - self._beats[t.number][1] < STALE_S
+
+
+def arm_of(key: str) -> str:
+    """The arm in a trial's key, phase/arm/index/seed."""
+    return key.split("/", 1)[1].rsplit("/", 2)[0]
 
 
 class Claim:
