@@ -472,6 +472,22 @@ def test_energy_of_the_gradient_is_estimated_beside_the_sketch() -> None:
     assert abs(sum(seen) / 64 / wanted - 1) < 0.15
 
 
+def test_small_gradients_do_not_vanish_in_a_sketch() -> None:
+    """Its products of gradients stay in the range of fp32."""
+    given = [(d.float(), x.float()) for d, x in uses(2, 5)]
+    U, S, V = run(Stream(site(), K, Draws(0)), given).found(3)
+    small = run(Stream(site(), K, Draws(0)), [(1e-15 * d, 1e-10 * x) for d, x in given]).found(3)
+    assert torch.allclose(small[0], U, atol=1e-3) and torch.allclose(small[2], V, atol=1e-3)
+    assert torch.allclose(1e25 * small[1][:3].double(), S[:3].double(), rtol=1e-3)
+
+
+def test_draws_are_shared_by_sites_of_one_shape_type_and_device_only() -> None:
+    draws = Draws(0)
+    single, double = draws("norm", 5, 2, torch.zeros(1)), draws("norm", 5, 2, torch.zeros(1, dtype=torch.float64))
+    assert draws("norm", 5, 2, torch.ones(3)) is single and double.dtype == torch.float64
+    assert torch.equal(single.double(), double) and draws("norm", 5, 2, torch.zeros(1, device="meta")).is_meta
+
+
 def test_a_gradient_without_leading_directions_is_not_repeated() -> None:
     """A flat spectrum: the sketch is poor, but the exact directions would hold hardly more of G."""
     torch.manual_seed(1)

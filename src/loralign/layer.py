@@ -1,4 +1,4 @@
-"""The one low-rank forward and backward: y = base + s·x·Aᵀ·Bᵀ as a single autograd node.
+"""The one low-rank forward and backward: y = base + s·x·Aᵀ·Bᵀ as a single autograd node (plain under torch.compile).
 
     A = [A_live; A0]        B = [B_live | B0]   (slots)      or      B = [B0 + ΔB | ΔB]   (twin, A_live = ΔA)
     h = x·Aᵀ                y = base + s·h·Bᵀ

@@ -1,8 +1,9 @@
 """Blocks of a GPU model compiled once for all trials: traces are kept with the code, adapters come and go.
 
 torch.compile guards on structure and not on the identity of modules, so a block with a fresh adapter of a known kind
-runs the code that an earlier trial made. What is new is compiled by `warm`, outside the clock of the trial. Shapes are
-static: with dynamic ones the numbers would depend on which shapes came before, and an outcome on earlier trials.
+runs the code that an earlier trial made. What is new at the start of a trial is compiled by `warm`, outside its clock;
+what a rule changes later, such as delta-lora's snapshot, is compiled inside of it. Shapes are static: with dynamic ones
+the numbers would depend on which shapes came before, and an outcome on earlier trials.
 """
 
 from __future__ import annotations

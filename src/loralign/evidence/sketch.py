@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,13 +60,13 @@ class Draws:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._made: dict[tuple[str, int, int], Tensor] = {}
+        self._made: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, what: str, rows: int, columns: int, like: Tensor) -> Tensor:
         """(rows, columns) on like's device, fp32 (float64 where `like` is)."""
-        key = (what, rows, columns)
+        real = torch.float64 if like.dtype == torch.float64 else torch.float32
+        key = (what, rows, columns, like.device, real)
         if key not in self._made:
-            real = torch.float64 if like.dtype == torch.float64 else torch.float32
             self._made[key] = keyed_normal((rows, columns), self.seed, what, rows).to(like.device, real)
         return self._made[key]
 
@@ -130,8 +131,8 @@ class Staging:
         """G on the host; valid until the next call."""
         if not G.is_cuda:
             return G
-        if self._buffer.numel() < G.numel():
-            self._buffer = torch.empty(G.numel(), pin_memory=True)
+        if self._buffer.numel() < G.numel() or self._buffer.dtype != G.dtype:
+            self._buffer = torch.empty(G.numel(), dtype=G.dtype, pin_memory=True)
         held = self._buffer[: G.numel()].view_as(G)
         held.copy_(G)
         return held
@@ -173,8 +174,7 @@ class Stream:
             self.probe = omega.new_zeros(self.site.d_out, self.probes)
         Q, Z = self.Q, self.Z
         P = Z + across(x, along(d, Q))
-        if d.dtype == torch.float16:  # the other types have room for products of gradients
-            P = P / P.norm().clamp_min(torch.finfo(P.dtype).tiny)
+        P = P / P.norm().clamp_min(torch.finfo(P.dtype).tiny)  # products of small gradients would underflow
         seen = across(d, along(x, torch.cat([P, omega], dim=1)))
         self.Q = orthonormal(Q @ (Z.T @ P) + seen[:, : self.k], rounds=1)
         self.Z = Z @ (Q.T @ self.Q) + across(x, along(d, self.Q))
