@@ -262,7 +262,10 @@ BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is s
     "no column": ("data.train=column.jsonl", r"column\.jsonl, row 1 has the columns foo: rename them to one of: mess"),
     "no site": ("targets=[nothing]", r"no module matches targets \('nothing',\); linear modules here: \['down_proj'"),
     "no site by regex": ("targets=noth.*", r"no module matches targets 'noth\.\*'; linear modules here"),
-    "rank for the init": ("rank=20", r"lora-ga needs 2·rank ≤ 32 at model\.layers\.0\.self_attn\.q_proj: set its rank"),
+    "rank for the init": (
+        "ranks={q_proj: 20}",
+        r"rank 20 is too large for lora-ga at model\.layers\.0\.self_attn\.q_proj \(32 × 32\), where it can start 16",
+    ),
     "adapter as model": ("model=out", "out holds an adapter, not a base model: give the base model in `model`"),
     "no model folder": ("model=.", r"\. is no model folder: it has no config\.json"),
     "unknown hub id": ("model=no/such", "cannot load the model 'no/such': .*; check the name, or give the folder"),
@@ -350,6 +353,18 @@ BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
     ),
     "no folder for the schema": (["schema", "--out", "no/such.json"], "no such folder: no; make it first"),
     "plan without sites": (["plan", "r.yaml", "--set", "targets=[nothing]"], "no module matches targets"),
+    "plan of a rank too large": (
+        ["plan", "r.yaml", "--set", "rank=20"],
+        "rank 20 is too large for lora-ga at .*k_proj",
+    ),
+    "init at a rank too large": (
+        ["init", "r.yaml", "--set", "rank=20", "--set", "output=y"],
+        r"rank 20 is too large for lora-ga at .*k_proj \(16 × 32\), where it can start 8 slots at most: lower `rank`",
+    ),
+    "a preheat of too low a rank": (
+        ["train", "r.yaml", "--set", "method=hrp", "--set", "options={rank: 3, steps: 2}", "--set", "output=y"],
+        r"the preheat's rank 3 is below the adapter's 4 at .*k_proj \(16 × 32\): raise `options\.rank`",
+    ),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from loralign.compare.spec import Outcome, Trial
 from loralign.compare.store import Store
 from loralign.compare.study import work
 from loralign.sites import put_in, sites, target_weights
-from loralign.types import Full, Recipe, WorkFailed
+from loralign.types import Full, LoralignError, Recipe, WorkFailed
 from tiny_study import SMALL, load, write_study
 
 
@@ -122,6 +123,17 @@ def test_a_start_that_fails_is_an_error_in_the_search_and_an_outcome_later(
         resident.run(trial("lora", phase="rate"), never)
     outcome = resident.run(trial("lora"), never)
     assert outcome.diverged and outcome.note == "the preheat diverged"
+
+
+def test_an_arm_that_does_not_fit_is_refused_before_the_first_trial(tmp_path: Path) -> None:
+    """Also the last arm's, and although a study may have run others for hours by then."""
+    said = r"arm 'pissa': rank 17 is too large for pissa at model\.layers\.0\.self_attn\.k_proj \(16 × 32\)"
+    file = write_study(tmp_path, arms=["lora-ga", {"method": "pissa", "rank": 17}])
+    with pytest.raises(LoralignError, match=said):
+        Resident(load(file))
+    refused = compare(file)
+    assert refused.returncode == 2 and re.fullmatch(f"loralign: {said}.*\n", refused.stderr), refused.stderr
+    assert not Store(load(file)).outcomes()
 
 
 def test_given_up_half_way(tmp_path: Path) -> None:
@@ -225,7 +237,10 @@ def test_a_worker_that_fails_is_quoted(tmp_path: Path) -> None:
     file = write_study(tmp_path, arms=[{"method": "lora-ga", "rank": 32}])
     said = compare(file, "--workers", "2")
     assert said.returncode == 2
-    assert "2 of 2 workers failed, what they finished is kept; the first said: arm 'lora-ga' at " in said.stderr
+    assert (
+        "2 of 2 workers failed, what they finished is kept; the first said: arm 'lora-ga': rank 32 is too large"
+        in said.stderr
+    )
 
 
 @pytest.mark.parametrize("finished", [0, 1])

@@ -339,6 +339,9 @@ def test_evidence_of_a_third_party_init() -> None:
     class FirstDirections:
         needs = TopGradient(1, 1, None)
 
+        def largest_rank(self, d_out: int, d_in: int) -> int | None:
+            return min(d_out, d_in)
+
         def __call__(self, W: Any, r: int, s: float, evidence: Directions | None, draw: Any) -> Factors:
             assert evidence is not None and evidence.V is not None and evidence.V.shape[0] == W.shape[1]
             return Factors(evidence.V[:, :r].T.contiguous(), torch.zeros(W.shape[0], r))

@@ -96,8 +96,11 @@ def test_hand_case() -> None:
 
 
 def test_rank_it_cannot_serve() -> None:
-    """O11, and every such site is named."""
-    with pytest.raises(LoralignError, match=r"2·rank ≤ 16 at model\.layers\.0\.self_attn\.k_proj.*and at 3 more sites"):
+    """O11, and the kinds of all such sites are named."""
+    said = (
+        r"rank 12 is too .* at model\.layers\.0\.self_attn\.k_proj \(16 × 32\), .* 8 .*and at 3 more sites: v_proj, k_p"
+    )
+    with pytest.raises(LoralignError, match=said):
         adapt(llama(), recipe(r=12), [batch_for(llama())])
 
 

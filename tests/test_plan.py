@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,13 @@ import torch
 from torch import nn
 
 import toy
-from loralign import METHODS, Full, LoralignError, Recipe, adapt, build, learning_rate, optimizer, sites
-from loralign.plan import CLASHES, Clash, Surroundings, around, check_combination, facts, links
+from loralign import METHODS, Full, LoralignError, Recipe, adapt, build, learning_rate, optimizer, peft_config, sites
+from loralign.plan import CLASHES, Clash, Surroundings, around, check_combination, check_ranks, draw, facts, links
 from loralign.plan_memory import Estimate, estimate
 from loralign.plan_trace import LiveBytes, Step, example_batch, usual_loss
-from loralign.types import NOTHING, Ctx, Episode, Grad, Need, Pair, SlotPlan, State
+from loralign.train.attach import attach
+from loralign.types import NOTHING, Batch, Ctx, Directions, Episode, Grad, Need, Pair, SlotPlan, State, Weight
+from trainers import toy_trainer
 
 DEEPSPEED = Surroundings(engine="deepspeed", zero_stage=2)
 
@@ -135,6 +139,85 @@ def test_facts_are_read_off_the_parts() -> None:
     assert "one side trains" in facts(recipe("cora")) & facts(recipe("lora-fa"))
     assert "chain" in facts(replace(recipe("lora"), outer=Links()))
     assert links(replace(recipe("lora"), outer=Links()), 12, ["q"]) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+
+STARTS = [m for m, line in METHODS.items() if line.init and recipe(m).init.largest_rank(16, 32) is not None]
+
+
+def untouched() -> Iterator[Batch]:
+    """Batches that nobody may ask for."""
+    raise AssertionError("a batch was taken")
+    yield
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_start_has_its_largest_rank_and_a_larger_one_is_refused_before_a_batch_is_taken(name: str) -> None:
+    """At k_proj (16 × 32), the smallest site: W and evidence of that shape have a start of the rank that is claimed."""
+    init = recipe(name).init
+    most = init.largest_rank(16, 32)
+    assert most is not None
+    U, V = (torch.linalg.qr(torch.randn(d, 16))[0] for d in (16, 32))
+    evidence = Directions(U, torch.arange(16.0, 0.0, -1.0), V)
+    made = init(Weight("w", (16, 32), lambda: torch.randn(16, 32)), most, 2.0, evidence, draw)
+    assert torch.linalg.matrix_rank(torch.cat([made.A, made.B.T], dim=1)) == most
+    said = re.escape(f"rank {most + 1} is too large for {name} at model.layers.0.self_attn.k_proj (16 × 32), where")
+    with pytest.raises(LoralignError, match=rf"{said} it can start {most} slots at most: lower `rank`.*3 more sites"):
+        adapt(toy.llama(), recipe(name, r=most + 1), untouched())
+
+
+@pytest.mark.parametrize("name", ["lora-ga", "pissa", "hrp + lora-rite"])
+def test_a_trainer_is_refused_before_its_rows_are_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(name, r=4, ranks={"1.mlp.up_proj": 33})
+    trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=1)
+    monkeypatch.setattr(trainer, "get_train_dataloader", lambda: pytest.fail("the rows were read"))
+    monkeypatch.setattr("loralign.train.adapt.collect", lambda *_, **__: pytest.fail("evidence was collected"))
+    with pytest.raises(LoralignError, match=r"rank 33 is too large for .* at .*layers\.1\.mlp\.up_proj \(48 × 32\)"):
+        attach(trainer, made)
+
+
+REFUSED = {  # a recipe that does not fit the toy model: what is said of it
+    "a rank": (
+        recipe("lora-ga", r=9),
+        r"k_proj \(16 × 32\), where it can start 8 slots at most: .* \(and at 3 more sites: v_proj, k_proj\)$",
+    ),
+    "one module's rank": (
+        recipe("pissa", ranks={"0.mlp.up_proj": 33}),
+        r"up_proj \(48 × 32\), .* give the module its own in `ranks`, or name it in `exclude`$",
+    ),
+    "no rank": (
+        recipe("lora-ga", targets=("narrow",)),
+        r"narrow \(1 × 32\), where it can start 0 slots at most: name it in `exclude`$",
+    ),
+    "a preheat": (
+        recipe("hrp", options={"rank": 3}, r=4),
+        r"preheat's rank 3 is below the adapter's 4 at .*k_proj \(16 × 32\): raise `options\.rank`",
+    ),
+    "a rule": (
+        recipe("rm-lora", r=4, options={"keep": 3}, ranks={"q_proj": 2}),
+        r"rank 2 is too small for rm-lora at .*q_proj \(32 × 32\), which trains 3 .*: lower its `keep`, or raise",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_fit_a_site_is_said_by_the_plan_too(what: str) -> None:
+    made, said = REFUSED[what]
+    model, skeleton = toy.llama(), meta_llama()
+    for m in (model, skeleton) if "narrow" in made.targets else ():
+        m.narrow = nn.Linear(32, 1)
+    with pytest.raises(LoralignError, match=said):
+        adapt(model, made, untouched())
+    with pytest.raises(LoralignError, match=said):
+        estimate(skeleton, made, Step(rows=2, length=8))
+
+
+def test_ranks_that_fit_are_allowed_and_plain_lora_has_no_largest() -> None:
+    check_ranks(recipe("lora-ga", r=8), sites(adapt(toy.llama(), recipe("lora", r=8))))
+    adapt(toy.llama(), recipe("lora", r=40))
 
 
 # ---------------------------------------------------------------------------------------------------------------- costs

@@ -80,6 +80,9 @@ class OneSided:
 
     needs: Need = NOTHING
 
+    def largest_rank(self, d_out: int, d_in: int) -> int | None:
+        return d_out
+
     def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
         B, _ = torch.linalg.qr(torch.randn(W.shape[0], r, generator=draw("one-sided")))
         return Factors(torch.zeros(r, W.shape[1]), B, train="A")

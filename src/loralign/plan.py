@@ -1,4 +1,4 @@
-"""What may be combined: one table, read before anything is spent. What a run costs is in `plan_memory.py`.
+"""What may be combined, and which ranks fit: read before anything is spent. What a run costs is in `plan_memory.py`.
 
 A recipe is described by facts (short words, `facts`), found by asking its parts: the init is called once on a small
 random matrix, the outer loop for its first two episodes. A `Clash` names facts that do not go together, the reason and
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from loralign.linalg import keyed_generator
-from loralign.types import Directions, Factors, Init, LoralignError, Nothing, Recipe, Train, Weight
+from loralign.types import Directions, Factors, Init, LoralignError, Nothing, Preheated, Recipe, Site, Train, Weight
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,39 @@ def check_combination(recipe: Recipe, surroundings: Surroundings | None = None) 
     for clash in CLASHES:
         if clash.facts <= found:
             raise LoralignError(f"{recipe.name}: {clash.reason}; {clash.instead}")
+
+
+def check_ranks(recipe: Recipe, found: Sequence[Site]) -> None:
+    """Raise LoralignError where a recipe does not fit the rank and shape of a site, the smallest first."""
+    by_size = sorted(found, key=lambda site: min(site.d_out, site.d_in))
+    refused = {site.name: why for site in by_size if (why := misfit(recipe, site))}
+    if refused:
+        first, *rest = refused
+        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in rest))
+        more = f" (and at {len(rest)} more site{'s' * (len(rest) > 1)}: {kinds})" if rest else ""
+        raise LoralignError(f"{refused[first]}{more}")
+
+
+def misfit(recipe: Recipe, site: Site) -> str:
+    """Why a recipe cannot serve a site at its rank, with the mend; "" where it can."""
+    at = f"{site.name} ({site.d_out} × {site.d_in})"
+    most = recipe.init.largest_rank(site.d_out, site.d_in)
+    if most is not None and site.r > most:
+        lower = "lower `rank`, give the module its own in `ranks`, or " if most else ""
+        return (
+            f"rank {site.r} is too large for {recipe.name} at {at}, where it can start {most} slots at most: "
+            f"{lower}name it in `exclude`"
+        )
+    match recipe.init.needs:
+        case Preheated(rank=rank) if rank(site.r) < site.r:
+            return f"the preheat's rank {rank(site.r)} is below the adapter's {site.r} at {at}: raise `options.rank`"
+    least = max((getattr(rule, "least_rank", 1) for rule in recipe.rules), default=1)
+    if site.r < least:
+        return (
+            f"rank {site.r} is too small for {recipe.name} at {at}, which trains {least} slots at each step: lower its "
+            "`keep`, or raise the rank"
+        )
+    return ""
 
 
 def around(surroundings: Surroundings) -> frozenset[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from loralign.plan import Start, draw, links, probe, snapshots
+from loralign.plan import Start, check_ranks, draw, links, probe, snapshots
 from loralign.plan_trace import Step, example_batch, trace, usual_loss
 from loralign.sites import ADAPTER, put_in, sites, target_weights
 from loralign.slot import effective, install, link
@@ -73,7 +73,7 @@ def estimate(
         loss: (model, batch) -> scalar; None: what TRL's SFTTrainer computes for a causal language model, else the
             model's own.
     Raises:
-        LoralignError: no site matches, or a model whose forward depends on the values in a batch.
+        LoralignError: no site matches, a rank does not fit, or the model's forward depends on the values in a batch.
     Example:
         >>> from loralign import build
         >>> import torch; from transformers import LlamaConfig, LlamaForCausalLM
@@ -135,6 +135,7 @@ def _adapted(model: nn.Module, recipe: Recipe, start: Start) -> tuple[nn.Module,
     their own bytes and no activation."""
     adapted = put_in(model, recipe)
     found = sites(adapted)
+    check_ranks(recipe, found)
     for site in found:
         shape = (site.d_out, site.d_in)
         weight = Weight(site.name, shape, lambda shape=shape: torch.empty(shape, device="meta"))  # type: ignore[misc]

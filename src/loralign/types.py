@@ -201,6 +201,10 @@ class Init(Protocol):
     @property
     def needs(self) -> Need: ...
 
+    def largest_rank(self, d_out: int, d_in: int) -> int | None:
+        """The largest r that it can start on a matrix of this shape, None: any. Asked before anything is spent."""
+        ...
+
     def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors: ...
 
 

@@ -23,9 +23,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from loralign.compare.compiled import compiled, warm
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.compare.tasks import Prepared, Rows, prepare_task
+from loralign.plan import check_ranks
 from loralign.sites import factors, put_in, sites, target_weights
 from loralign.train.attach import attach
-from loralign.types import Full, LoralignError, WorkFailed
+from loralign.types import Full, LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
 Report = Callable[[int, float], bool]
@@ -46,6 +47,7 @@ class Resident:
             torch.set_num_threads(spec.cpu_threads)
         self.task: Prepared = prepare_task(spec, self.device)
         self.adapted: Any = self.task.model
+        self._check_arms()
         self.pristine = self._pristine()
         self.teardown_s = 0.0
 
@@ -69,6 +71,18 @@ class Resident:
             self.teardown_s = time.perf_counter() - ended
 
     # ---------------------------------------------------------------------------------------------------------- pieces
+
+    def _check_arms(self) -> None:
+        """Every arm fits the model: found before the first trial of any."""
+        for arm in self.spec.arms:
+            if isinstance(arm.recipe, Recipe):
+                adapted = put_in(self.task.model, arm.recipe)
+                try:
+                    check_ranks(arm.recipe, sites(adapted))
+                except LoralignError as error:
+                    raise LoralignError(f"arm {arm.name!r}: {error}") from error
+                finally:
+                    adapted.unload()
 
     def _pristine(self) -> dict[str, Tensor]:
         """On the host: what some trial changes, which is the head and what full fine-tuning trains."""

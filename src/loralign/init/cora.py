@@ -66,12 +66,13 @@ class CommonBasis:
     kappa: float
     needs: Need
 
+    def largest_rank(self, d_out: int, d_in: int) -> int | None:
+        return min(d_out, d_in)
+
     def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
         d_out, d_in = W.shape
         if evidence is None:
             raise LoralignError(f"cora has no common subspace for {W.name}")
-        if r > min(W.shape):
-            raise LoralignError(f"cora needs rank ≤ {min(W.shape)} at {W.name}: set its rank in `ranks` or exclude it")
         left = evidence.U is not None
         Q = evidence.U if evidence.U is not None else evidence.V
         assert Q is not None

@@ -44,13 +44,14 @@ class HighRank:
     kappa: float
     needs: Need
 
+    def largest_rank(self, d_out: int, d_in: int) -> int | None:
+        return min(d_out, d_in)
+
     def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
         d_out, d_in = W.shape
         basis = None if evidence is None else evidence.V if self.side == "A" else evidence.U
         if evidence is None or basis is None:
             raise LoralignError(f"hrp has not been preheated at {W.name}: give `adapt` some batches")
-        if basis.shape[1] < r:
-            raise LoralignError(f"hrp needs rank ≤ {min(W.shape)} at {W.name}: set its rank in `ranks` or exclude it")
         if not evidence.S[0] > 0:  # an expert that no token reached: nothing to follow, LoRA's own start
             return kaiming()(W, r, s, None, draw)
         directions = self.kappa * basis[:, :r]

@@ -33,6 +33,9 @@ class Kaiming:
     train: Train = "AB"
     needs: Need = NOTHING
 
+    def largest_rank(self, d_out: int, d_in: int) -> int | None:
+        return None
+
     def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
         d_out, d_in = W.shape
         A = (2 * torch.rand(r, d_in, generator=draw("init A")) - 1) / d_in**0.5

@@ -82,11 +82,11 @@ class GradientSVD:
     norm_clip: bool
     needs: Need
 
+    def largest_rank(self, d_out: int, d_in: int) -> int | None:
+        """A and B take r singular vectors each, and none twice."""
+        return min(d_out, d_in) // 2
+
     def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
-        if 2 * r > min(W.shape):
-            raise LoralignError(
-                f"lora-ga needs 2·rank ≤ {min(W.shape)} at {W.name}: set its rank in `ranks` or exclude it"
-            )
         if evidence is None or evidence.U is None or evidence.V is None:
             raise LoralignError(f"lora-ga has no gradient for {W.name}: give `adapt` some batches")
         if not evidence.S[0] > 0:  # an expert that no token reached: nothing to follow, LoRA's own start

@@ -22,16 +22,17 @@ from dataclasses import dataclass
 
 import torch
 
-from loralign.types import NOTHING, Directions, Draw, Factors, LoralignError, Need, Weight
+from loralign.types import NOTHING, Directions, Draw, Factors, Need, Weight
 
 
 @dataclass(frozen=True)
 class LeadingQR:
     needs: Need = NOTHING
 
+    def largest_rank(self, d_out: int, d_in: int) -> int | None:
+        return min(d_out, d_in)
+
     def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
-        if r > min(W.shape):
-            raise LoralignError(f"olora needs rank ≤ {min(W.shape)} at {W.name}: set its rank in `ranks` or exclude it")
         full = W.read()
         Q, _ = torch.linalg.qr(full[:, :r])
         return Factors(Q.T @ full, Q, twin=True)

@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loralign.linalg import top_svd
-from loralign.types import NOTHING, Directions, Draw, Factors, LoralignError, Need, Weight
+from loralign.types import NOTHING, Directions, Draw, Factors, Need, Weight
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class PrincipalSVD:
     niter: int
     needs: Need = NOTHING
 
+    def largest_rank(self, d_out: int, d_in: int) -> int | None:
+        return min(d_out, d_in)
+
     def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
-        if r > min(W.shape):
-            raise LoralignError(f"pissa needs rank ≤ {min(W.shape)} at {W.name}: set its rank in `ranks` or exclude it")
         U, S, V = top_svd(W.read(), r, niter=self.niter, generator=draw("pissa"))
         root = (S / s).sqrt()
         return Factors((V * root).T.contiguous(), U * root, twin=True)

@@ -18,7 +18,7 @@ from torch import nn
 
 from loralign.evidence import Evidence, Progress, collect, model_loss
 from loralign.optim import PairOptimizer
-from loralign.plan import check_combination
+from loralign.plan import check_combination, check_ranks
 from loralign.sites import draw_for, keep_saving_right, put_in, sites, skipped, weight
 from loralign.slot import install, link
 from loralign.slot_check import self_test
@@ -79,8 +79,12 @@ def gather(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
-    """Collect what the recipe's init must know, through the freshly inserted adapter (its product is zero)."""
+    """Collect what the recipe's init must know, through the freshly inserted adapter (its product is zero).
+
+    Raises LoralignError, before a batch is taken, where the recipe does not fit the rank of a site.
+    """
     found = sites(model)
+    check_ranks(recipe, found)
     return collect(
         recipe.init.needs, model, found, batches, loss=loss, seed=recipe.seed, cache=cache, progress=progress
     )
@@ -91,19 +95,12 @@ def start(model: PeftModel, recipe: Recipe, evidence: Mapping[str, Directions]) 
     """Write the start of every site: factors, storage, forms; returns how each one is stored."""
     self_test()
     found = sites(model)
+    check_ranks(recipe, found)
+    note_ranks(found)
     made: dict[str, Factors] = {}
-    refused: dict[str, LoralignError] = {}
     for site in found:
         W, draw = weight(site), draw_for(recipe.seed, site.name)
-        try:
-            made[site.name] = recipe.init(W, site.r, site.s, evidence.get(site.name), draw)
-        except LoralignError as error:
-            refused[site.name] = error
-    note_ranks(found)
-    if refused:
-        first, *rest = refused
-        more = f" (and at {len(rest)} more sites: {', '.join(rest[:8])})" if rest else ""
-        raise LoralignError(f"{refused[first]}{more}")
+        made[site.name] = recipe.init(W, site.r, site.s, evidence.get(site.name), draw)
     return write_start(model, recipe, made)
 
 

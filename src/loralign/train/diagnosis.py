@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from loralign.evidence import Progress, collect, exact_gradient
 from loralign.linalg import first_step_energy, top_svd
+from loralign.plan import misfit
 from loralign.recipes import build
 from loralign.sites import draw_for, sites, weight
 from loralign.slot import live_of
@@ -148,16 +149,18 @@ def _start(
     progress: Progress | None,
 ) -> dict[str, Basis]:
     """The start that another recipe would write; sites that it cannot serve are missing."""
+    why = {site.name: misfit(recipe, site) for site in found}
+    for said in filter(None, why.values()):
+        log.info("%s", said)
+    served = [site for site in found if not why[site.name]]
+    if not served:
+        return {}
     known = collect(
-        recipe.init.needs, model, found, batches, loss=loss, seed=recipe.seed, cache=cache, progress=progress
+        recipe.init.needs, model, served, batches, loss=loss, seed=recipe.seed, cache=cache, progress=progress
     )
     made = {}
-    for site in found:
-        try:
-            start = recipe.init(weight(site), site.r, site.s, known.get(site.name), draw_for(recipe.seed, site.name))
-        except LoralignError as error:
-            log.info("%s", error)
-            continue
+    for site in served:
+        start = recipe.init(weight(site), site.r, site.s, known.get(site.name), draw_for(recipe.seed, site.name))
         made[site.name] = _moving(start, "A" in start.train, "B" in start.train)
     return made
 
