@@ -192,23 +192,28 @@ def rows() -> dict[str, Callable[[], tuple[Transform | None, Sequence[Rule]]]]:
     }
 
 
-def steps(device: str, layers: int, counted: Sequence[int], repeats: int, only: Sequence[str]) -> dict[str, Any]:
+def steps(device: str, layers: int, repeats: int, only: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, make in chosen(only).items():
-        counts = {}
-        for n in counted:
-            optimizer = optimizer_for(n, device, *make())
-            optimizer.step()
-            counts[str(n)] = launches(optimizer.step, device)
         optimizer = optimizer_for(layers, device, *make())
         for _ in range(3 if device == "cuda" else 1):
             optimizer.step()
         state = sum(t.numel() * t.element_size() for st in optimizer.state.values() for t in st.values()) / 2**20
-        ms = median_ms(optimizer.step, device, repeats)
-        found[name] = {"ms": ms, "launches": counts, "state_MiB": state}
+        found[name] = {"ms": median_ms(optimizer.step, device, repeats), "state_MiB": state}
         del optimizer
         release(device)
     return found
+
+
+def count(found: dict[str, Any], device: str, counted: Sequence[int]) -> None:
+    """Add to the rows of `steps` what a step launches; last, since a profiler slows the rest of its process down."""
+    made = rows()
+    for name, row in found.items():
+        row["launches"] = {}
+        for n in counted:
+            optimizer = optimizer_for(n, device, *made[name]())
+            optimizer.step()
+            row["launches"][str(n)] = launches(optimizer.step, device)
 
 
 def chosen(only: Sequence[str]) -> dict[str, Callable[[], tuple[Transform | None, Sequence[Rule]]]]:
@@ -318,14 +323,16 @@ def main() -> None:
             f"relative difference {diff['float64']:.1e} (float64), {diff['float32']:.1e} (float32)"
         )
     if "steps" in args.what:
-        record["steps"] = steps(args.device, args.layers, args.count_at, args.repeats, args.only)
+        record["steps"] = steps(args.device, args.layers, args.repeats, args.only)
         record["layers"] = args.layers
-        head = f"optimizer step, {name}, torch {torch.__version__}, {7 * args.layers} modules, r = {R}"
-        texts.append(f"{head}\n{steps_table(record['steps'], args.count_at)}")
     if "train" in args.what:
         record["train"], record["shape"] = train(args.shape, args.device, args.repeats, args.only), args.shape
         head = f"whole training step, {name}, {args.shape}-shaped, {'×'.join(map(str, SHAPES[args.shape][1:]))} tokens"
         texts.append(f"{head}\n{train_table(record['train'])}")
+    if "steps" in args.what:
+        count(record["steps"], args.device, args.count_at)
+        head = f"optimizer step, {name}, torch {torch.__version__}, {7 * args.layers} modules, r = {R}"
+        texts.append(f"{head}\n{steps_table(record['steps'], args.count_at)}")
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     print("\n\n".join(texts))

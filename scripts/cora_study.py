@@ -167,6 +167,7 @@ def study(args: argparse.Namespace, sizes: Sizes, bases: dict[str, str]) -> dict
             "steps": sizes.steps,
             "batch_size": sizes.batch_size,
             "eval_every": sizes.eval_every,
+            "compile": True,
         },
         "output": str(args.output / "study"),
     }

@@ -225,7 +225,7 @@ class PairOptimizer(torch.optim.Optimizer):
         mixed = "shapes" in self.transform.accepts
         for pair in pairs:
             g = grads[pair.name]
-            shape = len(pair.A) if mixed else (pair.A.shape, pair.B.shape)
+            shape = pair.A.shape[0] if mixed else (pair.A.shape, pair.B.shape)
             key = (shape, pair.train, pair.A.device, g.A is None, g.B is None)
             batches.setdefault(key, []).append(pair)
         state = {pair.name: self._state(pair, live[pair.name]) for pair in pairs}

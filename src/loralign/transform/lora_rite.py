@@ -70,7 +70,7 @@ def _members(grads: Sequence[Grad], pairs: Sequence[Pair]) -> list[tuple[list[in
     groups: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
     trained = grads[0].A is not None, grads[0].B is not None
     for k, p in enumerate(pairs):
-        d_out, d_in = len(p.B), p.A.shape[1]
+        d_out, d_in = p.B.shape[0], p.A.shape[1]
         if trained[0]:
             groups.setdefault((d_in, d_out), ([], []))[0].append(k)
         if trained[1]:
