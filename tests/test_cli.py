@@ -206,6 +206,20 @@ def test_plan_says_what_the_run_costs(trained: Done) -> None:
     assert not Path("never").exists()
 
 
+def test_plan_warns_of_a_run_that_ends_before_its_method_acts() -> None:
+    cases = {
+        "train.steps=6": "delta-lora: its rule acts after step 501 and the run has 6 steps, ",
+        "options={wait_steps: 4}": None,
+        "train.steps=null": "delta-lora: its rule acts after step 501: the run must have more, ",
+    }
+    for setting, said in cases.items():
+        words = ["plan", "r.yaml", "--set", "method=delta-lora", "--set", "options={}", "--set", setting]
+        lines = [x for x in run(*words).out.splitlines() if x.startswith("warning ")]
+        warnings = json.loads(run(*words, "--json").out)["warnings"]
+        assert lines == [f"warning        {text}" for text in warnings]
+        assert [text.startswith(str(said)) for text in warnings] == [True] * bool(said)
+
+
 def test_methods_doctor_schema_version() -> None:
     table = run("methods")
     assert table.code == 0

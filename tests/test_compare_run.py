@@ -136,6 +136,13 @@ def test_an_arm_that_does_not_fit_is_refused_before_the_first_trial(tmp_path: Pa
     assert not Store(load(file)).outcomes()
 
 
+def test_an_arm_that_would_not_act_is_told_before_the_first_trial_and_once(tmp_path: Path) -> None:
+    said = "delta-lora: its rule acts after step 4 and the run has 4 steps, so it is trained as if without it: "
+    file = write_study(tmp_path, arms=[{"method": "delta-lora", "options": {"wait_steps": 3}}], references=False)
+    done = compare(file, "--set", "budget.trials=2")
+    assert done.returncode == 0 and done.stderr.startswith(said) and done.stderr.count(said) == 1, done.stderr
+
+
 def test_given_up_half_way(tmp_path: Path) -> None:
     outcome = Resident(load(write_study(tmp_path))).run(trial("lora"), lambda step, loss: step >= 2)
     assert outcome.pruned and outcome.steps == (2,)

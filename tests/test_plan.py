@@ -14,9 +14,10 @@ from torch import nn
 
 import toy
 from loralign import METHODS, Full, LoralignError, Recipe, adapt, build, learning_rate, optimizer, peft_config, sites
-from loralign.plan import CLASHES, Clash, Surroundings, around, check_combination, check_ranks, draw, facts, links
+from loralign.plan import CLASHES, Clash, Surroundings, around, check_combination, check_ranks, draw, facts, idle, links
 from loralign.plan_memory import Estimate, estimate
 from loralign.plan_trace import LiveBytes, Step, example_batch, usual_loss
+from loralign.rule.rm_lora import masked_orthogonal
 from loralign.train.attach import attach
 from loralign.types import NOTHING, Batch, Ctx, Directions, Episode, Grad, Need, Pair, SlotPlan, State, Weight
 from trainers import toy_trainer
@@ -272,6 +273,31 @@ def test_a_snapshot_exports_at_rank_2r_where_the_run_reaches_it(steps: int, rank
     found = planned(delta, Step(2, 8, total_steps=steps))
     assert found.export_rank == rank
     assert found.adapter_bytes == (rank // 4) * plain.adapter_bytes
+
+
+@dataclass(frozen=True)
+class Rests:
+    """The part of a third party's rule that tells how long it does nothing."""
+
+    wait_steps: int
+    needs: Need = NOTHING
+
+
+def test_a_run_that_ends_before_a_rule_acts_is_told_so_with_the_mend() -> None:
+    """A snapshot after step K + 1 changes the steps after it, so K + 2 steps are the least."""
+    delta = recipe("delta-lora", options={"wait_steps": 10})
+    assert idle(delta, 11) == (
+        "delta-lora: its rule acts after step 11 and the run has 11 steps, so it is trained as if without it: "
+        "lower `options.wait_steps` to 9 at most or raise `train.steps` to 12 at least"
+    )
+    assert idle(delta, 12) == "" and idle(recipe("delta-lora", options={"wait_steps": 9}), 11) == ""
+    assert "to 2 at least" in idle(recipe("delta-lora", options={"wait_steps": 0}), 1)
+    assert "wait_steps" not in idle(delta, 1)  # no value would do
+    assert "after step 11: the run must have more" in idle(delta, None)
+    several = replace(recipe("lora"), rules=(Rests(3), Rests(7), masked_orthogonal()))  # type: ignore[arg-type]
+    assert "after step 8 and" in idle(several, 8) and idle(several, 9) == ""
+    for name in (m for m, line in METHODS.items() if not line.reference and m != "delta-lora"):
+        assert idle(recipe(name), 1) == idle(recipe(name), None) == ""
 
 
 def test_rm_lora_needs_as_many_slots_as_it_keeps() -> None:

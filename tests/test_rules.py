@@ -11,12 +11,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from loralign import Recipe, build, peft_config
 from loralign.form.delta_lora import boosted
 from loralign.form.plain import plain
 from loralign.linalg import keyed_generator
 from loralign.optim import PairOptimizer
+from loralign.plan import idle
 from loralign.rule.delta_lora import snapshot
 from loralign.rule.rm_lora import masked_orthogonal, regulariser, slope
 from loralign.sites import factors, sites
@@ -386,9 +388,35 @@ def test_a_run_that_is_too_short_is_warned_of(
     assert isinstance(made, Recipe)
     trainer = toy_trainer(tmp_path, peft_config(made, llama()), steps=3)
     attach(trainer, made)
+    assert caplog.messages == [idle(made, 3)] * warned  # before the first step
     with caplog.at_level("INFO", "loralign"):
         trainer.train()
-    assert ("lower `wait_steps`" in caplog.text) is warned
+    assert caplog.text.count("its rule act") == warned
     assert ("slots changed at 14 sites after step 2" in caplog.text) is not warned
     trainer.model.save_pretrained(tmp_path / "adapter")
     assert LoraConfig.from_pretrained(tmp_path / "adapter").r == (2 if wait > 2 else 4)
+
+
+def test_a_run_by_epochs_or_one_that_is_stopped_is_told_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An epoch of 16 rows is 4 steps, known when training begins; after step 2 of 4 nothing has acted yet."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 2
+
+    expected = {
+        (3, False): "and the run has 4 steps",
+        (2, False): "",
+        (2, True): "stopped after step 2, before its rule",
+    }
+    for (wait, stopped), part in expected.items():
+        made = build("delta-lora", {"wait_steps": wait}, r=2, alpha=4.0)
+        assert isinstance(made, Recipe)
+        trainer = toy_trainer(tmp_path, peft_config(made, llama()), steps=-1, num_train_epochs=1)
+        attach(trainer, made)
+        trainer.add_callback(Stop() if stopped else TrainerCallback())
+        caplog.clear()
+        with caplog.at_level("INFO", "loralign"):
+            trainer.train()
+        said = [message for message in caplog.messages if "its rule act" in message]
+        assert len(said) == bool(part) and all(part in message for message in said)

@@ -87,7 +87,9 @@ def run_workers(study: Path, overrides: Sequence[str], count: int, spec: Spec) -
     import torch
 
     from loralign.compare.live import watched
+    from loralign.compare.study import warn_of_idle_arms
 
+    warn_of_idle_arms(spec)
     gpus = torch.cuda.device_count()
     command = [sys.executable, "-m", "loralign", "compare", str(study), "--worker"]
     command += [part for text in overrides for part in ("--set", text)]

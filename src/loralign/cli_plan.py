@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loralign.config import RunFile, to_job
-from loralign.plan import check_combination
+from loralign.plan import check_combination, idle
 from loralign.plan_memory import Estimate, estimate
 from loralign.plan_trace import Step
 from loralign.recipes import method
@@ -83,6 +83,7 @@ def as_data(found: Planned) -> dict[str, Any]:
         "lr_source": t.lr_source,
         "export": found.export,
         "step": asdict(found.step),
+        "warnings": warnings(found),
     }
 
 
@@ -104,7 +105,15 @@ def sentences(found: Planned) -> list[str]:
         f"init           {_init(e)}",
         f"learning rate  {t.learning_rate:.3g} ({t.lr_source}); lr·s = {found.lr_s:.3g}",
         f"export         {f'rank {e.export_rank}, {found.export}' if e.export_rank else 'the model itself'}",
+        *(f"warning        {said}" for said in warnings(found)),
     ]
+
+
+def warnings(found: Planned) -> list[str]:
+    """What the run would do without a mistake in it, but hardly on purpose."""
+    recipe = found.job.recipe
+    said = idle(recipe, found.step.total_steps) if isinstance(recipe, Recipe) else ""
+    return [said] if said else []
 
 
 def _where(step: Step) -> str:

@@ -242,6 +242,21 @@ def links(recipe: Recipe, total_steps: int, names: Sequence[str]) -> int:
     return index
 
 
+def idle(recipe: Recipe, total_steps: int | None) -> str:
+    """What to say where a run ends before a rule acts, with the mend; "" where all act. None: of unknown length."""
+    first = 1 + max((getattr(rule, "wait_steps", -1) for rule in recipe.rules), default=-1)
+    if not first or (total_steps and first < total_steps):
+        return ""
+    said = f"{recipe.name}: its rule acts after step {first}"
+    if not total_steps:
+        return f"{said}: the run must have more, and how many `train.epochs` makes is known only with the rows"
+    lower = f"lower `options.wait_steps` to {total_steps - 2} at most or " if total_steps > 1 else ""
+    return (
+        f"{said} and the run has {total_steps} steps, so it is trained as if without it: {lower}raise `train.steps` to "
+        f"{first + 1} at least"
+    )
+
+
 def snapshots(recipe: Recipe, total_steps: int | None) -> int:
     """Frozen slots per live one that rules will add in a run of so many steps (None, 0: of unknown length)."""
     return sum(

@@ -363,7 +363,8 @@ class Moment:
 class Rule(Protocol):
     """A penalty, a mask or slot events. Masks are multiplied in; None means all ones.
 
-    A rule that rests at first says so in an attribute `wait_steps`, so that runs which are too short are warned of.
+    A rule that rests for some steps says so in an attribute `wait_steps`, named like the option that sets it: whoever
+    plans or begins a run that ends before it acts is told (`plan.idle`).
     """
 
     @property

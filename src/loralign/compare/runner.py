@@ -22,6 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from loralign.compare.compiled import compiled, warm
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
+from loralign.compare.study import warn_of_idle_arms
 from loralign.compare.tasks import Prepared, Rows, prepare_task
 from loralign.plan import check_ranks
 from loralign.sites import factors, put_in, sites, target_weights
@@ -73,7 +74,8 @@ class Resident:
     # ---------------------------------------------------------------------------------------------------------- pieces
 
     def _check_arms(self) -> None:
-        """Every arm fits the model: found before the first trial of any."""
+        """Every arm fits the model and the steps: found before the first trial of any."""
+        warn_of_idle_arms(self.spec)
         for arm in self.spec.arms:
             if isinstance(arm.recipe, Recipe):
                 adapted = put_in(self.task.model, arm.recipe)

@@ -22,7 +22,8 @@ from statistics import median
 
 from loralign.compare.spec import Arm, Outcome, Spec, Trial, grid, rate
 from loralign.compare.store import Claim, Store
-from loralign.types import LoralignError, WorkFailed
+from loralign.plan import idle
+from loralign.types import LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
 Runner = Callable[[Trial, Callable[[int, float], bool]], Outcome]
@@ -236,6 +237,13 @@ def no_room(spec: Spec, store: Store, started: float) -> bool:
     ahead = sum(max(0.0, usual - elapsed) for elapsed, _ in busy.values())
     late = b.minutes is not None and time.monotonic() - started + usual > 60 * b.minutes
     return late or (b.gpu_hours is not None and store.spent_s() + ahead + usual > 3600 * b.gpu_hours)
+
+
+def warn_of_idle_arms(spec: Spec) -> None:
+    """Name the arms that a trial would end before their rules act."""
+    for arm in spec.arms:
+        if isinstance(arm.recipe, Recipe) and (said := idle(arm.recipe, spec.steps)):
+            log.warning("%s", said)
 
 
 def check_arms(arms: Iterable[Arm]) -> None:

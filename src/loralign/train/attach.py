@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loralign.evidence import Progress
-from loralign.plan import check_combination
+from loralign.plan import check_combination, idle
 from loralign.sites import ADAPTER, differing_target, peft_config, sites
 from loralign.train.adapt import gather, optimizer, restore_storage, start
 from loralign.train.callback import RecipeCallback
@@ -60,6 +60,8 @@ def attach(
     _check_sharding(trainer, recipe)
     model = _own_model(trainer, recipe)
     _name_ignored(trainer.args, recipe)
+    if trainer.args.max_steps > 0 and (said := idle(recipe, trainer.args.max_steps)):
+        log.warning("%s", said)
     if resume_from is None:
         with undisturbed(trainer, model):
             evidence = gather(

@@ -16,6 +16,7 @@ from transformers.training_args import ParallelMode
 
 from loralign.evidence import Spent
 from loralign.optim import PairOptimizer
+from loralign.plan import idle
 from loralign.sites import sites, sync_config
 from loralign.slot import SlotLinear, live_of, whole, write
 from loralign.train.adapt import Storage
@@ -70,7 +71,8 @@ class RecipeCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._own()
         self._check_wrapped(args)
-        self._warn_of_waiting(state.max_steps)
+        if args.max_steps <= 0 and (said := idle(self.recipe, state.max_steps)):  # else `attach` knew
+            log.warning("%s", said)
         self.episodes.begin(state.max_steps)
         if self.resume_from is not None:
             note = read_note(self.resume_from)
@@ -98,16 +100,6 @@ class RecipeCallback(TrainerCallback):
                 "the processes would train apart, because the trainer evaluated before train(): set eval_on_start=True "
                 "in its arguments instead"
             )
-
-    def _warn_of_waiting(self, max_steps: int) -> None:
-        """A rule that waits for longer than the run lasts does nothing, and nothing else would say so."""
-        for wait in (getattr(rule, "wait_steps", -1) for rule in self.recipe.rules):
-            if wait + 1 >= max_steps:
-                log.warning(
-                    "%s: its rule acts after step %d and the run has %d, so it is trained as if without it: lower "
-                    "`wait_steps`",
-                    *(self.recipe.name, wait + 1, max_steps),
-                )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._own().lr_factor = self.episodes.warm_up(state.global_step)
@@ -158,6 +150,8 @@ class RecipeCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self._load(read_state(Path(state.best_model_checkpoint)))
             sync_config(self.model)
+        if idle(self.recipe, state.global_step) and not idle(self.recipe, state.max_steps):
+            log.info("%s: stopped after step %d, before its rule acted", self.recipe.name, state.global_step)
         if self.unreached and self.steps_seen:
             log.warning("%d adapted modules never got a gradient: %s", len(self.unreached), sorted(self.unreached)[:5])
 
