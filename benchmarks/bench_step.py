@@ -2,6 +2,7 @@
 
     python benchmarks/bench_step.py --device cpu
     python benchmarks/bench_step.py --device cuda --shapes 1b 8b --json out.json
+    python benchmarks/bench_step.py --device cuda --shapes 135m --compiled      beside a study's compiled blocks
 
 A step is forward, backward, clip, optimizer, zero_grad on the same tokens. PEFT: stock layers, fp32 adapters (its
 default), torch's fused AdamW and clip_grad_norm_; on CUDA a bf16 base under bf16 autocast, as `bf16=True` gives. Ours:
@@ -14,7 +15,7 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loralign import Recipe, adapt, build, optimizer, peft_config
+from loralign.compare.compiled import blocks
 
 SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens
     "tiny": ({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}, 2, 64),
@@ -33,6 +35,17 @@ SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens
         {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16},
         1,
         512,
+    ),
+    "135m": (
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+        },
+        32,
+        128,
     ),
     "1b": (
         {
@@ -88,6 +101,9 @@ def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], 
     else:
         model = adapt(model, recipe)
         opt = optimizer(model, recipe, 1e-4)
+        if kind == "compiled":
+            for block in blocks(model):
+                block.compile(dynamic=False)
     model.train()
 
     def step() -> None:
@@ -134,9 +150,9 @@ def kept_bytes(step: Callable[[], None], device: str) -> int:
     return sum(seen.values())
 
 
-def measure(shape: str, device: str, repeats: int, dropout: float) -> dict[str, dict[str, float]]:
+def measure(kinds: Sequence[str], shape: str, device: str, repeats: int, dropout: float) -> dict[str, dict[str, float]]:
     """Time interleaved over the kinds (CPU); on CUDA one kind at a time, so that memory is its own."""
-    kinds, found = ("floor", "peft", "loralign"), {}
+    found = {}
     if device == "cuda":
         for kind in kinds:
             step = step_of(kind, shape, device, dropout)
@@ -165,12 +181,14 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=None, choices=tuple(SHAPES))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--compiled", action="store_true", help="also with the model's blocks compiled, as studies do")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(1)
     shapes = args.shapes or (["small"] if args.device == "cpu" else ["1b", "8b"])
-    results = {shape: measure(shape, args.device, args.repeats, args.dropout) for shape in shapes}
+    kinds = ["floor", "peft", "loralign", *(["compiled"] if args.compiled else [])]
+    results = {shape: measure(kinds, shape, args.device, args.repeats, args.dropout) for shape in shapes}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     if args.json:
         args.json.write_text(json.dumps({"versions": versions, "device": args.device, "results": results}, indent=1))
