@@ -71,7 +71,7 @@ class RecipeCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._own()
         self._check_wrapped(args)
-        if args.max_steps <= 0 and (said := idle(self.recipe, state.max_steps)):  # else `attach` knew
+        if (said := idle(self.recipe, state.max_steps)) and args.max_steps <= 0:  # else `attach` knew
             log.warning("%s", said)
         self.episodes.begin(state.max_steps)
         if self.resume_from is not None:
