@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from assets import asset, needs
 from cli_world import Done, assert_one_sentence, bytes_of, run, run_process, world_in
-from loralign import METHODS
+from loralign import METHODS, verify
 from loralign.cli_run import Lines, explained
 from loralign.types import VerificationFailed, WorkFailed
 
@@ -64,6 +64,19 @@ def test_train_leaves_a_verified_plain_adapter(trained: Done) -> None:
     }
     assert "applied to 14/14 pairs" in trained.err
     assert len(Path("out/log.jsonl").read_text(encoding="utf-8").splitlines()) >= 3
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-ga"])
+def test_a_run_under_autocast_exports_what_it_trained(world: Path, method: str) -> None:
+    """What a GPU does by default: a bf16 base, and accelerate's autocast around the trained model's forward."""
+    out = f"half-{method}"
+    options = () if method == "lora-ga" else ("--set", "options={}")
+    wanted = (f"method={method}", "train.precision=bf16", f"output={out}")
+    done = run("train", "r.yaml", *options, *(word for value in wanted for word in ("--set", value)))
+    assert done.code == 0, done.err
+    report = verify(out)
+    assert (report.dtype, report.tolerance) == ("float32", 1e-5)
+    assert report.relative < 1e-5 < report.effect
 
 
 def test_progress_without_a_terminal_is_plain_lines(trained: Done) -> None:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path.extend(path for path in json.loads(sys.argv[1]) if path not in sys.path)
+    # in front, as PYTHONPATH has them: an older package beside this interpreter must not step in
+    sys.path[:0] = [path for path in json.loads(sys.argv[1]) if path not in sys.path]
 
 import torch
 import transformers

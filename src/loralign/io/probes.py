@@ -186,6 +186,9 @@ def logits(
     with ExitStack() as undo, torch.autocast(device.type, enabled=False):
         for module in training:
             undo.callback(setattr, module, "training", True)
+        if "_original_forward" in vars(model):  # accelerate put a second autocast around forward
+            undo.callback(setattr, model, "forward", model.forward)
+            model.forward = model._original_forward
         for site in found:
             undo.callback(site.layer.register_forward_hook(_replacing((layers or {})[site.name])).remove)
         model.eval()
