@@ -3,10 +3,12 @@
     python benchmarks/bench_step.py --device cpu
     python benchmarks/bench_step.py --device cuda --shapes 1b 8b --json out.json
     python benchmarks/bench_step.py --device cuda --shapes 135m --compiled      beside a study's compiled blocks
+    python benchmarks/bench_step.py --shapes host --repeats 30      the host's time alone, on the CPU: many tiny layers
 
 A step is forward, backward, clip, optimizer, zero_grad on the same tokens. PEFT: stock layers, fp32 adapters (its
 default), torch's fused AdamW and clip_grad_norm_; on CUDA a bf16 base under bf16 autocast, as `bf16=True` gives. Ours:
 the same model and autocast, `loralign.adapt` and `loralign.optimizer`. Floor: the frozen model with input gradients.
+`host` is in bf16 on the CPU too, and takes the layer that small outputs have on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import transformers
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loralign import Recipe, adapt, build, optimizer, peft_config
+from loralign import Recipe, adapt, build, layer, optimizer, peft_config
 from loralign.compare.compiled import blocks
 
 SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens
@@ -35,6 +37,11 @@ SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens
         {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16},
         1,
         512,
+    ),
+    "host": (
+        {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 30, "num_attention_heads": 3},
+        1,
+        4,
     ),
     "135m": (
         {
@@ -72,12 +79,16 @@ SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens
 }
 
 
+def half(shape: str, device: str) -> bool:
+    return device == "cuda" or shape == "host"
+
+
 def base_model(shape: str, device: str) -> LlamaForCausalLM:
     config = LlamaConfig(vocab_size=8192 if device == "cpu" else 32000, use_cache=False, **SHAPES[shape][0])
     torch.manual_seed(0)
     with torch.device(device):
         dtype = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+        torch.set_default_dtype(torch.bfloat16 if half(shape, device) else torch.float32)
         model = LlamaForCausalLM(config)
         torch.set_default_dtype(dtype)
     return model.train()
@@ -107,7 +118,7 @@ def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], 
     model.train()
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext():
+        with torch.autocast(device, torch.bfloat16) if half(shape, device) else nullcontext():
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         if opt is not None:
@@ -153,6 +164,8 @@ def kept_bytes(step: Callable[[], None], device: str) -> int:
 def measure(kinds: Sequence[str], shape: str, device: str, repeats: int, dropout: float) -> dict[str, dict[str, float]]:
     """Time interleaved over the kinds (CPU); on CUDA one kind at a time, so that memory is its own."""
     found = {}
+    if shape == "host":
+        layer.SMALL[device] = layer.SMALL["cuda"]
     if device == "cuda":
         for kind in kinds:
             step = step_of(kind, shape, device, dropout)

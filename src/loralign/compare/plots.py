@@ -89,8 +89,9 @@ def _between(rates: Sequence[Rate], best: dict[str, Rate]) -> tuple[float, float
 def _unfinished(axes: Axes, rates: Sequence[Rate], arms: Sequence[str], look: dict[str, Style]) -> None:
     across = axes.get_xaxis_transform()
     rows = [arm for arm in arms if any(r.arm == arm and not r.finished for r in rates)]
+    apart = min(0.035, 0.2 / max(1, len(rows)))
     for r in (r for r in rates if not r.finished):
-        at, mark = 1.03 + 0.035 * rows.index(r.arm), "_" if r.pruned and not r.diverged else "x"
+        at, mark = 1.03 + apart * rows.index(r.arm), "_" if r.pruned and not r.diverged else "x"
         axes.plot(r.lr, at, mark, color=look[r.arm].colour, markersize=5, transform=across, clip_on=False)
     if any(r.diverged or not r.pruned for r in rates if not r.finished):
         axes.plot([], [], "x", color="#444444", markersize=5, label="diverged")
