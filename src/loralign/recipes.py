@@ -34,6 +34,7 @@ from loralign.types import Full, LoralignError, LrPrior, Method, Recipe, over_ra
 
 _REGRET = "Schulman 2025, LoRA Without Regret: 5e-4·(2000/hidden)^0.781 at alpha 32, here s = 2"
 _STUDY = "our H100 study, SmolLM2-135M, r 8, 300 steps, one seed"
+_CORA = "our CoRA study on an H100, SmolLM2-135M, r 16, 200 steps, one seed"
 _ASSETS = "our sweep: SmolLM2-135M, r 8, 30 steps"
 
 _LINES = (
@@ -46,24 +47,24 @@ _LINES = (
            presets={"paper": {"r": 8, "alpha": 16.0, "gamma": 16.0},
                     "paper-llama": {"r": 8, "alpha": 16.0, "gamma": 64.0}}),
     Method("hrp", "start along the main directions of a short high-rank run", "2502.07739", "exact",
-           LrPrior(None, "unknown: sweep ⅓, 1 and 3 times LoRA's"), init=high_rank_preheat,
+           LrPrior(3e-3, _STUDY + ": 4e-3 at s 2"), init=high_rank_preheat,
            presets={"paper": {"rank": 128, "kappa": 1.0}},
            unverified="the paper's body could not be read: a reconstruction from its abstracts"),
     Method("hrp-sketch", "as hrp, from accumulated gradients without a step", "2502.07739", "exact",
-           LrPrior(None, "unknown: sweep ⅓, 1 and 3 times LoRA's"), init=high_rank_sketch,
+           LrPrior(3e-3, _STUDY + ": 4e-3 at s 2"), init=high_rank_sketch,
            unverified="the paper's body could not be read: a cheap variant of its reconstruction"),
     Method("cora", "one factor frozen at directions that several models share", "2409.02119", "exact",
-           LrPrior(None, "unknown: sweep 1 and 2 times LoRA's"), init=common_basis,
+           LrPrior(2.9e-3, _CORA + ": 3.9e-3 at s 2"), init=common_basis,
            presets={"paper": {"side": "left"}},
            unverified="the paper's body could not be read: a reconstruction from its abstract"),
     Method("cora-init", "one factor started at directions that several models share", "2409.02119", "exact",
-           LrPrior(None, "unknown: sweep ⅓ and 1 times LoRA's"), init=common_start,
+           LrPrior(2.9e-3, _CORA + ": 3.9e-3 at s 2"), init=common_start,
            presets={"paper": {"side": "left"}},
            unverified="the paper's body could not be read: a reconstruction from its abstract"),
     Method("lora-plus", "B learns faster than A", "2402.12354", "exact",
            LrPrior(7.6e-4, _STUDY + ": 1e-3 at s 2, ratio 16"), transform=ratio_lr),
     Method("lora-pro", "steps of the product as close to full fine-tuning's as rank r allows", "2407.18242", "exact",
-           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2 for moments on the factors; full fine-tuning's for moments: full"),
+           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2; 2.1e-3, full fine-tuning's, for moments: full"),
            transform=equivalent_gradient,
            presets={"paper": {"r": 8, "alpha": 16.0, "moments": "full"}}),
     Method("lora-rite", "adaptive steps that do not depend on how the product is split", "2410.20625", "exact",
@@ -74,11 +75,11 @@ _LINES = (
     Method("delta-lora", "the base follows the product's changes, as r frozen slots", "2309.02411", "exact at rank 2r",
            LrPrior(1.5e-3, _STUDY + ": 2e-3 at s 2, wait_steps 50"), form=boosted, rules=(snapshot,)),
     Method("lora-fa", "A frozen at random, B follows the projected gradient", "2308.03303", "exact",
-           LrPrior(None, "unknown"), init=kaiming_frozen, transform=projected_gradient),
+           LrPrior(2.6e-2, _CORA + ": 3.5e-2 at s 2"), init=kaiming_frozen, transform=projected_gradient),
     Method("riemannian", "gradients preconditioned by the other factor's Gram matrix", "2402.02347", "exact",
-           LrPrior(None, "unknown"), transform=scaled_gradient),
+           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2, 1.8e-2 is less steady"), transform=scaled_gradient),
     Method("muon-factors", "orthogonalised momentum on each factor", "2502.16982", "exact",
-           LrPrior(None, "unknown"), transform=matrix_sign),
+           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2"), transform=matrix_sign),
     Method("pissa", "start along the weight's principal singular vectors", "2404.02948", "exact at rank 2r",
            LrPrior(2.3e-4, _ASSETS + ": 3e-4 at s 2"), init=principal_svd),
     Method("olora", "start from the weight's QR factorisation", "2406.01775", "exact at rank 2r",
