@@ -1,4 +1,4 @@
-"""Transforms in fp32 on gradients of a real model, from B = 0, beside the papers' algorithms in float64."""
+"""Transforms on gradients of a real model, from B = 0, beside the papers' algorithms in float64."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ RATE, STEPS = 3e-4, 5
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def training(name: str) -> Iterator[tuple[PairOptimizer, dict[str, Site], dict[str, Four]]]:
+def training(
+    name: str, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[PairOptimizer, dict[str, Site], dict[str, Four]]]:
     """Before each step: the optimizer, the sites, and A, B, gA, gB of every site in float64."""
     made = build(name, r=8, alpha=16.0)
     assert isinstance(made, Recipe)
-    model = adapt(AutoModelForCausalLM.from_pretrained(asset("smollm2-2layer"), dtype=torch.float32), made)
+    model = adapt(AutoModelForCausalLM.from_pretrained(asset("smollm2-2layer"), dtype=dtype), made).to(dtype)
     stepper, found = optimizer(model, made, RATE), {site.name: site for site in sites(model)}
     for t in range(STEPS):
         ids = torch.randint(0, 20_000, (2, 32), generator=torch.Generator().manual_seed(t))
@@ -39,10 +41,12 @@ def numbers(site: Site) -> Four:
     return tuple(t.detach().double().clone() for t in (A, B, A.grad, B.grad))  # type: ignore[return-value]
 
 
-def test_rite_moves_every_product_as_the_paper_says() -> None:
-    """A jumps by O(1) at the second step, moments move to new bases; fp32 leaves 2e-3 of a step of B·A."""
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float64, 1e-10), (torch.float32, 1e-2)])
+def test_rite_moves_every_product_as_the_paper_says(dtype: torch.dtype, share: float) -> None:
+    """A jumps by O(1) at the second step, moments move to new bases. Of a step of B·A fp32 loses up to 3e-3 to rounding
+    (4e-12 in float64)."""
     theirs: dict[str, lora_rite.Rite] = {}
-    for stepper, found, values in training("lora-rite"):
+    for stepper, found, values in training("lora-rite", dtype):
         for name in found:
             theirs.setdefault(name, lora_rite.Rite(RATE))
         norm = sum(theirs[name].norm(*four) for name, four in values.items()) ** 0.5
@@ -51,7 +55,7 @@ def test_rite_moves_every_product_as_the_paper_says() -> None:
             dA, dB = theirs[name].step(A, B, gA, gB, scale=min(1.0, 1.0 / norm))
             A1, B1, *_ = numbers(found[name])
             want = (B + dB) @ (A + dA) - B @ A
-            assert (B1 @ A1 - B @ A - want).norm() < 1e-2 * want.norm(), name
+            assert (B1 @ A1 - B @ A - want).norm() < share * want.norm(), name
 
 
 def test_pro_adjusts_real_gradients_as_published() -> None:
