@@ -19,11 +19,10 @@ from oracles import lora_pro, lora_rite
 pytestmark = [pytest.mark.assets, needs("smollm2-2layer")]
 RATE, STEPS = 3e-4, 5
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
+Step = tuple[PairOptimizer, dict[str, Site], dict[str, Four]]
 
 
-def training(
-    name: str, dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[PairOptimizer, dict[str, Site], dict[str, Four]]]:
+def training(name: str, dtype: torch.dtype = torch.float32) -> Iterator[Step]:
     """Before each step: the optimizer, the sites, and A, B, gA, gB of every site in float64."""
     made = build(name, r=8, alpha=16.0)
     assert isinstance(made, Recipe)
