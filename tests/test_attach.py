@@ -20,6 +20,7 @@ import toy
 from loralign import LoralignError, Recipe, build, optimizer, peft_config, sites
 from loralign.train.attach import attach
 from loralign.train.checkpoint import last_complete
+from loralign.train.sft import check_whole
 from loralign.types import WorkFailed
 from tiny_trl import dpo, settings, sft
 from trainers import rows, toy_trainer
@@ -262,6 +263,16 @@ def test_sharding_that_hides_factors_is_refused(tmp_path: Path) -> None:
     accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
     with pytest.raises(LoralignError, match=r"FSDP version 1.*fsdp_version: 2"):
         attach(trainer, made)
+
+
+def test_a_run_that_fsdp_would_split_is_refused_before_it_starts(tmp_path: Path) -> None:
+    """`attach` trains there (test_distributed.py), but `loralign train` could not export at the end."""
+    made = recipe()
+    trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=1)
+    check_whole(trainer)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(LoralignError, match=r"cannot export what FSDP has split: start it with torchrun"):
+        check_whole(trainer)
 
 
 def test_settings_of_the_trainer_that_no_longer_count_are_named(

@@ -180,6 +180,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     journal = Journal(job.output / "log.jsonl", step_of(resume_from) if resume_from else None, progress)
     started = time.perf_counter()
     trainer = _trainer(job, model, tokenizer, args, train, held_out)
+    check_whole(trainer)
     if isinstance(job.recipe, Recipe):
         callback = attach(trainer, job.recipe, resume_from=resume_from, cache=job.cache, progress=progress)
         journal.note_evidence(callback.evidence)
@@ -196,6 +197,15 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
         trainer.add_callback(Patience(job.training.patience))
     trainer.remove_callback(PrinterCallback)
     return Ready(trainer, tokenizer, journal, rows, resume_from, time.perf_counter() - started)
+
+
+def check_whole(trainer: Any) -> None:
+    """Raise where no process will hold whole weights at the end, which the export and its proof start from."""
+    if trainer.is_fsdp_enabled:
+        raise LoralignError(
+            "`loralign train` cannot export what FSDP has split: start it with torchrun alone (data parallel), or use "
+            "`attach` in a script of your own and gather before saving"
+        )
 
 
 class Patience(EarlyStoppingCallback):
