@@ -19,7 +19,7 @@ from loralign.plan_memory import Estimate, estimate
 from loralign.plan_trace import LiveBytes, Step, example_batch, usual_loss
 from loralign.rule.rm_lora import masked_orthogonal
 from loralign.train.attach import attach
-from loralign.types import NOTHING, Batch, Ctx, Directions, Episode, Grad, Need, Pair, SlotPlan, State, Weight
+from loralign.types import NOTHING, Batch, Ctx, Directions, Episode, Grad, LrPrior, Need, Pair, SlotPlan, State, Weight
 from trainers import toy_trainer
 
 DEEPSPEED = Surroundings(engine="deepspeed", zero_stage=2)
@@ -342,13 +342,16 @@ def test_no_site_and_no_plan() -> None:
         planned(recipe("lora", targets=("nothing",)))
 
 
-def test_the_rate_is_stated_with_its_source() -> None:
+def test_the_rate_is_stated_with_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned, source = learning_rate("lora-ga + lora-rite", 2.0, 2000)
     assert tuned == pytest.approx(2.2e-4 / 2)
     assert "our sweep" in source
-    unknown = learning_rate("hrp", 2.0, 2000)
+    assert "H100 study" in learning_rate("hrp", 2.0, 2000)[1]
+    untuned = replace(METHODS["hrp"], id="newcomer", prior=LrPrior(None, "unknown"))
+    monkeypatch.setitem(METHODS, "newcomer", untuned)  # type: ignore[arg-type]
+    unknown = learning_rate("newcomer", 2.0, 2000)
     assert unknown[0] == learning_rate("lora", 2.0, 2000)[0]
-    assert "unknown for hrp" in unknown[1]
+    assert "unknown for newcomer" in unknown[1]
 
 
 MEASURED = {
