@@ -28,8 +28,9 @@ import transformers
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loralign import Recipe, adapt, build, layer, optimizer, peft_config
+from loralign import Recipe, adapt, build, optimizer, peft_config
 from loralign.compare.compiled import blocks
+from loralign.layer import as_on
 
 SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens
     "tiny": ({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}, 2, 64),
@@ -164,8 +165,6 @@ def kept_bytes(step: Callable[[], None], device: str) -> int:
 def measure(kinds: Sequence[str], shape: str, device: str, repeats: int, dropout: float) -> dict[str, dict[str, float]]:
     """Time interleaved over the kinds (CPU); on CUDA one kind at a time, so that memory is its own."""
     found = {}
-    if shape == "host":
-        layer.SMALL[device] = layer.SMALL["cuda"]
     if device == "cuda":
         for kind in kinds:
             step = step_of(kind, shape, device, dropout)
@@ -201,7 +200,10 @@ def main() -> None:
         torch.set_num_threads(1)
     shapes = args.shapes or (["small"] if args.device == "cpu" else ["1b", "8b"])
     kinds = ["floor", "peft", "loralign", *(["compiled"] if args.compiled else [])]
-    results = {shape: measure(kinds, shape, args.device, args.repeats, args.dropout) for shape in shapes}
+    results = {}
+    for shape in shapes:
+        with as_on("cuda") if shape == "host" else nullcontext():
+            results[shape] = measure(kinds, shape, args.device, args.repeats, args.dropout)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     if args.json:
         args.json.write_text(json.dumps({"versions": versions, "device": args.device, "results": results}, indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -15,9 +16,9 @@ KINDS = {"plain": (0, False), "frozen slots": (3, False), "twin": (4, True)}
 
 
 @pytest.fixture(params=["one node", "plain statements"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(layer, "SMALL", {"cpu": 1 << 40} if request.param == "plain statements" else {})
-    return str(request.param)
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    with layer.as_on("cuda" if request.param == "plain statements" else "cpu"):
+        yield
 
 
 def factors(frozen: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -38,7 +39,7 @@ def formula(kind: str, base: Tensor, x: Tensor, A: Tensor, B: Tensor, A0: Tensor
 
 @pytest.mark.parametrize("trained", ["AB", "A", "B"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_value_and_gradients_are_the_formulas(path: str, kind: str, trained: str) -> None:
+def test_value_and_gradients_are_the_formulas(path: None, kind: str, trained: str) -> None:
     frozen, twin = KINDS[kind]
     A, B, A0, B0 = factors(frozen, torch.float64)
     x, W = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
@@ -59,7 +60,7 @@ def test_value_and_gradients_are_the_formulas(path: str, kind: str, trained: str
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fp32_factors_on_a_bf16_base(path: str, kind: str, autocast: bool) -> None:
+def test_fp32_factors_on_a_bf16_base(path: None, kind: str, autocast: bool) -> None:
     """Products in bf16, gradients of the factors in fp32, those of the input in the input's own type."""
     frozen, twin = KINDS[kind]
     A, B, A0, B0 = factors(frozen, torch.float32)
@@ -81,5 +82,11 @@ def test_fp32_factors_on_a_bf16_base(path: str, kind: str, autocast: bool) -> No
 
 
 def test_small_outputs_on_a_gpu_take_the_plain_statements() -> None:
-    """The rule that the fixture replaces: by the size of the output, on CUDA alone."""
+    """By the size of the output, on CUDA alone; what stands in for a device is forgotten again."""
     assert set(layer.SMALL) == {"cuda"} and layer.SMALL["cuda"] > 4096 * 1536  # the widest output of the H100 study
+    A, B, *_ = factors(0, torch.float32)
+    base = torch.zeros(2, 5, requires_grad=True).clone()
+    with layer.as_on("cuda"):
+        assert layer.low_rank(base, torch.ones(2, 6), A.requires_grad_(), B, S).grad_fn.name() == "AddBackward0"  # type: ignore[union-attr]
+    assert layer.low_rank(base, torch.ones(2, 6), A, B, S).grad_fn.name() == "_LowRankBackward"  # type: ignore[union-attr]
+    assert set(layer.SMALL) == {"cuda"}

@@ -15,6 +15,8 @@ Cost:    keeps x (shared with whoever else keeps it) and the live columns of h; 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,18 @@ from torch.autograd.function import once_differentiable
 SMALL = {"cuda": 1 << 23}
 """Numbers of an output below which the host is the slower one, by device: torch's own nodes run no Python in backward
 (`bench_step.py --shapes host`); the single node saves about 2.4 µs of an H100's bandwidth per million numbers."""
+
+
+@contextmanager
+def as_on(device: str) -> Iterator[None]:
+    """Within: outputs on the CPU take the statements that they would take on this device, for plans and benchmarks."""
+    before = dict(SMALL)
+    SMALL["cpu"] = SMALL.get(device, 0)
+    try:
+        yield
+    finally:
+        SMALL.clear()
+        SMALL.update(before)
 
 
 def fold_A(A: Tensor, A0: Tensor | None) -> Tensor:

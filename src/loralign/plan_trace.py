@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from trl.trainer.utils import add_fused_lm_head
 
 from loralign.evidence import model_loss
+from loralign.layer import as_on
 from loralign.sites import task_type
 from loralign.types import Batch, LoralignError, Loss
 
@@ -89,7 +90,7 @@ def trace(model: nn.Module, step: Step, batch: Batch, loss: Loss) -> int:
         warnings.simplefilter("ignore")
         if step.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        with FakeTensorMode(allow_non_fake_inputs=True), as_on(step.device), LiveBytes() as live:
             _to_fake(model)
             if step.micro_batches > 1:
                 for p in model.parameters():
