@@ -8,7 +8,7 @@
 A step is forward, backward, clip, optimizer, zero_grad on the same tokens. PEFT: stock layers, fp32 adapters (its
 default), torch's fused AdamW and clip_grad_norm_; on CUDA a bf16 base under bf16 autocast, as `bf16=True` gives. Ours:
 the same model and autocast, `loralign.adapt` and `loralign.optimizer`. Floor: the frozen model with input gradients.
-`host` is in bf16 on the CPU too, and takes the layer that small outputs have on a GPU.
+`host` is in bf16 on the CPU too and takes the layer that small outputs have on a GPU; "one node" is the other one.
 """
 
 from __future__ import annotations
@@ -117,9 +117,10 @@ def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], 
             for block in blocks(model):
                 block.compile(dynamic=False)
     model.train()
+    like = "cuda" if shape == "host" and kind != "one node" else device
 
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16) if half(shape, device) else nullcontext():
+        with as_on(like), torch.autocast(device, torch.bfloat16) if half(shape, device) else nullcontext():
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         if opt is not None:
@@ -202,8 +203,8 @@ def main() -> None:
     kinds = ["floor", "peft", "loralign", *(["compiled"] if args.compiled else [])]
     results = {}
     for shape in shapes:
-        with as_on("cuda") if shape == "host" else nullcontext():
-            results[shape] = measure(kinds, shape, args.device, args.repeats, args.dropout)
+        more = ["one node"] if shape == "host" else []
+        results[shape] = measure([*kinds, *more], shape, args.device, args.repeats, args.dropout)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     if args.json:
         args.json.write_text(json.dumps({"versions": versions, "device": args.device, "results": results}, indent=1))

@@ -1,8 +1,8 @@
 """CoRA on real tasks: adapters of three tasks give a common basis, a fourth task is fine-tuned from it.
 
     python scripts/assets.py multiemo de                 # also es, fr, it: 358 MB once, then half a minute each
-    one GPU, about 5 minutes:
-    python scripts/cora_study.py --model ASSETS/smollm2-135m --data ASSETS/multiemo --workers 5
+    one H100, about 13 minutes with 7 workers:
+    python scripts/cora_study.py --model ASSETS/smollm2-135m --data ASSETS/multiemo --workers 7
     a CPU, about 15 minutes:
     python scripts/assets.py smollm2 --layers 6
     python scripts/cora_study.py --model ASSETS/smollm2-6layer --data ASSETS/multiemo --small
