@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loralign import optimizer, sites
+from loralign.carrier.sites import put_in
 from loralign.evidence import collect
-from loralign.linalg import product_svd
-from loralign.sites import put_in
+from loralign.maths.linalg import product_svd
 from loralign.train.adapt import gather, start
 from loralign.types import Preheated, Sketch
 

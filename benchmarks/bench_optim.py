@@ -37,16 +37,16 @@ from bench_step import SHAPES, base_model
 
 from loralign import Recipe, adapt, build
 from loralign import optimizer as optimizer_of
-from loralign.linalg import keyed_generator
-from loralign.optim import PairOptimizer
-from loralign.rule.rm_lora import masked_orthogonal
-from loralign.transform.adamw import adamw
-from loralign.transform.lora_fa import projected_gradient
-from loralign.transform.lora_plus import ratio_lr
-from loralign.transform.lora_pro import Adjusted, equivalent_gradient, sylvester
-from loralign.transform.lora_rite import invariant_adam
-from loralign.transform.muon import matrix_sign
-from loralign.transform.riemannian import scaled_gradient
+from loralign.maths.draws import keyed_generator
+from loralign.methods.rule.rm_lora import masked_orthogonal
+from loralign.methods.transform.adamw import adamw
+from loralign.methods.transform.lora_fa import projected_gradient
+from loralign.methods.transform.lora_plus import ratio_lr
+from loralign.methods.transform.lora_pro import Adjusted, equivalent_gradient, sylvester
+from loralign.methods.transform.lora_rite import invariant_adam
+from loralign.methods.transform.muon import matrix_sign
+from loralign.methods.transform.riemannian import scaled_gradient
+from loralign.optim.pairs import PairOptimizer
 from loralign.types import Ctx, Grad, Pair, Rule, Site, Transform
 from oracles import lora_pro as oracle
 

@@ -29,8 +29,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loralign import adapt, build, optimizer
-from loralign.plan_memory import estimate
-from loralign.plan_trace import Step, example_batch, usual_loss
+from loralign.plan.memory import estimate
+from loralign.plan.trace import Step, example_batch, usual_loss
 
 SMOL = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,

@@ -19,13 +19,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loralign import adapt, sites
+from loralign.carrier.sites import put_in
 from loralign.evidence import Passes, collect, exact_gradient, model_loss
 from loralign.evidence.gradient import accumulate
 from loralign.evidence.sketch import Draws, Side, Stream
-from loralign.linalg import first_step_energy
-from loralign.sites import put_in
-from loralign.subspace import consensus_of, extract
-from loralign.subspace_sources import Checkpoint, Members, Target, cut, leading, pattern, targets_of
+from loralign.evidence.sources import Checkpoint, Members, Target, cut, leading, pattern, targets_of
+from loralign.evidence.subspace import consensus_of, extract
+from loralign.maths.linalg import first_step_energy
 from loralign.types import Sketch, TopGradient
 
 SETTINGS = (Sketch(8, 1), Sketch(6, 1), Sketch(4, 1), Sketch(4, 2), Sketch(3, 3), Sketch(4, 4), Sketch(8, 2))

@@ -119,8 +119,8 @@ def random_basis(like: Path, out: Path) -> str:
     """Orthonormal random columns for the same modules, as many as the rank: the control of every frozen basis."""
     import torch
 
-    from loralign.linalg import keyed_normal
-    from loralign.subspace import Basis, Shared, read_basis, write_basis
+    from loralign.evidence.subspace import Basis, Shared, read_basis, write_basis
+    from loralign.maths.draws import keyed_normal
 
     if out.is_file():
         return str(out)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from assets import AssetError, build_bbc, cache_dir, split_of, write_jsonl
 from demo_report import Seen, show, table, write_picture
 from loralign import Recipe, build, learning_rate
-from loralign.cli_run import explained
+from loralign.cli.run import explained
 from loralign.train.job import Data, Job, Training
 from loralign.train.model import hidden_size, load
 from loralign.train.sft import run
@@ -223,7 +223,7 @@ def run_all(plan: Plan, chosen: Sequence[Arm], files: dict[str, Path]) -> tuple[
 
 def watch(futures: Sequence[Future[Any]], ticks: Any) -> None:
     """Show progress until all are done; the first failure is raised."""
-    from loralign.cli_run import progress
+    from loralign.cli.run import progress
 
     with progress() as bars:
         while True:

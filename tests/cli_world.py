@@ -18,7 +18,7 @@ import pytest
 
 import tiny_trl
 import toy
-from loralign.cli import main
+from loralign.cli.app import main
 
 TEMPLATE = "{% for m in messages %}{{ '<bos> ' + m['content'] + ' <eos> ' }}{% endfor %}"
 RECIPE = """\

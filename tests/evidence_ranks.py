@@ -18,8 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from loralign import build, sites
+from loralign.carrier.sites import put_in
 from loralign.evidence import collect, partial
-from loralign.sites import put_in
 from loralign.types import CommonSubspace, Preheated, Sketch, TopGradient
 from toy import batch_for, llama
 

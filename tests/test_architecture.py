@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,39 +13,51 @@ import loralign
 from loralign import METHODS
 
 SRC = Path(loralign.__file__).parent
-LAYERS = (  # each may import itself and what stands before it
-    ("types", "linalg"),
-    ("layer", "slot", "sites", "evidence", "subspace", "optim", "plan"),
-    ("init", "form", "transform", "rule", "outer"),
-    ("recipes",),
-    ("io",),
-    ("train",),
-    ("compare",),
-    ("config",),
-    ("cli", "__main__"),
+ROOMS = (  # from the ground up: a room may import itself and the rooms before it, never one after it
+    "types",
+    "maths",
+    "methods",
+    "data",
+    "carrier",
+    "optim",
+    "evidence",
+    "io",
+    "plan",
+    "train",
+    "compare",
+    "config",
+    "cli",
 )
-AXES = LAYERS[2]
+AT_THE_DOOR = {"__init__", "__main__"}
+AXES = ("init", "form", "transform", "rule", "outer")
 HEADINGS = ("Shapes:", "Source:", "Differs:", "Cost:", "Export:", "Args:", "Example:")
 
 
-def level(module: str) -> int:
-    part = module.split(".")[1] if "." in module else "cli"
-    part = next((p for layer in LAYERS for p in layer if part == p or part.startswith(p + "_")), part)
-    return next(i for i, layer in enumerate(LAYERS) if part in layer)
+def room(module: str) -> str:
+    return module.split(".")[1]
 
 
 def imports(path: Path) -> set[str]:
-    """Names of loralign modules that a file imports anywhere."""
+    """Names of loralign modules that a file imports anywhere, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("loralign"):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "loralign":
             found.add(node.module)
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names if a.name.startswith("loralign")}
+            found |= {a.name for a in node.names if a.name.split(".")[0] == "loralign"}
     return found
 
 
-FILES = [p for p in SRC.rglob("*.py") if p != SRC / "__init__.py"]
+def arrows() -> Counter[tuple[str, str]]:
+    """(room, room it imports) -> how many files of the first import from the second."""
+    found: Counter[tuple[str, str]] = Counter()
+    for path in FILES:
+        own = room(name(path))
+        found.update({(own, room(other)) for other in imports(path) if room(other) != own})
+    return found
+
+
+FILES = [p for p in SRC.rglob("*.py") if p.parent != SRC or p.stem not in AT_THE_DOOR]
 
 
 def name(path: Path) -> str:
@@ -52,14 +65,24 @@ def name(path: Path) -> str:
     return ".".join(("loralign", *(p for p in parts if p != "__init__")))
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_layering(path: Path) -> None:
-    own = name(path)
-    for other in imports(path):
-        assert level(other) <= level(own), f"{own} imports {other} from a higher layer"
-        mine, theirs = own.split(".")[1], other.split(".")[1] if "." in other else ""
-        if mine in AXES and theirs in AXES:
-            assert mine == theirs, f"{own} imports {other}: the axes never import one another"
+def test_every_file_is_in_a_room() -> None:
+    at_root = {p.stem for p in SRC.glob("*.py")}
+    assert at_root == AT_THE_DOOR | {"types"}
+    assert {p.parent.name for p in SRC.glob("*/__init__.py")} | {"types"} == set(ROOMS)
+
+
+def test_no_arrow_upwards() -> None:
+    """The rooms are in order, so that no room can be part of a circle either."""
+    upwards = [f"{a} -> {b}" for a, b in arrows() if ROOMS.index(a) < ROOMS.index(b)]
+    assert not upwards, upwards
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_a_method_file_imports_torch_types_and_maths_only(axis: str) -> None:
+    allowed = ("loralign.types", "loralign.maths.", f"loralign.methods.{axis}.")
+    for path in (SRC / "methods" / axis).glob("*.py"):
+        for other in imports(path):
+            assert other.startswith(allowed), f"{name(path)} imports {other}"
 
 
 def test_no_import_cycle() -> None:
@@ -77,7 +100,9 @@ def test_no_import_cycle() -> None:
         visit(module, ())
 
 
-METHOD_FILES = [p for axis in AXES for p in (SRC / axis).glob("*.py") if p.stem not in ("__init__", "combine")]
+METHOD_FILES = [
+    p for axis in AXES for p in (SRC / "methods" / axis).glob("*.py") if p.stem not in ("__init__", "combine")
+]
 
 
 @pytest.mark.parametrize("path", METHOD_FILES, ids=name)
@@ -93,13 +118,18 @@ def test_method_file_is_in_the_table(path: Path) -> None:
     """Every file on an axis serves a line of the table, or is the default of its axis."""
     module = name(path)
     used = {f.__module__ for m in METHODS.values() for f in (m.init, m.form, m.transform, m.outer, *m.rules) if f}
-    used |= {"loralign.init.kaiming", "loralign.form.plain", "loralign.transform.adamw", "loralign.outer.once"}
+    used |= {
+        "loralign.methods.init.kaiming",
+        "loralign.methods.form.plain",
+        "loralign.methods.transform.adamw",
+        "loralign.methods.outer.once",
+    }
     assert module in used
 
 
 def test_no_method_is_chosen_by_its_name_below_config() -> None:
     for path in FILES:
-        if path.stem in ("config", "recipes") or path.stem.startswith("cli"):
+        if room(name(path)) in ("config", "cli") or name(path) == "loralign.methods.table":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and node.left.id == "method":
@@ -111,3 +141,9 @@ def test_ids_are_long_and_arxiv_ids_well_formed() -> None:
         assert method.id == method.id.lower() and "_" not in method.id
         assert method.reference or len(method.arxiv.split(".")[0]) == 4
         assert method.prior.source
+
+
+if __name__ == "__main__":  # python tests/test_architecture.py: the arrows between rooms
+    for (one, other), count in sorted(arrows().items(), key=lambda a: (ROOMS.index(a[0][0]), ROOMS.index(a[0][1]))):
+        print(f"{one:10} -> {other:10} {count}")
+    print(f"{len(ROOMS)} rooms, {len(arrows())} arrows")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from assets import asset, needs
 from cli_world import Done, assert_one_sentence, bytes_of, run, run_process, world_in
 from loralign import METHODS
-from loralign.cli_run import Lines, explained
+from loralign.cli.run import Lines, explained
 from loralign.io.clean_process import read_probes
 from loralign.types import VerificationFailed, WorkFailed
 
@@ -463,7 +463,7 @@ def test_interrupting_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def pressed(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loralign.config.load", pressed)
+    monkeypatch.setattr("loralign.config.recipe.load", pressed)
     assert run("plan", "r.yaml") == Done(130, "", "loralign: stopped\n")
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from loralign import LoralignError
-from loralign.cli import main
+from loralign.cli.app import main
 from loralign.compare.identity import arm_settings
 from loralign.compare.spec import grid
-from loralign.config_study import StudyFile, parse_study, to_spec
-from loralign.config_yaml import read_yaml
+from loralign.config.study import StudyFile, parse_study, to_spec
+from loralign.config.yaml_text import read_yaml
 from loralign.types import Full, Recipe
 from tiny_study import load, write_study
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from loralign.carrier.sites import put_in, sites, target_weights
 from loralign.compare import runner as running
 from loralign.compare.compiled import blocks, compiled
 from loralign.compare.report import repeatable
@@ -26,7 +27,6 @@ from loralign.compare.runner import Resident
 from loralign.compare.spec import Outcome, Trial
 from loralign.compare.store import Store
 from loralign.compare.study import work
-from loralign.sites import put_in, sites, target_weights
 from loralign.types import Full, LoralignError, Recipe, WorkFailed
 from tiny_study import SMALL, load, write_study
 
@@ -110,7 +110,7 @@ def test_any_other_failure_is_an_error_that_names_the_arm(tmp_path: Path, monkey
         raise WorkFailed("it did not act")
 
     resident = Resident(load(write_study(tmp_path)))
-    monkeypatch.setattr("loralign.optim.PairOptimizer._transformed", idle)
+    monkeypatch.setattr("loralign.optim.pairs.PairOptimizer._transformed", idle)
     with pytest.raises(WorkFailed, match=r"arm 'lora' at 0.001: it did not act"):
         resident.run(trial("lora"), never)
 

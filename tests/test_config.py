@@ -12,10 +12,10 @@ import torch
 import yaml
 
 from loralign import METHODS, Full, LoralignError, Recipe
-from loralign.config import load, micro_batch_size, parse, schema, schema_text, to_job, to_recipe
-from loralign.config_errors import FOREIGN, dotted
-from loralign.config_file import RunFile, TrainSection
-from loralign.recipes import learning_rate
+from loralign.config.errors import FOREIGN, dotted
+from loralign.config.recipe import load, micro_batch_size, parse, schema, schema_text, to_job, to_recipe
+from loralign.config.sections import RunFile, TrainSection
+from loralign.methods.table import learning_rate
 from loralign.train.job import Data, Training
 from loralign.types import Weight
 

@@ -23,7 +23,7 @@ from assets import asset, needs
 from loralign import METHODS, Recipe, adapt, build, factors, optimizer, peft_config, sites
 from loralign.io.export import export
 from loralign.io.verify import VerifyJob, verify_many
-from loralign.plan import facts
+from loralign.plan.combinations import facts
 from loralign.train.attach import attach
 from loralign.types import CommonSubspace
 from toy import batch_for

@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loralign import LoralignError, Recipe, adapt, build, optimizer, peft_config, sites
-from loralign.config import parse, to_recipe
+from loralign.carrier.layer import low_rank
+from loralign.carrier.sites import draw_for, put_in
+from loralign.config.recipe import parse, to_recipe
 from loralign.evidence import collect
 from loralign.evidence.shared import choose_side
-from loralign.init.cora import common_basis, common_start
-from loralign.layer import low_rank
-from loralign.linalg import haar, keyed_normal, top_svd
-from loralign.sites import draw_for, put_in
-from loralign.subspace import (
+from loralign.evidence.sources import Members, Target, leading
+from loralign.evidence.subspace import (
     Consensus,
     Shared,
     check_sources,
@@ -33,7 +32,9 @@ from loralign.subspace import (
     show_basis,
     write_basis,
 )
-from loralign.subspace_sources import Members, Target, leading
+from loralign.maths.draws import haar, keyed_normal
+from loralign.maths.linalg import top_svd
+from loralign.methods.init.cora import common_basis, common_start
 from loralign.train.attach import attach
 from loralign.types import CommonSubspace, Directions, Weight
 from oracles import cora as oracle

@@ -31,10 +31,10 @@ from trl.chat_template_utils import (
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from assets import asset, needs
-from loralign.train.chat import CHATML, fit, give_template, with_generation_markers
-from loralign.train.data import fingerprint, rows_format, split_eval, to_trl
-from loralign.train.packing import check_packing
-from loralign.train.read import read_rows
+from loralign.data.chat import CHATML, fit, give_template, with_generation_markers
+from loralign.data.packing import check_packing
+from loralign.data.read import read_rows
+from loralign.data.rows import fingerprint, rows_format, split_eval, to_trl
 from loralign.types import LoralignError
 from toy import gpt2, llama
 

@@ -184,7 +184,7 @@ def test_commands_and_options_exist(page: str) -> None:
     """Every `loralign …` of the pages: the command and each of its options are known, examples exist."""
     from typer.main import get_command
 
-    from loralign.cli import app
+    from loralign.cli.app import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     text = (ROOT / page).read_text(encoding="utf-8")

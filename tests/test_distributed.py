@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import toy
 from loralign import Recipe, adapt, build, optimizer, peft_config, sites
-from loralign.optim import PairOptimizer
-from loralign.slot import live_of, whole
+from loralign.carrier.slot import live_of, whole
+from loralign.optim.pairs import PairOptimizer
 from loralign.train.attach import attach
 from loralign.train.events import apply_plan
 from trainers import toy_trainer

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from evidence_ranks import RANKS
 from loralign import LoralignError, Recipe, adapt, build, sites
+from loralign.carrier.sites import put_in
 from loralign.evidence import collect, model_loss
-from loralign.sites import put_in
 from loralign.types import (
     NOTHING,
     Activations,

@@ -18,7 +18,7 @@ from transformers import LlamaForTokenClassification
 
 import toy
 from loralign import adapt, build, factors, optimizer, sites
-from loralign.form.plain import Plain
+from loralign.carrier.slot import commit
 from loralign.io import adapter_file
 from loralign.io.card import Card, write_card
 from loralign.io.export import ExportReport, base_name, export
@@ -27,7 +27,7 @@ from loralign.io.portable import check_portable, needed_max_lora_rank
 from loralign.io.probes import probe_inputs
 from loralign.io.provenance import is_local, scrub, write_run
 from loralign.io.verify import VerifyJob, VerifyReport, verify_many
-from loralign.slot import commit
+from loralign.methods.form.plain import Plain
 from loralign.types import Episode, Factors, LoralignError, Recipe, WorkFailed
 
 METHODS = ("lora", "lora-ga", "pissa")

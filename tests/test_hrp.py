@@ -16,12 +16,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from loralign import LoralignError, Recipe, adapt, build, optimizer, sites
+from loralign.carrier.layer import low_rank
+from loralign.carrier.sites import draw_for, put_in
 from loralign.evidence import collect, model_loss
 from loralign.evidence.preheat import Temporary, _factors, hooked, prior_rate
-from loralign.init.hrp import LORA_ROWS, high_rank_preheat, high_rank_sketch
-from loralign.layer import low_rank
-from loralign.linalg import haar, product_svd
-from loralign.sites import draw_for, put_in
+from loralign.maths.draws import haar
+from loralign.maths.linalg import product_svd
+from loralign.methods.init.hrp import LORA_ROWS, high_rank_preheat, high_rank_sketch
 from loralign.types import Directions, Preheated, Site, Weight, WorkFailed
 from oracles import hrp as oracle
 from toy import batch_for, batches_for, llama

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loralign import layer
+from loralign.carrier import layer
 
 S = 1.7
 KINDS = {"plain": (0, False), "frozen slots": (3, False), "twin": (4, True)}

@@ -1,4 +1,4 @@
-"""loralign.linalg against dense float64 results of torch.linalg, over random, thin, zero and rank-deficient input."""
+"""loralign.maths against dense float64 results of torch.linalg, over random, thin, zero and rank-deficient input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loralign import linalg
+from loralign.maths import draws, linalg
 
 F64 = torch.float64
 some = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -22,7 +22,7 @@ seeds = st.integers(0, 10**6)
 
 
 def gauss(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
-    return linalg.keyed_normal(shape, "test", seed, *shape).to(dtype)
+    return draws.keyed_normal(shape, "test", seed, *shape).to(dtype)
 
 
 def low_rank(m: int, n: int, rank: int, *, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
@@ -62,10 +62,10 @@ def canonical(U: Tensor) -> None:
 
 def test_keyed_draws_are_functions_of_the_key() -> None:
     key = (7, "init A", 0, "model.layers.3.q_proj")
-    assert torch.equal(linalg.keyed_normal((3, 5), *key), linalg.keyed_normal((3, 5), *key))
+    assert torch.equal(draws.keyed_normal((3, 5), *key), draws.keyed_normal((3, 5), *key))
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    linalg.haar(3, 8, *key)
+    draws.haar(3, 8, *key)
     linalg.top_svd(gauss(300, 200), 4)
     assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
     others = [
@@ -76,7 +76,7 @@ def test_keyed_draws_are_functions_of_the_key() -> None:
         key[:3],
     ]
     for other in others:
-        assert not torch.equal(linalg.keyed_normal((3, 5), *key), linalg.keyed_normal((3, 5), *other))
+        assert not torch.equal(draws.keyed_normal((3, 5), *key), draws.keyed_normal((3, 5), *other))
 
 
 def test_keys_are_not_concatenated() -> None:
@@ -93,48 +93,48 @@ def test_keys_are_not_concatenated() -> None:
         ("é",),
         ("e\u0301",),
     ]
-    seeds = [linalg.keyed_generator(*key).initial_seed() for key in keys]
+    seeds = [draws.keyed_generator(*key).initial_seed() for key in keys]
     assert len(set(seeds)) == len(keys)
     assert max(seeds) > 2**32, "64 bits of hash"
-    assert linalg.keyed_generator(True).initial_seed() == linalg.keyed_generator(1).initial_seed()
+    assert draws.keyed_generator(True).initial_seed() == draws.keyed_generator(1).initial_seed()
     with pytest.raises(TypeError):
-        linalg.keyed_generator(0.5)  # type: ignore[arg-type]
+        draws.keyed_generator(0.5)  # type: ignore[arg-type]
 
 
 def test_keyed_draws_agree_across_processes() -> None:
-    draws = "linalg.keyed_normal((4,), 3, 'é', 'q').tolist(), linalg.haar(2, 3, 1).tolist()"
+    expression = "draws.keyed_normal((4,), 3, 'é', 'q').tolist(), draws.haar(2, 3, 1).tolist()"
     alone = f"""
 import importlib.util
-spec = importlib.util.spec_from_file_location("linalg", {linalg.__file__!r})
-linalg = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(linalg)
-print(({draws}))
+spec = importlib.util.spec_from_file_location("draws", {draws.__file__!r})
+draws = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(draws)
+print(({expression}))
 """
     env = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONUTF8": "1"}
     out = subprocess.run([sys.executable, "-c", alone], env=env, capture_output=True, text=True, check=True).stdout
-    here = (linalg.keyed_normal((4,), 3, "é", "q").tolist(), linalg.haar(2, 3, 1).tolist())
+    here = (draws.keyed_normal((4,), 3, "é", "q").tolist(), draws.haar(2, 3, 1).tolist())
     assert out.strip() == str(here)
 
 
 def test_seed_is_the_hash_of_the_documented_bytes() -> None:
     digest = blake2b(b"(0, 'init A', 'q')", digest_size=8).digest()
-    assert linalg.keyed_generator(0, "init A", "q").initial_seed() == int.from_bytes(digest, "little")
+    assert draws.keyed_generator(0, "init A", "q").initial_seed() == int.from_bytes(digest, "little")
 
 
 def test_uniform_and_normal_moments() -> None:
-    x = linalg.keyed_uniform((100, 1000), 0.25, 0)
+    x = draws.keyed_uniform((100, 1000), 0.25, 0)
     assert x.dtype == torch.float32 and float(x.abs().max()) <= 0.25
     assert abs(float(x.mean())) < 2e-3 and abs(float(x.var()) - 0.25**2 / 3) < 2e-4
-    y = linalg.keyed_normal((100, 1000), 0)
+    y = draws.keyed_normal((100, 1000), 0)
     assert y.dtype == torch.float32 and abs(float(y.mean())) < 2e-2 and abs(float(y.var()) - 1) < 2e-2
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 7), (4, 9), (9, 4), (6, 6), (7, 1)])
 def test_haar_is_orthonormal_and_uniform(rows: int, cols: int) -> None:
-    Q = linalg.haar(rows, cols, "h", rows, cols)
+    Q = draws.haar(rows, cols, "h", rows, cols)
     assert Q.shape == (rows, cols) and Q.is_contiguous()
     orthonormal(Q.mT if rows <= cols else Q, 1e-6)
-    mean = torch.stack([linalg.haar(rows, cols, i) for i in range(600)]).mean(0)
+    mean = torch.stack([draws.haar(rows, cols, i) for i in range(600)]).mean(0)
     assert float(mean.abs().max()) < 5 / 600**0.5, "plain QR of a Gaussian has a biased diagonal"
 
 
@@ -245,9 +245,9 @@ def test_top_svd_batched_is_looped_and_generators_decide() -> None:
             close(U[i, j], u, 1e-3)  # a gap of neighbours of 1e-2 amplifies rounding
             close(S[i, j], s, 1e-5)
             close((U[i, j] * S[i, j]) @ V[i, j].mT, (u * s) @ v.mT, 1e-3)
-    one = linalg.top_svd(M, 4, generator=linalg.keyed_generator("x"))
-    two = linalg.top_svd(M, 4, generator=linalg.keyed_generator("x"))
-    other = linalg.top_svd(M, 4, generator=linalg.keyed_generator("y"))
+    one = linalg.top_svd(M, 4, generator=draws.keyed_generator("x"))
+    two = linalg.top_svd(M, 4, generator=draws.keyed_generator("x"))
+    other = linalg.top_svd(M, 4, generator=draws.keyed_generator("y"))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert not torch.equal(one[0], other[0])
 
@@ -613,15 +613,15 @@ def test_the_batching_table_is_complete() -> None:
 
 def test_scores_are_keyed_by_name_and_source() -> None:
     names = [f"layers.{k}.q_proj" for k in range(500)]
-    x = linalg.keyed_scores(names, 16, linalg.keyed_generator(0, "test", 7))
+    x = draws.keyed_scores(names, 16, draws.keyed_generator(0, "test", 7))
     assert x.shape == (500, 16) and x.dtype == torch.int64 and len(x.unique()) == x.numel()
-    assert torch.equal(x[[3, 1]], linalg.keyed_scores([names[3], names[1]], 16, linalg.keyed_generator(0, "test", 7)))
-    assert torch.equal(x[:, :8], linalg.keyed_scores(names, 8, linalg.keyed_generator(0, "test", 7)))
-    assert not (x == linalg.keyed_scores(names, 16, linalg.keyed_generator(0, "test", 8))).any()
+    assert torch.equal(x[[3, 1]], draws.keyed_scores([names[3], names[1]], 16, draws.keyed_generator(0, "test", 7)))
+    assert torch.equal(x[:, :8], draws.keyed_scores(names, 8, draws.keyed_generator(0, "test", 7)))
+    assert not (x == draws.keyed_scores(names, 16, draws.keyed_generator(0, "test", 8))).any()
 
 
 def test_scores_are_uniform() -> None:
-    x = linalg.keyed_scores([str(k) for k in range(4000)], 16, linalg.keyed_generator(1))
+    x = draws.keyed_scores([str(k) for k in range(4000)], 16, draws.keyed_generator(1))
     bits = torch.stack([(x >> k & 1).double().mean() for k in range(64)])
     assert ((bits - 0.5).abs() < 4.5 * 0.5 / x.numel() ** 0.5).all()
     best = torch.bincount(x.argmax(1), minlength=16) / len(x)
@@ -632,6 +632,6 @@ def test_scores_are_uniform() -> None:
 
 
 def test_scores_do_not_change_between_versions() -> None:
-    assert linalg.keyed_scores(["w"], 2, linalg.keyed_generator(0)).tolist() == [
+    assert draws.keyed_scores(["w"], 2, draws.keyed_generator(0)).tolist() == [
         [-5503400895872217994, -4171897812286752712]
     ]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loralign import LoralignError, adapt, build, factors, optimizer, sites
+from loralign.carrier.sites import draw_for, put_in
 from loralign.evidence import exact_gradient, model_loss
-from loralign.init.lora_ga import gradient_svd
-from loralign.linalg import top_svd
-from loralign.sites import draw_for, put_in
+from loralign.maths.linalg import top_svd
+from loralign.methods.init.lora_ga import gradient_svd
 from loralign.types import Directions, Factors, Recipe, Sketch, Weight
 from oracles import lora_ga as oracle
 from toy import batch_for, llama

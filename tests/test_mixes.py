@@ -21,11 +21,11 @@ import torch
 import tiny_trl
 import toy
 from loralign import METHODS, Recipe, adapt, build, sites
-from loralign.cli import main
-from loralign.config import load, to_job
+from loralign.cli.app import main
+from loralign.config.recipe import load, to_job
 from loralign.io.verify import VerifyJob, VerifyReport, verify_many
+from loralign.methods.transform.lora_fa import projected_gradient
 from loralign.train import sft
-from loralign.transform.lora_fa import projected_gradient
 
 STARTS: dict[str, dict[str, Any]] = {
     "lora": {},

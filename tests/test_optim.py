@@ -18,8 +18,8 @@ from transformers import get_scheduler
 
 import toy
 from loralign import METHODS, LoralignError, Recipe, adapt, build, optimizer, peft_config, sites
-from loralign.optim import PairOptimizer
-from loralign.plan import Surroundings, check_combination
+from loralign.optim.pairs import PairOptimizer
+from loralign.plan.combinations import Surroundings, check_combination
 from loralign.train.attach import attach
 from loralign.train.events import apply_plan
 from loralign.types import WorkFailed

@@ -14,10 +14,21 @@ from torch import nn
 
 import toy
 from loralign import METHODS, Full, LoralignError, Recipe, adapt, build, learning_rate, optimizer, peft_config, sites
-from loralign.plan import CLASHES, Clash, Surroundings, around, check_combination, check_ranks, draw, facts, idle, links
-from loralign.plan_memory import Estimate, estimate
-from loralign.plan_trace import LiveBytes, Step, example_batch, usual_loss
-from loralign.rule.rm_lora import masked_orthogonal
+from loralign.methods.rule.rm_lora import masked_orthogonal
+from loralign.plan.combinations import (
+    CLASHES,
+    Clash,
+    Surroundings,
+    around,
+    check_combination,
+    check_ranks,
+    draw,
+    facts,
+    idle,
+    links,
+)
+from loralign.plan.memory import Estimate, estimate
+from loralign.plan.trace import LiveBytes, Step, example_batch, usual_loss
 from loralign.train.attach import attach
 from loralign.types import NOTHING, Batch, Ctx, Directions, Episode, Grad, LrPrior, Need, Pair, SlotPlan, State, Weight
 from trainers import toy_trainer

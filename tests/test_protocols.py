@@ -224,6 +224,6 @@ def test_one_sided_factor_never_moves(tmp_path: Path) -> None:
 
 
 def draw(recipe: Recipe, name: str) -> Draw:
-    from loralign.sites import draw_for
+    from loralign.carrier.sites import draw_for
 
     return draw_for(recipe.seed, name)

@@ -30,7 +30,7 @@ def watch(name, args):
         os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(watch)
-from loralign.cli import main
+from loralign.cli.app import main
 main(sys.argv[4:])
 """
 """`loralign` that is killed when it opens or renames a certain file; what the folder `torn` holds by then is cut in

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from loralign import Recipe, build, peft_config
-from loralign.form.delta_lora import boosted
-from loralign.form.plain import plain
-from loralign.linalg import keyed_generator
-from loralign.optim import PairOptimizer
-from loralign.plan import idle
-from loralign.rule.delta_lora import snapshot
-from loralign.rule.rm_lora import masked_orthogonal, regulariser, slope
-from loralign.sites import factors, sites
-from loralign.slot import install, write
+from loralign.carrier.sites import factors, sites
+from loralign.carrier.slot import install, write
+from loralign.maths.draws import keyed_generator
+from loralign.methods.form.delta_lora import boosted
+from loralign.methods.form.plain import plain
+from loralign.methods.rule.delta_lora import snapshot
+from loralign.methods.rule.rm_lora import masked_orthogonal, regulariser, slope
+from loralign.methods.transform.adamw import adamw
+from loralign.methods.transform.combine import descend
+from loralign.optim.pairs import PairOptimizer
+from loralign.plan.combinations import idle
 from loralign.train.attach import attach
 from loralign.train.events import apply_plan
-from loralign.transform.adamw import adamw
-from loralign.transform.combine import descend
 from loralign.types import Ctx, Factors, Form, Live, LoralignError, Moment, Pair, Rule, Train, Transform
 from oracles import delta_lora, rm_lora
 from toy import llama

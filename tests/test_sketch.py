@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from loralign import LoralignError, Recipe, adapt, build, sites
+from loralign.carrier.sites import put_in, weight
+from loralign.carrier.slot import live_of
 from loralign.evidence import collect, exact_gradient, model_loss
 from loralign.evidence.sketch import (
     Dense,
@@ -25,9 +27,7 @@ from loralign.evidence.sketch import (
     orthonormal,
     triples,
 )
-from loralign.init.lora_ga import gradient_svd
-from loralign.sites import put_in, weight
-from loralign.slot import live_of
+from loralign.methods.init.lora_ga import gradient_svd
 from loralign.types import Batch, Site, Sketch, TopGradient, WorkFailed
 from oracles import sketch as oracle
 from toy import batch_for, batches_for, bert, gpt2, llama

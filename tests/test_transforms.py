@@ -13,17 +13,25 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loralign.linalg import keyed_generator
-from loralign.optim import PairOptimizer
-from loralign.sites import sites
-from loralign.transform.adamw import adamw
-from loralign.transform.combine import chain, descend, per
-from loralign.transform.lora_fa import projected_gradient
-from loralign.transform.lora_plus import ratio_lr
-from loralign.transform.lora_pro import Spectrum, closest, equivalent_gradient, spectra, sylvester, symmetric, zero
-from loralign.transform.lora_rite import invariant_adam
-from loralign.transform.muon import matrix_sign
-from loralign.transform.riemannian import scaled_gradient
+from loralign.carrier.sites import sites
+from loralign.maths.draws import keyed_generator
+from loralign.methods.transform.adamw import adamw
+from loralign.methods.transform.combine import chain, descend, per
+from loralign.methods.transform.lora_fa import projected_gradient
+from loralign.methods.transform.lora_plus import ratio_lr
+from loralign.methods.transform.lora_pro import (
+    Spectrum,
+    closest,
+    equivalent_gradient,
+    spectra,
+    sylvester,
+    symmetric,
+    zero,
+)
+from loralign.methods.transform.lora_rite import invariant_adam
+from loralign.methods.transform.muon import matrix_sign
+from loralign.methods.transform.riemannian import scaled_gradient
+from loralign.optim.pairs import PairOptimizer
 from loralign.types import Ctx, Grad, LoralignError, Pair, SlotPlan, State, Train, Transform, WorkFailed
 from oracles import lora_fa, lora_plus, lora_pro, lora_rite, muon, riemannian
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from assets import asset, needs
 from loralign import Recipe, adapt, build, optimizer, sites
-from loralign.optim import PairOptimizer
-from loralign.transform.lora_pro import closest
+from loralign.methods.transform.lora_pro import closest
+from loralign.optim.pairs import PairOptimizer
 from loralign.types import Site
 from oracles import lora_pro, lora_rite
 

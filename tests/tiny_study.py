@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from loralign.compare.spec import Spec
-from loralign.config_study import load_study
+from loralign.config.study import load_study
 from tiny_trl import tokenizer, words
 from toy import bert, llama
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loralign import build, sites
-from loralign.sites import put_in
+from loralign.carrier.sites import put_in
 
 SHARED = 2
 """Planted left directions of every site."""

@@ -2,7 +2,7 @@
 
 import sys
 
-from loralign.cli import main
+from loralign.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

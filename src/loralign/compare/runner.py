@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from loralign.carrier.sites import factors, put_in, sites, target_weights
 from loralign.compare.compiled import compiled, warm
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.compare.study import warn_of_idle_arms
 from loralign.compare.tasks import Prepared, Rows, prepare_task
-from loralign.plan import check_ranks
-from loralign.sites import factors, put_in, sites, target_weights
+from loralign.plan.combinations import check_ranks
 from loralign.train.attach import attach
 from loralign.types import Full, LoralignError, Recipe, WorkFailed
 

@@ -22,7 +22,7 @@ from statistics import median
 
 from loralign.compare.spec import Arm, Outcome, Spec, Trial, grid, rate
 from loralign.compare.store import Claim, Store
-from loralign.plan import idle
+from loralign.plan.combinations import idle
 from loralign.types import LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")

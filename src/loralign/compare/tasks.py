@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from loralign.compare.spec import Spec
-from loralign.linalg import keyed_generator
-from loralign.train.chat import IGNORED, fit
-from loralign.train.data import rows_format, to_trl
+from loralign.data.chat import IGNORED, fit
+from loralign.data.read import read_rows
+from loralign.data.rows import rows_format, to_trl
+from loralign.maths.draws import keyed_generator
 from loralign.train.model import load
-from loralign.train.read import read_rows
 from loralign.types import LoralignError
 
 Rows = list[dict[str, Any]]

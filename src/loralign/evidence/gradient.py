@@ -28,7 +28,8 @@ from loralign.evidence.sketch import (
     spectra,
 )
 from loralign.evidence.tap import Passes, Progress
-from loralign.linalg import keyed_generator, top_svd
+from loralign.maths.draws import keyed_generator
+from loralign.maths.linalg import top_svd
 from loralign.types import Batch, Directions, Loss, Site, Sketch, TopGradient, WorkFailed
 
 log = logging.getLogger("loralign")

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralign.carrier.layer import low_rank
 from loralign.evidence.gradient import accumulate, checked
 from loralign.evidence.partial import adam_state
 from loralign.evidence.ranks import sum_ranks, world
 from loralign.evidence.sketch import Side, orthonormal
 from loralign.evidence.tap import Passes, ready
-from loralign.layer import low_rank
-from loralign.linalg import keyed_normal, product_svd
+from loralign.maths.draws import keyed_normal
+from loralign.maths.linalg import product_svd
 from loralign.types import Batch, Directions, LoralignError, Preheated, Site, WorkFailed
 
 log = logging.getLogger("loralign")

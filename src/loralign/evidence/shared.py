@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loralign.carrier.sites import weight
 from loralign.evidence.ranks import rank
+from loralign.evidence.sources import WEIGHTS_WARNING, Leading, Members, Target, cut, leading, pattern
+from loralign.evidence.subspace import SIDES, Basis, Shared, Side, consensus_of, extract, read_basis
 from loralign.evidence.tap import Passes
-from loralign.sites import weight
-from loralign.subspace import SIDES, Basis, Shared, Side, consensus_of, extract, read_basis
-from loralign.subspace_sources import WEIGHTS_WARNING, Leading, Members, Target, cut, leading, pattern
 from loralign.types import Batch, CommonSubspace, Directions, LoralignError, Site
 
 log = logging.getLogger("loralign")

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from loralign.evidence.ranks import from_rank_0, gather_columns, sum_ranks, world
-from loralign.linalg import fix_signs, keyed_normal, product_svd
+from loralign.maths.draws import keyed_normal
+from loralign.maths.linalg import fix_signs, product_svd
 from loralign.types import Site
 
 Spectrum = tuple[Tensor, Tensor]

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from loralign.carrier.slot import whole
 from loralign.evidence.ranks import from_every_rank
 from loralign.evidence.tap import Spent
-from loralign.slot import whole
 from loralign.types import Batch, Directions, Site
 
 log = logging.getLogger("loralign")

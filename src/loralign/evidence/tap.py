@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralign.carrier.layer import tap
+from loralign.carrier.slot import SlotLinear
 from loralign.evidence.partial import Partial
-from loralign.layer import tap
-from loralign.linalg import keyed_generator
-from loralign.slot import SlotLinear
+from loralign.maths.draws import keyed_generator
 from loralign.types import Batch, Loss, Site, WorkFailed
 
 Progress = Callable[[str, int, int], None]

@@ -21,6 +21,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from loralign.carrier.sites import ADAPTER, sites
+from loralign.carrier.slot import LowRankVariant
 from loralign.io.adapter_file import adapter_config, check_supported, other_tensors, write_adapter
 from loralign.io.card import Card, write_card
 from loralign.io.folder import fresh_folder
@@ -42,8 +44,6 @@ from loralign.io.probes import (
 )
 from loralign.io.provenance import is_local
 from loralign.io.report import ExportReport as ExportReport
-from loralign.sites import ADAPTER, sites
-from loralign.slot import LowRankVariant
 from loralign.types import LoralignError, Site, WorkFailed
 
 log = logging.getLogger("loralign")

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from loralign.linalg import product_norm, truncate
-from loralign.sites import exact_alpha, factors
+from loralign.carrier.sites import exact_alpha, factors
+from loralign.maths.linalg import product_norm, truncate
 from loralign.types import LoralignError, Site, WorkFailed
 
 

@@ -20,9 +20,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loralign.carrier.sites import weight
 from loralign.io.layout import Product
 from loralign.io.probes import Layer, is_quantised
-from loralign.sites import weight
 from loralign.types import LoralignError, Site, WorkFailed
 
 

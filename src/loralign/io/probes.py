@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loralign.io.folder import PROBES
-from loralign.linalg import keyed_generator
+from loralign.maths.draws import keyed_generator
 from loralign.types import LoralignError, Site, WorkFailed
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "pixel_values", "input_values")

@@ -16,12 +16,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from loralign.carrier.sites import draw_for, keep_saving_right, put_in, sites, skipped, weight
+from loralign.carrier.slot import install, link
+from loralign.carrier.slot_check import self_test
 from loralign.evidence import Evidence, Progress, collect, model_loss
-from loralign.optim import PairOptimizer
-from loralign.plan import check_combination, check_ranks
-from loralign.sites import draw_for, keep_saving_right, put_in, sites, skipped, weight
-from loralign.slot import install, link
-from loralign.slot_check import self_test
+from loralign.optim.pairs import PairOptimizer
+from loralign.plan.combinations import check_combination, check_ranks
 from loralign.types import Batches, Directions, Factors, LoralignError, Loss, Recipe, Site, Train, WorkFailed
 
 log = logging.getLogger("loralign")

@@ -25,9 +25,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from loralign.carrier.sites import ADAPTER, differing_target, peft_config, sites
 from loralign.evidence import Progress
-from loralign.plan import check_combination, idle
-from loralign.sites import ADAPTER, differing_target, peft_config, sites
+from loralign.plan.combinations import check_combination, idle
 from loralign.train.adapt import gather, optimizer, restore_storage, start
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import read_note

@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
+from loralign.carrier.sites import sites, sync_config
+from loralign.carrier.slot import SlotLinear, live_of, whole, write
 from loralign.evidence import Spent
-from loralign.optim import PairOptimizer
-from loralign.plan import idle
-from loralign.sites import sites, sync_config
-from loralign.slot import SlotLinear, live_of, whole, write
+from loralign.optim.pairs import PairOptimizer
+from loralign.plan.combinations import idle
 from loralign.train.adapt import Storage
 from loralign.train.checkpoint import Note, check_resumed, complete, read_note, read_state, reopen
 from loralign.train.episodes import Episodes

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralign.carrier.sites import draw_for, sites, weight
+from loralign.carrier.slot import live_of
 from loralign.evidence import Progress, collect, exact_gradient
-from loralign.linalg import first_step_energy, top_svd
-from loralign.plan import misfit
-from loralign.recipes import build
-from loralign.sites import draw_for, sites, weight
-from loralign.slot import live_of
+from loralign.maths.linalg import first_step_energy, top_svd
+from loralign.methods.table import build
+from loralign.plan.combinations import misfit
 from loralign.train.attach import loss_of, undisturbed
 from loralign.types import Batch, Factors, LoralignError, Loss, Recipe, Site
 

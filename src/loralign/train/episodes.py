@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from loralign.linalg import keyed_generator
-from loralign.optim import PairOptimizer
-from loralign.sites import sites, sync_config, weight
-from loralign.slot import commit, freeze
+from loralign.carrier.sites import sites, sync_config, weight
+from loralign.carrier.slot import commit, freeze
+from loralign.maths.draws import keyed_generator
+from loralign.optim.pairs import PairOptimizer
 from loralign.types import Episode, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")

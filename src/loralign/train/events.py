@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from loralign.optim import PairOptimizer
-from loralign.sites import sites
-from loralign.slot import add_frozen, live_of, whole, write
+from loralign.carrier.sites import sites
+from loralign.carrier.slot import add_frozen, live_of, whole, write
+from loralign.optim.pairs import PairOptimizer
 from loralign.types import LoralignError, Plan, SlotPlan
 
 

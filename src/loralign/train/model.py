@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from loralign.slot import is_adapted
+from loralign.carrier.slot import is_adapted
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")

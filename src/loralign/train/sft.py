@@ -29,24 +29,24 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from loralign.carrier.sites import explained_targets, peft_config, target_weights
+from loralign.data.chat import Fit, fit
+from loralign.data.packing import check_packing
+from loralign.data.read import read_rows
+from loralign.data.rows import fingerprint, rows_format, split_eval, to_trl
 from loralign.evidence import Progress
+from loralign.evidence.subspace import check_sources
 from loralign.io.export import ExportReport, export
 from loralign.io.folder import disk_full, fresh_folder
 from loralign.io.verify import verify
-from loralign.sites import explained_targets, peft_config, target_weights
-from loralign.subspace import check_sources
 from loralign.train.adapt import check_start
 from loralign.train.arguments import arguments
 from loralign.train.attach import attach
 from loralign.train.begun import check_output, check_unchanged, note_beginning, remove_half, resume_point
-from loralign.train.chat import Fit, fit
 from loralign.train.checkpoint import AlreadyTrained, CheckpointCallback, step_of
-from loralign.train.data import fingerprint, rows_format, split_eval, to_trl
 from loralign.train.job import Job
 from loralign.train.journal import Journal
 from loralign.train.model import dtype_of, load
-from loralign.train.packing import check_packing
-from loralign.train.read import read_rows
 from loralign.train.record import card_of, describe
 from loralign.types import CommonSubspace, Full, LoralignError, Recipe, WorkFailed
 

@@ -11,10 +11,10 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from loralign.data.read import read_rows
+from loralign.data.rows import rows_format, to_trl
 from loralign.evidence import Progress
-from loralign.train.data import rows_format, to_trl
 from loralign.train.model import load
-from loralign.train.read import read_rows
 from loralign.types import LoralignError, WorkFailed
 
 Conversation = list[dict[str, str]]

@@ -1,0 +1,284 @@
+"""The command line: one function per command, which parses, calls the library and says what came out.
+
+Exit codes: 0 ok · 1 the work failed · 2 bad input · 3 verification failed. An error is one sentence on stderr;
+`--debug` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loralign.cli.run import guarded, job_of, progress, replace_text, say
+from loralign.cli.subspace import app as subspace
+
+app = typer.Typer(
+    name="loralign",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="LoRA that keeps up with full fine-tuning; leaves a plain PEFT adapter behind.",
+    epilog="Recipes to copy: examples/. Any command takes --debug for the traceback of an error.",
+)
+
+app.add_typer(subspace)
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; may be repeated.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `train`, `init` or `export` wrote.")]
+Base = Annotated[str | None, typer.Option(help="Folder or hub id of the base model; default: what the adapter names.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+class Profile(StrEnum):
+    peft = "peft"
+    portable = "portable"
+    merged = "merged"
+
+
+class Store(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    return guarded(app, list(sys.argv[1:] if argv is None else argv))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(version("loralign"))
+        raise typer.Exit
+
+
+@app.callback(no_args_is_help=False)
+def root(
+    show_version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Version.")] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: loralign train examples/sft-lora-ga.yaml --set train.steps=10")
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Parse, check and plan; train nothing.")] = False,
+) -> None:
+    """Train a recipe, export a plain PEFT adapter and verify it in a clean process."""
+    if dry_run:
+        plan(recipe, overrides)
+        return
+    job = job_of(recipe, overrides)
+    from loralign.train.sft import run
+
+    with progress() as report:
+        result = run(job, resume=resume, progress=report)
+    for name, value in result.metrics.items():
+        say(f"{name}: {value:.6g}")
+    for line in result.export.lines() if result.export is not None else ():
+        say(line)
+    say(f"{'Verified' if result.verified else 'Written'}: {result.output}")
+
+
+@app.command(epilog="Example: loralign init examples/sft-lora-ga.yaml --set output=start --report")
+def init(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Measure how much of a held-out gradient the start can follow.")
+    ] = False,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD", help="A start to measure too; default: lora, lora-ga and hrp-sketch."),
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="An adapter, checkpoint or basis file whose common subspace is measured."),
+    ] = None,
+) -> None:
+    """Only the initialised adapter of a recipe, for other trainers."""
+    from loralign.types import LoralignError
+
+    if (beside or source) and not report:
+        raise LoralignError("--beside and --source belong to the report: add --report")
+    job = job_of(recipe, overrides)
+    from loralign.cli.report import measure_of, write_report
+    from loralign.train.sft import initialise
+
+    with progress() as bars:
+        measure = measure_of(beside, source or (), cache=job.cache, progress=bars) if report else None
+        shares = initialise(job, measure=measure, progress=bars)
+    for line in write_report(job.output, shares) if shares else ():
+        say(line)
+    say(f"Written: {job.output}")
+
+
+@app.command(epilog="Example: loralign export runs/lora-ga --profile portable --out served")
+def export(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    profile: Annotated[
+        Profile, typer.Option(help="peft; portable: for vLLM, llama.cpp; merged: no adapter.")
+    ] = Profile.peft,
+    base: Base = None,
+    dtype: Annotated[Store | None, typer.Option(help="Of the stored factors; default: float32.")] = None,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="Truncate to this rank; the loss is stated.")] = None,
+    power_of_two: Annotated[bool, typer.Option("--power-of-two", help="Pad the rank of `portable`.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder of another program.")] = False,
+) -> None:
+    """Write a trained adapter in another form, exact or with its loss stated."""
+    import torch
+
+    from loralign.cli.run import opened
+    from loralign.io.card import read_card
+    from loralign.io.export import export as write
+
+    model, tokenizer, named = opened(folder, base)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype.value)} if dtype else {}
+    report = write(
+        model, out, profile=profile.value, max_rank=max_rank, power_of_two=power_of_two, overwrite=overwrite,
+        tokenizer=tokenizer, card=read_card(folder, named["base_id"]), **named, **options,
+    )  # fmt: skip
+    for line in report.lines():
+        say(line)
+    say(f"Written: {out}")
+
+
+@app.command(epilog="Example: loralign verify runs/lora-ga --base smollm2-135m")
+def verify(folder: Folder, base: Base = None) -> None:
+    """Reload an exported folder in a clean process; its logits must be the stored ones (else exit 3)."""
+    from loralign.io.verify import verify as check
+
+    say(check(folder, base).line())
+
+
+@app.command("eval", epilog="Example: loralign eval runs/lora-ga --data test.jsonl --limit 200")
+def evaluate(
+    folder: Folder,
+    data: Annotated[str, typer.Option(help="Rows with answers: a file, a folder or a hub id.")],
+    base: Base = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Exact match of greedy answers on held-out rows, by the adapter and by its base."""
+    from loralign.train.use import evaluate as measure
+
+    with progress() as report:
+        found = measure(folder, data, base=base, limit=limit, max_new_tokens=max_new_tokens, progress=report)
+    if as_json:
+        say(json.dumps(found))
+        return
+    for name, value in found.items():
+        say(f"{name}: {value:.4g}")
+
+
+@app.command(epilog='Example: loralign generate runs/lora-ga --prompt "What is 12 + 30?"')
+def generate(
+    folder: Folder,
+    prompt: Annotated[list[str], typer.Option(help="A user's turn; may be repeated.")],
+    base: Base = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+) -> None:
+    """One greedy answer per prompt."""
+    from loralign.train.use import generate as answer
+
+    for text in answer(folder, prompt, base=base, max_new_tokens=max_new_tokens):
+        say(text)
+
+
+@app.command(epilog="Example: loralign plan examples/sft-lora-ga.yaml --device cuda")
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    device: Annotated[Device, typer.Option(help="Where it will run; auto: a GPU if there is one.")] = Device.auto,
+    as_json: AsJson = False,
+) -> None:
+    """What a recipe costs before anything is spent: memory, init time, learning rate and its source, exported rank."""
+    from loralign.cli.plan import as_data, planned, sentences
+    from loralign.config.recipe import load
+
+    found = planned(load(recipe, overrides or ()), device.value)
+    if as_json:
+        say(json.dumps(as_data(found)))
+        return
+    for line in sentences(found):
+        say(line)
+
+
+@app.command(epilog="Example: loralign compare examples/compare.yaml --workers 2")
+def compare(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study file (YAML).")],
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes on this machine, dealt out over its GPUs.")] = 1,
+    worker: Annotated[bool, typer.Option("--worker", help="Only work on the study, print what is done here.")] = False,
+    only_report: Annotated[bool, typer.Option("--report", help="Run nothing, report what is finished.")] = False,
+) -> None:
+    """Compare methods, each at its own tuned learning rate, beside tuned `lora` and full fine-tuning.
+
+    Interrupted anywhere, the same command goes on where it was. Other machines that see the study's folder share the
+    work by `loralign compare STUDY --worker`. Arms, seeds and budgets may be added to a study later.
+    """
+    from loralign.cli.compare import run_alone, run_workers, say_result, spec_of, work_as_one_of_many
+
+    spec = spec_of(study, overrides or ())
+    if worker:
+        work_as_one_of_many(spec)
+        return
+    if not only_report and workers > 1:
+        run_workers(study, overrides or (), workers, spec)
+    elif not only_report:
+        run_alone(spec)
+    say_result(spec)
+
+
+@app.command(epilog="Example: loralign methods --json | jq '.[].id'")
+def methods(as_json: AsJson = False) -> None:
+    """The methods, with their papers, export class and learning-rate prior."""
+    from loralign.cli.show import method_data, method_table
+
+    say(json.dumps(method_data(), ensure_ascii=False) if as_json else method_table())
+
+
+@app.command(epilog="Example: loralign doctor")
+def doctor() -> None:
+    """Check versions, devices and the adapter machinery (exit 1 if something is wrong)."""
+    from loralign.cli.show import diagnose
+
+    lines, healthy = diagnose()
+    for line in lines:
+        say(line)
+    raise typer.Exit(0 if healthy else 1)
+
+
+@app.command(epilog="Example: loralign schema --out docs/schema.json")
+def schema(out: Annotated[Path | None, typer.Option(help="File to write; default: stdout.")] = None) -> None:
+    """The JSON schema of recipe files, for editors."""
+    from loralign.config.recipe import schema_text
+
+    text = schema_text()
+    if out is None:
+        say(text.rstrip())
+    else:
+        replace_text(out, text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

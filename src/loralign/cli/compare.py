@@ -1,0 +1,142 @@
+"""`loralign compare`: run a study with one or several workers, then say what came out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from loralign.types import LoralignError, WorkFailed
+
+if TYPE_CHECKING:
+    from loralign.compare.spec import Outcome, Spec, Trial
+
+
+def spec_of(study: Path, overrides: Sequence[str]) -> Spec:
+    try:
+        import optuna  # noqa: F401
+        import scipy  # noqa: F401
+    except ImportError as error:
+        raise LoralignError(f'compare needs {error.name}: pip install "loralign[compare]"') from error
+    from loralign.config.study import load_study
+
+    return load_study(study, overrides)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run_alone(spec: Spec) -> None:
+    """This process is the only worker here, and shows what is done."""
+    from loralign.compare.live import watched
+
+    with watched(spec, say):
+        work_here(spec)
+
+
+def work_as_one_of_many(spec: Spec) -> None:
+    """This process works and says what it finished itself."""
+    from loralign.compare.live import line
+
+    def tell(trial: Trial, outcome: Outcome, number: int, total: int) -> None:
+        say(line(trial, outcome, number, total))
+
+    work_here(spec, tell)
+
+
+def work_here(spec: Spec, on_done: object = None) -> bool:
+    """Work until nothing is left or the budget is spent; True when the study is complete."""
+    from loralign.compare.runner import Resident
+    from loralign.compare.store import Store
+    from loralign.compare.study import wanted, work
+
+    started, done = time.monotonic(), Store(spec).outcomes()
+    if all(t.key in done for t in wanted(spec, done)):
+        return True
+    log = logging.getLogger("loralign")
+    if log.getEffectiveLevel() == logging.INFO:  # what every trial says of itself is for --debug
+        log.setLevel(logging.WARNING)
+        log.addFilter(_Once())
+    return work(spec, Resident(spec).run, on_done=on_done, started=started)  # type: ignore[arg-type]
+
+
+class _Once(logging.Filter):
+    """What every trial would warn of again is said by the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        known, self.said = record.getMessage() in self.said, self.said | {record.getMessage()}
+        return not known
+
+
+def run_workers(study: Path, overrides: Sequence[str], count: int, spec: Spec) -> None:
+    """`count` processes on this machine; GPUs are dealt out round robin. A worker that fails fails the command.
+
+    What a worker says goes to `worker-N.log` in the study's folder; here the whole study is shown.
+    """
+    import torch
+
+    from loralign.compare.live import watched
+    from loralign.compare.study import warn_of_idle_arms
+
+    warn_of_idle_arms(spec)
+    gpus = torch.cuda.device_count()
+    command = [sys.executable, "-m", "loralign", "compare", str(study), "--worker"]
+    command += [part for text in overrides for part in ("--set", text)]
+    with ExitStack() as stack:
+        stack.enter_context(watched(spec, say))
+        logs, workers = [], []
+        for i in range(count):
+            given = {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus > 1 else {}
+            logs.append(stack.enter_context((spec.output / f"worker-{i + 1}.log").open("w+", encoding="utf-8")))
+            made = subprocess.Popen(command, env={**os.environ, **given}, stdout=logs[-1], stderr=subprocess.STDOUT)
+            stack.callback(_end, made)
+            workers.append(made)
+        codes = [w.wait() for w in workers]
+        failed = [(code, _last_line(log)) for code, log in zip(codes, logs, strict=True) if code]
+    if failed:
+        code, said = failed[0]
+        kind = LoralignError if code == 2 else WorkFailed
+        raise kind(f"{len(failed)} of {count} workers failed, what they finished is kept; the first said: {said}")
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    """Ask it to stop, then make it."""
+    if worker.poll() is None:
+        worker.terminate()
+        try:
+            worker.wait(10)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+
+
+def _last_line(log: IO[str]) -> str:
+    log.seek(0)
+    lines = [text for text in log.read().splitlines() if text.strip()]
+    return lines[-1].removeprefix("loralign: ") if lines else "nothing"
+
+
+def say_result(spec: Spec) -> None:
+    """Write the report and print table and sentences."""
+    from rich.console import Console
+
+    from loralign.compare.report import report, sentences, terminal_tables
+
+    result = report(spec)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    for table in terminal_tables(result) if result.arms else ():
+        console.print(table)
+    for text in sentences(result):
+        say(text)
+    made = ("results.json", "results.csv", "rates.png", "steps.png", "seconds.png")
+    say(f"written to {spec.output}: {', '.join(n for n in made if (spec.output / n).exists())}")

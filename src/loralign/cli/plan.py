@@ -1,0 +1,133 @@
+"""`loralign plan`: a recipe file to its cost, in sentences."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from loralign.config.recipe import RunFile, to_job
+from loralign.evidence.subspace import check_sources
+from loralign.methods.table import method
+from loralign.plan.combinations import check_combination, idle
+from loralign.plan.memory import Estimate, estimate
+from loralign.plan.trace import Step
+from loralign.train.job import Job
+from loralign.train.model import hidden_size, loading
+from loralign.types import CommonSubspace, Recipe
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run and what it costs."""
+
+    job: Job
+    step: Step
+    estimate: Estimate
+    numbers: int
+    """Of the base model."""
+    lr_s: float
+    export: str
+
+
+def planned(file: RunFile, device: str = "auto") -> Planned:
+    """Check the combination and trace one training step; loads no weights."""
+    place: dict[str, Any] = {"revision": file.revision, "trust_remote_code": file.trust_remote_code}
+    job = to_job(file, hidden_size(file.model, **place))
+    recipe, t = job.recipe, job.training
+    if isinstance(recipe, Recipe):
+        check_combination(recipe)
+        if isinstance(recipe.init.needs, CommonSubspace):
+            check_sources(recipe.init.needs.sources, recipe.init.needs.base)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = t.precision == "bf16" or (t.precision == "auto" and device == "cuda")
+    step = Step(
+        rows=t.micro_batch_size,
+        length=job.data.max_length,
+        micro_batches=t.batch_size // t.micro_batch_size,
+        device=device,  # type: ignore[arg-type]
+        bf16=bf16,
+        gradient_checkpointing=t.gradient_checkpointing,
+        total_steps=t.steps,
+    )
+    model = _meta_model(file.model, torch.bfloat16 if bf16 else torch.float32, place)
+    numbers = sum(p.numel() for p in model.parameters())
+    s = recipe.scale(recipe.alpha, recipe.r) if isinstance(recipe, Recipe) else 1.0
+    kinds = dict.fromkeys(method(part).export for part in file.method.split("+"))
+    export = " + ".join(kind for kind in kinds if kind != "exact") or "exact"
+    return Planned(job, step, estimate(model, recipe, step), numbers, t.learning_rate * s, export)
+
+
+def _meta_model(name: str, dtype: torch.dtype, place: dict[str, Any]) -> Any:
+    path = Path(name).expanduser()
+    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    where = path.parent if gguf else path if path.is_dir() else name
+    with loading(name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(str(where), **place, **gguf)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=place["trust_remote_code"])
+
+
+def as_data(found: Planned) -> dict[str, Any]:
+    """The plan as plain data."""
+    t = found.job.training
+    return {
+        "method": found.job.recipe.name,
+        "model": found.job.model,
+        **asdict(found.estimate),
+        "learning_rate": t.learning_rate,
+        "lr_s": found.lr_s,
+        "lr_source": t.lr_source,
+        "export": found.export,
+        "step": asdict(found.step),
+        "warnings": warnings(found),
+    }
+
+
+def sentences(found: Planned) -> list[str]:
+    """The plan, one subject a line."""
+    e, t, step = found.estimate, found.job.training, found.step
+    parts = {
+        "weights": e.weights_bytes,
+        "adapter": e.adapter_bytes,
+        "optimizer": e.optimizer_bytes,
+        "activations and gradients": e.activation_bytes,
+    }
+    return [
+        f"{found.job.recipe.name} on {Path(found.job.model).name}: {e.trainable:,} trained numbers at {e.sites} sites, "
+        f"{e.trainable / found.numbers:.2%} of the model",
+        f"batch          {t.batch_size} rows = {step.micro_batches} × {step.rows} of up to {step.length} tokens",
+        f"memory         {_size(e.peak_bytes)} at the peak of a step ({_where(step)})",
+        f"               {', '.join(f'{name} {_size(count)}' for name, count in parts.items() if count)}",
+        f"init           {_init(e)}",
+        f"learning rate  {t.learning_rate:.3g} ({t.lr_source}); lr·s = {found.lr_s:.3g}",
+        f"export         {f'rank {e.export_rank}, {found.export}' if e.export_rank else 'the model itself'}",
+        *(f"warning        {said}" for said in warnings(found)),
+    ]
+
+
+def warnings(found: Planned) -> list[str]:
+    """What the run would do without a mistake in it, but hardly on purpose."""
+    recipe = found.job.recipe
+    said = idle(recipe, found.step.total_steps) if isinstance(recipe, Recipe) else ""
+    return [said] if said else []
+
+
+def _where(step: Step) -> str:
+    kind = "bf16 autocast" if step.bf16 else "fp32"
+    recomputed = ", gradient checkpointing" if step.gradient_checkpointing else ""
+    return f"{'GPU' if step.device == 'cuda' else 'CPU'}, {kind}{recomputed}; Python and its libraries not counted"
+
+
+def _init(e: Estimate) -> str:
+    if not e.evidence_bytes and not e.init_seconds:
+        return "nothing to collect"
+    time = "time unknown on this machine" if e.init_seconds is None else f"about {max(1.0, e.init_seconds):.0f} s"
+    return time + (f", {_size(e.evidence_bytes)} of host memory for evidence" if e.evidence_bytes else "")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,1 @@
+"""Files and strings to objects."""

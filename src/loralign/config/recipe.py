@@ -1,0 +1,229 @@
+"""Strings to objects: recipe files (YAML) become a `Job`. The only place that interprets names and numbers from files.
+
+A file is strict: an unknown key, a wrong type or an inconsistent pair of values raises LoralignError, one sentence with
+the mend. Paths in it are relative to the folder where the command runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic.errors import PydanticSchemaGenerationError
+
+from loralign.config.errors import sentence
+from loralign.config.sections import RunFile, TrainSection
+from loralign.config.yaml_text import override, read_yaml
+from loralign.methods.form.plain import plain
+from loralign.methods.init.kaiming import kaiming
+from loralign.methods.outer.once import once
+from loralign.methods.table import METHODS, build, learning_rate, method
+from loralign.methods.transform.adamw import adamw
+from loralign.train.job import Data, Job, Training
+from loralign.types import Full, LoralignError, Method, Recipe
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
+    """Read a recipe file, with `key=value` overrides (dotted keys, YAML values) on top.
+
+    Raises LoralignError: no such file, broken YAML, an unknown key (with the nearest one), a wrong type, a method or
+    option that does not exist, values that do not go together.
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "r.yaml")
+        >>> _ = path.write_text("model: m\\ndata: {train: rows.jsonl}\\noutput: out")
+        >>> load(path, ["train.steps=10"]).train.steps
+        10
+    """
+    content = read_yaml(Path(path))
+    for text in overrides:
+        override(content, text)
+    return parse(content, Path(path).name)
+
+
+def parse(content: Mapping[str, Any], name: str = "recipe") -> RunFile:
+    """A mapping as it stands in a file; `name` is said in errors."""
+    try:
+        file = RunFile.model_validate(dict(content))
+    except ValidationError as error:
+        every_option = frozenset(_option_types(list(METHODS.values())))
+        raise LoralignError(f"{name}: {sentence(error, RunFile, every_option)}") from error
+    try:
+        to_recipe(file)
+        _consistent(file)
+    except LoralignError as error:
+        raise LoralignError(f"{name}: {error}") from error
+    return file
+
+
+# --------------------------------------------------------------------------------------------------------------- recipe
+
+
+def to_recipe(file: RunFile) -> Recipe | Full:
+    """The recipe of a file: preset, then what the file says."""
+    lines = [method(part) for part in file.method.split("+")]
+    if any(line.reference for line in lines):
+        idle = [k for k in ("rank", "alpha", "dropout", "ranks") if getattr(file, k) not in (None, 0, {})]
+        if idle:
+            raise LoralignError(
+                f"`{idle[0]}` means nothing to `method: {file.method}`, which has no adapter: leave it out"
+            )
+    preset = _preset(lines, file.preset)
+    numbers = ("alpha", "dropout", "weight_decay", "max_grad_norm")
+    fields: dict[str, Any] = {k: preset.pop(k) for k in ("r", *numbers) if k in preset}
+    fields |= {k: getattr(file, k) for k in numbers if k in file.model_fields_set}
+    fields |= {"r": file.rank} if file.rank is not None else {}
+    fields |= {"seed": file.seed, "exclude": tuple(file.exclude), "ranks": dict(file.ranks)}
+    fields["targets"] = file.targets if isinstance(file.targets, str) else tuple(file.targets)
+    options = {**preset, **_typed(lines, file.options)}
+    return build(file.method, options, **{k: v for k, v in fields.items() if v is not None})
+
+
+def _preset(lines: Sequence[Method], name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    known = sorted({key for line in lines for key in line.presets})
+    if name not in known:
+        said = f"its presets are {', '.join(known)}" if known else "it has no presets: leave `preset` out"
+        raise LoralignError(f"{' + '.join(line.id for line in lines)} has no preset {name!r}; {said}")
+    return {key: value for line in lines for key, value in line.presets.get(name, {}).items()}
+
+
+def _factories(lines: Sequence[Method]) -> Iterator[Callable[..., Any]]:
+    for line in lines:
+        yield from (f for f in (line.init, line.form, line.transform, *line.rules, line.outer) if f is not None)
+    yield from (kaiming, plain, adamw, once)
+
+
+def _option_types(lines: Sequence[Method]) -> dict[str, Any]:
+    """Type of every option, from the factories' signatures; what is not annotated may be anything."""
+    found: dict[str, Any] = {}
+    for factory in _factories(lines):
+        hints = typing.get_type_hints(factory)
+        for name in inspect.signature(factory).parameters:
+            found.setdefault(name, hints.get(name, Any))
+    return found
+
+
+def _typed(lines: Sequence[Method], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as their factories want them; names are checked by `build`."""
+    types = {name: kind for name, kind in _option_types(lines).items() if name in options}
+    config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    shape = create_model("Options", __config__=config, **{name: (kind, ...) for name, kind in types.items()})  # type: ignore[call-overload]
+    try:
+        made = shape.model_validate_json(json.dumps({name: options[name] for name in types}))
+    except ValidationError as error:
+        raise LoralignError(sentence(error, shape, prefix="options.")) from error
+    except TypeError as error:  # a date, for instance
+        raise LoralignError(f"`options`: {error}") from error
+    return {name: getattr(made, name) if name in types else value for name, value in options.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------------ job
+
+
+def to_job(file: RunFile, hidden_size: int) -> Job:
+    """The run that a file describes.
+
+    hidden_size: of the model; scales the learning-rate prior where the file gives no rate.
+    """
+    recipe, t = to_recipe(file), file.train
+    rate, source = t.learning_rate, "given"
+    if rate is None:
+        s = recipe.scale(recipe.alpha, recipe.r) if isinstance(recipe, Recipe) else 1.0
+        rate, why = learning_rate(file.method, s, hidden_size)
+        source = f"prior of {recipe.name}: {why}"
+    given = t.model_dump(exclude={"learning_rate", "epochs", "micro_batch_size", "report_to", "load_best"})
+    training = Training(
+        learning_rate=rate,
+        lr_source=source,
+        epochs=t.epochs or 1.0,
+        micro_batch_size=micro_batch_size(t),
+        report_to=tuple(t.report_to),
+        load_best=t.load_best or t.patience is not None,
+        **given,
+    )
+    return Job(
+        model=file.model,
+        recipe=recipe,
+        data=Data(**file.data.model_dump()),
+        training=training,
+        output=Path(file.output).expanduser(),
+        revision=file.revision,
+        seed=file.seed,
+        trust_remote_code=file.trust_remote_code,
+        cache=Path(file.cache).expanduser() if file.cache else None,
+        source=file.model_dump(mode="json", exclude_unset=True),
+    )
+
+
+def micro_batch_size(t: TrainSection) -> int:
+    """Rows per forward: as given, else the largest divisor of the batch up to 4."""
+    return t.micro_batch_size or max(d for d in range(1, 5) if t.batch_size % d == 0)
+
+
+def _consistent(file: RunFile) -> None:
+    """Values that do not go together, with the mend."""
+    t, rows = file.train, file.train.batch_size
+    if t.steps is not None and t.epochs is not None:
+        raise LoralignError("`train.steps` and `train.epochs` both say how long to train: keep one")
+    if t.micro_batch_size is not None and rows % t.micro_batch_size:
+        fitting = [d for d in range(1, rows + 1) if rows % d == 0]
+        near = min(fitting, key=lambda d: (abs(d - t.micro_batch_size), d))  # type: ignore[operator]
+        raise LoralignError(
+            f"`train.batch_size` {rows} is no multiple of `train.micro_batch_size` {t.micro_batch_size}: take {near}"
+        )
+    best = "train.patience" if t.patience is not None else "train.load_best" if t.load_best else ""
+    needy = best or ("train.eval_every" if t.eval_every is not None else "")
+    if needy and file.data.eval is None:
+        raise LoralignError(f"`{needy}` needs evaluation rows: set `data.eval` to a file or a share such as 0.05")
+    if best and t.eval_every is None:
+        raise LoralignError(f"`{best}` needs evaluations during training: set `train.eval_every`")
+    if best and t.save_every not in (None, t.eval_every):
+        raise LoralignError(f"`{best}` saves at every evaluation: leave `train.save_every` out")
+
+
+# --------------------------------------------------------------------------------------------------------------- schema
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of recipe files, for editors; every method brings its options."""
+    found = RunFile.model_json_schema()
+    found["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    found["title"] = "loralign recipe"
+    ids = sorted(METHODS)
+    mix = {"type": "string", "pattern": r"^[a-z0-9-]+( *\+ *[a-z0-9-]+)+$"}
+    found["properties"]["method"] |= {"anyOf": [{"enum": ids}, mix]}
+    found["allOf"] = [_method_schema(METHODS[i]) for i in ids]
+    return found
+
+
+def schema_text() -> str:
+    """The schema as it stands in docs/schema.json."""
+    return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+def _type_schema(kind: Any) -> dict[str, Any] | None:
+    """None for objects that a file cannot hold, such as a transform."""
+    try:
+        return TypeAdapter(kind).json_schema()
+    except PydanticSchemaGenerationError:
+        return None
+
+
+def _method_schema(line: Method) -> dict[str, Any]:
+    factories = [f for f in _factories([line]) if not line.reference]
+    known = {name for f in factories for name in inspect.signature(f).parameters}
+    types = _option_types([line])
+    options = {name: _type_schema(types[name]) for name in sorted(known)}
+    options = {name: found for name, found in options.items() if found is not None}
+    then: dict[str, Any] = {"options": {"properties": options, "additionalProperties": False}}
+    if line.presets:
+        then["preset"] = {"enum": [*sorted(line.presets), None]}
+    test = {"properties": {"method": {"const": line.id}}, "required": ["method"]}
+    return {"if": test, "then": {"properties": then}}

@@ -1,0 +1,250 @@
+"""Study files (YAML) to a `Spec`: which arms, which task, how many rates and seeds. Strict like recipe files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from loralign.compare.identity import content_of, file_print, shared_rows
+from loralign.compare.spec import Arm, Budget, Spec, TaskSpec
+from loralign.compare.study import check_arms
+from loralign.config.errors import sentence
+from loralign.config.recipe import parse, to_recipe
+from loralign.config.sections import Count, Schedule, _Section
+from loralign.config.yaml_text import override, read_yaml
+from loralign.io.provenance import is_local
+from loralign.methods.table import learning_rate
+from loralign.train.model import hidden_size
+from loralign.types import LoralignError, Recipe
+
+T = TypeVar("T", bound=_Section)
+REFERENCES = ("full", "lora")
+
+
+class TaskSection(_Section):
+    kind: Literal["text", "sft", "classify"]
+    """text: plain causal LM on `text` rows; sft: loss on answers; classify: `text` and `label` rows."""
+    train: str
+    """Training rows (jsonl)."""
+    valid: str
+    """Rows on which learning rates are chosen."""
+    test: str
+    """Rows on which results are reported; no choice ever sees them."""
+    length: Count = 128
+    """Tokens per block or row."""
+    head_lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate of a fresh classification head, the same for every arm."""
+
+
+class ArmSection(_Section):
+    method: str
+    """Method id or mix."""
+    name: str | None = None
+    """What the arm is called; omitted: the method."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The method's own options."""
+    preset: str | None = None
+    """Named settings of the method."""
+    rank: Count | None = None
+    """Rank, where it differs from the study's."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Alpha, where it differs from the study's."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Centre of the learning-rate grid; omitted: the method's prior."""
+
+
+class RatesSection(_Section):
+    count: Annotated[int, Field(ge=1, le=15)] = 5
+    """Rates per arm, the same for all."""
+    ratio: Annotated[float, Field(gt=1, le=10)] = 3.0
+    """Between neighbouring rates; 2 to 3 is usual."""
+    extensions: Annotated[int, Field(ge=0, le=6)] = 3
+    """How often one rate may be added to every arm while some arm's best lies at its edge."""
+    prune: bool = True
+    """Give a rate up past half of its steps when it is worse than every finished rate of its own arm was then."""
+
+
+class StudyTrainSection(_Section):
+    steps: Count = 300
+    """Optimizer steps of every trial."""
+    batch_size: Count = 32
+    """Rows per optimizer step."""
+    micro_batch_size: Count | None = None
+    """Rows per forward, a divisor of batch_size; omitted: batch_size."""
+    eval_every: Count = 25
+    """Optimizer steps between evaluations."""
+    schedule: Schedule = "cosine"
+    """Learning-rate schedule."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps over which the rate rises."""
+    autocast: bool = True
+    """bf16 autocast on GPUs, over an fp32 base; the same for every arm."""
+    compile: bool = False
+    """Compile the model's blocks on GPUs, once per worker; for task text, whose rows have one length."""
+    cpu_threads: Count = 1
+    """Threads of a worker on a CPU; results depend on it in the last bits, on the number of workers they do not."""
+
+
+class BudgetSection(_Section):
+    trials: Count | None = None
+    """Finished trials."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Wall clock of this call, all its workers together."""
+    gpu_hours: Annotated[float, Field(gt=0)] | None = None
+    """Summed time of all trials, on GPUs or CPUs, stopped ones included."""
+
+
+class StudyFile(_Section):
+    """A study of loralign: methods compared, each at its own tuned learning rate."""
+
+    model: str
+    """Folder or hub id of the base model."""
+    task: TaskSection
+    """What is learned."""
+    arms: list[str | ArmSection]
+    """Methods to compare."""
+    references: bool = True
+    """Add plain `lora` and `full` fine-tuning of the same matrices."""
+    rank: Count = 16
+    """Rank of every arm."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Alpha of every arm; the scale is the method's own."""
+    targets: str | list[str] = "all-linear"
+    """Modules to adapt."""
+    exclude: list[str] = Field(default_factory=list)
+    """Endings of module names to leave as they are."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of what trains."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip of the global gradient norm; 0: off; omitted: the method's own, 1 for most."""
+    rates: RatesSection = RatesSection()
+    """The learning-rate search."""
+    seeds: Annotated[int, Field(ge=2, le=50)] = 5
+    """Fresh seeds at the best rate."""
+    train: StudyTrainSection = StudyTrainSection()
+    """Every trial's training."""
+    budget: BudgetSection = BudgetSection()
+    """Limits on the whole study."""
+    output: str
+    """Folder of the study: trials, results, pictures."""
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
+    """Read a study file; the width of its model, which scales the learning-rate priors, is read from the config."""
+    if not Path(path).is_file():
+        raise LoralignError(f"no such study file: {path}; examples/compare.yaml is one to copy")
+    content = read_yaml(Path(path))
+    for text in overrides:
+        override(content, text)
+    file = parse_study(content, Path(path).name)
+    spec = to_spec(file, hidden_size(file.model))
+    _check_files(spec, Path(path).name)
+    return replace(spec, content=content_of(spec), shared_rows=shared_rows(spec))
+
+
+def _check_files(spec: Spec, name: str) -> None:
+    """Rows are there, and the rows that results are reported on are not the ones that choices see."""
+    task = spec.task
+    for source in (task.train, task.valid, task.test):
+        file = task.kind in ("text", "classify") or is_local(source) or Path(source).suffix
+        if file and not Path(source).expanduser().exists():
+            raise LoralignError(f"{name}: no such file: {source}")
+    if task.valid == task.train:
+        raise LoralignError(f"{name}: `task.valid` and `task.train` are the same rows: split some off")
+    if file_print(task.test) in (file_print(task.train), file_print(task.valid)):
+        raise LoralignError(
+            f"{name}: `task.test` holds the same rows as `task.train` or `task.valid`, so results would be reported on "
+            "rows that a choice has seen: split some off"
+        )
+
+
+def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
+    """A mapping as it stands in a file; `name` is said in errors."""
+    arms = content.get("arms")
+    for i, arm in enumerate(arms if isinstance(arms, list) else (), 1):
+        if isinstance(arm, Mapping):
+            _validated(ArmSection, arm, f"{name}, arm {i}", "an arm")
+    file = _validated(StudyFile, content, name, "a study")
+    t = file.train
+    if t.micro_batch_size and t.batch_size % t.micro_batch_size:
+        raise LoralignError(f"{name}: `train.batch_size` is no multiple of `train.micro_batch_size`")
+    if t.compile and file.task.kind != "text":
+        raise LoralignError(f"{name}: `train.compile` needs rows of one length, as task text has: leave it out")
+    if t.steps % t.eval_every:
+        raise LoralignError(f"{name}: `train.steps` {t.steps} is no multiple of `train.eval_every` {t.eval_every}")
+    return file
+
+
+def _validated(section: type[T], content: Mapping[str, Any], name: str, kind: str) -> T:
+    try:
+        return section.model_validate(dict(content))
+    except ValidationError as error:
+        said = sentence(error, section).replace("key of a recipe", f"key of {kind}")
+        raise LoralignError(f"{name}: {said}") from error
+
+
+def to_spec(file: StudyFile, hidden_size: int) -> Spec:
+    """The study that a file describes; `lora` and `full` are added unless switched off or already there."""
+    given = [ArmSection(method=a) if isinstance(a, str) else a for a in file.arms]
+    here = {(a.name or a.method) for a in given}
+    for a in given:
+        if a.name in REFERENCES and a.method != a.name:
+            raise LoralignError(
+                f"`{a.name}` is what the others are compared with: call the arm of {a.method!r} otherwise"
+            )
+    added = [ArmSection(method=m) for m in REFERENCES if file.references and m not in here]
+    arms = tuple(_arm(a, file, hidden_size) for a in (*added, *given))
+    check_arms(arms)
+    t, r = file.train, file.rates
+    return Spec(
+        model=file.model,
+        task=TaskSpec(**file.task.model_dump()),
+        arms=arms,
+        output=Path(file.output).expanduser(),
+        steps=t.steps,
+        batch_size=t.batch_size,
+        micro_batch_size=t.micro_batch_size or t.batch_size,
+        eval_every=t.eval_every,
+        schedule=t.schedule,
+        warmup=t.warmup,
+        rates=r.count,
+        ratio=r.ratio,
+        extensions=r.extensions,
+        seeds=file.seeds,
+        prune=r.prune,
+        autocast=t.autocast,
+        compile=t.compile,
+        cpu_threads=t.cpu_threads,
+        references=file.references,
+        budget=Budget(**file.budget.model_dump()),
+        source=file.model_dump(mode="json", exclude_unset=True),
+    )
+
+
+def _arm(arm: ArmSection, file: StudyFile, hidden_size: int) -> Arm:
+    """One arm by way of a recipe file, so that the same checks and sentences apply."""
+    recipe_file: dict[str, Any] = {
+        "model": file.model,
+        "method": arm.method,
+        "options": arm.options,
+        "preset": arm.preset,
+        "targets": file.targets,
+        "exclude": file.exclude,
+        "weight_decay": file.weight_decay,
+        "data": {"train": file.task.train},
+        "output": file.output,
+    }
+    if "max_grad_norm" in file.model_fields_set:
+        recipe_file["max_grad_norm"] = file.max_grad_norm
+    if arm.method != "full":
+        recipe_file |= {"rank": arm.rank or file.rank, "alpha": arm.alpha or file.alpha}
+    recipe = to_recipe(parse(recipe_file, f"arm {arm.name or arm.method}"))
+    s = recipe.scale(recipe.alpha, recipe.r) if isinstance(recipe, Recipe) else 1.0
+    rate, source = learning_rate(arm.method, s, hidden_size)
+    lr = arm.lr or float(f"{rate:.2g}")
+    given = {key: value for key, value in (("options", arm.options), ("preset", arm.preset)) if value}
+    return Arm(arm.name or recipe.name, recipe, lr, "given" if arm.lr else source, given)

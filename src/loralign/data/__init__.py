@@ -1,0 +1,1 @@
+"""Rows as people have them to tokens as at inference."""

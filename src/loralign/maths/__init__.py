@@ -1,0 +1,1 @@
+"""Pure batched maths and keyed randomness: torch only, the ground of everything."""

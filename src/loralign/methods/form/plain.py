@@ -1,0 +1,44 @@
+"""The stock form: A and B themselves train, W_eff = W0 + s·B·A, with frozen slots appended.
+
+Shapes:  A (r, d_in) · B (d_out, r)
+Source:  Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, eq. 3. Official code:
+         microsoft/LoRA (loralib/layers.py).
+Differs: none.
+Cost:    none beyond LoRA.
+Export:  exact.
+Args:    none.
+Example:
+    >>> from loralign.methods.form.plain import plain
+    >>> plain().identity
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loralign.types import Draw, Live, Weight
+
+
+@dataclass(frozen=True)
+class Plain:
+    identity: bool = True
+    exact: bool = True
+
+    def extra(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        return {}
+
+    def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
+        return ()
+
+    def effective(self, own: Live, others: Sequence[Live]) -> tuple[Tensor, Tensor]:
+        return torch.cat([own.A, own.A0]), torch.cat([own.B, own.B0], dim=1)
+
+
+def plain() -> Plain:
+    """The stock form."""
+    return Plain()

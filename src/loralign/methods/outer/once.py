@@ -1,0 +1,33 @@
+"""One episode: train from start to end, commit nothing.
+
+    W_eff = W0 + s·B·A   throughout
+
+Shapes:  none.
+Source:  the usual single run; the degenerate case K = 1 of every chain.
+Differs: none.
+Cost:    none.
+Export:  exact.
+Args:    none.
+Example:
+    >>> from loralign.methods.outer.once import once
+    >>> once().episode(1, total_steps=100, sites=()) is None
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loralign.types import Episode
+
+
+@dataclass(frozen=True)
+class Once:
+    def episode(self, index: int, total_steps: int, sites: Sequence[str]) -> Episode | None:
+        return Episode(0, total_steps, reset=False) if index == 0 else None
+
+
+def once() -> Once:
+    """A single episode."""
+    return Once()

@@ -1,0 +1,63 @@
+"""Take Delta-LoRA's snapshot: once, after K + 1 optimizer steps, the product becomes r frozen slots of weight −λ.
+
+    frozen slots += [−λ·B_K]·[A_K]        (A_K, B_K): values after step K + 1;  `form/delta_lora` reads them
+
+Shapes:  A_K (r, d_in) · B_K (d_out, r)
+Source:  Zi et al., "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices", arXiv
+         2309.02411, algorithm 1: W is updated after steps t > K, t from 0, so the first product that enters is the one
+         after K + 1 steps. Official code: none.
+Differs: none; K = 0 is the earliest (in a port it disables the method).
+Cost:    once, a copy of A and B.
+Export:  exact with rank 2r.
+Args:    boost: λ, as in the form. wait_steps: K, optimizer steps, 500 for GPT-2 and 1000 for BART in the paper; a run
+         that ends before it is plain LoRA.
+Example:
+    >>> from loralign.methods.rule.delta_lora import snapshot
+    >>> snapshot(wait_steps=10).wait_steps
+    10
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from loralign.types import NOTHING, Ctx, Grad, LoralignError, Moment, Need, Pair, Plan, SlotPlan
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    boost: float
+    wait_steps: int
+    needs: Need = NOTHING
+    freezes: int = 1
+
+    def penalty_grad(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
+        return None
+
+    def grad_mask(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
+        return None
+
+    def update_mask(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
+        return None
+
+    def event(self, moment: Moment) -> Plan | None:
+        if moment.step != self.wait_steps + 1:
+            return None
+        return {p.name: SlotPlan(frozen=(p.A.detach().clone(), -self.boost * p.B.detach())) for p in moment.pairs}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: the frozen slots are the state, and checkpoints keep them."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing."""
+
+
+def snapshot(boost: float = 2.0, wait_steps: int = 500) -> Snapshot:
+    """Delta-LoRA's start of the base update."""
+    if wait_steps < 0:
+        raise LoralignError(f"delta-lora: wait_steps must be 0 or more, not {wait_steps}")
+    return Snapshot(boost, wait_steps)

@@ -1,0 +1,174 @@
+"""The table: one line per method. CLI names, validation, docs and conformance tests follow from it.
+
+Learning-rate priors are stated as lr·s at hidden size 2000 and scaled by (2000/hidden)^0.781, the exponent that "LoRA
+Without Regret" found for Llama-shaped models.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+from loralign.methods.form.delta_lora import boosted
+from loralign.methods.form.plain import plain
+from loralign.methods.init.cora import common_basis, common_start
+from loralign.methods.init.hrp import high_rank_preheat, high_rank_sketch
+from loralign.methods.init.kaiming import kaiming, kaiming_frozen
+from loralign.methods.init.lora_ga import gradient_svd
+from loralign.methods.init.olora import leading_qr
+from loralign.methods.init.pissa import principal_svd
+from loralign.methods.outer.once import once
+from loralign.methods.rule.delta_lora import snapshot
+from loralign.methods.rule.rm_lora import masked_orthogonal
+from loralign.methods.transform.adamw import adamw
+from loralign.methods.transform.lora_fa import projected_gradient
+from loralign.methods.transform.lora_plus import ratio_lr
+from loralign.methods.transform.lora_pro import equivalent_gradient
+from loralign.methods.transform.lora_rite import invariant_adam
+from loralign.methods.transform.muon import matrix_sign
+from loralign.methods.transform.riemannian import scaled_gradient
+from loralign.types import Full, LoralignError, LrPrior, Method, Recipe, over_rank, over_sqrt_rank
+
+_REGRET = "Schulman 2025, LoRA Without Regret: 5e-4·(2000/hidden)^0.781 at alpha 32, here s = 2"
+_STUDY = "our H100 study, SmolLM2-135M, r 8, 300 steps, one seed"
+_CORA = "our CoRA study on an H100, SmolLM2-135M, r 16, 200 steps, one seed"
+_ASSETS = "our sweep: SmolLM2-135M, r 8, 30 steps"
+
+_LINES = (
+    Method("lora", "plain LoRA", "2106.09685", "exact", LrPrior(1e-3, _REGRET)),
+    Method("rslora", "LoRA with s = alpha/√r", "2312.03732", "exact", LrPrior(1e-3, _REGRET), scale=over_sqrt_rank),
+    Method("full", "full fine-tuning of the same matrices (reference)", "", "none",
+           LrPrior(5e-5, "a tenth of LoRA's (LoRA Without Regret)"), reference=True),
+    Method("lora-ga", "start along the gradient's singular vectors", "2407.05000", "exact at rank 2r",
+           LrPrior(2.2e-4, _ASSETS + ": 1e-4 at s 5.66, gamma 16"), init=gradient_svd, scale=over_sqrt_rank,
+           presets={"paper": {"r": 8, "alpha": 16.0, "gamma": 16.0},
+                    "paper-llama": {"r": 8, "alpha": 16.0, "gamma": 64.0}}),
+    Method("hrp", "start along the main directions of a short high-rank run", "2502.07739", "exact",
+           LrPrior(3e-3, _STUDY + ": 4e-3 at s 2"), init=high_rank_preheat,
+           presets={"paper": {"rank": 128, "kappa": 1.0}},
+           unverified="the paper's body could not be read: a reconstruction from its abstracts"),
+    Method("hrp-sketch", "as hrp, from accumulated gradients without a step", "2502.07739", "exact",
+           LrPrior(3e-3, _STUDY + ": 4e-3 at s 2"), init=high_rank_sketch,
+           unverified="the paper's body could not be read: a cheap variant of its reconstruction"),
+    Method("cora", "one factor frozen at directions that several models share", "2409.02119", "exact",
+           LrPrior(2.9e-3, _CORA + ": 3.9e-3 at s 2"), init=common_basis,
+           presets={"paper": {"side": "left"}},
+           unverified="the paper's body could not be read: a reconstruction from its abstract"),
+    Method("cora-init", "one factor started at directions that several models share", "2409.02119", "exact",
+           LrPrior(2.9e-3, _CORA + ": 3.9e-3 at s 2"), init=common_start,
+           presets={"paper": {"side": "left"}},
+           unverified="the paper's body could not be read: a reconstruction from its abstract"),
+    Method("lora-plus", "B learns faster than A", "2402.12354", "exact",
+           LrPrior(7.6e-4, _STUDY + ": 1e-3 at s 2, ratio 16"), transform=ratio_lr),
+    Method("lora-pro", "steps of the product as close to full fine-tuning's as rank r allows", "2407.18242", "exact",
+           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2; 2.1e-3, full fine-tuning's, for moments: full"),
+           transform=equivalent_gradient,
+           presets={"paper": {"r": 8, "alpha": 16.0, "moments": "full"}}),
+    Method("lora-rite", "adaptive steps that do not depend on how the product is split", "2410.20625", "exact",
+           LrPrior(1.6e-3, _STUDY + ": 2.1e-3 at s 2"), transform=invariant_adam,
+           fields={"max_grad_norm": 0.0}),  # its own clip does not depend on how the product is split
+    Method("rm-lora", "orthogonality regulariser and a random slot mask", "2407.12074", "exact",
+           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2"), rules=(masked_orthogonal,)),
+    Method("delta-lora", "the base follows the product's changes, as r frozen slots", "2309.02411", "exact at rank 2r",
+           LrPrior(1.5e-3, _STUDY + ": 2e-3 at s 2, wait_steps 50"), form=boosted, rules=(snapshot,)),
+    Method("lora-fa", "A frozen at random, B follows the projected gradient", "2308.03303", "exact",
+           LrPrior(2.6e-2, _CORA + ": 3.5e-2 at s 2"), init=kaiming_frozen, transform=projected_gradient),
+    Method("riemannian", "gradients preconditioned by the other factor's Gram matrix", "2402.02347", "exact",
+           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2, 1.8e-2 is less steady"), transform=scaled_gradient),
+    Method("muon-factors", "orthogonalised momentum on each factor", "2502.16982", "exact",
+           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2"), transform=matrix_sign),
+    Method("pissa", "start along the weight's principal singular vectors", "2404.02948", "exact at rank 2r",
+           LrPrior(2.3e-4, _ASSETS + ": 3e-4 at s 2"), init=principal_svd),
+    Method("olora", "start from the weight's QR factorisation", "2406.01775", "exact at rank 2r",
+           LrPrior(5e-5, "2602.04998: 0.055 of LoRA's"), init=leading_qr),
+)  # fmt: skip
+
+
+def _table() -> dict[str, Method]:
+    found = {m.id: m for m in _LINES}
+    for entry in entry_points(group="loralign.methods"):
+        method = entry.load()
+        found.setdefault(method.id, method)
+    return found
+
+
+METHODS: Mapping[str, Method] = _table()
+
+AMBIGUOUS: Mapping[str, tuple[str, ...]] = {
+    "dora": ("dynamic-rank-lora", "PEFT's use_dora (weight-decomposed DoRA, not in loralign)"),
+    "alora": ("allocating-lora", "activated LoRA (not in loralign)"),
+    "s-lora": ("sd-lora", "the S-LoRA serving system (not in loralign)"),
+}
+"""Short names that mean two things in the field."""
+
+
+def method(name: str) -> Method:
+    """The line of a method id; unknown and ambiguous names raise with the candidates."""
+    key = name.strip().lower().replace("_", "-")
+    if key in METHODS:
+        return METHODS[key]
+    if key in AMBIGUOUS:
+        raise LoralignError(f"{name!r} means two things in the field: {' or '.join(AMBIGUOUS[key])}; use the long id")
+    near = difflib.get_close_matches(key, METHODS, n=3, cutoff=0.5) or sorted(METHODS)
+    raise LoralignError(f"unknown method {name!r}; did you mean {', '.join(near)}? `loralign methods` lists all")
+
+
+def build(name: str, options: Mapping[str, Any] | None = None, **fields: Any) -> Recipe | Full:
+    """The recipe of one id or of a mix such as "lora-ga + lora-rite".
+
+    options: arguments of the methods' factories (gamma, betas, …), routed by name. fields: of `Recipe` (r, alpha, …);
+    where they are not given, the method's own, then `Recipe`'s defaults.
+    Raises LoralignError on an unknown name or option, and where two methods want the same axis.
+    """
+    lines = [method(part) for part in name.split("+")]
+    label = " + ".join(line.id for line in lines)
+    if any(line.reference for line in lines):
+        if len(lines) > 1 or options:
+            raise LoralignError("`full` trains the matrices themselves: it takes no options and mixes with nothing")
+        kept = ("targets", "exclude", "seed", "weight_decay", "max_grad_norm")
+        return Full(name=label, **{k: v for k, v in fields.items() if k in kept})
+    chosen = {axis: _one(lines, axis, default) for axis, default in _DEFAULTS.items()}
+    rules = [rule for line in lines for rule in line.rules]
+    unused = dict(options or {})
+    made = {axis: _call(factory, unused) for axis, factory in chosen.items()}
+    made_rules = tuple(_call(rule, unused) for rule in rules)
+    known = sorted({p for f in (*chosen.values(), *rules) for p in inspect.signature(f).parameters})
+    for key in (k for k in unused if k not in known):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known) or 'none'}"
+        raise LoralignError(f"{label} has no option {key!r}; {hint}")
+    scale = _one(lines, "scale", over_rank)
+    for line in lines:
+        fields = {**line.fields, **fields}
+    return Recipe(**made, rules=made_rules, scale=scale, name=label, **fields)
+
+
+_DEFAULTS: Mapping[str, Callable[..., Any]] = {"init": kaiming, "form": plain, "transform": adamw, "outer": once}
+
+
+def _one(lines: Sequence[Method], axis: str, default: Callable[..., Any]) -> Callable[..., Any]:
+    wanted = [(line.id, getattr(line, axis)) for line in lines if getattr(line, axis) is not None]
+    if len({factory for _, factory in wanted}) > 1:
+        raise LoralignError(f"{' and '.join(i for i, _ in wanted)} both set the {axis}: a mix takes one of them")
+    return wanted[0][1] if wanted else default
+
+
+def _call(factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    taken = {k: v for k, v in options.items() if k in inspect.signature(factory).parameters}
+    return factory(**taken)
+
+
+def learning_rate(name: str, s: float, hidden: int) -> tuple[float, str]:
+    """The prior of a method or mix at scale s and hidden size, and where it comes from.
+
+    lr = lr_s/s · (2000/hidden)^power, the smallest of a mix's; LoRA's where nobody tuned the method, and said so.
+    """
+    lines = [method(part) for part in name.split("+")]
+    priors = [line.prior for line in lines if line.prior.lr_s is not None]
+    unknown = [line.id for line in lines if line.prior.lr_s is None]
+    prior = min(priors, key=lambda p: p.lr_s or 0.0) if priors else METHODS["lora"].prior
+    source = prior.source + (f"; unknown for {', '.join(unknown)}" if unknown else "")
+    return float(prior.lr_s or 0.0) / s * (2000 / hidden) ** prior.power, source

@@ -1,0 +1,67 @@
+"""A stays what it is; B follows the gradient projected onto A's rows, then Adam.
+
+    b = (1/s²)·gB·(AAᵀ)⁻¹        so that s·b·A = G·P_A
+
+Shapes:  A (r, d_in) · B, gB, b (d_out, r)
+Source:  Zhang et al., "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning", arXiv
+         2308.03303. Official code: PEFT optimizers/lorafa.py, which added the projection.
+Differs: from PEFT: products in float32 also under autocast, s is the pair's. Where A trains too its gradient is ignored
+         and A gets no update; an init with train="B" also saves its gradient and the layer inputs.
+Cost:    2·r²(d_in + d_out) FLOPs a step; Adam's state of B.
+Export:  exact.
+Args:    betas, eps: Adam's. Clipping: the usual global norm of 1, over what trains.
+Example:
+    >>> from loralign.methods.transform.lora_fa import projected_gradient
+    >>> sorted(projected_gradient().accepts)
+    ['one_sided', 'shapes']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loralign.maths.linalg import gram, psd_inverse
+from loralign.maths.lists import by_shape, scales, stacked
+from loralign.methods.transform.adamw import adamw
+from loralign.methods.transform.combine import Chain, chain
+from loralign.types import Ctx, Grad, Pair, SlotPlan, State, WorkFailed
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Gradients of B to b; keeps nothing."""
+
+    accepts: frozenset[str] = frozenset({"one_sided", "shapes"})
+    lr_ratio: float = 1.0
+
+    def init(self, pair: Pair) -> State:
+        return {factor: {} for factor in pair.train}
+
+    def measure(
+        self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
+    ) -> Mapping[str, Tensor]:
+        return {}
+
+    def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
+        if grads[0].B is None:
+            raise WorkFailed(f"lora-fa trains B only, and B of {pairs[0].name} does not train")
+        places = by_shape(pairs)
+        inverse = psd_inverse(torch.cat([gram(stacked([pairs[k].A for k in at]).mT) for at in places]))
+        out = [Grad(None, None)] * len(pairs)
+        for at, iA in zip(places, inverse.split([len(at) for at in places]), strict=True):
+            b = stacked([grads[k].B for k in at]) @ (iA / scales([pairs[k] for k in at], iA) ** 2)
+            for k, own in zip(at, b.unbind(), strict=True):
+                out[k] = Grad(None, own)
+        return out
+
+    def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
+        """Nothing is kept."""
+
+
+def projected_gradient(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Chain:
+    """LoRA-FA: B alone moves."""
+    return chain(Projected(), adamw(betas, eps))

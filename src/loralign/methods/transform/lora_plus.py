@@ -1,0 +1,64 @@
+"""Another learning rate for B than for A.
+
+    lr_B = ratio·lr_A        (at every step: the ratio lives in the parameter groups, schedulers keep it)
+
+Shapes:  like the factors, A (r, d_in) and B (d_out, r)
+Source:  Hayou, Ghosh & Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354. Official code:
+         nikhil-ghosh-berkeley/loraplus (lora_plus.py); PEFT optimizers/loraplus.py.
+Differs: from both codes: only B gets the ratio, not biases, norms and magnitudes (the paper speaks of B only); weight
+         decay is the optimizer's and applies to both factors (PEFT: a passed `weight_decay` silently becomes 0);
+         tensors outside pairs, embeddings too, keep the plain rate (official default for embeddings: 1e-6).
+Cost:    none.
+Export:  exact.
+Args:    ratio: lr_B/lr_A, dimensionless, about 2^4 in the paper, required in the codes. With a large ratio the authors
+         advise half of LoRA's rate for A. inner: the transform that both rates drive.
+         Clipping: the usual global norm of 1.
+Example:
+    >>> from loralign.methods.transform.lora_plus import ratio_lr
+    >>> ratio_lr(8.0).lr_ratio
+    8.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from loralign.methods.transform.adamw import adamw
+from loralign.types import Ctx, Grad, LoralignError, Pair, SlotPlan, State, Transform
+
+
+@dataclass(frozen=True)
+class Ratio:
+    inner: Transform
+    accepts: frozenset[str]
+    lr_ratio: float
+
+    def init(self, pair: Pair) -> State:
+        return self.inner.init(pair)
+
+    def measure(
+        self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
+    ) -> Mapping[str, Tensor]:
+        return self.inner.measure(grads, state, pairs, ctx)
+
+    def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
+        return self.inner.update(grads, state, pairs, ctx)
+
+    def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
+        self.inner.on_plan(pair, state, plan)
+
+
+def ratio_lr(ratio: float = 16.0, inner: Transform | None = None) -> Ratio:
+    """`inner` (default: Adam) with lr_B = ratio·lr_A; refuses transforms that balance the factors themselves."""
+    driven: Transform = adamw() if inner is None else inner
+    if not ratio > 0:
+        raise LoralignError(f"lora-plus: ratio is lr_B/lr_A and must be positive, not {ratio}")
+    if "zero" not in driven.accepts:
+        raise LoralignError(
+            f"lora-plus gives A and B different rates because Adam treats them alike; {type(driven).__name__} already "
+            "weighs them against each other: use it alone"
+        )
+    return Ratio(driven, driven.accepts, ratio * driven.lr_ratio)

@@ -1,0 +1,1 @@
+"""One optimizer for pairs (A, B) under any transform and rules."""

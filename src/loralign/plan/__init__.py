@@ -1,0 +1,1 @@
+"""What may be combined and what it costs, before anything is spent."""

@@ -1,0 +1,218 @@
+"""What a run costs, before anything is spent: bytes from a trace of one training step (`plan_trace.py`), counts and
+floating point operations from the sites.
+
+Optimizer state is what `transform.init` makes of every pair. Bytes are of live tensors at the fullest moment of a step,
+from the second optimizer step on; left out are Python and its libraries (about 0.5 GB on the CPU), what an allocator
+keeps after it was freed, and workspaces inside kernels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from loralign.carrier.sites import ADAPTER, put_in, sites, target_weights
+from loralign.carrier.slot import effective, install, link
+from loralign.plan.combinations import Start, check_ranks, draw, links, probe, snapshots
+from loralign.plan.trace import Step, example_batch, trace, usual_loss
+from loralign.types import (
+    Activations,
+    Batch,
+    CommonSubspace,
+    Factors,
+    Full,
+    Loss,
+    Need,
+    Pair,
+    Preheated,
+    Recipe,
+    Site,
+    Sketch,
+    TopGradient,
+    Weight,
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recipe costs on a model."""
+
+    trainable: int
+    """Trained numbers."""
+    weights_bytes: int
+    adapter_bytes: int
+    """Live and frozen slots, and a form's own tensors."""
+    optimizer_bytes: int
+    activation_bytes: int
+    """What forward and backward add at the fullest moment, gradients included."""
+    peak_bytes: int
+    evidence_bytes: int
+    """What the init must know, kept on the host before training."""
+    init_seconds: float | None
+    """Collecting it and writing the start, at the speed of a matrix product on this machine; None: planned for another
+    device."""
+    sites: int
+    export_rank: int
+    """Largest rank in the exported file, 0 for the reference."""
+
+
+def estimate(
+    model: nn.Module, recipe: Recipe | Full, step: Step, *, batch: Batch | None = None, loss: Loss | None = None
+) -> Estimate:
+    """The cost of a recipe on a model.
+
+    Args:
+        model: a fresh base model on the meta device, in the dtype it will be loaded in; it is used up.
+        batch: what the model takes, on any device, where `example_batch` cannot know it.
+        loss: (model, batch) -> scalar; None: what TRL's SFTTrainer computes for a causal language model, else the
+            model's own.
+    Raises:
+        LoralignError: no site matches, a rank does not fit, or the model's forward depends on the values in a batch.
+    Example:
+        >>> from loralign import build
+        >>> import torch; from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+        >>> with torch.device("meta"): base = LlamaForCausalLM(config)
+        >>> estimate(base, build("lora", r=2), Step(rows=1, length=8)).trainable
+        496
+    """
+    weights, numel = _nbytes(_tensors(model)), sum(p.numel() for p in model.parameters())
+    batch, loss = batch or example_batch(model, step), loss or usual_loss(model, step)
+    if isinstance(recipe, Full):
+        return _reference(model, recipe, step, batch, loss, weights)
+    start = probe(recipe.init, recipe.scale(recipe.alpha, recipe.r))
+    adapted, found = _adapted(model, recipe, start)
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    rank = max(int(effective(site.layer, site.adapter)[0].shape[0]) for site in found)
+    static, state = _nbytes(_tensors(adapted)), _state_bytes(recipe, start, found, trained)
+    episodes = links(recipe, step.total_steps, [site.name for site in found]) if step.total_steps else 1
+    slots = (2 if start.twin else 1) * episodes + snapshots(recipe, step.total_steps)
+    frozen = (slots - 1) * sum(4 * s.r * (s.d_in + s.d_out) for s in found)
+    moment = trace(adapted, step, batch, loss) - static
+    return Estimate(
+        trainable=sum(p.numel() for p in trained),
+        weights_bytes=weights,
+        adapter_bytes=static - weights + frozen,
+        optimizer_bytes=state,
+        activation_bytes=moment,
+        peak_bytes=static + frozen + state + max(moment, 2 * _nbytes(trained)),  # or gradients and updates
+        evidence_bytes=evidence_bytes(recipe.init.needs, found),
+        init_seconds=init_seconds(recipe, start, found, numel, step),
+        sites=len(found),
+        export_rank=rank * slots,
+    )
+
+
+def _reference(model: nn.Module, recipe: Full, step: Step, batch: Batch, loss: Loss, weights: int) -> Estimate:
+    """Full fine-tuning of the same matrices with AdamW, whose state has the dtype of the weights."""
+    wanted = target_weights(model, recipe).values()
+    trained = {id(p) for p in wanted}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trained)
+    gradients, numel = _nbytes(list(wanted)), sum(p.numel() for p in wanted)
+    moment = trace(model, step, batch, loss) - weights
+    peak = weights + 2 * gradients + max(moment, gradients)
+    return Estimate(numel, weights, 0, 2 * gradients, moment, peak, 0, 0.0, len(trained), 0)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, each once."""
+    return list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def _nbytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _adapted(model: nn.Module, recipe: Recipe, start: Start) -> tuple[nn.Module, list[Site]]:
+    """The model with the recipe's sites and form, on the meta device. A twin's frozen slots are left out: they cost
+    their own bytes and no activation."""
+    adapted = put_in(model, recipe)
+    found = sites(adapted)
+    check_ranks(recipe, found)
+    for site in found:
+        shape = (site.d_out, site.d_in)
+        weight = Weight(site.name, shape, lambda shape=shape: torch.empty(shape, device="meta"))  # type: ignore[misc]
+        extra = recipe.form.extra(weight, site.r, draw)
+        factors = Factors(*_factors(site), train=start.train)
+        install(site.layer, site.adapter, factors, recipe.form, dict(extra), False)
+    link({site.name: site.layer for site in found}, ADAPTER, recipe.form)
+    return adapted, found
+
+
+def _state_bytes(recipe: Recipe, start: Start, found: Sequence[Site], trained: Sequence[nn.Parameter]) -> int:
+    """Optimizer state: what the transform makes of each pair, two fp32 moments of everything else."""
+    of_pairs, paired = {}, 0
+    for site in found:
+        key = (site.r, site.d_in, site.d_out)
+        if key not in of_pairs:
+            state = recipe.transform.init(Pair(site.name, *_factors(site), site.s, start.train))
+            of_pairs[key] = _nbytes([t for t in tree_leaves(state) if isinstance(t, Tensor)])
+        paired += site.r * (site.d_in * ("A" in start.train) + site.d_out * ("B" in start.train))
+    rest = sum(p.numel() for p in trained) - paired
+    return sum(of_pairs[site.r, site.d_in, site.d_out] for site in found) + 8 * rest
+
+
+def _factors(site: Site) -> tuple[Tensor, Tensor]:
+    return torch.empty(site.r, site.d_in, device="meta"), torch.empty(site.d_out, site.r, device="meta")
+
+
+def evidence_bytes(need: Need, found: Sequence[Site]) -> int:
+    """Host bytes of what a need collects, all sites together, fp32."""
+    match need:
+        case TopGradient(sketch=None):
+            return sum(4 * s.d_out * s.d_in for s in found)
+        case TopGradient(sketch=Sketch(width=width)):
+            return sum(4 * width * s.r * (s.d_out + s.d_in) for s in found)
+        case Preheated(rank=rank):
+            return sum(16 * rank(s.r) * (s.d_out + s.d_in) for s in found)  # values, gradients, two moments
+        case CommonSubspace(sources=sources):
+            return max(4 * len(sources) * s.d_out * s.d_in for s in found)  # one site at a time
+        case Activations():
+            return sum(4 * s.d_in for s in found)
+        case _:
+            return 0
+
+
+def evidence_flops(need: Need, found: Sequence[Site], weights: int, tokens: int) -> float:
+    """Operations of collecting a need: forward and backward over its micro-batches, and where asked G and its SVD."""
+    batches = getattr(need, "micro_batches", 0)
+    passes = 4.0 * weights * tokens * batches
+    if not isinstance(need, TopGradient):
+        return passes
+    outer = sum(2.0 * s.d_out * s.d_in * tokens * batches for s in found)
+    niter, oversampling = 4, 2
+    svd = sum(2.0 * (2 * niter + 2) * oversampling * need.per_rank * s.r * s.d_out * s.d_in for s in found)
+    return passes + outer + svd
+
+
+def init_seconds(recipe: Recipe, start: Start, found: Sequence[Site], weights: int, step: Step) -> float | None:
+    """Evidence at this machine's matrix speed; where only W is read, the smallest site is timed and scaled by size."""
+    if step.device == "cuda" and not torch.cuda.is_available():
+        return None
+    seconds = evidence_flops(recipe.init.needs, found, weights, step.rows * step.length) / matrix_speed(step.device)
+    if start.read and not seconds:
+        small = min(found, key=lambda s: s.d_out * s.d_in)
+        values = torch.randn(small.d_out, small.d_in)
+        weight = Weight(small.name, (small.d_out, small.d_in), lambda: values)
+        began = time.perf_counter()
+        recipe.init(weight, small.r, small.s, None, draw)
+        seconds = (time.perf_counter() - began) * sum(s.d_out * s.d_in for s in found) / values.numel()
+    return seconds
+
+
+@cache
+def matrix_speed(device: str) -> float:
+    """Floating point operations per second of one fp32 product of 1024² matrices, the best of five."""
+    square, best = torch.ones(1024, 1024, device=device), float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        (square @ square)[0, 0].item()
+        best = min(best, time.perf_counter() - began)
+    return float(2 * 1024**3 / best)
