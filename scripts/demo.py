@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from assets import AssetError, build_bbc, cache_dir, split_of, write_jsonl
 from demo_report import Seen, show, table, write_picture
 from loralign import Recipe, build, learning_rate
-from loralign.cli.run import explained
+from loralign.cli.guard import explained
 from loralign.train.job import Data, Job, Training
 from loralign.train.model import hidden_size, load
 from loralign.train.sft import run

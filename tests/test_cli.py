@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from assets import asset, needs
 from cli_world import Done, assert_one_sentence, bytes_of, run, run_process, world_in
 from loralign import METHODS
-from loralign.cli.run import Lines, explained
+from loralign.cli.guard import explained
+from loralign.cli.run import Lines
 from loralign.io.clean_process import read_probes
 from loralign.types import VerificationFailed, WorkFailed
 

@@ -287,5 +287,5 @@ def test_ctrl_c_leaves_no_claim_behind(tmp_path: Path, workers: str) -> None:
     time.sleep(1.0)
     os.killpg(running.pid, signal.SIGINT)
     error = running.communicate(timeout=60)[1]
-    assert running.returncode == 130 and error == "loralign: stopped\n"
+    assert running.returncode == 130 and error == "loralign: stopped; the same command goes on where it was\n"
     assert Store(spec).running() == {} and not Store(spec).outcomes()

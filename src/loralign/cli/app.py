@@ -1,7 +1,7 @@
 """The command line: one function per command, which parses, calls the library and says what came out.
 
-Exit codes: 0 ok · 1 the work failed · 2 bad input · 3 verification failed. An error is one sentence on stderr;
-`--debug` adds the traceback.
+Exit codes: 0 ok · 1 the work failed · 2 bad input · 3 verification failed · 130, 143 stopped. An error is one sentence
+on stderr; `--debug` adds the traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from loralign.cli.run import guarded, job_of, progress, replace_text, say
+from loralign.cli.guard import guarded
+from loralign.cli.run import job_of, progress, replace_text, say
 from loralign.cli.subspace import app as subspace
 
 app = typer.Typer(
@@ -212,10 +213,12 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What a recipe costs before anything is spent: memory, init time, learning rate and its source, exported rank."""
-    from loralign.cli.plan import as_data, planned, sentences
     from loralign.config.recipe import load
 
-    found = planned(load(recipe, overrides or ()), device.value)
+    file = load(recipe, overrides or ())
+    from loralign.cli.plan import as_data, planned, sentences
+
+    found = planned(file, device.value)
     if as_json:
         say(json.dumps(as_data(found)))
         return
@@ -260,7 +263,7 @@ def methods(as_json: AsJson = False) -> None:
 @app.command(epilog="Example: loralign doctor")
 def doctor() -> None:
     """Check versions, devices and the adapter machinery (exit 1 if something is wrong)."""
-    from loralign.cli.show import diagnose
+    from loralign.cli.doctor import diagnose
 
     lines, healthy = diagnose()
     for line in lines:

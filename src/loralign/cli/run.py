@@ -1,20 +1,18 @@
-"""What every command shares: errors to exit codes, progress to bars or lines, files to jobs, folders to models."""
+"""What every command shares: progress to bars or lines, files to jobs, folders to models."""
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 import sys
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from loralign.cli.guard import FIRST
 
 if TYPE_CHECKING:
     from loralign.train.job import Job
@@ -22,117 +20,10 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
-FIRST = os.environ.get("RANK", "0") == "0"
-"""Under `accelerate launch` or torchrun the first process speaks for all; errors come from each."""
-
-
 def say(text: str) -> None:
     """One line of output."""
     if FIRST:
         typer.echo(text)
-
-
-# ----------------------------------------------------------------------------------------------------------- exit codes
-
-
-STOPPED = 130
-
-
-def guarded(app: typer.Typer, argv: list[str]) -> int:
-    """Run the application; an exception becomes one sentence on stderr and an exit code."""
-    debug, words = "--debug" in argv, [word for word in argv if word != "--debug"]
-    try:
-        with _quiet(debug):
-            done = app(args=words or ["--help"], prog_name="loralign", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        done = STOPPED
-    except BrokenPipeError:  # the reader of our output has seen enough, as in `loralign methods | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except SystemExit as left:
-        return left.code if isinstance(left.code, int) else int(left.code is not None)
-    except Exception as error:
-        code, text = explained(error)
-        if debug:
-            traceback.print_exc()
-        typer.echo(f"loralign: {text}", err=True)
-        return code
-    if done == STOPPED:  # typer's own answer to Ctrl-C, too
-        typer.echo("loralign: stopped", err=True)
-    return done if isinstance(done, int) else 0
-
-
-BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-
-
-def explained(error: Exception) -> tuple[int, str]:
-    """Exit code and sentence of an exception."""
-    usage: Any = getattr(error, "format_message", None)  # a mistake on the command line, found by typer
-    if usage is not None:
-        page = getattr(getattr(error, "ctx", None), "command_path", "loralign")
-        return 2, f"{usage().replace('Value error, ', '').rstrip('.')} (see {page} --help)"
-    from loralign.io.folder import disk_full
-    from loralign.types import LoralignError, VerificationFailed, WorkFailed
-
-    said = " ".join(str(error).split())
-    if isinstance(error, LoralignError):
-        return (3 if isinstance(error, VerificationFailed) else 1 if isinstance(error, WorkFailed) else 2), said
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return (
-            1,
-            "out of memory: lower train.micro_batch_size or set train.gradient_checkpointing; `loralign plan` tells",
-        )
-    if reason := disk_full(error):
-        return 1, f"writing failed ({reason}): free some space, then try again"
-    read_only = getattr(error, "errno", None) == errno.EROFS
-    if isinstance(error, OSError) and (read_only or isinstance(error, BAD_PATH)) and error.filename:
-        return 2, f"{error.filename}: {(error.strerror or 'not usable').lower()}; name another path"
-    if isinstance(error, OSError) and error.filename:
-        return 1, f"{error.filename}: {error.strerror}"
-    return 1, f"unexpected {type(error).__name__}: {said or 'no message'}; --debug shows where, please report it"
-
-
-@contextmanager
-def _quiet(debug: bool) -> Iterator[None]:
-    """Our log on stderr; warnings of other libraries only with --debug, their bars only on a terminal."""
-    handler, log = _Stderr(), logging.getLogger("loralign")
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG if debug else logging.INFO if FIRST else logging.WARNING)
-    with warnings.catch_warnings(), ExitStack() as stack:
-        if not debug:
-            warnings.simplefilter("ignore")
-            stack.enter_context(_hushed(bars=sys.stderr.isatty()))
-        try:
-            yield
-        finally:
-            log.removeHandler(handler)
-            log.setLevel(level)
-
-
-@contextmanager
-def _hushed(*, bars: bool) -> Iterator[None]:
-    """Transformers says errors only, and draws no bars where none are wanted; datasets neither."""
-    import datasets
-    from transformers.utils import logging as transformers
-
-    level, drawn = transformers.get_verbosity(), transformers.is_progress_bar_enabled()
-    transformers.set_verbosity_error()
-    if not bars:
-        transformers.disable_progress_bar()
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        transformers.set_verbosity(level)
-        if drawn and not bars:
-            transformers.enable_progress_bar()
-            datasets.enable_progress_bars()
-
-
-class _Stderr(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(record.getMessage(), err=True)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -199,11 +90,12 @@ class Lines:
 def job_of(path: Path, overrides: Sequence[str] | None) -> Job:
     """The run of a recipe file, and one line about its learning rate."""
     from loralign.config.recipe import load, to_job
-    from loralign.train.model import hidden_size
 
     file = load(path, overrides or ())
     hidden = 2000
     if file.train.learning_rate is None:
+        from loralign.train.model import hidden_size
+
         hidden = hidden_size(file.model, revision=file.revision, trust_remote_code=file.trust_remote_code)
     job = to_job(file, hidden)
     say(f"{job.recipe.name}: learning rate {job.training.learning_rate:.3g} ({job.training.lr_source})")

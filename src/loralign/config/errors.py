@@ -79,9 +79,17 @@ def _said(path: str, one: Any, keys: Mapping[str, FieldInfo], options: frozenset
         return "is missing" + (f": {description[0].lower()}{description[1:].rstrip('.')}" if description else "")
     if one["type"] in ("missing", "extra_forbidden", "unexpected_keyword_argument", "too_long", "too_short"):
         return f"must be {_wanted(path, keys)}: {one['msg'].lower()} at {one['loc'][-1]}"
+    if one["type"] == "value_error":
+        return f"{one['msg'].removeprefix('Value error, ')} ({_short(one['input'])})"
+    if one["type"] == "string_too_long":
+        return f"is too long: at most {one['ctx']['max_length']} characters, not {len(one['input']):,}"
     said = _wanted(path, keys) if _is_type_error(one) else one["msg"].removeprefix("Input should be ")
-    value = "empty" if one["input"] is None else repr(one["input"])
-    return f"must be {said}, not {value if len(value) <= 60 else value[:57] + '…'}"
+    return f"must be {said}, not {'empty' if one['input'] is None else _short(one['input'])}"
+
+
+def _short(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= 60 else said[:57] + "…"
 
 
 def _wanted(path: str, keys: Mapping[str, FieldInfo]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticSchemaGenerationError
 
+from loralign.carrier.patterns import check_pattern
 from loralign.config.errors import sentence
 from loralign.config.sections import RunFile, TrainSection
 from loralign.config.yaml_text import override, read_yaml
@@ -104,7 +105,7 @@ def _option_types(lines: Sequence[Method]) -> dict[str, Any]:
     """Type of every option, from the factories' signatures; what is not annotated may be anything."""
     found: dict[str, Any] = {}
     for factory in _factories(lines):
-        hints = typing.get_type_hints(factory)
+        hints = typing.get_type_hints(factory, include_extras=True)
         for name in inspect.signature(factory).parameters:
             found.setdefault(name, hints.get(name, Any))
     return found
@@ -113,7 +114,7 @@ def _option_types(lines: Sequence[Method]) -> dict[str, Any]:
 def _typed(lines: Sequence[Method], options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as their factories want them; names are checked by `build`."""
     types = {name: kind for name, kind in _option_types(lines).items() if name in options}
-    config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
     shape = create_model("Options", __config__=config, **{name: (kind, ...) for name, kind in types.items()})  # type: ignore[call-overload]
     try:
         made = shape.model_validate_json(json.dumps({name: options[name] for name in types}))
@@ -170,10 +171,12 @@ def micro_batch_size(t: TrainSection) -> int:
 def _consistent(file: RunFile) -> None:
     """Values that do not go together, with the mend."""
     t, rows = file.train, file.train.batch_size
+    if isinstance(file.targets, str) and file.targets != "all-linear":
+        check_pattern(file.targets)
     if t.steps is not None and t.epochs is not None:
         raise LoralignError("`train.steps` and `train.epochs` both say how long to train: keep one")
     if t.micro_batch_size is not None and rows % t.micro_batch_size:
-        fitting = [d for d in range(1, rows + 1) if rows % d == 0]
+        fitting = [d for d in range(1, rows + 1) if rows % d == 0]  # rows is bounded
         near = min(fitting, key=lambda d: (abs(d - t.micro_batch_size), d))  # type: ignore[operator]
         raise LoralignError(
             f"`train.batch_size` {rows} is no multiple of `train.micro_batch_size` {t.micro_batch_size}: take {near}"

@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+BatchSize = Annotated[int, Field(ge=1, le=2**20)]
+Rank = Annotated[int, Field(ge=1, le=10**6)]
+Processes = Annotated[int, Field(ge=0, le=256)]
+Alpha = Annotated[float, Field(ge=1e-6, le=1e6)]
+Rate = Annotated[float, Field(ge=1e-12, le=1e3)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Name = Annotated[str, Field(max_length=200)]
+
+
+def _usable(text: str, longest: int = 255) -> str:
+    """A path or hub id that the system can at least look for."""
+    if not text.strip():
+        raise ValueError("is empty: name a file or folder")
+    if len(text.encode()) > 4000 or any(len(part.encode()) > longest for part in text.split("/")):
+        raise ValueError(f"is too long for a file's name: at most {longest} bytes")
+    if text.startswith("~"):
+        try:
+            Path(text).expanduser()
+        except RuntimeError as error:
+            raise ValueError("begins with ~ and a user without a home: write the folder out") from error
+    return text
+
+
+Source = Annotated[str, AfterValidator(_usable)]
+Target = Annotated[str, AfterValidator(lambda text: _usable(text, 200))]
+"""Of an output: temporary files beside it have longer names."""
 Schedule = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
 ]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class DataSection(_Section):
-    train: str
+    train: Source
     """Training rows: a json, jsonl, csv, parquet or arrow file, a folder written by `save_to_disk`, or a hub id."""
-    eval: str | Share | None = None
+    eval: Source | Share | None = None
     """Held-out rows: a file, or the share of the training rows to hold out."""
     max_length: Count = 1024
     """Tokens per row; longer rows are cut and counted."""
@@ -31,13 +60,13 @@ class DataSection(_Section):
 
 
 class TrainSection(_Section):
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: Rate | None = None
     """Peak learning rate of A (and of B times the method's ratio); omitted: the method's prior."""
     steps: Count | None = None
     """Optimizer steps."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Passes over the training rows, instead of `steps`; neither: 1."""
-    batch_size: Count = 16
+    batch_size: BatchSize = 16
     """Rows per optimizer step and process."""
     micro_batch_size: Count | None = None
     """Rows per forward, a divisor of batch_size; omitted: the largest up to 4."""
@@ -63,7 +92,7 @@ class TrainSection(_Section):
     """auto: bf16 on GPUs that have it, fp32 elsewhere; the adapter's own tensors are fp32 always."""
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Processes = 0
     """Data loader processes."""
     extra: dict[str, Any] = {}
     """Further fields of TRL's SFTConfig, as they are."""
@@ -72,17 +101,17 @@ class TrainSection(_Section):
 class RunFile(_Section):
     """A recipe of loralign: one training run."""
 
-    model: str
+    model: Source
     """Folder, .gguf file or hub id of the base model."""
-    method: str = "lora"
+    method: Name = "lora"
     """Method id, or a mix such as "lora-ga + lora-rite"; `loralign methods` lists them."""
-    preset: str | None = None
+    preset: Name | None = None
     """Named settings of the method, for instance those of its paper; what stands in this file wins."""
     options: dict[str, Any] = {}
     """The method's own options."""
-    rank: Count | None = None
+    rank: Rank | None = None
     """Rank r of every adapted matrix; omitted: the preset's, else 16."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Alpha | None = None
     """Scale: s = alpha/rank, or what the method makes of it; omitted: the preset's, else 32."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
@@ -90,11 +119,11 @@ class RunFile(_Section):
     """Modules to adapt: endings of their names, a regular expression, or all-linear (all but the head)."""
     exclude: list[str] = []
     """Endings of module names to leave as they are."""
-    ranks: dict[str, Count] = {}
+    ranks: dict[str, Rank] = {}
     """Ending of a module name to its rank, where it differs."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled weight decay of what trains."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    max_grad_norm: NotNegative = 1.0
     """Clip of the global gradient norm; 0: off; omitted: the method's own, 1 for most."""
     task: Literal["sft"] = "sft"
     """sft: supervised fine-tuning of a causal language model."""
@@ -102,13 +131,13 @@ class RunFile(_Section):
     """Rows, and how they become tokens."""
     train: TrainSection = TrainSection()
     """The optimisation."""
-    output: str
+    output: Target
     """Folder of the result; it must be empty or absent, or hold the run to resume."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of everything that is drawn."""
-    revision: str | None = None
+    revision: Name | None = None
     """Commit, tag or branch of a hub model."""
     trust_remote_code: bool = False
     """Run code that the model's repository ships."""
-    cache: str | None = None
+    cache: Target | None = None
     """Folder where evidence (gradients) is kept between runs."""

@@ -14,7 +14,19 @@ from loralign.compare.spec import Arm, Budget, Spec, TaskSpec
 from loralign.compare.study import check_arms
 from loralign.config.errors import sentence
 from loralign.config.recipe import parse, to_recipe
-from loralign.config.sections import Count, Schedule, _Section
+from loralign.config.sections import (
+    Alpha,
+    BatchSize,
+    Count,
+    Name,
+    NotNegative,
+    Rank,
+    Rate,
+    Schedule,
+    Source,
+    Target,
+    _Section,
+)
 from loralign.config.yaml_text import override, read_yaml
 from loralign.io.provenance import is_local
 from loralign.methods.table import learning_rate
@@ -28,32 +40,32 @@ REFERENCES = ("full", "lora")
 class TaskSection(_Section):
     kind: Literal["text", "sft", "classify"]
     """text: plain causal LM on `text` rows; sft: loss on answers; classify: `text` and `label` rows."""
-    train: str
+    train: Source
     """Training rows (jsonl)."""
-    valid: str
+    valid: Source
     """Rows on which learning rates are chosen."""
-    test: str
+    test: Source
     """Rows on which results are reported; no choice ever sees them."""
     length: Count = 128
     """Tokens per block or row."""
-    head_lr: Annotated[float, Field(gt=0)] = 1e-3
+    head_lr: Rate = 1e-3
     """Learning rate of a fresh classification head, the same for every arm."""
 
 
 class ArmSection(_Section):
-    method: str
+    method: Name
     """Method id or mix."""
-    name: str | None = None
+    name: Annotated[str, Field(min_length=1, max_length=60)] | None = None
     """What the arm is called; omitted: the method."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The method's own options."""
-    preset: str | None = None
+    preset: Name | None = None
     """Named settings of the method."""
-    rank: Count | None = None
+    rank: Rank | None = None
     """Rank, where it differs from the study's."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Alpha | None = None
     """Alpha, where it differs from the study's."""
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: Rate | None = None
     """Centre of the learning-rate grid; omitted: the method's prior."""
 
 
@@ -71,7 +83,7 @@ class RatesSection(_Section):
 class StudyTrainSection(_Section):
     steps: Count = 300
     """Optimizer steps of every trial."""
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
     """Rows per optimizer step."""
     micro_batch_size: Count | None = None
     """Rows per forward, a divisor of batch_size; omitted: batch_size."""
@@ -85,7 +97,7 @@ class StudyTrainSection(_Section):
     """bf16 autocast on GPUs, over an fp32 base; the same for every arm."""
     compile: bool = False
     """Compile the model's blocks on GPUs, once per worker; for task text, whose rows have one length."""
-    cpu_threads: Count = 1
+    cpu_threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """Threads of a worker on a CPU; results depend on it in the last bits, on the number of workers they do not."""
 
 
@@ -101,25 +113,25 @@ class BudgetSection(_Section):
 class StudyFile(_Section):
     """A study of loralign: methods compared, each at its own tuned learning rate."""
 
-    model: str
+    model: Source
     """Folder or hub id of the base model."""
     task: TaskSection
     """What is learned."""
-    arms: list[str | ArmSection]
+    arms: Annotated[list[str | ArmSection], Field(max_length=100)]
     """Methods to compare."""
     references: bool = True
     """Add plain `lora` and `full` fine-tuning of the same matrices."""
-    rank: Count = 16
+    rank: Rank = 16
     """Rank of every arm."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Alpha = 32.0
     """Alpha of every arm; the scale is the method's own."""
     targets: str | list[str] = "all-linear"
     """Modules to adapt."""
     exclude: list[str] = Field(default_factory=list)
     """Endings of module names to leave as they are."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled weight decay of what trains."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    max_grad_norm: NotNegative = 1.0
     """Clip of the global gradient norm; 0: off; omitted: the method's own, 1 for most."""
     rates: RatesSection = RatesSection()
     """The learning-rate search."""
@@ -129,15 +141,13 @@ class StudyFile(_Section):
     """Every trial's training."""
     budget: BudgetSection = BudgetSection()
     """Limits on the whole study."""
-    output: str
+    output: Target
     """Folder of the study: trials, results, pictures."""
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
     """Read a study file; the width of its model, which scales the learning-rate priors, is read from the config."""
-    if not Path(path).is_file():
-        raise LoralignError(f"no such study file: {path}; examples/compare.yaml is one to copy")
-    content = read_yaml(Path(path))
+    content = read_yaml(Path(path), "study")
     for text in overrides:
         override(content, text)
     file = parse_study(content, Path(path).name)
@@ -169,6 +179,8 @@ def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
         if isinstance(arm, Mapping):
             _validated(ArmSection, arm, f"{name}, arm {i}", "an arm")
     file = _validated(StudyFile, content, name, "a study")
+    if not file.arms and not file.references:
+        raise LoralignError(f"{name}: `arms` is empty and `references` is off: name a method to compare")
     t = file.train
     if t.micro_batch_size and t.batch_size % t.micro_batch_size:
         raise LoralignError(f"{name}: `train.batch_size` is no multiple of `train.micro_batch_size`")

@@ -32,7 +32,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loralign.types import Draw, Live, LoralignError, Weight
+from loralign.maths.bounds import NotNegative, bounded
+from loralign.types import Draw, Live, Weight
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class Boosted:
         return torch.cat([A, own.A0.to(A.dtype)]), torch.cat([B, own.B0.to(B.dtype)], dim=1)
 
 
-def boosted(boost: float = 2.0) -> Boosted:
+@bounded
+def boosted(boost: NotNegative = 2.0) -> Boosted:
     """Delta-LoRA's forward."""
-    if not boost >= 0:
-        raise LoralignError(f"delta-lora: boost must be 0 or more, not {boost}")
     return Boosted(boost)

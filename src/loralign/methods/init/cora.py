@@ -36,6 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loralign.maths.bounds import Count, Positive, bounded
 from loralign.maths.linalg import top_svd
 from loralign.types import CommonSubspace, Directions, Draw, Factors, LoralignError, Need, Train, Weight
 
@@ -103,8 +104,8 @@ def _made(
     kappa: float,
     fill: str,
 ) -> CommonBasis:
-    if side not in ("auto", "left", "right") or fill not in FILLS or width < 1 or not kappa > 0:
-        raise LoralignError("side is auto, left or right; fill is own or random; width and kappa are positive")
+    if side not in ("auto", "left", "right") or fill not in FILLS:
+        raise LoralignError("side is auto, left or right; fill is own or random")
     named = (sources,) if isinstance(sources, str) else tuple(str(s) for s in sources)
     if base and not named:
         raise LoralignError("`base` is what the sources were fine-tuned from: name them in `sources`, or leave it out")
@@ -112,26 +113,28 @@ def _made(
     return CommonBasis(train, FILLS[fill], kappa, needs)
 
 
+@bounded
 def common_basis(
     sources: str | Sequence[str] = (),
     *,
     base: str | None = None,
     side: str = "auto",
-    width: int = 32,
-    kappa: float = 1.0,
+    width: Count = 32,
+    kappa: Positive = 1.0,
     fill: str = "own",
 ) -> CommonBasis:
     """CoRA's first mode: the common factor stays as it is, the other one trains."""
     return _made(FROZEN, sources, base, side, width, kappa, fill)
 
 
+@bounded
 def common_start(
     sources: str | Sequence[str] = (),
     *,
     base: str | None = None,
     side: str = "auto",
-    width: int = 32,
-    kappa: float = 1.0,
+    width: Count = 32,
+    kappa: Positive = 1.0,
     fill: str = "own",
 ) -> CommonBasis:
     """CoRA's second mode: the common factor is a start, both train."""

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loralign.maths.bounds import Count, Positive, bounded
 from loralign.methods.init.kaiming import kaiming
 from loralign.types import Directions, Draw, Factors, LoralignError, Need, Preheated, Train, Weight
 
@@ -65,31 +66,36 @@ def _check(side: str, train: str, kappa: float) -> None:
         raise LoralignError('side is "A" or "B", train is "AB", "A" or "B", kappa is positive')
 
 
+@bounded
 def high_rank_preheat(
-    rank: int | None = None,
+    rank: Count | None = None,
     *,
-    steps: int = 100,
+    steps: Count = 100,
     train: str = "AB",
-    accumulate: int = 1,
-    lr: float | None = None,
+    accumulate: Count = 1,
+    lr: Positive | None = None,
     side: str = "A",
-    kappa: float = LORA_ROWS,
+    kappa: Positive = LORA_ROWS,
 ) -> HighRank:
     """HRP's start after T optimizer steps."""
     _check(side, train, kappa)
-    if steps < 1 or accumulate < 1:
-        raise LoralignError("hrp takes at least one step; without any it is the method hrp-sketch")
     R = (lambda r: rank) if rank else (lambda r: max(8 * r, 64))
     needs = Preheated(R, steps, train, micro_batches=steps * accumulate, accumulate=accumulate, lr=lr)  # type: ignore[arg-type]
     return HighRank(side, kappa, needs)  # type: ignore[arg-type]
 
 
+@bounded
 def high_rank_sketch(
-    rank: int | None = None, *, micro_batches: int = 32, train: str = "A", side: str = "A", kappa: float = LORA_ROWS
+    rank: Count | None = None,
+    *,
+    micro_batches: Count = 32,
+    train: str = "A",
+    side: str = "A",
+    kappa: Positive = LORA_ROWS,
 ) -> HighRank:
     """HRP's start from accumulated gradients, without an optimizer step."""
     _check(side, train, kappa)
-    if train == "AB" or micro_batches < 1:
-        raise LoralignError('hrp-sketch accumulates one side first: train is "A" or "B"; micro_batches at least 1')
+    if train == "AB":
+        raise LoralignError('hrp-sketch accumulates one side first: train is "A" or "B"')
     R = (lambda r: rank) if rank else (lambda r: max(4 * r, 32))
     return HighRank(side, kappa, Preheated(R, 0, train, micro_batches=micro_batches))  # type: ignore[arg-type]

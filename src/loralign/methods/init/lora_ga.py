@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loralign.maths.bounds import Count, Positive, bounded
 from loralign.maths.linalg import canonical_columns, top_svd
 from loralign.methods.init.kaiming import kaiming
 from loralign.types import Directions, Draw, Factors, LoralignError, Need, Sketch, TopGradient, Weight
@@ -101,22 +102,19 @@ class GradientSVD:
         return Factors(A, B, twin=True)
 
 
+@bounded
 def gradient_svd(
-    gamma: float = 16.0,
+    gamma: Positive = 16.0,
     *,
     direction: str = "ArB2r",
     scale: str = "stable",
     norm_clip: bool = False,
-    micro_batches: int = 8,
+    micro_batches: Count = 8,
     sketch: Sketch | None = Sketch(),  # noqa: B008 - a frozen value
 ) -> GradientSVD:
     """LoRA-GA's start."""
     if direction not in DIRECTIONS or scale not in scales(gamma):
         raise LoralignError(f"direction is one of {sorted(DIRECTIONS)}, scale one of {sorted(scales(gamma))}")
-    if not gamma > 0:
-        raise LoralignError(f"gamma = {gamma}: it must be positive, larger means a smaller start")
-    if micro_batches < 1:
-        raise LoralignError(f"micro_batches = {micro_batches}: a gradient needs at least one")
     if sketch is not None and (sketch.width < 2 or sketch.passes < 1 or sketch.held_out < 0):
         raise LoralignError(
             "a sketch has width 2 at least (2·r columns are needed), 1 pass and 0 held-out micro-batches"

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loralign.maths.bounds import Count, bounded
 from loralign.maths.linalg import top_svd
 from loralign.types import NOTHING, Directions, Draw, Factors, Need, Weight
 
@@ -38,6 +39,7 @@ class PrincipalSVD:
         return Factors((V * root).T.contiguous(), U * root, twin=True)
 
 
-def principal_svd(niter: int = 8) -> PrincipalSVD:
+@bounded
+def principal_svd(niter: Count = 8) -> PrincipalSVD:
     """PiSSA's start."""
     return PrincipalSVD(niter)

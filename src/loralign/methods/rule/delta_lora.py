@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loralign.types import NOTHING, Ctx, Grad, LoralignError, Moment, Need, Pair, Plan, SlotPlan
+from loralign.maths.bounds import NotNegative, Steps, bounded
+from loralign.types import NOTHING, Ctx, Grad, Moment, Need, Pair, Plan, SlotPlan
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ class Snapshot:
         """Nothing."""
 
 
-def snapshot(boost: float = 2.0, wait_steps: int = 500) -> Snapshot:
+@bounded
+def snapshot(boost: NotNegative = 2.0, wait_steps: Steps = 500) -> Snapshot:
     """Delta-LoRA's start of the base update."""
-    if wait_steps < 0:
-        raise LoralignError(f"delta-lora: wait_steps must be 0 or more, not {wait_steps}")
     return Snapshot(boost, wait_steps)

@@ -32,6 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from loralign.maths.bounds import Count, NotNegative, bounded
 from loralign.maths.draws import keyed_scores
 from loralign.maths.linalg import gram
 from loralign.maths.lists import stacked
@@ -134,13 +135,12 @@ class MaskedOrthogonal:
         """Nothing."""
 
 
+@bounded
 def masked_orthogonal(
-    c: float = 0.1,
-    keep: int | None = None,
+    c: NotNegative = 0.1,
+    keep: Count | None = None,
     draw: Literal["shared", "separate"] = "shared",
     mask_target: Literal["grad", "update"] = "grad",
 ) -> MaskedOrthogonal:
     """RM-LoRA: an orthogonality regulariser and a random slot mask."""
-    if c < 0 or (keep is not None and keep < 1):
-        raise LoralignError(f"rm-lora: c must be 0 or more and keep 1 or more, not {c} and {keep}")
     return MaskedOrthogonal(c, keep, draw, mask_target)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loralign.maths.bounds import Betas, Epsilon, bounded
 from loralign.maths.lists import adam_state, adam_updates
 from loralign.types import Ctx, Grad, Pair, SlotPlan, State
 
@@ -61,6 +62,7 @@ class AdamW:
                 slots[list(fresh)] = mean if key == "exp_avg_sq" else torch.zeros_like(mean)
 
 
-def adamw(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> AdamW:
+@bounded
+def adamw(betas: Betas = (0.9, 0.999), eps: Epsilon = 1e-8) -> AdamW:
     """Adam on each factor."""
     return AdamW(tuple(betas), eps)  # type: ignore[arg-type]

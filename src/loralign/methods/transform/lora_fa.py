@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loralign.maths.bounds import Betas, Epsilon, bounded
 from loralign.maths.linalg import gram, psd_inverse
 from loralign.maths.lists import by_shape, scales, stacked
 from loralign.methods.transform.adamw import adamw
@@ -62,6 +63,7 @@ class Projected:
         """Nothing is kept."""
 
 
-def projected_gradient(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Chain:
+@bounded
+def projected_gradient(betas: Betas = (0.9, 0.999), eps: Epsilon = 1e-8) -> Chain:
     """LoRA-FA: B alone moves."""
     return chain(Projected(), adamw(betas, eps))

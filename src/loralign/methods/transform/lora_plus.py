@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from loralign.maths.bounds import Positive, bounded
 from loralign.methods.transform.adamw import adamw
 from loralign.types import Ctx, Grad, LoralignError, Pair, SlotPlan, State, Transform
 
@@ -51,11 +52,10 @@ class Ratio:
         self.inner.on_plan(pair, state, plan)
 
 
-def ratio_lr(ratio: float = 16.0, inner: Transform | None = None) -> Ratio:
+@bounded
+def ratio_lr(ratio: Positive = 16.0, inner: Transform | None = None) -> Ratio:
     """`inner` (default: Adam) with lr_B = ratio·lr_A; refuses transforms that balance the factors themselves."""
     driven: Transform = adamw() if inner is None else inner
-    if not ratio > 0:
-        raise LoralignError(f"lora-plus: ratio is lr_B/lr_A and must be positive, not {ratio}")
     if "zero" not in driven.accepts:
         raise LoralignError(
             f"lora-plus gives A and B different rates because Adam treats them alike; {type(driven).__name__} already "

@@ -43,6 +43,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from loralign.maths.bounds import Betas, Epsilon, NotNegative, bounded
 from loralign.maths.linalg import gram, sylvester_spectral
 from loralign.maths.lists import by_shape, scales, stacked
 from loralign.methods.transform.adamw import adamw
@@ -252,13 +253,14 @@ def _split(a: Tensor | None, b: Tensor | None, n: int) -> list[Grad]:
     return [Grad(*pair) for pair in zip(*sides, strict=True)]
 
 
+@bounded
 def equivalent_gradient(
     moments: Literal["factor", "full", "none"] = "factor",
     x: Literal["sylvester", "zero", "symmetric"] = "sylvester",
-    damping: float = 1e-6,
-    floor: float = 1e-8,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
+    damping: NotNegative = 1e-6,
+    floor: NotNegative = 1e-8,
+    betas: Betas = (0.9, 0.999),
+    eps: Epsilon = 1e-8,
 ) -> Transform:
     """LoRA-Pro, with Adam's moments on the adjusted factors, on the full gradient, or without moments."""
     choose = {"sylvester": sylvester, "symmetric": symmetric, "zero": zero}[x]

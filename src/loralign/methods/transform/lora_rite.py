@@ -42,9 +42,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loralign.maths.bounds import Betas, Epsilon, NotNegative, bounded
 from loralign.maths.linalg import gram
 from loralign.maths.lists import kept, stacked
-from loralign.types import Ctx, Grad, LoralignError, Pair, SlotPlan, State
+from loralign.types import Ctx, Grad, Pair, SlotPlan, State
 
 CUT = 1e-6
 """Eigenvalues below this share of the largest are rounding, see `linalg`."""
@@ -224,10 +225,9 @@ class InvariantAdam:
         """Nothing: the state lives in the bases of the factors, and P carries it to the new ones."""
 
 
+@bounded
 def invariant_adam(
-    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6, clip: float = 1.0, escape: float = 1.0
+    betas: Betas = (0.9, 0.999), eps: Epsilon = 1e-6, clip: NotNegative = 1.0, escape: NotNegative = 1.0
 ) -> InvariantAdam:
     """LoRA-RITE."""
-    if clip < 0 or escape < 0:
-        raise LoralignError(f"lora-rite: clip and escape must be 0 (off) or positive, not {clip} and {escape}")
     return InvariantAdam((betas[0], betas[1]), eps, clip, escape)

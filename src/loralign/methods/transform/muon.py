@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loralign.maths.bounds import Beta, Count, bounded
 from loralign.maths.linalg import msign_each
 from loralign.maths.lists import by_shape, kept, stacked
 from loralign.types import Ctx, Grad, Pair, SlotPlan, State
@@ -78,6 +79,7 @@ class MatrixSign:
             slots[gone] = 0.0
 
 
-def matrix_sign(momentum: float = 0.95, newton_steps: int = 5) -> MatrixSign:
+@bounded
+def matrix_sign(momentum: Beta = 0.95, newton_steps: Count = 5) -> MatrixSign:
     """A Muon-like step on each factor."""
     return MatrixSign(momentum, newton_steps)

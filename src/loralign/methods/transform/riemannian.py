@@ -25,11 +25,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loralign.maths.bounds import Betas, Epsilon, NotNegative, bounded
 from loralign.maths.linalg import gram, psd_inverse
 from loralign.maths.lists import by_shape, stacked
 from loralign.methods.transform.adamw import adamw
 from loralign.methods.transform.combine import Chain, chain
-from loralign.types import Ctx, Grad, LoralignError, Pair, SlotPlan, State
+from loralign.types import Ctx, Grad, Pair, SlotPlan, State
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ class Scaled:
         """Nothing is kept."""
 
 
-def scaled_gradient(damping: float = 1e-6, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Chain:
+@bounded
+def scaled_gradient(damping: NotNegative = 1e-6, betas: Betas = (0.9, 0.999), eps: Epsilon = 1e-8) -> Chain:
     """The Riemannian preconditioner, then Adam in the preconditioned coordinates."""
-    if not damping >= 0:
-        raise LoralignError(f"riemannian: damping must be 0 or more, not {damping}")
     return chain(Scaled(damping), adamw(betas, eps))
