@@ -448,7 +448,13 @@ class OutOfMemoryError(RuntimeError):
     [
         (WorkFailed("it  diverged\nhere"), 1, "it diverged here"),
         (VerificationFailed("logits differ"), 3, "logits differ"),
-        (OutOfMemoryError("CUDA out of memory"), 1, "out of memory: lower train.micro_batch_size"),
+        (OutOfMemoryError("CUDA out of memory"), 1, "out of memory: lower `rank` or `train.micro_batch_size`"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            1,
+            "out of memory: lower",
+        ),
+        (OSError(36, "File name too long", "x" * 999), 2, "x" * 40 + "…" + "x" * 12 + ": file name too long; name"),
         (MemoryError(), 1, "out of memory"),
         (PermissionError(13, "Permission denied", "/x"), 2, "/x: permission denied; name another path"),
         (OSError(5, "Input/output error", "/x"), 1, "/x: Input/output error"),

@@ -203,7 +203,7 @@ def test_bf16_base_gets_the_same_start_up_to_rounding() -> None:
     [{"micro_batches": 0}, {"sketch": Sketch(width=1)}, {"sketch": Sketch(passes=0)}, {"sketch": Sketch(held_out=-1)}],
 )
 def test_counts_that_mean_nothing_are_refused(options: Any) -> None:
-    with pytest.raises(LoralignError, match=r"at least|needs at least one"):
+    with pytest.raises(LoralignError, match=r"at least"):
         gradient_svd(**options)
 
 

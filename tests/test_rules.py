@@ -207,7 +207,7 @@ def test_ragged_ranks_and_bad_settings() -> None:
     assert [int(m.A.sum()) for m in made or ()] == [1, 2, 2]
     with pytest.raises(LoralignError, match="w0 has 1"):
         masked_orthogonal(keep=2).grad_mask([pair(0, r=1)], ctx())
-    with pytest.raises(LoralignError, match="keep 1 or more"):
+    with pytest.raises(LoralignError, match="keep must be at least 1"):
         masked_orthogonal(keep=0)
 
 

@@ -799,7 +799,7 @@ def test_P5_first_step_from_zero_B() -> None:
 def test_lora_plus_refuses_what_balances_the_factors_itself() -> None:
     with pytest.raises(LoralignError, match="use it alone"):
         ratio_lr(16.0, invariant_adam())
-    with pytest.raises(LoralignError, match="must be positive"):
+    with pytest.raises(LoralignError, match="must be above 0"):
         ratio_lr(0.0)
 
 

@@ -17,8 +17,8 @@ from loralign.types import LoralignError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Positive = Annotated[float, Interval(gt=0, le=1e12)]
-NotNegative = Annotated[float, Interval(ge=0, le=1e12)]
+Positive = Annotated[float, Interval(gt=0, le=1e30)]
+NotNegative = Annotated[float, Interval(ge=0, le=1e30)]
 Beta = Annotated[float, Interval(ge=0, lt=1)]
 Betas = tuple[Beta, Beta]
 Epsilon = Annotated[float, Interval(gt=0, le=1)]
