@@ -14,7 +14,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -179,14 +181,15 @@ def test_compiled_blocks_are_shared_by_trials(tmp_path: Path, monkeypatch: pytes
 
 
 def command(file: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "loralign", "compare", str(file), *words]
+    return [sys.executable, "-P", "-m", "loralign", "compare", str(file), *words]
 
 
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def compare(file: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(file, *words), env=ENV, capture_output=True, text=True, timeout=300, check=False)
+def compare(file: Path, *words: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    called = command(file, *words)
+    return subprocess.run(called, env=ENV, capture_output=True, text=True, timeout=300, check=False, **kwargs)
 
 
 def test_a_study_from_start_to_table_and_a_later_arm(tmp_path: Path) -> None:
@@ -247,7 +250,9 @@ def _wait_for_trials(file: Path, count: int, running: subprocess.Popen[bytes]) -
 @pytest.mark.distributed
 def test_a_worker_that_fails_is_quoted(tmp_path: Path) -> None:
     file = write_study(tmp_path, arms=[{"method": "lora-ga", "rank": 32}])
-    said = compare(file, "--workers", "2")
+    for planted in ("loralign.py", "statistics.py"):  # a worker must not import from the folder that it runs in
+        (tmp_path / planted).write_text("raise SystemExit('planted')", encoding="utf-8")
+    said = compare(file, "--workers", "2", cwd=tmp_path)
     assert said.returncode == 2
     assert (
         "2 of 2 workers failed, what they finished is kept; the first said: arm 'lora-ga': rank 32 is too large"
@@ -272,6 +277,24 @@ def test_minutes_end_a_trial_in_the_middle(tmp_path: Path, finished: int) -> Non
     assert not work(limited, slow)
     assert len(begun) == 1 and len(Store(spec).outcomes()) == finished
     assert Store(spec).running() == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, number: signal.Signals) -> None:
+    file = write_study(tmp_path, train={**SMALL, "steps": 4000})
+    running = subprocess.Popen(command(file, "--workers", "2"), env=ENV, stderr=subprocess.PIPE, text=True)
+    spec, end = load(file), time.monotonic() + 120
+    while time.monotonic() < end and len(Store(spec).running()) < 2:
+        time.sleep(0.2)
+    workers = psutil.Process(running.pid).children()
+    assert len(workers) == 2
+    running.send_signal(number)
+    error = running.communicate(timeout=60)[1]
+    _, alive = psutil.wait_procs(workers, timeout=15)
+    assert not alive and Store(spec).running() == {}
+    said = "loralign: stopped by SIGTERM; the same command goes on where it was\n" if number == signal.SIGTERM else ""
+    assert (running.returncode, error) == ((143, said) if said else (-number, said))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from loralign import LoralignError, build
 from loralign.compare import store as storing
 from loralign.compare.identity import arm_settings, content_of, file_print, model_print, shared_rows
 from loralign.compare.live import board, headline, watched
-from loralign.compare.report import collect, repeatable, report
+from loralign.compare.report import collect, repeatable, report, terminal_tables
 from loralign.compare.spec import Arm, Budget, Outcome, Spec, TaskSpec, Trial
 from loralign.compare.store import Store
 from loralign.compare.study import no_room, rate_trials, seed_trials, wanted, work
@@ -295,6 +296,49 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     journal.write_text("".join([*lines[:5], "{broken\n", *lines[5:]]))
     with pytest.raises(LoralignError, match=r"study\.journal in .* is damaged at line 6: remove that line"):
         Store(spec(tmp_path))
+
+
+def replaced(pattern: str, by: str) -> Callable[[list[str]], list[str]]:
+    return lambda lines: [re.sub(pattern, lambda found: by, line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: lines[1:], "line 1: the study's beginning is missing"),
+        (lambda lines: ["rubbish\n", *lines], "line 1"),
+        (lambda lines: ["[]\n", *lines], "line 1"),
+        (replaced(r'"settings": {.*?}}', '"settings": 3}'), "in its settings"),
+        (replaced(r'"key": "rate', r'"key": "'), "in the key of trial 0"),
+        (replaced(r'"key": "rate', r'"key": 3, "x": "rate'), "in the key of trial 0"),
+        (replaced(r'"owner": \[', r'"owner": [[], '), "in the owner of trial 0"),
+        (replaced(r'"beat": \[0\.0', r'"beat": [null'), "in the beat of trial 0"),
+        (replaced(r'\\"losses\\": \[', r'\"losses\": [{}, '), "in the outcome of trial 0"),
+        (replaced(r'\\"losses\\": \[', r'\"losses\": [1.0, '), "in the outcome of trial 0"),
+        (replaced(r'"outcome": "\{', r'"outcome": "[]{'), "in the outcome of trial 0"),
+    ],
+)  # fmt: skip
+def test_a_journal_of_another_form_is_refused_and_nothing_is_forgotten(
+    tmp_path: Path, change: Callable[[list[str]], list[str]], said: str
+) -> None:
+    assert work(spec(tmp_path), bowl)
+    journal = tmp_path / "study.journal"
+    lines = [json.dumps(json.loads(line)) + "\n" for line in journal.read_text().splitlines()]
+    assert change(lines) != lines
+    journal.write_text("".join(change(lines)))
+    with pytest.raises(LoralignError, match=f"damaged .*{said}"):
+        Store(spec(tmp_path)).outcomes()
+
+
+def test_arms_may_be_called_what_markup_and_mathematics_mean(tmp_path: Path) -> None:
+    study = spec(tmp_path, arm("[/x]", method="lora"), arm("a$^{$b", method="pissa"), references=False)
+    assert work(study, bowl)
+    result = report(study)
+    console = Console(file=io.StringIO(), width=160)
+    for table in (*terminal_tables(result), board(study, Store(study).outcomes(), {})):
+        console.print(table)
+    assert console.file.getvalue().count("[/x]") == console.file.getvalue().count("a$^{$b") > 1  # type: ignore[attr-defined]
+    assert {"rates.png", "steps.png"} <= {p.name for p in tmp_path.iterdir()}
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,6 +18,9 @@ from loralign.types import LoralignError, WorkFailed
 
 if TYPE_CHECKING:
     from loralign.compare.spec import Outcome, Spec, Trial
+
+PARENT = "LORALIGN_PARENT"
+"""In the environment of a worker: the process that started it."""
 
 
 def spec_of(study: Path, overrides: Sequence[str]) -> Spec:
@@ -43,12 +48,23 @@ def run_alone(spec: Spec) -> None:
 
 def work_as_one_of_many(spec: Spec) -> None:
     """This process works and says what it finished itself."""
+    if PARENT in os.environ:
+        threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     from loralign.compare.live import line
 
     def tell(trial: Trial, outcome: Outcome, number: int, total: int) -> None:
         say(line(trial, outcome, number, total))
 
     work_here(spec, tell)
+
+
+def _end_with(parent: int) -> None:
+    """Stop this worker when the process that started it is gone, however it ended: first in order, then for good."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30.0)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def work_here(spec: Spec, on_done: object = None) -> bool:
@@ -91,13 +107,13 @@ def run_workers(study: Path, overrides: Sequence[str], count: int, spec: Spec) -
 
     warn_of_idle_arms(spec)
     gpus = torch.cuda.device_count()
-    command = [sys.executable, "-m", "loralign", "compare", str(study), "--worker"]
+    command = [sys.executable, "-P", "-m", "loralign", "compare", str(study), "--worker"]  # -P: no modules from here
     command += [part for text in overrides for part in ("--set", text)]
     with ExitStack() as stack:
         stack.enter_context(watched(spec, say))
         logs, workers = [], []
         for i in range(count):
-            given = {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus > 1 else {}
+            given = {PARENT: str(os.getpid()), **({"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus > 1 else {})}
             logs.append(stack.enter_context((spec.output / f"worker-{i + 1}.log").open("w+", encoding="utf-8")))
             made = subprocess.Popen(command, env={**os.environ, **given}, stdout=logs[-1], stderr=subprocess.STDOUT)
             stack.callback(_end, made)

@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from loralign.compare.spec import Outcome, Spec, Trial
 from loralign.compare.store import Store
@@ -39,7 +40,7 @@ def board(spec: Spec, done: Mapping[str, Outcome], running: Running) -> Table:
         here = [done[t.key].losses[-1] for t in seeds if t.key in done and not done[t.key].diverged]
         mean = f"mean {fmean(here):.4f}" if here else ""
         waiting = [_cell(t, done, running, spec.steps, False) for t in seeds]
-        made.add_row(arm.name, " · ".join(cells), " ".join((*waiting, mean)))
+        made.add_row(Text(arm.name), " · ".join(cells), " ".join((*waiting, mean)))
     return made
 
 

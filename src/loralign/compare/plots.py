@@ -142,5 +142,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
 
 def _save(figure: Figure, axes: Axes, path: Path) -> None:
     if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+        legend = figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # an arm may be called a$b
     figure.savefig(path, dpi=150)

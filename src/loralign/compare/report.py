@@ -14,6 +14,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from loralign.compare.plots import plot_rates, plot_seconds, plot_steps
 from loralign.compare.rates import Rate
@@ -195,7 +196,7 @@ def _table(title: str, heads: Sequence[str], lines: Sequence[tuple[str, ...]]) -
     for i in shown:
         made.add_column(heads[i], justify="right" if i else "left", no_wrap=True)
     for line in lines:
-        made.add_row(*(line[i] for i in shown))
+        made.add_row(*(Text(line[i]) for i in shown))  # no markup: an arm may be called [a]
     return made
 
 

@@ -27,16 +27,14 @@ import optuna
 import psutil
 from optuna.exceptions import OptunaError
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from loralign.compare.identity import arm_settings, first_difference, settings
+from loralign.compare.journal import JOURNAL, damaged, opened, outcome_of, study_id, wrong_in
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
-JOURNAL = "study.journal"
-NAME = "loralign"
 BEAT_S = 15.0
 STALE_S = 120.0
 """A claim from another machine whose beat did not change for so long is dead."""
@@ -51,8 +49,9 @@ class Store:
 
     def __init__(self, spec: Spec) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._journal = _opened(spec.output)
-        self._study = _study_id(self._journal)
+        self._path = spec.output / JOURNAL
+        self._journal = opened(spec.output)
+        self._study = study_id(self._journal, self._path)
         self._bind(spec)
         self._outcomes: dict[int, tuple[str, Outcome]] = {}
         self._beats: dict[int, tuple[Any, float]] = {}
@@ -65,6 +64,8 @@ class Store:
             if key not in known:
                 self._journal.set_study_user_attr(self._study, key, value)
         known = self._journal.get_study_user_attrs(self._study)
+        if odd := [key for key in wanted if not isinstance(known[key], Mapping)]:
+            raise LoralignError(damaged(self._path, f"in its {odd[0]}"))
         different = first_difference(known["settings"], wanted["settings"])
         if different:
             raise LoralignError(_other_settings(spec.output, *different))
@@ -78,6 +79,9 @@ class Store:
 
     def _trials(self) -> list[FrozenTrial]:
         found: list[FrozenTrial] = self._journal.get_all_trials(self._study, deepcopy=False)
+        for t in found:
+            if wrong := wrong_in(t):
+                raise LoralignError(damaged(self._path, f"in the {wrong} of trial {t.number}"))
         return found
 
     def outcomes(self) -> dict[str, Outcome]:
@@ -86,10 +90,16 @@ class Store:
         found: dict[str, Outcome] = {}
         for t in sorted(complete, key=lambda t: (t.datetime_complete, t.number)):
             if t.number not in self._outcomes:
-                self._outcomes[t.number] = t.user_attrs["key"], outcome_of(json.loads(t.user_attrs["outcome"]))
+                self._outcomes[t.number] = t.user_attrs["key"], self._outcome(t)
             key, outcome = self._outcomes[t.number]
             found.setdefault(key, outcome)
         return found
+
+    def _outcome(self, t: FrozenTrial) -> Outcome:
+        try:
+            return outcome_of(t.user_attrs["outcome"])
+        except ValueError as error:
+            raise LoralignError(damaged(self._path, f"in the outcome of trial {t.number}")) from error
 
     def running(self) -> dict[str, tuple[float, int]]:
         """Seconds spent and step reached of the trials that a live worker is busy with, by key."""
@@ -181,69 +191,6 @@ class Claim:
         except (OptunaError, RuntimeError) as error:
             self.lost = True
             log.debug("a trial was taken over by another worker: %s", error)
-
-
-def outcome_of(body: Mapping[str, Any]) -> Outcome:
-    curves = {key: tuple(body[key]) for key in ("steps", "seconds", "losses")}
-    return Outcome(**{**body, **curves})
-
-
-# ------------------------------------------------------------------------------------------------------------- journal
-
-
-def _opened(folder: Path) -> JournalStorage:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = (folder / JOURNAL).resolve()
-    backend = JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
-    _cut_half_line(path)
-    try:
-        return JournalStorage(backend)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise LoralignError(
-            f"{path.name} in {folder} is damaged at line {_broken_line(path)}: remove that line, or choose another "
-            "output folder"
-        ) from error
-
-
-def _cut_half_line(path: Path) -> None:
-    """Remove what a worker that was killed while writing left behind; whoever writes now holds the lock."""
-    if _ends_whole(path):
-        return
-    lock = JournalFileOpenLock(str(path))
-    lock.acquire()
-    try:
-        if not _ends_whole(path):
-            whole = path.read_bytes()
-            with path.open("r+b") as f:
-                f.truncate(whole.rfind(b"\n") + 1)
-    finally:
-        lock.release()
-
-
-def _ends_whole(path: Path) -> bool:
-    with path.open("rb") as f:
-        if not f.seek(0, os.SEEK_END):
-            return True
-        f.seek(-1, os.SEEK_END)
-        return f.read(1) == b"\n"
-
-
-def _broken_line(path: Path) -> int:
-    lines = path.read_bytes().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            json.loads(line)["op_code"]
-        except (ValueError, KeyError, TypeError):
-            return number
-    return len(lines)
-
-
-def _study_id(journal: JournalStorage) -> int:
-    with suppress(KeyError):
-        return int(journal.get_study_id_from_name(NAME))
-    with suppress(OptunaError):  # another worker was quicker
-        return int(journal.create_new_study([optuna.study.StudyDirection.MINIMIZE], NAME))
-    return int(journal.get_study_id_from_name(NAME))
 
 
 # --------------------------------------------------------------------------------------------------- who, and refusals

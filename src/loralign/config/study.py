@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from loralign.compare.identity import content_of, file_print, shared_rows
 from loralign.compare.spec import Arm, Budget, Spec, TaskSpec
@@ -37,6 +37,15 @@ T = TypeVar("T", bound=_Section)
 REFERENCES = ("full", "lora")
 
 
+def _one_word(text: str) -> str:
+    if not text.isprintable() or text != text.strip() or text[:1] in ("", "_"):
+        raise ValueError("must be printable, without a space at its ends or a leading underscore")
+    return text
+
+
+ArmName = Annotated[str, Field(max_length=60), AfterValidator(_one_word)]
+
+
 class TaskSection(_Section):
     kind: Literal["text", "sft", "classify"]
     """text: plain causal LM on `text` rows; sft: loss on answers; classify: `text` and `label` rows."""
@@ -55,7 +64,7 @@ class TaskSection(_Section):
 class ArmSection(_Section):
     method: Name
     """Method id or mix."""
-    name: Annotated[str, Field(min_length=1, max_length=60)] | None = None
+    name: ArmName | None = None
     """What the arm is called; omitted: the method."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The method's own options."""
@@ -161,8 +170,9 @@ def _check_files(spec: Spec, name: str) -> None:
     task = spec.task
     for source in (task.train, task.valid, task.test):
         file = task.kind in ("text", "classify") or is_local(source) or Path(source).suffix
-        if file and not Path(source).expanduser().exists():
-            raise LoralignError(f"{name}: no such file: {source}")
+        path = Path(source).expanduser()
+        if file and not (path.is_file() or path.is_dir()):
+            raise LoralignError(f"{name}: no such {'data file' if path.exists() else 'file'}: {source}")
     if task.valid == task.train:
         raise LoralignError(f"{name}: `task.valid` and `task.train` are the same rows: split some off")
     if file_print(task.test) in (file_print(task.train), file_print(task.valid)):

@@ -1,0 +1,119 @@
+"""The file behind a study: optuna's journal, opened, begun, and refused where it is not what we wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import OptunaError
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import TypeAdapter
+
+from loralign.compare.spec import Outcome
+from loralign.types import LoralignError
+
+JOURNAL = "study.journal"
+NAME = "loralign"
+_KEY = re.compile(r"(rate|seed)/.+/[-+]?\d+/-?\d+")
+_OUTCOME = TypeAdapter(Outcome)
+
+
+def outcome_of(text: str) -> Outcome:
+    """A trial's outcome as it was written. Raises ValueError."""
+    found = _OUTCOME.validate_json(text)
+    if len({len(found.steps), len(found.seconds), len(found.losses)}) > 1 or not (found.losses or found.diverged):
+        raise ValueError("steps, seconds and losses do not belong together")
+    return found
+
+
+def opened(folder: Path) -> JournalStorage:
+    """The journal in a folder, which is made; half a line at its end is cut off."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = (folder / JOURNAL).resolve()
+    backend = JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
+    _cut_half_line(path)
+    try:
+        return JournalStorage(backend)
+    except Exception as error:  # whatever optuna makes of a line that it did not write
+        if isinstance(error, OSError):
+            raise
+        number = _broken_line(path)
+        mend = ["remove that line"] if number > 1 else []
+        raise LoralignError(damaged(folder / JOURNAL, f"at line {number}", *mend)) from error
+
+
+def damaged(path: Path, where: str, mend: str = "put back a copy of the file") -> str:
+    """The sentence about a journal that nobody of us wrote so."""
+    return f"{path.name} in {path.parent} is damaged {where}: {mend}, or choose another `output` folder"
+
+
+def wrong_in(t: FrozenTrial) -> str:
+    """What of a trial's attributes is of another form than `Claim` writes, or ""."""
+    attrs = t.user_attrs
+    if not _KEY.fullmatch(str(attrs.get("key", "rate/a/0/0"))):
+        return "key"
+    if not _are(attrs.get("owner", ["", 1, 1.0]), str, int, float):
+        return "owner"
+    if not _are(attrs.get("beat", [1.0, 1.0, 1]), float, float, int):
+        return "beat"
+    if "outcome" in attrs and (t.datetime_complete is None and t.state == TrialState.COMPLETE):
+        return "end"
+    return ""
+
+
+def _are(values: Any, *kinds: type) -> bool:
+    if not isinstance(values, list) or len(values) != len(kinds):
+        return False
+    return all(isinstance(v, (int, float) if kind is float else kind) for v, kind in zip(values, kinds, strict=True))
+
+
+def _cut_half_line(path: Path) -> None:
+    """Remove what a worker that was killed while writing left behind; whoever writes now holds the lock."""
+    if _ends_whole(path):
+        return
+    lock = JournalFileOpenLock(str(path))
+    lock.acquire()
+    try:
+        if not _ends_whole(path):
+            whole = path.read_bytes()
+            with path.open("r+b") as f:
+                f.truncate(whole.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def _ends_whole(path: Path) -> bool:
+    with path.open("rb") as f:
+        if not f.seek(0, os.SEEK_END):
+            return True
+        f.seek(-1, os.SEEK_END)
+        return f.read(1) == b"\n"
+
+
+def _broken_line(path: Path) -> int:
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            json.loads(line)["op_code"]
+        except (ValueError, KeyError, TypeError):
+            return number
+    return len(lines)
+
+
+def study_id(journal: JournalStorage, path: Path) -> int:
+    """The number of the one study in the journal, begun where the journal is empty."""
+    written = path.stat().st_size > 0  # before looking: what another worker writes meanwhile is its first line, too
+    with suppress(KeyError):
+        return int(journal.get_study_id_from_name(NAME))
+    if written:
+        raise LoralignError(damaged(path, "at line 1: the study's beginning is missing"))
+    with suppress(OptunaError):  # another worker was quicker
+        return int(journal.create_new_study([optuna.study.StudyDirection.MINIMIZE], NAME))
+    return int(journal.get_study_id_from_name(NAME))
