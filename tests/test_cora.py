@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from loralign.evidence import collect
 from loralign.evidence.shared import choose_side
 from loralign.evidence.sources import Members, Target, leading
 from loralign.evidence.subspace import (
+    Basis,
     Consensus,
     Shared,
     check_sources,
@@ -464,6 +466,35 @@ def test_basis_file(sources: tuple[str, ...], tmp_path: Path) -> None:
         assert torch.equal(factor(models[0], 3, "B"), factor(models[1], 3, "B"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: "a text",
+        lambda about: 3,
+        lambda about: [],
+        lambda about: {**about, "format": 9},
+        lambda about: {k: v for k, v in about.items() if k != "groups"},
+        lambda about: {k: v for k, v in about.items() if k != "facts"},
+        lambda about: {**about, "facts": {"kind": "adapters"}},
+        lambda about: {**about, "groups": {"x": [0.1, 2]}},
+        lambda about: {**about, "groups": {k: ["much", 2] for k in about["groups"]}},
+        lambda about: {**about, "groups": {k: v for k, v in about["groups"].items() if k.endswith("left")}},
+    ],
+)
+def test_a_tampered_basis_file_is_refused(change: Any, tmp_path: Path) -> None:
+    eye = torch.eye(6)
+    shared = {side: Shared(eye[:, :2], torch.tensor([1.0, 0.5]), 0.2, 2) for side in ("left", "right")}
+    facts = {"kind": "adapters", "sources": [{"name": "a"}, {"name": "b"}], "base": None, "width": 2}
+    path = tmp_path / "b.safetensors"
+    write_basis(path, Basis({"m": shared}, facts))  # type: ignore[dict-item]
+    show_basis(read_basis(path))
+    with safe_open(path, framework="pt") as f:
+        about = json.loads(f.metadata()["loralign_basis"])
+    save_file(load_file(path), path, metadata={"loralign_basis": json.dumps(change(about))})
+    with pytest.raises(LoralignError, match="is no basis file: make one"):
+        read_basis(path)
+
+
 def test_bad_sources(sources: tuple[str, ...], tmp_path: Path) -> None:
     llama(hidden_size=64).save_pretrained(tmp_path / "wide")
     llama().save_pretrained(tmp_path / "same")
@@ -489,8 +520,8 @@ def test_bad_sources(sources: tuple[str, ...], tmp_path: Path) -> None:
             check_sources([str(s) for s in given], **options)
     for name, text, message in (
         ("foreign", '{"peft_type": "IA3"}', "no plain LoRA adapter"),
-        ("half", '{"peft_type":', "none that PEFT reads"),
-        ("odd", '{"peft_type": "FOO"}', "none that PEFT reads"),
+        ("half", '{"peft_type":', "adapter_config.json is damaged"),
+        ("odd", '{"peft_type": "FOO"}', "adapter_config.json is damaged"),
         ("cut", (Path(sources[0]) / "adapter_config.json").read_text(), "is missing or cut off"),
         ("bare", (Path(sources[0]) / "adapter_config.json").read_text(), "save the adapter again"),
     ):

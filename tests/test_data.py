@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -176,6 +178,51 @@ def test_a_bad_file_is_one_sentence(name: str, tmp_path: Path) -> None:
     with pytest.raises(LoralignError, match=message) as raised:
         read_rows(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_columns_that_rows_of_text_never_have_are_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = pa.array(["a", "b"])
+    odd = pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int64()))
+    for metadata in (None, {b"huggingface": b"{broken"}, {b"huggingface": b"[]"}):
+        table = pa.table({"text": text, "odd": odd})
+        path = tmp_path / "rows.parquet"
+        table = table.replace_schema_metadata(metadata)
+        pq.write_table(table, path)
+        with caplog.at_level(logging.WARNING, "loralign"):
+            assert read_rows(path)["text"][:] == ["a", "b"]
+    assert "the columns odd are of types that cannot be read" in caplog.text
+
+
+def test_damaged_binary_files_and_folders_are_one_sentence(tmp_path: Path) -> None:
+    rows = rows_of(*({"text": f"row {i}" * 50} for i in range(2000)))
+    rows.save_to_disk(tmp_path / "saved")
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    whole = arrow.read_bytes()
+    cut = tmp_path / "cut.arrow"
+    for part in (0.01, 0.3, 0.6, 0.99):
+        cut.write_bytes(whole[: int(part * len(whole))])
+        with pytest.raises(LoralignError, match="is no arrow file"):
+            read_rows(cut)
+    state, info = (tmp_path / "saved" / n for n in ("state.json", "dataset_info.json"))
+    for file, text in ((state, "[]"), (state, '{"_data_files": null}'), (info, "[]"), (info, "{")):
+        kept = file.read_text(encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(LoralignError, match="damaged save_to_disk folder"):
+            read_rows(tmp_path / "saved")
+        file.write_text(kept, encoding="utf-8")
+    with pytest.raises(LoralignError, match="line 1 holds a number of too many digits"):
+        read_rows(write(tmp_path, "long.jsonl", '{"text": "a", "n": ' + "9" * 5000 + "}"))
+
+
+@pytest.mark.parametrize("name", ["text", "json", "csv", "imagefolder"])
+def test_a_builder_of_datasets_is_no_name_of_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would train on every file of the current folder."""
+    write(tmp_path, "diary.txt", "secret")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoralignError, match=f"{name} is a kind of file, not a file"):
+        read_rows(name)
 
 
 def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evidence_ranks import RANKS
@@ -198,6 +199,22 @@ def test_a_broken_or_foreign_part_is_no_start(tmp_path: Path, monkeypatch: pytes
     (kept,) = tmp_path.glob("*.partial")
     kept.write_bytes(kept.read_bytes()[:100])
     assert equal(gathered(tmp_path, need), gathered(None, need)) and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.int(), lambda t: t * float("nan")])
+def test_kept_evidence_of_another_form_is_collected_again(
+    change: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = gathered(tmp_path)
+    (file,) = tmp_path.iterdir()
+    with safe_open(file, framework="pt") as f:
+        about = f.metadata()
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith("|U"))
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, file, metadata=about)
+    with caplog.at_level(logging.WARNING, "loralign"):
+        assert equal(first, gathered(tmp_path))
+    assert "it is collected again" in caplog.text
 
 
 def test_broken_cache_file_is_collected_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
 from datasets.table import InMemoryTable
 
 from loralign.types import LoralignError
@@ -27,8 +29,12 @@ OPTIONAL = ("input", "system", "history", "tools")
 """Columns that a row may lack: the row then holds None there."""
 CHUNK = 1000
 MISFIT = (pa.ArrowException, ValueError, TypeError, OverflowError)
+UNREADABLE = (*MISFIT, KeyError, AttributeError, IndexError, RecursionError, OSError)
+"""What the readers of a damaged file or folder raise."""
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 LIST_OR_LINES = "write one object per line, or one list of objects"
+
+log = logging.getLogger("loralign")
 
 
 def read_rows(source: str | Path, split: str | None = None) -> Dataset:
@@ -134,7 +140,9 @@ def _file(path: Path) -> Dataset:
         return READERS[path.suffix](path)
     except UnicodeDecodeError as error:
         raise LoralignError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    except pa.ArrowException as error:
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.filename:  # the system refuses the file, whatever is in it
+            raise
         raise LoralignError(f"{path} is no {path.suffix[1:]} file ({first_line(error)}): write it again") from error
 
 
@@ -156,8 +164,9 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         at = f"{path}, line {line + error.lineno - 1}"
         raise LoralignError(f"{at} is not JSON ({error.msg}, column {error.colno}): {LIST_OR_LINES}") from error
-    except RecursionError as error:
-        raise LoralignError(f"{path}, line {line} is nested too deeply: {LIST_OR_LINES}") from error
+    except (ValueError, RecursionError) as error:
+        why = "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"
+        raise LoralignError(f"{path}, line {line} {why}: {LIST_OR_LINES}") from error
 
 
 def _json(path: Path) -> Dataset:
@@ -211,7 +220,27 @@ def _same_columns(rows: Iterable[tuple[str, Any]], path: Path) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Dataset:
-    return Dataset(InMemoryTable(pq.read_table(path)))
+    return _of_table(pq.read_table(path), path)
+
+
+def _of_table(table: pa.Table, path: Path) -> Dataset:
+    """The table's columns; those of a type that rows of text never have, such as maps, are left out and named."""
+    odd = [field.name for field in table.schema if not _is_plain(field)]
+    if odd:
+        log.warning("%s: the columns %s are of types that cannot be read, they are left out", path, ", ".join(odd[:5]))
+    kept = table.drop_columns(odd)
+    try:
+        return Dataset(InMemoryTable(kept))
+    except UNREADABLE:  # what `datasets` once wrote about the columns does not fit them
+        return Dataset(InMemoryTable(kept.replace_schema_metadata(None)))
+
+
+def _is_plain(field: pa.Field) -> bool:
+    try:
+        datasets.Features.from_arrow_schema(pa.schema([field]))
+    except (ValueError, TypeError, KeyError, pa.ArrowException):
+        return False
+    return True
 
 
 def _arrow(path: Path) -> Dataset:
@@ -220,7 +249,7 @@ def _arrow(path: Path) -> Dataset:
             table = pa.ipc.open_stream(source).read_all()  # as `datasets` writes it
         except pa.ArrowInvalid:
             table = pa.ipc.open_file(source).read_all()
-    return Dataset(InMemoryTable(table))
+    return _of_table(table, path)
 
 
 READERS: dict[str, Callable[[Path], Dataset]] = {
@@ -242,17 +271,19 @@ def _folder(path: Path) -> Dataset | DatasetDict:
         raise LoralignError(f"{path} was not written by save_to_disk: {inside}")
     try:
         return datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise LoralignError(f"{path} is a damaged save_to_disk folder ({first_line(error)}): write it again") from error
 
 
 def _hub(source: str, path: Path, split: str | None) -> Dataset | DatasetDict:
-    if not HUB_ID.fullmatch(source) or path.suffix in READERS:
+    if not HUB_ID.fullmatch(source) or path.suffix in READERS or path.exists():
         raise LoralignError(f"no such file: {source}; paths count from the folder where the command runs")
+    if source in BUILDERS:  # such a name would read every file of the folder where the command runs
+        raise LoralignError(f"{source} is a kind of file, not a file: name the file, such as rows.{source}")
     try:
         name = split.split("[")[0] if split else None
         return datasets.load_dataset(source, split=split) if name else datasets.load_dataset(source)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # whatever the libraries make of a name, a connection or a stranger's files
         raise LoralignError(
             f"{source} is no local file, and the hub gave none ({first_line(error)}): check the name, or, without a "
             "connection, give a local file"

@@ -86,7 +86,7 @@ def collect(
         known = passes.value(taken[0]) if taken else 0.0
         path = cache / f"evidence-{evidence_key(need, model, sites, taken, seed, known)}.safetensors"
         passes.partial = Partial(path.with_suffix(".partial"))
-    kept = same_everywhere(load_evidence(path) if path is not None and rank() == 0 else None)
+    kept = same_everywhere(load_evidence(path, sites) if path is not None and rank() == 0 else None)
     if kept is None:
         with torch.autocast(passes.device.type, enabled=False):  # only the model's own forward is the caller's to round
             found = Evidence(COLLECTORS[type(need)](need, passes, sites, taken), passes.spent)

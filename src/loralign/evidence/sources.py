@@ -4,15 +4,17 @@
     deltas      X = W − W_base of every module, directions above the noise edge std(X)·(√m + √n) only
     weights     X = W: the layers of one checkpoint that share a name up to its numbers, or one module of several ones
 
-At most two matrices are in memory at any time. Names: a checkpoint's keys may carry fewer or more leading parts than a
-model's module names; fused or merged tensors are not taken apart.
+At most two matrices are in memory. A checkpoint's keys may carry fewer or more leading parts than a model's names;
+fused tensors are not taken apart.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -151,10 +153,8 @@ class Adapter:
             raise LoralignError(
                 f"{folder} has an adapter_config.json but no adapter_model.safetensors: save the adapter again"
             )
-        try:
+        with reading(folder / "adapter_config.json"):
             config = LoraConfig.from_pretrained(str(folder))
-        except (ValueError, KeyError, TypeError) as error:
-            raise LoralignError(f"{folder.name}/adapter_config.json is none that PEFT reads ({error!r})") from None
         if not isinstance(config, LoraConfig) or config.use_dora:
             raise LoralignError(f"{folder.name} is no plain LoRA adapter: its product is not its update")
         self.config = config
@@ -169,14 +169,22 @@ class Adapter:
 
     def scale(self, name: str) -> float:
         config = self.config
-        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-        return float(alpha) / (r**0.5 if config.use_rslora else r)
+        with reading(self.folder / "adapter_config.json"):
+            r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+            return float(alpha) / (r**0.5 if config.use_rslora else r)
 
     def leading(self, name: str) -> tuple[Tensor, Tensor]:
-        with _opened(self.file) as f:
+        with reading(self.file), _opened(self.file) as f:
             stem = self.names[name]
             A, B = (f.get_tensor(f"{stem}.lora_{side}.weight").float() for side in "AB")
+            if (
+                A.ndim != 2
+                or B.ndim != 2
+                or A.shape[0] != B.shape[1]
+                or not (A.isfinite().all() and B.isfinite().all())
+            ):
+                raise ValueError(f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} are no finite pair")
         U, S, V = product_svd(B * self.scale(name), A)
         live = S / S[0].clamp_min(torch.finfo(S.dtype).tiny) > 1e-6
         return U[:, live], V[:, live]
@@ -192,7 +200,11 @@ class Checkpoint:
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            self.files = {k: folder / v for k, v in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+            with reading(index):
+                named = json.loads(index.read_text("utf-8"))["weight_map"]
+                if any(Path(file).name != file for file in named.values()):
+                    raise ValueError("it names files outside of its folder")
+                self.files = {k: folder / v for k, v in named.items()}
         else:
             self.files = {k: p for p in sorted(folder.glob("*.safetensors")) for k in _keys(p)}
         if not self.files:
@@ -228,6 +240,16 @@ class Checkpoint:
         return W
 
 
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Within: what a damaged file makes of its readers becomes one sentence."""
+    try:
+        yield
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, re.error) as error:
+        why = " ".join(str(error).split())[:120]
+        raise LoralignError(f"{file.parent.name}/{file.name} is damaged ({why}): copy or save it again") from error
+
+
 def _keys(file: Path) -> Iterable[str]:
     with _opened(file) as f:
         return list(f.keys())
@@ -242,13 +264,13 @@ def _opened(file: Path) -> Any:
 
 def targets_of(folder: Path) -> list[Target]:
     """Every linear module but the output head, from a skeleton without memory."""
-    config = AutoConfig.from_pretrained(folder)
     try:
+        config = AutoConfig.from_pretrained(folder)
         architecture = getattr(transformers, config.architectures[0])
-    except (AttributeError, IndexError, TypeError):
-        raise LoralignError(f"{folder.name}/config.json names no architecture of transformers") from None
-    with torch.device("meta"):
-        model = architecture(config)
+        with torch.device("meta"):
+            model = architecture(config)
+    except Exception as error:  # whatever a class makes of sizes that are none
+        raise LoralignError(f"{folder.name}/config.json makes no model of transformers: give another folder") from error
     head = model.get_output_embeddings()
     found = []
     for name, module in linear_modules(model).items():

@@ -101,8 +101,8 @@ def save_evidence(path: Path, found: Evidence) -> None:
     temporary.replace(path)
 
 
-def load_evidence(path: Path) -> Evidence | None:
-    """What `save_evidence` wrote; None where there is no such file, or none that can be read."""
+def load_evidence(path: Path, sites: Sequence[Site]) -> Evidence | None:
+    """What `save_evidence` wrote about these sites; None where there is no such file, or none that can be used."""
     if not path.exists():
         return None
     try:
@@ -110,7 +110,25 @@ def load_evidence(path: Path) -> Evidence | None:
             facts, spent = json.loads(f.metadata()["facts"]), json.loads(f.metadata()["spent"])
             tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - not a mapping
         sides = {n: (tensors.get(f"{n}|U"), tensors[f"{n}|S"], tensors.get(f"{n}|V")) for n in facts}
-        return Evidence({n: Directions(*sides[n], *facts[n]) for n in facts}, Spent(**{**spent, "cached": True}))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        found = {n: Directions(*sides[n], *facts[n]) for n in facts}
+        _check(found, sites)
+        return Evidence(found, Spent(**{**spent, "cached": True}))
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         log.warning("the kept evidence %s cannot be read (%s): it is collected again", path.name, error)
         return None
+
+
+def _check(found: Mapping[str, Directions], sites: Sequence[Site]) -> None:
+    """Raise ValueError where this is not about these sites, or not of the form that was written."""
+    if found.keys() - {s.name for s in sites}:
+        raise ValueError("it is about other modules")
+    for site in (s for s in sites if s.name in found):
+        d = found[site.name]
+        sides = [(t, n) for t, n in ((d.U, site.d_out), (d.V, site.d_in)) if t is not None]
+        if not sides or d.S.ndim != 1 or any(tuple(t.shape) != (n, len(d.S)) for t, n in sides):
+            raise ValueError(f"the directions of {site.name} have other shapes")
+        if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in (d.S, *(t for t, _ in sides))):
+            raise ValueError(f"the directions of {site.name} are not finite")
+        shares = (d.captured, d.held_out, d.quality)
+        if not all(x is None or isinstance(x, (int, float)) for x in shares) or not isinstance(d.note, str):
+            raise ValueError(f"the facts of {site.name} are none")

@@ -200,18 +200,39 @@ def read_basis(path: Path) -> Basis:
     try:
         with safe_open(path, framework="pt") as f:
             about = json.loads((f.metadata() or {}).get("loralign_basis", "null"))
-            if not about or about["format"] != FORMAT:
-                raise LoralignError(f"{path.name} is no basis file: make one with `loralign subspace extract`")
+            if about["format"] != FORMAT:
+                raise ValueError("of another version")
             groups: dict[str, dict[Side, Shared]] = {}
             for key, (null, count) in about["groups"].items():
                 name, side = key.rsplit("|", 1)
                 shared = Shared(f.get_tensor(key), f.get_tensor(f"{key}|share"), null, count)
                 groups.setdefault(name, {})[side] = shared
-    except SafetensorError:
+        basis = Basis(groups, about["facts"])
+        _check(basis)
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise LoralignError(f"{path.name} is no basis file: make one with `loralign subspace extract`") from None
     except OSError as error:
         raise LoralignError(f"cannot read the basis file {path}: {error}") from None
-    return Basis(groups, about["facts"])
+    return basis
+
+
+def _check(basis: Basis) -> None:
+    """Raise ValueError, TypeError or KeyError for what `write_basis` does not write."""
+    facts = basis.facts
+    named = [*facts["sources"], *([facts["base"]] if facts.get("base") else [])]
+    if facts["kind"] not in ("adapters", "deltas", "weights") or not all(isinstance(s["name"], str) for s in named):
+        raise ValueError("facts")
+    for sides in basis.groups.values():
+        for s in (sides[side] for side in SIDES):
+            if (
+                s.basis.ndim != 2
+                or tuple(s.share.shape) != (s.basis.shape[1],)
+                or not 0 <= s.null <= 1
+                or s.sources < 1
+            ):
+                raise ValueError("shapes")
+            if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in (s.basis, s.share)):
+                raise ValueError("numbers")
 
 
 def show_basis(basis: Basis, r: int = 16) -> str:
