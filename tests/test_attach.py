@@ -390,16 +390,75 @@ def test_evidence_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
-def test_a_skipped_step_is_no_step(tmp_path: Path) -> None:
-    """fp16's scaler skips steps whose gradient overflowed, usually the first ones: no complaint, no rule event."""
-    made = recipe()
-    trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=2)
+class Overflow(TrainerCallback):
+    """A loss scale at which gradients overflow at certain steps of the trainer, and an ordinary one at the others."""
+
+    def __init__(self, scaler: torch.amp.GradScaler, at: set[int]) -> None:
+        self.scaler, self.at = scaler, at
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.at:
+            self.scaler.update(3e38)
+        elif self.scaler.get_scale() > 1e30:
+            self.scaler.update(1024.0)
+
+
+def test_a_skipped_step_is_no_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """fp16's scaler skips steps whose gradient overflowed, usually the first ones: no complaint, no event of a rule.
+
+    The real scaler, on the CPU and in fp32. Of eight steps four are skipped: two before the third one that is taken,
+    after which the rule copies slots, and the two right after it.
+    """
+    from test_protocols import stub
+
+    made = stub("copy")
+    trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=8)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))  # makes its state
+    trainer.accelerator.scaler = scaler
     callback = attach(trainer, made)
-    trainer.create_optimizer()
-    callback.on_optimizer_step(trainer.args, trainer.state, trainer.control)
-    trainer.optimizer = None
-    trainer.train()
+    steps: list[int] = []
+    trainer.add_callback(Overflow(scaler, {0, 2, 5, 6}))
+    trainer.add_callback(Watch(lambda: steps.append(callback.optimizer.steps_here)))
+    with caplog.at_level(logging.INFO, "loralign"):
+        trainer.train()
+    assert steps == [0, 1, 1, 2, 3, 3, 3, 4]
+    said = [m.removeprefix(f"{made.name}: ") for m in caplog.messages]
+    assert [m for m in said if "slots changed" in m] == ["slots changed at 14 sites after step 5"]
+    assert [m for m in said if "applied to" in m] == ["applied to 14/14 pairs"]
     assert not callback.unreached
+
+
+def test_a_copied_slot_starts_with_the_usual_second_moment(tmp_path: Path) -> None:
+    """With v = 0 under a late step counter Adam's next updates would be up to 6.6 times the rate; m starts at 0."""
+    from test_protocols import stub
+
+    made = stub("copy")  # slot 0 of every site becomes slot 1 after step 3
+    trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=3)
+    seen: list[dict[str, dict[str, Tensor]]] = []
+
+    def moments() -> None:
+        found = {}
+        for group in callback.optimizer.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                state = callback.optimizer.state[p]
+                found[f"{name}.{group['role']}"] = {k: state[k].clone() for k in ("exp_avg", "exp_avg_sq")}
+        seen.append(found)
+
+    class Stepped(Watch):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.look()
+
+    trainer.add_callback(Stepped(moments))  # before attach: sees the step first, then what the rule left
+    callback = attach(trainer, made)
+    trainer.train()
+    before, after = seen[-2:]
+    assert len(after) == 28
+    for key, was in before.items():
+        m, v = (after[key][k] if key.endswith("A") else after[key][k].T for k in ("exp_avg", "exp_avg_sq"))
+        old = was["exp_avg_sq"] if key.endswith("A") else was["exp_avg_sq"].T
+        assert not m[0].any() and m[1].any()
+        assert torch.equal(v[0], old.mean(dim=0)) and torch.equal(v[1:], old[1:]) and v[0].any()
 
 
 @pytest.mark.parametrize("name", ["lora-ga", "gated"])

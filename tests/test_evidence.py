@@ -99,12 +99,25 @@ def changed(part: str) -> Any:
     return model
 
 
+def picked(*which: int) -> list[Batch]:
+    batches = batches_for(llama(), 4)
+    return [batches[i] for i in which]
+
+
+def relabelled() -> list[Batch]:
+    """One label less in the last micro-batch."""
+    batches = picked(0, 1, 2)
+    batches[-1]["labels"][0, -1] = -100
+    return batches
+
+
 MISSES: dict[str, Callable[[Path], Any]] = {
     "adapted weight": lambda p: gathered(p, model=changed("model.layers.1.mlp.up_proj")),
     "norm": lambda p: gathered(p, model=changed("model.norm")),
     "head": lambda p: gathered(p, model=changed("lm_head")),
-    "data": lambda p: gathered(p, batches=batches_for(llama(), 4)[1:]),
-    "order of data": lambda p: gathered(p, batches=batches_for(llama(), 3)[::-1]),
+    "data": lambda p: gathered(p, batches=picked(0, 1, 3)),  # the first one, whose loss is in the key, is the same
+    "order of data": lambda p: gathered(p, batches=picked(0, 2, 1)),
+    "a label": lambda p: gathered(p, batches=relabelled()),
     "seed": lambda p: gathered(p, seed=1),
     "loss": lambda p: gathered(p, loss=smoothed),
     "width": lambda p: gathered(p, TopGradient(2, 2, Sketch(5, 1))),

@@ -320,6 +320,19 @@ def test_one_adam_step_is_the_sign_of_the_gradient() -> None:
     assert torch.allclose(product @ A_h.T / -lr, torch.sign(-M.float() @ A_h.T), atol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 12, 30])
+def test_many_adam_steps_warm_up(steps: int) -> None:
+    """The rate grows over the first tenth of the steps, the gradient is clipped to norm 1: Adam's steps by hand."""
+    M, peak = normal(6, 5), 1e-2
+    model, site, batch = layer_test(M, 3, 3.0)
+    need = Preheated(lambda r: 3, steps, "B", micro_batches=1, lr=peak)
+    d = collect(need, model, [site], [batch], loss=half_square, seed=5)[site.name]
+    A_h = _factors(need, site, 5, torch.device("cpu")).A.detach().double()
+    wanted = oracle.adam_B(M, A_h, 1.0, peak, steps) @ A_h
+    product = ((d.U * d.S) @ d.V.T).double()  # type: ignore[operator]
+    assert (product - wanted).norm() < 1e-4 * wanted.norm()
+
+
 def test_compression_of_the_product() -> None:
     """H15: factored = dense; T = A_h·V_r is orthonormal and carries B_h and its gradient."""
     B, A, r = normal(9, 4), torch.linalg.qr(normal(7, 4, seed=1)).Q.T, 2

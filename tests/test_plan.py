@@ -14,6 +14,7 @@ from torch import nn
 
 import toy
 from loralign import METHODS, Full, LoralignError, Recipe, adapt, build, learning_rate, optimizer, peft_config, sites
+from loralign.evidence import model_loss
 from loralign.methods.rule.rm_lora import masked_orthogonal
 from loralign.plan.combinations import (
     CLASHES,
@@ -259,6 +260,27 @@ def test_counts_equal_hand_counts() -> None:
     assert found.optimizer_bytes == pytest.approx(8 * numbers, abs=8 * 28)  # two fp32 moments, and step counters
     assert found.weights_bytes == pytest.approx(4 * weights, abs=4 * 64)  # and the buffer of the rotary frequencies
     assert (found.evidence_bytes, found.init_seconds) == (0, 0.0)
+
+
+@pytest.mark.parametrize("family", ["bert", "gated"])
+def test_heads_and_gates_have_moments_too(family: str) -> None:
+    """A classifier's fresh head and a form's own tensors: planned state = that of a real optimizer after a step."""
+    from test_protocols import stub
+
+    made, whole = (recipe("lora", r=4), toy.bert) if family == "bert" else (stub("gated"), toy.llama)
+    with torch.device("meta"):
+        skeleton = type(whole())(whole().config)
+    expected = estimate(skeleton, made, Step(rows=2, length=8), batch=toy.batch_for(whole()), loss=model_loss)
+    model = adapt(whole(), made)
+    stepper = optimizer(model, made, 1e-3)
+    model.train()
+    model(**toy.batch_for(model)).loss.backward()
+    stepper.step()
+    kept = [t for state in stepper.state.values() for key, t in state.items() if key != "step"]
+    assert len(kept) == 2 * len([p for p in model.parameters() if p.requires_grad])
+    rest = sum(4 * t.numel() for t in kept) - 8 * sum(s.r * (s.d_in + s.d_out) for s in sites(model))
+    counters = expected.optimizer_bytes - sum(4 * t.numel() for t in kept)  # of the pairs, 4 bytes a factor
+    assert rest >= 8 * 14 * 3 > counters >= 0
 
 
 def test_a_twin_costs_its_frozen_slots_and_exports_at_rank_2r() -> None:

@@ -48,6 +48,19 @@ def descended_B(M: Tensor, A: Tensor, s: float, eta: float, steps: int) -> Tenso
     return (1 - (1 - eta * s**2) ** steps) / s * M @ A.T
 
 
+def adam_B(M: Tensor, A: Tensor, s: float, peak: float, steps: int) -> Tensor:
+    """B after Adam's steps from 0: gradient clipped to norm 1, rate growing to `peak` over the first tenth of them."""
+    B = torch.zeros(M.shape[0], A.shape[0], dtype=torch.float64)
+    m, v, warm_up = torch.zeros_like(B), torch.zeros_like(B), max(1, round(steps / 10))
+    for t in range(1, steps + 1):
+        g = gradients(A, B, M, s)[1]
+        g = g * min(1.0, 1 / float(g.norm()))
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        step = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        B = B - peak * min(1.0, t / warm_up) * step
+    return B
+
+
 def gradients(A: Tensor, B: Tensor, M: Tensor, s: float = 1.0) -> tuple[Tensor, Tensor]:
     """Of ½‖s·B·A − M‖² with respect to A and B."""
     E = s * B @ A - M
