@@ -252,6 +252,7 @@ def test_deepspeed_and_pairwise_transforms_exclude_one_another(tmp_path: Path) -
 
 
 def test_sharding_that_hides_factors_is_refused(tmp_path: Path) -> None:
+    """By what the Trainer and accelerate say of themselves; neither engine is started."""
     made = recipe()
     trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=1)
     trainer.is_deepspeed_enabled = True
@@ -266,7 +267,10 @@ def test_sharding_that_hides_factors_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fsdp_would_split_is_refused_before_it_starts(tmp_path: Path) -> None:
-    """`attach` trains there (test_distributed.py), but `loralign train` could not export at the end."""
+    """What the Trainer says of itself is read before anything is spent: `loralign train` could not export at the end.
+
+    The flag stands for an FSDP run, which accelerate starts on GPUs only; sharded factors train in test_distributed.py.
+    """
     made = recipe()
     trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=1)
     check_whole(trainer)
