@@ -308,6 +308,36 @@ BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is s
         "train.extra={learning_rate: 1}",
         r"`train\.extra\.learning_rate` is decided by the recipe's own",
     ),
+    "extra of another type": (
+        "train.extra={label_smoothing_factor: much}",
+        r"`train\.extra\.label_smoothing_factor` is not what SFTConfig takes: input should be a valid number",
+    ),
+    "extra list": (
+        "train.extra={dataloader_drop_last: [1]}",
+        r"`train\.extra\.dataloader_drop_last` is not what SFTCon",
+    ),
+    "extra that publishes": (
+        "train.extra={push_to_hub: true}",
+        r"`train\.extra\.push_to_hub` is refused: upload the res",
+    ),
+    "extra token": ("train.extra={hub_token: hf_SECRET}", r"`train\.extra\.hub_token` is refused: upload"),
+    "extra that splits": ("train.extra={deepspeed: d.json}", r"`train\.extra\.deepspeed` is refused: use torchrun"),
+    "schedule below its end": (
+        "train={steps: 6, batch_size: 4, schedule: polynomial, learning_rate: 1e-7}",
+        r"`train\.schedule` polynomial does not go with 6 steps, 1 of them warm-up, at rate 1e-07 \(.*\): take another",
+    ),
+    "schedule of one step": (
+        "train={steps: 1, batch_size: 4, schedule: polynomial}",
+        r"`train\.schedule` polynomial does not go with 1 steps, 1 of them warm-up",
+    ),
+    "schedule of one epoch": (
+        "train={epochs: 0.01, batch_size: 4, schedule: polynomial}",
+        r"`train\.schedule` polynomial does not go with 1 steps",
+    ),
+    "broken expression": ("targets='(['", r"`targets` '\(\[' is no regular expression \(unterminated"),
+    "kind of file": ("data.train=text", "text is a kind of file, not a file: name the file, such as rows.text"),
+    "name too long": (f"model={'m' * 300}", "`model` is too long for a file's name: at most 255 bytes"),
+    "output too long": (f"output={'o' * 250}", "`output` is too long for a file's name: at most 200 bytes"),
     "unknown tracker": ("train.report_to=[nothing]", r"`train\.report_to` names 'nothing', which is not installed"),
     "output is a file": ("output=r.yaml", "r.yaml is a file: name a folder in `output`"),
     "output below a file": ("output=r.yaml/out", "cannot write r.yaml/out: .*r.yaml is no folder; name another folder"),

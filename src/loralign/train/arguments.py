@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from loralign.train.job import Job
 from loralign.train.model import dtype_of
 from loralign.types import LoralignError
+
+REFUSED = {
+    "fsdp": "use torchrun alone (data parallel), or `attach` in a script of your own",
+    "deepspeed": "use torchrun alone (data parallel), or `attach` in a script of your own",
+    "push_to_hub": "upload the result yourself, `hf upload` does it",
+    "hub_": "upload the result yourself, `hf upload` does it",
+    "resume_from_checkpoint": "say --resume",
+}
+"""Beginnings of fields that would take the run out of our hands, and what to do instead."""
 
 
 def arguments(job: Job, *, resumed: bool = False) -> SFTConfig:
@@ -29,9 +42,32 @@ def arguments(job: Job, *, resumed: bool = False) -> SFTConfig:
                 f"`train.report_to` names {tracker!r}, which is not installed or not known: leave it out"
             )
     try:
-        return SFTConfig(**settings, **job.training.extra)
-    except (TypeError, ValueError) as error:
+        made = SFTConfig(**settings, **job.training.extra)
+    except (TypeError, ValueError, AttributeError, KeyError, ImportError, RuntimeError) as error:
         raise LoralignError(f"`train` does not fit TRL's SFTConfig: {error}") from error
+    if job.training.steps is not None:
+        check_schedule(made, job.training.steps)
+    return made
+
+
+def check_schedule(args: SFTConfig, steps: int) -> None:
+    """Raise where the schedule has no learning rate for some step of a run of this length."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    warm_up = args.get_warmup_steps(steps)
+    try:
+        made = get_scheduler(
+            args.lr_scheduler_type, optimizer, warm_up, steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs
+        )
+        factors = [made.lr_lambdas[0](step) for step in {0, warm_up, steps // 2, steps - 1, steps}]
+        wrong = "" if all(math.isfinite(factor) for factor in factors) else "a rate that is not finite"
+    except (ArithmeticError, ValueError, TypeError) as error:
+        wrong = str(error)
+    if wrong:
+        kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise LoralignError(
+            f"`train.schedule` {kind} does not go with {steps} steps, {warm_up} of them warm-up, at rate "
+            f"{args.learning_rate:g} ({wrong}): take another schedule, more steps or a higher rate"
+        )
 
 
 def _settings(job: Job) -> dict[str, Any]:
@@ -90,3 +126,12 @@ def _check_extra(job: Job, settings: dict[str, Any]) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ": leave it out"
         raise LoralignError(f"`train.extra.{name}` is no field of TRL's SFTConfig{hint}")
+    kinds = get_type_hints(SFTConfig)
+    for name, value in extra.items():
+        if mend := next((mend for start, mend in REFUSED.items() if name.startswith(start)), ""):
+            raise LoralignError(f"`train.extra.{name}` is refused: {mend}")
+        try:
+            TypeAdapter(kinds[name], config=ConfigDict(strict=True)).validate_json(json.dumps(value))
+        except (TypeError, ValueError) as error:
+            said = error.errors()[0]["msg"].lower() if isinstance(error, ValidationError) else error
+            raise LoralignError(f"`train.extra.{name}` is not what SFTConfig takes: {said}") from error

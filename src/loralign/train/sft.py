@@ -9,6 +9,7 @@ and ends with the same bits on the CPU.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ from loralign.io.export import ExportReport, export
 from loralign.io.folder import disk_full, fresh_folder
 from loralign.io.verify import verify
 from loralign.train.adapt import check_start
-from loralign.train.arguments import arguments
+from loralign.train.arguments import arguments, check_schedule
 from loralign.train.attach import attach
 from loralign.train.begun import check_output, check_unchanged, note_beginning, remove_half, resume_point
 from loralign.train.checkpoint import AlreadyTrained, CheckpointCallback, step_of
@@ -173,6 +174,8 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     if job.data.packing:
         check_packing(model)
     train, held_out = _tokens(job, tokenizer)
+    if args.max_steps < 0:
+        check_schedule(args, max(1, math.ceil(len(train) * args.num_train_epochs / job.training.batch_size)))
     rows = {"data.train": fingerprint(train)} | ({} if held_out is None else {"data.eval": fingerprint(held_out)})
     if resume_from is not None:
         check_unchanged(job, rows)
