@@ -519,11 +519,11 @@ def test_bad_sources(sources: tuple[str, ...], tmp_path: Path) -> None:
         with pytest.raises(LoralignError, match=message):
             check_sources([str(s) for s in given], **options)
     for name, text, message in (
-        ("foreign", '{"peft_type": "IA3"}', "no plain LoRA adapter"),
+        ("foreign", '{"peft_type": "IA3"}', "only LORA adapters are read here"),
         ("half", '{"peft_type":', "adapter_config.json is damaged"),
-        ("odd", '{"peft_type": "FOO"}', "adapter_config.json is damaged"),
-        ("cut", (Path(sources[0]) / "adapter_config.json").read_text(), "is missing or cut off"),
-        ("bare", (Path(sources[0]) / "adapter_config.json").read_text(), "save the adapter again"),
+        ("odd", '{"peft_type": "FOO"}', "says peft_type 'FOO'"),
+        ("cut", (Path(sources[0]) / "adapter_config.json").read_text(), "adapter_model.safetensors is damaged"),
+        ("bare", (Path(sources[0]) / "adapter_config.json").read_text(), "has no adapter_model.safetensors"),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text(text)

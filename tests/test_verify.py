@@ -92,12 +92,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"\x80\x04pickle"), "verification", "is damaged"),
     "NaN": (_tensors(lambda t: _set(t, torch.full((2, 48), float("nan")))), "verification", "holds NaN"),
     "empty": (_tensors(lambda t: _set(t, torch.zeros(0, 48))), "verification", "is empty"),
-    "missing tensor": (_tensors(lambda t: _set(t, None)), "verification", "missing|its config asks for it"),
-    "another shape": (_tensors(lambda t: _set(t, torch.zeros(3, 48))), "verification", "PEFT cannot load"),
+    "missing tensor": (_tensors(lambda t: _set(t, None)), "verification", "lora_A.weight is missing in"),
+    "missing pair": (
+        _tensors(lambda t: [t.pop(k) for k in sorted(t)[:2]]),  # type: ignore[func-returns-value]
+        "verification",
+        "stock PEFT found tensors missing|its config asks for it",
+    ),
+    "another shape": (_tensors(lambda t: _set(t, torch.zeros(3, 48))), "verification", "its config says rank 2"),
+    "another width": (_tensors(lambda t: _set(t, torch.zeros(2, 47))), "verification", "stock PEFT cannot load"),
+    "integers": (_tensors(lambda t: _set(t, torch.zeros(2, 48, dtype=torch.int8))), "verification", "holds I8, not"),
     "foreign tensor": (
         _tensors(lambda t: t.update({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(2, 32)})),
         "verification",
-        "PEFT does not load .*layers.7",
+        "lora_B.weight is missing",
     ),
     "wrong alpha": (_config(lora_alpha=64), "verification", "differ by"),
     "probes": (

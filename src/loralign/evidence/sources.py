@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,6 +30,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from loralign.carrier.sites import linear_modules
+from loralign.carrier.stored import WEIGHTS, BadInput, Broken, check_stored, rank_of, read_config
 from loralign.maths.linalg import product_svd, top_svd
 from loralign.types import LoralignError
 
@@ -148,31 +148,24 @@ class Adapter:
     """The factors of one saved adapter, read on demand."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.file = folder, folder / "adapter_model.safetensors"
-        if not self.file.is_file():
-            raise LoralignError(
-                f"{folder} has an adapter_config.json but no adapter_model.safetensors: save the adapter again"
-            )
-        with reading(folder / "adapter_config.json"):
-            config = LoraConfig.from_pretrained(str(folder))
-        if not isinstance(config, LoraConfig) or config.use_dora:
-            raise LoralignError(f"{folder.name} is no plain LoRA adapter: its product is not its update")
-        self.config = config
+        self.folder, self.file = folder, folder / WEIGHTS
+        try:
+            self.config = read_config(folder)
+            self.shapes = check_stored(folder, self.config)
+        except (BadInput, Broken) as error:
+            raise LoralignError(str(error)) from error
 
     @cached_property
     def names(self) -> dict[str, str]:
         """Module name -> key stem in the file."""
-        with _opened(self.file) as f:
-            keys = f.keys()
-        stems = [k.removesuffix(".lora_A.weight") for k in keys if k.endswith(".lora_A.weight")]
+        stems = [k.removesuffix(".lora_A.weight") for k in self.shapes if k.endswith(".lora_A.weight")]
         return {stem.removeprefix("base_model.model."): stem for stem in stems}
 
     def scale(self, name: str) -> float:
-        config = self.config
-        with reading(self.folder / "adapter_config.json"):
-            r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
-            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-            return float(alpha) / (r**0.5 if config.use_rslora else r)
+        config, r = self.config, rank_of(self.config, name)
+        alphas = config.get("alpha_pattern") or {}
+        alpha = alphas.get(get_pattern_key(alphas, name), config["lora_alpha"])
+        return float(alpha) / (r**0.5 if config.get("use_rslora") else r)
 
     def leading(self, name: str) -> tuple[Tensor, Tensor]:
         with reading(self.file), _opened(self.file) as f:

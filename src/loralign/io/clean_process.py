@@ -6,16 +6,19 @@ jobs.json: [{"folder": …, "base": … or null}, …]. Each folder is loaded as
 fed through it, and the logits are compared with the stored ones. One result per job: {"kind": "ok" | "input" |
 "verification", "failure": sentence, figures …}. Exit code: 0 all reproduced, 3 a folder is not what it should be,
 2 a folder or base that cannot be used at all. Nothing is unpickled, no remote code runs.
+
+The update itself is compared, logits − logits without it, where the precision of the logits is no fine measure of it
+(the stored tensor "base"). `proven`: a scale that is wrong by a tenth would have shown.
 """
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 import json
+import math
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,57 +28,76 @@ if __name__ == "__main__":
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
+
+def _by_path(path: Path) -> Any:
+    """A file of loralign that needs no other one, without importing the package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
+stored = _by_path(Path(__file__).parents[1] / "carrier" / "stored.py")
+BadInput, Broken = stored.BadInput, stored.Broken
+shown, first_line = stored.shown, stored.first_line
+
 PROBES = Path("verify") / "probes.safetensors"
+LOOSEST = 3e-2
+"""No export of loralign allows more."""
+SHARE = 0.1
+"""A difference below this share of the update is proof of its scale."""
+WRONG = 0.5
+"""One above this share, and above the noise, is another update."""
 
 
-class BadInput(Exception):
-    """Something that is not there, or is no adapter."""
-
-
-class Broken(Exception):
-    """An adapter that is damaged or computes something else."""
-
-
-def read_probes(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor, Tensor | None]:
-    """(how the logits were computed, inputs, logits, expected logits or None)."""
-    if not folder.is_dir():
-        raise BadInput(f"{folder} is no folder: name the one that export wrote")
+def read_probes(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """(how the logits were computed, inputs, what came out: logits, expected, base)."""
+    try:
+        there = folder.is_dir()
+    except (OSError, ValueError):
+        there = False
+    if not there:
+        raise BadInput(f"{shown(folder)} is no folder: name the one that export wrote")
     if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise BadInput(f"{folder} is no adapter folder (no adapter_config.json): name the one that export wrote")
+        raise BadInput(f"{shown(folder)} is no adapter folder (no adapter_config.json): name the one that export wrote")
     if not (folder / PROBES).is_file():
-        raise BadInput(f"{folder} has no stored probes ({PROBES}): only folders that loralign exported can be verified")
+        raise BadInput(
+            f"{shown(folder)} has no stored probes ({PROBES}): only folders that loralign exported can be verified"
+        )
     try:
         with safe_open(folder / PROBES, framework="pt") as file:
             how = json.loads((file.metadata() or {})["loralign"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         inputs = {key.removeprefix("input."): t for key, t in tensors.items() if key.startswith("input.")}
-        return how, inputs, tensors["logits"], tensors.get("expected")
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise Broken(f"{folder / PROBES} cannot be read ({first_line(error)}): export again") from error
+        wrong = wrong_field(how) or ("" if "logits" in tensors and inputs else "no logits or no inputs")
+        if wrong:
+            raise ValueError(wrong)
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise Broken(f"{shown(folder / PROBES)} cannot be read ({first_line(error)}): export again") from error
+    return how, inputs, {key: tensors[key] for key in ("logits", "expected", "base") if key in tensors}
 
 
-def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """The stored tensors, checked to be readable, not empty and finite."""
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise BadInput(f"{folder} has no adapter_model.safetensors: export again")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise Broken(f"{path} is damaged ({first_line(error)}): export again") from error
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0:
-            raise Broken(f"{name} in {path} is empty: export again")
-        if not bool(tensor.isfinite().all()):
-            raise Broken(f"{name} in {path} holds NaN or infinite values: the run has diverged")
-    if not tensors:
-        raise Broken(f"{path} holds no tensors: export again")
-    return tensors
+def wrong_field(how: Any) -> str:
+    """The first setting that no export writes, "" where all are as they should be."""
+    precisions = ("float32", "float16", "bfloat16")
+    files, settings = how["weights"], how.get("settings", {})
+    fine = {
+        "profile": how["profile"] in ("peft", "portable", "merged"),
+        "base_dtype": how["base_dtype"] in precisions,
+        "dtype": how["dtype"] in precisions,
+        "kept": isinstance(how["kept"], int) and how["kept"] >= 1,
+        "tolerance": 0 < how["tolerance"] <= LOOSEST,
+        "effect": 0 <= how["effect"] < math.inf,
+        "lost": 0 <= how["lost"] < math.inf,
+        "weights": isinstance(files, dict) and all(n == Path(n).name and n.endswith(".safetensors") for n in files),
+        "settings": isinstance(settings, dict) and set(settings) <= {"adapter_config.json", "config.json"},
+    }
+    wrong = [key for key, right in fine.items() if not right]
+    return f"`{wrong[0]}` is {stored.short(how.get(wrong[0]))}, which no export writes" if wrong else ""
 
 
 def load_base(source: str, revision: str | None, how: dict[str, Any], device: str) -> Any:
@@ -85,12 +107,13 @@ def load_base(source: str, revision: str | None, how: dict[str, Any], device: st
         options["gguf_file"], source = os.path.basename(source), os.path.dirname(source)
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        said = first_line(error)[:80]
         raise BadInput(
-            f"the base model {source} is neither a local folder nor in the Hugging Face cache ({first_line(error)}): "
+            f"the base model {shown(Path(source))} is neither a local folder nor in the Hugging Face cache ({said}): "
             "name its folder with --base (in Python base=…)"
         ) from error
-    name = how["model_class"]
+    name = str(how["model_class"])
     if not hasattr(transformers, name):
         name = (config.architectures or [""])[0]
     if not hasattr(transformers, name):
@@ -109,29 +132,10 @@ def load_base(source: str, revision: str | None, how: dict[str, Any], device: st
         options["use_safetensors"] = True
     try:
         model = getattr(transformers, name).from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"the base model {source} cannot be loaded as {name}: {first_line(error)}") from error
+    except Exception as error:
+        said = f"the base model {shown(Path(source))} cannot be loaded as {name}: {first_line(error)[:120]}"
+        raise BadInput(f"{said}; download or copy it again") from error
     return model if how["quantization"] else model.to(device, getattr(torch, how["dtype"]))
-
-
-def load_adapter(model: Any, folder: Path, stored: dict[str, Tensor]) -> Any:
-    """Stock PEFT on the base; every stored tensor must have arrived, and none may be missing."""
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            model = PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise Broken(f"stock PEFT cannot load {folder} on this base: {first_line(error)}") from error
-    missing = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
-    if missing:
-        raise Broken(f"stock PEFT found tensors missing in {folder}: {missing[0][:200]}")
-    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
-    for name, tensor in stored.items():
-        if name not in loaded or not torch.equal(loaded[name].cpu(), tensor.to(loaded[name].dtype)):
-            raise Broken(f"stock PEFT does not load {name} of {folder}: it names a module that the base has not")
-    if set(loaded) - set(stored):
-        raise Broken(f"{sorted(set(loaded) - set(stored))[0]} is not in {folder}, but its config asks for it")
-    return model
 
 
 def compute(model: Any, inputs: dict[str, Tensor], how: dict[str, Any], device: str) -> Tensor:
@@ -141,61 +145,87 @@ def compute(model: Any, inputs: dict[str, Tensor], how: dict[str, Any], device: 
     return logits[:, -how["kept"] :] if logits.dim() == 3 else logits
 
 
+def without_update(model: Any) -> Any:
+    """The same model with every low-rank update off; heads that were trained in full stay."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling = dict.fromkeys(module.scaling, 0.0)
+    return model
+
+
 def compare(got: Tensor, want: Tensor) -> dict[str, Any]:
     if tuple(got.shape) != tuple(want.shape):
         raise Broken(f"the logits have shape {tuple(got.shape)}, stored were {tuple(want.shape)}")
-    gap, norm = (got - want).abs(), float(want.norm())
+    gap = (got - want).abs()
     return {
         "largest": float(gap.max()),
         "mean": float(gap.mean()),
-        "relative": float(gap.norm()) / norm if norm else float(gap.norm()),
+        "relative": relative(got, want),
         "top1": float((got.argmax(-1) == want.argmax(-1)).float().mean()),
     }
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    norm = float(want.norm())
+    return float((got - want).norm()) / norm if norm else float((got - want).norm())
 
 
 def verify(job: dict[str, Any]) -> dict[str, Any]:
     """Figures of one folder; raises BadInput or Broken."""
     folder = Path(job["folder"])
-    how, inputs, logits, expected = read_probes(folder)
+    how, inputs, kept = read_probes(folder)
     device = "cuda" if how["device"] == "cuda" and torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("highest")
-    if how["profile"] == "merged":
-        source = str(folder)
-        model = load_base(source, None, how, device)
-    else:
-        stored = read_adapter(folder)
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        source = job.get("base") or config.get("base_model_name_or_path")
-        if not source:
-            raise BadInput(
-                f"{folder} does not say which base model it belongs to: name it with --base (in Python base=…)"
-            )
-        revision = None if job.get("base") else config.get("revision")
-        model = load_adapter(load_base(source, revision, how, device), folder, stored)
+    source, model = opened(folder, job.get("base"), how, device)
+    want = kept.get("expected", kept["logits"])
     got = compute(model, inputs, how, device)
-    figures = compare(got, logits if expected is None else expected)
+    figures = compare(got, want)
     figures.update(profile=how["profile"], base=source, tolerance=how["tolerance"], effect=how["effect"])
-    figures.update(lost=how["lost"], device=device, dtype=how["dtype"])
+    figures.update(
+        lost=how["lost"], device=device, dtype=how["dtype"], proven=how["tolerance"] <= SHARE * how["effect"]
+    )
     if not bool(got.isfinite().all()):
-        raise Broken(f"the logits of {folder} are not finite")
+        raise Broken(f"the logits of {shown(folder)} are not finite")
+    if "base" in kept and how["profile"] != "merged":
+        base = compute(without_update(model), inputs, how, device)
+        off = relative(got - base, want - kept["base"])
+        noise = max(how["tolerance"] / 4, 4 * relative(base, kept["base"]))  # what two machines may differ by
+        figures.update(update=off, proven=off <= SHARE, other=off > WRONG and off * how["effect"] > noise)
+    said = judged(folder, how, figures)
+    return {**figures, **said}
+
+
+def opened(folder: Path, base: str | None, how: dict[str, Any], device: str) -> tuple[str, Any]:
+    """Name of what was loaded, and the model."""
+    if how["profile"] == "merged":
+        return str(folder), load_base(str(folder), None, how, device)
+    config = stored.read_config(folder)
+    tensors = stored.read_tensors(folder, config)
+    source = base or config.get("base_model_name_or_path")
+    if not source:
+        raise BadInput(
+            f"{shown(folder)} does not say which base model it belongs to: name it with --base (in Python base=…)"
+        )
+    model = load_base(source, None if base else config.get("revision"), how, device)
+    return source, stored.load_adapter(model, folder, config, tensors)
+
+
+def judged(folder: Path, how: dict[str, Any], figures: dict[str, Any]) -> dict[str, str]:
+    """Kind and failure: other logits, another update, other files."""
+    wrong, other = "", figures.pop("other", False)
     if not figures["relative"] <= how["tolerance"]:
-        kept = f"({how['tolerance']:.0e} allowed): another base, or a damaged folder"
-        return {
-            **figures,
-            "kind": "verification",
-            "failure": f"the logits of {folder} differ by {figures['relative']:.1e} {kept}",
-        }
-    for name, digest in how["weights"].items():
-        with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                failure = f"{folder / name} is not the file that was exported, though the logits agree: export again"
-                return {**figures, "kind": "verification", "failure": failure}
-    return {**figures, "kind": "ok", "failure": ""}
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip().rstrip(".:")[:300]
+        allowed = f"({how['tolerance']:.0e} allowed): another base, or a damaged folder"
+        wrong = f"the logits of {shown(folder)} differ by {figures['relative']:.1e} {allowed}"
+    elif other:
+        said = f"the update of {shown(folder)} differs by {figures['update']:.0%} from the exported one"
+        wrong = f"{said}: another scale, another base, or a damaged folder"
+    else:
+        for name, was in {**how["weights"], **how.get("settings", {})}.items():
+            if stored.digest(folder / name) != was:
+                agree = "though the logits agree" if figures["proven"] else "and its logits cannot tell what it does"
+                wrong = f"{shown(folder / name)} is not the file that was exported, {agree}: export again"
+                break
+    return {"kind": "verification" if wrong else "ok", "failure": wrong}
 
 
 def main(questions: Path, answers: Path) -> int:
@@ -212,7 +242,7 @@ def main(questions: Path, answers: Path) -> int:
         except Broken as error:
             result = {"kind": "verification", "failure": str(error)}
         except Exception as error:  # one damaged folder must not hide the others
-            said = f"{job['folder']} cannot be verified: {type(error).__name__}: {first_line(error)}"
+            said = f"{shown(Path(job['folder']))} cannot be verified: {type(error).__name__}: {first_line(error)}"
             result = {"kind": "verification", "failure": said}
         results.append({**result, "seconds": time.perf_counter() - began})
     if any(name == "loralign" or name.startswith("loralign.") for name in sys.modules):

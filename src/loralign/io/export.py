@@ -114,7 +114,7 @@ def export(
     inputs = probe_inputs(model, probes)
     make = _merged if profile == "merged" else _adapter
     written = make(model, found, kept, report, dtype, power_of_two)
-    report, how, value, expected = _measured(model, found, inputs, written)
+    report, how, computed = _measured(model, found, inputs, written)
     with fresh_folder(folder, overwrite=overwrite) as temporary:
         if profile == "merged":
             write_merged(temporary, model, written.state, tokenizer)
@@ -123,7 +123,7 @@ def export(
             settings = adapter_config(model, ADAPTER, written.stored, portable=portable, base=base, revision=commit)
             write_adapter(temporary, settings, written.stored, heads, model)
             report = replace(report, traps=tuple(check_portable(temporary)))
-        write_probes(temporary, inputs, value, expected, how)
+        write_probes(temporary, inputs, computed, how)
         write_card(temporary, replace(card or Card(base), base=base, revision=commit, export=report))
         if portable_traps := report.traps if profile == "portable" else ():
             raise LoralignError(f"not portable: {portable_traps[0]}")
@@ -196,20 +196,22 @@ def _merged(
 
 def _measured(
     model: PeftModel, found: Sequence[Site], inputs: Mapping[str, Tensor], written: _Written
-) -> tuple[ExportReport, Recorded, Tensor, Tensor | None]:
+) -> tuple[ExportReport, Recorded, dict[str, Tensor]]:
     """Logits of the trained model and, where they are not the same function, of what will be written."""
     report = written.report
     with full_precision(model) as precision:
-        value = logits(model, inputs)
+        found_logits = {"logits": logits(model, inputs)}
         base = logits(model, inputs, found, {site.name: base_layer(site) for site in found})
-        expected = None
         if report.profile == "merged" or not report.exact:
-            expected = logits(model, inputs, found, written.layers)
-    effect = difference(value, base).relative
-    if expected is not None:
-        report = replace(report, difference=difference(expected, value))
-    lost = 0.0 if expected is None else difference(expected, value).relative
-    return report, record(model, report.profile, precision, value, effect, lost), value, expected
+            found_logits["expected"] = logits(model, inputs, found, written.layers)
+    value, lost = found_logits["logits"], 0.0
+    if "expected" in found_logits:
+        report = replace(report, difference=difference(found_logits["expected"], value))
+        lost = difference(found_logits["expected"], value).relative
+    how = record(model, report.profile, precision, value, difference(value, base).relative, lost)
+    if how.coarse and report.profile != "merged":
+        found_logits["base"] = base
+    return report, how, found_logits
 
 
 def _found(model: PeftModel) -> list[Site]:

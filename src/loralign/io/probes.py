@@ -4,6 +4,7 @@
     logits     of the trained model: evaluation mode, outside autocast, fp32; the last positions, at most 4 MB
     expected   of the exported factors, computed here; only where they differ from the trained ones (rounding,
                truncation, merging, a form without an exact fold)
+    base       of the model without the update; only where the tolerance is no fine measure of what the update does
 
 Half-precision weights are widened to fp32 for the computation, which is exact, and put back after it. Where memory does
 not allow that, the model's own precision is used and said.
@@ -11,7 +12,6 @@ not allow that, the model's own precision is used and said.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,8 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loralign.io.folder import PROBES
+from loralign.carrier.stored import digest
+from loralign.io.folder import ADAPTER_CONFIG, PROBES
 from loralign.maths.draws import keyed_generator
 from loralign.types import LoralignError, Site, WorkFailed
 
@@ -33,6 +34,8 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", 
 ROWS, POSITIONS, KEPT, FLOATS = 2, 32, 8, 1 << 20
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Relative difference of logits that a reload may show, by the precision they are computed in."""
+SHARE = 0.1
+"""Of the adapter's effect: a tolerance above this share proves no scale."""
 HALF = (torch.float16, torch.bfloat16)
 
 Layer = Callable[[Tensor], Tensor]
@@ -61,7 +64,14 @@ class Recorded:
     """Relative difference of `expected` to `logits`, 0 where the export is exact."""
     weights: Mapping[str, str] = field(default_factory=dict)
     """sha256 of each weight file, so that damage too small to show in the logits is found too."""
-    format: int = 1
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """The same of the config, without the fields that say where the base lies."""
+    format: int = 2
+
+    @property
+    def coarse(self) -> bool:
+        """Whether a wrong scale could hide in the tolerance."""
+        return self.tolerance > SHARE * self.effect
 
 
 @dataclass(frozen=True)
@@ -258,18 +268,11 @@ def record(
     )
 
 
-def write_probes(
-    folder: Path, inputs: Mapping[str, Tensor], value: Tensor, expected: Tensor | None, how: Recorded
-) -> None:
-    tensors = {**{f"input.{k}": v for k, v in inputs.items()}, "logits": value}
-    if expected is not None:
-        tensors["expected"] = expected
-    sums = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-    how = replace(how, weights=sums)
+def write_probes(folder: Path, inputs: Mapping[str, Tensor], out: Mapping[str, Tensor], how: Recorded) -> None:
+    """out: logits, and expected and base where they are needed."""
+    sums = {path.name: digest(path) for path in sorted(folder.glob("*.safetensors"))}
+    configs = [folder / ("config.json" if how.profile == "merged" else ADAPTER_CONFIG)]
+    how = replace(how, weights=sums, settings={path.name: digest(path) for path in configs})
     (folder / PROBES).parent.mkdir(parents=True, exist_ok=True)
+    tensors = {**{f"input.{k}": v for k, v in inputs.items()}, **out}
     save_file(tensors, folder / PROBES, metadata={"loralign": json.dumps(asdict(how), default=str)})
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

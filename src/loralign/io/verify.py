@@ -50,6 +50,10 @@ class VerifyReport:
     """Allowed relative difference."""
     effect: float = float("nan")
     """Relative change of the base's logits by the adapter, for comparison."""
+    update: float = float("nan")
+    """Relative difference of the updates, logits − base logits, where the tolerance is no fine measure of them."""
+    proven: bool = True
+    """Whether a scale that is wrong by a tenth would have shown."""
     lost: float = 0.0
     """Relative difference to the trained model that the export stated (bf16, truncation, merging), 0 if exact."""
     device: str = ""
@@ -65,11 +69,15 @@ class VerifyReport:
         if not self.passed:
             return self.failure
         stated = f"; the export itself lost {self.lost:.1e}" if self.lost else ""
-        return (
-            f"Verified in a clean process ({self.dtype}, {self.device}): logits differ by at most {self.largest:.1e}, "
-            f"{self.mean:.1e} on average, {self.relative:.1e} relative ({self.tolerance:.0e} allowed), "
-            f"the top choice agrees in {self.top1:.1%}; the adapter moves them by {self.effect:.1%}{stated}."
+        update = f", the updates by {self.update:.1%}" if self.update == self.update else ""
+        said = (
+            f"logits differ by at most {self.largest:.1e}, {self.mean:.1e} on average, {self.relative:.1e} relative "
+            f"({self.tolerance:.0e} allowed){update}, the top choice agrees in {self.top1:.1%}; "
+            f"the adapter moves them by {self.effect:.1%}{stated}."
         )
+        if self.proven:
+            return f"Verified in a clean process ({self.dtype}, {self.device}): {said}"
+        return f"Not proven, the adapter moves too little for it ({self.dtype}, {self.device}): {said}"
 
 
 def verify(folder: Path | str, base: Path | str | None = None) -> VerifyReport:

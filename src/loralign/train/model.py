@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from loralign.carrier.slot import is_adapted
+from loralign.carrier.stored import out_of_memory
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
@@ -101,7 +102,11 @@ def loading(name: str) -> Iterator[None]:
     """Within: what goes wrong while a model is read becomes one sentence with the mend."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except LoralignError:
+        raise
+    except Exception as error:  # a damaged config or tokenizer may raise anything
+        if out_of_memory(error):
+            raise
         raise LoralignError(f"cannot load the model {name!r}: {_why(error)}") from error
 
 
@@ -116,4 +121,4 @@ def _why(error: Exception) -> str:
         return "it has no safetensors weights, and nothing is unpickled; save it again with `save_pretrained`"
     if "Unrecognized configuration class" in text:
         return "it is no causal language model, which task sft needs; give another `model`"
-    return f"{said}; check the name, or give the folder of the model"
+    return f"{said[:150] or type(error).__name__}; check the name, or give the folder of the model"

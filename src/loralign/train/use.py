@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from loralign.carrier.stored import BadInput, Broken, check_loadable, load_adapter, read_config, read_tensors
 from loralign.data.read import read_rows
 from loralign.data.rows import rows_format, to_trl
 from loralign.evidence import Progress
@@ -23,17 +24,34 @@ Asked = Conversation | str
 
 
 def open_adapter(folder: Path, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The adapted model in evaluation mode and its tokenizer; `base` overrides the base that the adapter names."""
-    if not (folder / "adapter_config.json").is_file():
-        raise LoralignError(f"{folder.name} is no adapter folder: it has no adapter_config.json")
-    config = PeftConfig.from_pretrained(str(folder))
+    """The adapted model in evaluation mode and its tokenizer; `base` overrides the base that the adapter names.
+
+    Raises LoralignError for whatever `verify` would refuse in the folder: nothing is filled in, unpickled or fetched.
+    """
+    with _as_input():
+        config = read_config(folder)
+        check_loadable(config, folder)
+        tensors = read_tensors(folder, config)
+    named = config.get("base_model_name_or_path")
+    if base is None and not named:
+        raise LoralignError(f"{folder.name} does not say which base model it belongs to: name it with --base")
     try:
-        model, tokenizer = load(base or str(config.base_model_name_or_path), revision=config.revision)
+        model, tokenizer = load(base or str(named), revision=None if base else config.get("revision"))
     except LoralignError as error:
         if base is not None or isinstance(error, WorkFailed):
             raise
         raise LoralignError(f"{error}; where it is not a hub id, name the base model's folder with --base") from error
-    return PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer
+    with _as_input():
+        return load_adapter(model, folder, config, tensors).eval(), tokenizer
+
+
+@contextmanager
+def _as_input() -> Iterator[None]:
+    """A folder that cannot be used is bad input."""
+    try:
+        yield
+    except (BadInput, Broken) as error:
+        raise LoralignError(str(error)) from error
 
 
 @torch.no_grad()
