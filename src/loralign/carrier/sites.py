@@ -6,8 +6,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,25 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from loralign.carrier.abilities import modules_to_save, task_type
 from loralign.carrier.slot import SlotLinear, effective, is_adapted, whole
+from loralign.carrier.targets import PREFIX, chosen, rank_pattern, strangers
 from loralign.maths.draws import keyed_generator
 from loralign.types import Draw, Full, LoralignError, Recipe, Site, Weight
 
 ADAPTER = "default"
-_PREFIX = "base_model.model."
-_TASKS = (
-    ("ForCausalLM", "CAUSAL_LM"),
-    ("LMHeadModel", "CAUSAL_LM"),
-    ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-    ("ForSequenceClassification", "SEQ_CLS"),
-    ("ForTokenClassification", "TOKEN_CLS"),
-    ("ForQuestionAnswering", "QUESTION_ANS"),
-)
-
-
-def task_type(model: nn.Module) -> str | None:
-    """PEFT's task type by the class name of a Transformers model, None for others."""
-    return next((task for suffix, task in _TASKS if type(model).__name__.endswith(suffix)), None)
 
 
 def peft_config(recipe: Recipe, model: nn.Module, *, adapted: bool = False) -> LoraConfig:
@@ -46,98 +33,28 @@ def peft_config(recipe: Recipe, model: nn.Module, *, adapted: bool = False) -> L
     """
     if is_adapted(model) and not adapted:
         raise LoralignError("the model already carries an adapter: merge it or load the plain base model first")
-    linear = linear_modules(model)
-    ranks = {f"^{re.escape(n)}$": r for n in linear for key, r in recipe.ranks.items() if _matches(n, key)}
-    unknown = [key for key in recipe.ranks if not any(_matches(n, key) for n in linear)]
-    if unknown:
-        raise LoralignError(f"`ranks` names {unknown[0]!r}, which no linear module of this model ends with")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    found = chosen(base, recipe.targets, recipe.exclude)
     if recipe.r < 1 or any(r < 1 for r in recipe.ranks.values()):
         raise LoralignError("ranks start at 1; to skip a module name it in `exclude`")
-    targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
-    if targets == "all-linear" and (blocks := expert_blocks(model)):  # PEFT would take the fused experts too
-        targets = [n for n in linear if not _inside(n, blocks) and linear[n] is not _head(model)]
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    heads = fresh_heads(base)
-    alphas = {k: exact_alpha(recipe.scale(recipe.alpha, r), r) for k, r in ranks.items()}
+    ranks = rank_pattern(found, dict(recipe.ranks))
     return LoraConfig(
         r=recipe.r,
         lora_alpha=exact_alpha(recipe.scale(recipe.alpha, recipe.r), recipe.r),
         lora_dropout=recipe.dropout,
-        target_modules=targets,
-        exclude_modules=[*recipe.exclude, *heads] or None,
-        modules_to_save=heads or None,
+        target_modules=list(found),
+        exclude_modules=strangers(base, found) or None,
+        modules_to_save=modules_to_save(base) or None,
         rank_pattern=ranks,
-        alpha_pattern=alphas,
+        alpha_pattern={k: exact_alpha(recipe.scale(recipe.alpha, r), r) for k, r in ranks.items()},
         task_type=task_type(base),
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear.values()),
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in found.values()),
     )
-
-
-def expert_blocks(model: nn.Module) -> set[str]:
-    """Modules that hold fused experts, (experts, d_out, d_in) parameters; with their routers and shared experts.
-
-    A pair (A, B) adapts one matrix: "all-linear" leaves these blocks as they are, `skipped` lists them.
-    """
-    found = set()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and "expert" in name and ".lora_" not in name:
-            owner = name.removeprefix(_PREFIX).replace(".base_layer", "").rpartition(".")[0]
-            found.add(owner.rpartition(".")[0] if owner.endswith("experts") else owner)
-    return found
-
-
-def _inside(name: str, blocks: set[str]) -> bool:
-    return any(name.startswith(f"{block}.") for block in blocks)
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
-    return head
-
-
-def fresh_heads(model: nn.Module) -> list[str]:
-    """Classification heads of models that PEFT has no task type for: they train whole and are not adapted."""
-    if not type(model).__name__.endswith(("ForImageClassification", "ForAudioClassification")):
-        return []
-    return [n for n in ("classifier", "score", "head") if isinstance(getattr(model, n, None), nn.Module)]
-
-
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module with a weight matrix that LoRA can adapt, by name."""
-    plain = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if ".lora_" not in n}
-    return {n: m for n, m in plain.items() if isinstance(m, nn.Linear | Conv1D) or _quantised(m)}
-
-
-def _quantised(module: nn.Module) -> bool:
-    return type(module).__name__ in ("Linear4bit", "Linear8bitLt", "HQQLinear", "QuantLinear")
-
-
-def _matches(name: str, key: str) -> bool:
-    return name == key or name.endswith("." + key)
 
 
 def put_in(model: nn.Module, recipe: Recipe) -> PeftModel:
     """Insert the stock PEFT adapter of a recipe (W_eff = W0 still); raises when no module matches."""
-    config = peft_config(recipe, model)
-    with explained_targets(model, recipe):
-        return get_peft_model(model, config)
-
-
-@contextmanager
-def explained_targets(model: nn.Module, recipe: Recipe) -> Iterator[None]:
-    """Within: PEFT's complaint that no module matches becomes ours, which names the modules there are."""
-    try:
-        yield
-    except ValueError as error:
-        if "is not supported. Currently" in str(error):  # a module that holds no single matrix
-            raise LoralignError(
-                f"targets {recipe.targets!r} names a {str(error).removeprefix('Target module ').split('(')[0]}, which "
-                "is no linear layer (fused experts are not supported): leave it out of `targets`"
-            ) from error
-        if "arget modules" not in str(error) and "target_modules" not in str(error):
-            raise
-        names = sorted({n.rsplit(".", 1)[-1] for n in linear_modules(model)})
-        raise LoralignError(f"no module matches targets {recipe.targets!r}; linear modules here: {names}") from error
+    return get_peft_model(model, peft_config(recipe, model))
 
 
 def sites(model: nn.Module, adapter: str = ADAPTER) -> list[Site]:
@@ -148,7 +65,7 @@ def sites(model: nn.Module, adapter: str = ADAPTER) -> list[Site]:
             continue
         if adapter in layer.lora_embedding_A or type(layer).__name__ == "ParamWrapper":
             raise LoralignError(
-                f"{name.removeprefix(_PREFIX)} holds an embedding or fused experts, which are no linear layers: "
+                f"{name.removeprefix(PREFIX)} holds an embedding or fused experts, which are no linear layers: "
                 "leave it out of `targets`"
             )
         if adapter not in layer.lora_A:
@@ -157,7 +74,7 @@ def sites(model: nn.Module, adapter: str = ADAPTER) -> list[Site]:
         if not isinstance(A, nn.Linear):
             raise LoralignError(f"{name} is no linear layer ({type(A).__name__}): leave it out of `targets`")
         live = A.live if isinstance(A, SlotLinear) else A.weight
-        short = name.removeprefix(_PREFIX)
+        short = name.removeprefix(PREFIX)
         shape = (B.out_features, A.in_features)
         found.append(Site(short, layer, adapter, *shape, int(live.shape[0]), float(layer.scaling[adapter])))
     return found
@@ -168,7 +85,7 @@ def skipped(model: nn.Module, found: Sequence[Site]) -> dict[str, str]:
     adapted = {site.name for site in found}
     reasons = {}
     for name, module in model.named_modules():
-        short = name.removeprefix(_PREFIX)
+        short = name.removeprefix(PREFIX)
         parts = short.split(".")
         if any(".".join(parts[:n]) in adapted for n in range(1, len(parts) + 1)):
             continue
@@ -182,24 +99,9 @@ def skipped(model: nn.Module, found: Sequence[Site]) -> dict[str, str]:
 
 def differing_target(model: PeftModel, recipe: Recipe) -> str:
     """How the adapted modules differ from the recipe's targets ("leaves out model.x"), "" where they do not."""
-    base, found = model.get_base_model(), sites(model)
-    modules = dict(base.named_modules())
-    head, blocks = _head(base), expert_blocks(base)
-
-    def wanted(name: str) -> bool:
-        excluded = any(_matches(name, e) for e in recipe.exclude)
-        named = not _inside(name, blocks) if recipe.targets == "all-linear" else _wanted(name, recipe.targets)
-        return named and not excluded
-
-    for site in found:
-        if not wanted(site.name):
-            return f"adapts {site.name}"
-    for name in skipped(model, found):
-        module = modules.get(name)
-        in_head = module is head or ".original_module" in name or ".modules_to_save." in name
-        if isinstance(module, nn.Linear | Conv1D) and not in_head and wanted(name):
-            return f"leaves out {name}"
-    return ""
+    wanted, found = chosen(model.get_base_model(), recipe.targets, recipe.exclude), [s.name for s in sites(model)]
+    extra, missing = [n for n in found if n not in wanted], [n for n in wanted if n not in found]
+    return f"adapts {extra[0]}" if extra else f"leaves out {missing[0]}" if missing else ""
 
 
 def weight(site: Site) -> Weight:
@@ -229,23 +131,8 @@ def factors(site: Site) -> tuple[Tensor, Tensor]:
 
 def target_weights(model: nn.Module, reference: Full) -> dict[str, nn.Parameter]:
     """The weight matrices that a recipe with these targets would adapt; for full fine-tuning of the same matrices."""
-    linear = linear_modules(model)
-    head, blocks = _head(model), expert_blocks(model)
-    found: dict[str, nn.Parameter] = {}
-    for name, module in linear.items():
-        plain = module is not head and not _inside(name, blocks)
-        wanted = plain if reference.targets == "all-linear" else _wanted(name, reference.targets)
-        if wanted and not any(_matches(name, e) for e in reference.exclude):
-            found[name] = module.weight  # type: ignore[assignment]
-    if not found:
-        raise LoralignError(f"no module matches targets {reference.targets!r}")
-    return found
-
-
-def _wanted(name: str, targets: str | tuple[str, ...]) -> bool:
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(_matches(name, t) for t in targets)
+    found = chosen(model, reference.targets, reference.exclude)
+    return {name: module.weight for name, module in found.items()}  # type: ignore[misc]
 
 
 def exact_alpha(s: float, R: int) -> float:

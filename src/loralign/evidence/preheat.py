@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralign.carrier.abilities import width
 from loralign.carrier.layer import low_rank
 from loralign.evidence.gradient import accumulate, checked
 from loralign.evidence.partial import adam_state
@@ -107,7 +108,7 @@ def _step(optimizer: torch.optim.Optimizer, moving: Sequence[Tensor], rate: floa
 
 def _train(need: Preheated, passes: Passes, pairs: Sequence[Temporary], batches: Sequence[Batch]) -> None:
     moving = [p for t in pairs for p in t.moving()]
-    hidden = getattr(getattr(passes.model, "config", None), "hidden_size", None) or pairs[0].site.d_in
+    hidden = width(getattr(passes.model, "config", None)) or pairs[0].site.d_in
     peak = need.lr or prior_rate(pairs[0].site.s, hidden)
     optimizer = torch.optim.AdamW(moving, lr=peak, weight_decay=0.0, fused=True)
     warm_up, losses = max(1, round(WARM_UP * need.steps)), []

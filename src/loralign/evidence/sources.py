@@ -29,8 +29,8 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from loralign.carrier.sites import linear_modules
 from loralign.carrier.stored import WEIGHTS, BadInput, Broken, check_stored, rank_of, read_config
+from loralign.carrier.targets import linear_modules
 from loralign.maths.linalg import product_svd, top_svd
 from loralign.types import LoralignError
 

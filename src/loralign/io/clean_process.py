@@ -122,6 +122,8 @@ def load_base(source: str, revision: str | None, how: dict[str, Any], device: st
         )
     if how["labels"] is not None and config.num_labels != how["labels"]:
         options["num_labels"] = how["labels"]
+    if how.get("vocabulary") is not None and getattr(config, "vocab_size", None) != how["vocabulary"]:
+        options["vocab_size"] = how["vocabulary"]
     if how["attention"]:
         options["attn_implementation"] = how["attention"]
     if how["quantization"]:

@@ -25,12 +25,16 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from loralign.carrier.abilities import fresh_heads, text_config
 from loralign.carrier.stored import digest
 from loralign.io.folder import ADAPTER_CONFIG, PROBES
 from loralign.maths.draws import keyed_generator
 from loralign.types import LoralignError, Site, WorkFailed
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "pixel_values", "input_values")
+INPUTS = (
+    *("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask"),
+    *("pixel_values", "input_values", "input_features"),
+)
 ROWS, POSITIONS, KEPT, FLOATS = 2, 32, 8, 1 << 20
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Relative difference of logits that a reload may show, by the precision they are computed in."""
@@ -48,6 +52,9 @@ class Recorded:
 
     model_class: str
     labels: int | None
+    """Of a head that belongs to the task; the base's config may say another number."""
+    vocabulary: int | None
+    """Likewise, where the head predicts characters (CTC)."""
     profile: str
     base_dtype: str
     """What the base was loaded in; its weights are rounded to that before anything else."""
@@ -100,8 +107,9 @@ def probe_inputs(model: PeftModel, batch: Mapping[str, Any] | None = None) -> di
     base: Any = model.get_base_model()
     if batch is None:
         return _drawn(base)
-    if base.config.is_encoder_decoder and "decoder_input_ids" not in batch and "input_ids" in batch:
-        batch = {**batch, "decoder_input_ids": _shifted(batch.get("labels", batch["input_ids"][:, :1]), base.config)}
+    answers = batch["labels"] if "labels" in batch else batch.get("input_ids", torch.empty(0))[:, :1]
+    if base.config.is_encoder_decoder and "decoder_input_ids" not in batch and answers.numel():
+        batch = {**batch, "decoder_input_ids": _shifted(answers, base.config)}
     rows = {k: v[:ROWS].detach().cpu() for k, v in batch.items() if k in INPUTS and isinstance(v, Tensor)}
     if not rows:
         raise LoralignError(f"the probes hold none of {', '.join(INPUTS)}: pass a batch that the model takes")
@@ -122,11 +130,11 @@ def _shifted(labels: Tensor, config: Any) -> Tensor:
 
 
 def _drawn(base: Any) -> dict[str, Tensor]:
-    draw, config = keyed_generator(0, "probes"), base.config
-    if base.main_input_name == "pixel_values" and getattr(config, "image_size", None):
-        size = config.image_size
+    draw, config = keyed_generator(0, "probes"), text_config(base.config)
+    if base.main_input_name == "pixel_values" and getattr(base.config, "image_size", None):
+        size = base.config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.randn(ROWS, getattr(config, "num_channels", 3), height, width, generator=draw)}
+        return {"pixel_values": torch.randn(ROWS, getattr(base.config, "num_channels", 3), height, width, generator=draw)}
     if base.main_input_name != "input_ids":
         raise LoralignError(f"cannot draw probes for inputs of kind {base.main_input_name}: pass a batch as `probes`")
     vocabulary = base.get_input_embeddings().weight.shape[0]
@@ -134,7 +142,7 @@ def _drawn(base: Any) -> dict[str, Tensor]:
     positions = min(16, getattr(config, "max_position_embeddings", None) or 16)
     ids = torch.randint(vocabulary, (rows, positions), generator=draw)
     made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if config.is_encoder_decoder:
+    if base.config.is_encoder_decoder:
         made["decoder_input_ids"] = _shifted(torch.randint(vocabulary, (rows, 8), generator=draw), config)
     return made
 
@@ -251,10 +259,12 @@ def record(
     base: Any = model.get_base_model()
     quantised = is_quantised(base)
     settings = base.config.quantization_config if quantised and profile != "merged" else None
+    fresh = bool(fresh_heads(base))
     name, attention = type(base).__name__, base.config._attn_implementation
     return Recorded(
         model_class=name,
-        labels=base.config.num_labels if "Classification" in name else None,
+        labels=base.config.num_labels if fresh else None,
+        vocabulary=getattr(text_config(base.config), "vocab_size", None) if fresh else None,
         profile=profile,
         base_dtype=str(base.dtype).removeprefix("torch."),
         dtype=str(precision).removeprefix("torch."),

@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from trl.trainer.utils import add_fused_lm_head
 
+from loralign.carrier.abilities import task_type
 from loralign.carrier.layer import as_on
-from loralign.carrier.sites import task_type
 from loralign.evidence import model_loss
 from loralign.types import Batch, LoralignError, Loss
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from loralign.carrier.abilities import width
 from loralign.carrier.slot import is_adapted
 from loralign.carrier.stored import out_of_memory
 from loralign.types import LoralignError
@@ -94,7 +95,7 @@ def hidden_size(name: str, *, revision: str | None = None, trust_remote_code: bo
     where, extra = _source(name)
     with loading(name):
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code, **extra)
-    return int(getattr(config, "hidden_size", 2000))
+    return width(config) or 2000
 
 
 @contextmanager

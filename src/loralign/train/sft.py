@@ -30,14 +30,15 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from loralign.carrier.sites import explained_targets, peft_config, target_weights
+from loralign.carrier.abilities import towers
+from loralign.carrier.sites import peft_config, target_weights
 from loralign.data.chat import Fit, fit
 from loralign.data.packing import check_packing
 from loralign.data.read import read_rows
 from loralign.data.rows import fingerprint, rows_format, split_eval, to_trl
 from loralign.evidence import Progress
 from loralign.evidence.subspace import check_sources
-from loralign.io.export import ExportReport, export
+from loralign.io.export import check_exportable, ExportReport, export
 from loralign.io.folder import disk_full, fresh_folder
 from loralign.io.verify import verify
 from loralign.train.adapt import check_start
@@ -53,6 +54,7 @@ from loralign.types import CommonSubspace, Full, LoralignError, Recipe, WorkFail
 
 log = logging.getLogger("loralign")
 Measured = TypeVar("Measured")
+Method = TypeVar("Method", Recipe, Full)
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     model, tokenizer = load(
         job.model, revision=job.revision, precision=job.training.precision, trust_remote_code=job.trust_remote_code
     )
+    recipe = without_towers(job.recipe, model)
     if job.data.packing:
         check_packing(model)
     train, held_out = _tokens(job, tokenizer)
@@ -182,10 +185,11 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
         remove_half(resume_from)
     journal = Journal(job.output / "log.jsonl", step_of(resume_from) if resume_from else None, progress)
     started = time.perf_counter()
-    trainer = _trainer(job, model, tokenizer, args, train, held_out)
+    trainer = _trainer(recipe, model, tokenizer, args, train, held_out)
     check_whole(trainer)
-    if isinstance(job.recipe, Recipe):
-        callback = attach(trainer, job.recipe, resume_from=resume_from, cache=job.cache, progress=progress)
+    if isinstance(recipe, Recipe):
+        check_exportable(trainer.model)
+        callback = attach(trainer, recipe, resume_from=resume_from, cache=job.cache, progress=progress)
         journal.note_evidence(callback.evidence)
         if resume_from is None:
             check_start(
@@ -194,12 +198,20 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
                 tolerance=1e-6 if dtype_of(job.training.precision) == torch.float32 else 1e-2,
             )
     else:
-        trainer.add_callback(CheckpointCallback(job.recipe.name, resume_from))
+        trainer.add_callback(CheckpointCallback(recipe.name, resume_from))
     trainer.add_callback(journal)
     if job.training.patience is not None:
         trainer.add_callback(Patience(job.training.patience))
     trainer.remove_callback(PrinterCallback)
     return Ready(trainer, tokenizer, journal, rows, resume_from, time.perf_counter() - started)
+
+
+def without_towers(recipe: Method, model: PreTrainedModel) -> Method:
+    """The recipe for rows of text, which never reach the image or audio towers of a model that has some."""
+    apart = towers(model)
+    if apart:
+        log.info("rows of text do not reach %s: left as they are", ", ".join(apart))
+    return replace(recipe, exclude=tuple(dict.fromkeys((*recipe.exclude, *apart))))
 
 
 def check_whole(trainer: Any) -> None:
@@ -244,7 +256,7 @@ def _tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Data
 
 
 def _trainer(
-    job: Job,
+    recipe: Recipe | Full,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     args: SFTConfig,
@@ -252,14 +264,13 @@ def _trainer(
     held_out: Dataset | None,
 ) -> SFTTrainer:
     common: dict[str, Any] = {"args": args, "train_dataset": train, "eval_dataset": held_out}
-    if isinstance(job.recipe, Recipe):
-        config = peft_config(job.recipe, model)
-        with explained_targets(model, job.recipe):
-            return SFTTrainer(model, processing_class=tokenizer, peft_config=config, **common)
-    wanted = {id(p) for p in target_weights(model, job.recipe).values()}
+    if isinstance(recipe, Recipe):
+        config = peft_config(recipe, model)
+        return SFTTrainer(model, processing_class=tokenizer, peft_config=config, **common)
+    wanted = {id(p) for p in target_weights(model, recipe).values()}
     for p in model.parameters():
         p.requires_grad_(id(p) in wanted)
-    args.max_grad_norm, args.weight_decay = job.recipe.max_grad_norm, job.recipe.weight_decay
+    args.max_grad_norm, args.weight_decay = recipe.max_grad_norm, recipe.weight_decay
     return SFTTrainer(model, processing_class=tokenizer, **common)
 
 
