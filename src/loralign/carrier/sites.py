@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -104,6 +105,17 @@ def differing_target(model: PeftModel, recipe: Recipe) -> str:
     return f"adapts {extra[0]}" if extra else f"leaves out {missing[0]}" if missing else ""
 
 
+def beside(model: PeftModel) -> dict[str, nn.Parameter]:
+    """Parameters of the base that train though no adapter and no `modules_to_save` holds them, by their base names."""
+    base = model.get_base_model()
+    kept = [f"{n}." for n, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    return {
+        n.replace(".base_layer.", "."): p
+        for n, p in base.named_parameters()
+        if p.requires_grad and ".lora_" not in n and not any(n.startswith(k) for k in kept)
+    }
+
+
 def weight(site: Site) -> Weight:
     """The frozen base weight of a site; `read()` gives W (d_out, d_in) in fp32, dequantised, as a copy."""
 
@@ -167,6 +179,11 @@ def sync_config(model: Any, adapter: str = ADAPTER) -> None:
 
 def _save_folded(model: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
     """`save_pretrained` that folds what FSDP2 or accelerate gathered, with the config in step."""
+    if lost := beside(model):
+        raise LoralignError(
+            f"{next(iter(lost))} trains beside the adapter, and PEFT does not save it: write with loralign.export, or "
+            "name its module in `modules_to_save` of the PEFT config"
+        )
     given = kwargs.pop("state_dict", None)
     state = dict(model.state_dict() if given is None else given)
     for adapter in model.peft_config:
@@ -186,7 +203,9 @@ def _save_folded(model: Any, save_directory: str, *args: Any, **kwargs: Any) -> 
 
 
 def keep_saving_right(model: PeftModel) -> None:
-    """Make `model.save_pretrained` fold and describe slots (an instance attribute: survives deepcopy and pickling)."""
-    if any(isinstance(m, SlotLinear) for m in model.modules()):
-        model.save_pretrained = functools.partial(_save_folded, model)
-        sync_config(model)
+    """Make `model.save_pretrained` fold and describe slots, and refuse what a file would lack.
+
+    An instance attribute: survives deepcopy and pickling.
+    """
+    model.save_pretrained = functools.partial(_save_folded, model)
+    sync_config(model)

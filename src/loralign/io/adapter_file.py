@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loralign.carrier.sites import beside
 from loralign.io.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loralign.io.layout import Stored
 from loralign.types import LoralignError, WorkFailed
@@ -58,9 +60,32 @@ def base_modules(model: PeftModel) -> list[str]:
 
 
 def other_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """What stock PEFT saves besides the factors, under its names: fully trained modules (`modules_to_save`)."""
+    """What is stored besides the factors, under PEFT's names: modules that trained whole, wrapped by PEFT or not."""
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    return {k: v.detach().cpu() for k, v in state.items() if not re.search(r"\.lora_[A-Za-z]", k)}
+    found = {k: v for k, v in state.items() if not re.search(r"\.lora_[A-Za-z]", k)}
+    base = model.get_base_model()
+    for name in trained_modules(model):
+        found |= {f"{PREFIX}{name}.{k}": v for k, v in base.get_submodule(name).state_dict().items()}
+    return {k: v.detach().cpu() for k, v in found.items()}
+
+
+def trained_modules(model: PeftModel) -> list[str]:
+    """Modules of the base that train unwrapped (norms, an embedding), which `modules_to_save` can bring back.
+
+    Raises LoralignError for tensors that no adapter file can hold.
+    """
+    base, alone = model.get_base_model(), beside(model)
+    modules = dict(base.named_modules())
+    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in alone))
+    shared: dict[int, int] = Counter(id(p) for _, p in base.named_parameters(remove_duplicate=False))
+    for name, parameter in alone.items():
+        owner = name.rpartition(".")[0]
+        whole = owner and not isinstance(modules[owner], LoraLayer) and not any(modules[owner].children())
+        if not whole or shared[id(parameter)] > 1 or any(n.endswith(owner) and n not in owners for n in modules):
+            raise LoralignError(
+                f"{name} trains beside the adapter, and no adapter file can hold it: freeze it (requires_grad = False)"
+            )
+    return owners
 
 
 def check_supported(config: LoraConfig) -> None:
@@ -92,7 +117,7 @@ def adapter_config(
         "alpha_pattern": {f"^{re.escape(n)}$": _plain(s.alpha) for n, s in stored.items() if s.alpha != alpha},
         "lora_dropout": 0.0 if portable else trained.lora_dropout,
         "bias": "none",
-        "modules_to_save": None if portable else trained.modules_to_save,
+        "modules_to_save": None if portable else [*(trained.modules_to_save or ()), *trained_modules(model)] or None,
         "fan_in_fan_out": trained.fan_in_fan_out,
         "task_type": trained.task_type,
         "base_model_name_or_path": base,

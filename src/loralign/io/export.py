@@ -23,7 +23,7 @@ from torch import Tensor
 
 from loralign.carrier.sites import ADAPTER, sites
 from loralign.carrier.slot import LowRankVariant
-from loralign.io.adapter_file import adapter_config, check_supported, other_tensors, write_adapter
+from loralign.io.adapter_file import adapter_config, check_supported, other_tensors, trained_modules, write_adapter
 from loralign.io.card import Card, write_card
 from loralign.io.folder import fresh_folder
 from loralign.io.layout import Product, Stored, limited, loss, padded, read, rounded, uniform
@@ -86,7 +86,7 @@ def export(
     """
     folder, found = Path(out), _found(model)
     config = model.peft_config[ADAPTER]
-    check_supported(config)
+    check_exportable(model)
     base, commit = base_name(model, base_id, revision)
     heads = other_tensors(model, ADAPTER)
     if profile == "portable" and heads:
@@ -131,6 +131,12 @@ def export(
         if lost is not None and lost.total > 0.01:
             log.warning("%s: %s changes the update by %.1f %%", folder.name, what, 100 * lost.total)
     return report
+
+
+def check_exportable(model: PeftModel) -> None:
+    """Raise LoralignError where the adapter, once trained, could not be written; asked before training, too."""
+    check_supported(model.peft_config[ADAPTER])
+    trained_modules(model)
 
 
 @dataclass(frozen=True)

@@ -107,9 +107,9 @@ def probe_inputs(model: PeftModel, batch: Mapping[str, Any] | None = None) -> di
     base: Any = model.get_base_model()
     if batch is None:
         return _drawn(base)
-    answers = batch["labels"] if "labels" in batch else batch.get("input_ids", torch.empty(0))[:, :1]
-    if base.config.is_encoder_decoder and "decoder_input_ids" not in batch and answers.numel():
-        batch = {**batch, "decoder_input_ids": _shifted(answers, base.config)}
+    if base.config.is_encoder_decoder and "decoder_input_ids" not in batch:
+        answers = batch["labels"] if "labels" in batch else batch["input_ids"][:, :1] if "input_ids" in batch else None
+        batch = batch if answers is None else {**batch, "decoder_input_ids": _shifted(answers, base.config)}
     rows = {k: v[:ROWS].detach().cpu() for k, v in batch.items() if k in INPUTS and isinstance(v, Tensor)}
     if not rows:
         raise LoralignError(f"the probes hold none of {', '.join(INPUTS)}: pass a batch that the model takes")
@@ -134,7 +134,9 @@ def _drawn(base: Any) -> dict[str, Tensor]:
     if base.main_input_name == "pixel_values" and getattr(base.config, "image_size", None):
         size = base.config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.randn(ROWS, getattr(base.config, "num_channels", 3), height, width, generator=draw)}
+        return {
+            "pixel_values": torch.randn(ROWS, getattr(base.config, "num_channels", 3), height, width, generator=draw)
+        }
     if base.main_input_name != "input_ids":
         raise LoralignError(f"cannot draw probes for inputs of kind {base.main_input_name}: pass a batch as `probes`")
     vocabulary = base.get_input_embeddings().weight.shape[0]

@@ -16,7 +16,8 @@ from trl import SFTConfig
 
 from loralign.train.job import Job
 from loralign.train.model import dtype_of
-from loralign.types import LoralignError
+from loralign.train.replaced import OPTIMIZER, ROWS, mend
+from loralign.types import LoralignError, Recipe
 
 REFUSED = {
     "fsdp": "use torchrun alone (data parallel), or `attach` in a script of your own",
@@ -121,6 +122,10 @@ def _check_extra(job: Job, settings: dict[str, Any]) -> None:
         raise LoralignError(
             f"`train.extra.{ours[0]}` is decided by the recipe's own keys: leave it out of `train.extra`"
         )
+    for name in (*(OPTIMIZER if isinstance(job.recipe, Recipe) else ()), *ROWS):
+        if name in extra:
+            instead = mend(name) if name in OPTIMIZER else "leave it out; `data` says how rows are read"
+            raise LoralignError(f"`train.extra.{name}` would not count, since loralign decides it: {instead}")
     known = [f.name for f in fields(SFTConfig) if f.init]
     for name in sorted(extra.keys() - set(known)):
         near = difflib.get_close_matches(name, known, n=1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -25,12 +25,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loralign.carrier.sites import ADAPTER, differing_target, peft_config, sites
+from loralign.carrier.sites import ADAPTER, beside, differing_target, peft_config, sites
 from loralign.evidence import Progress
 from loralign.plan.combinations import check_combination, idle
 from loralign.train.adapt import gather, optimizer, restore_storage, start
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import read_note
+from loralign.train.replaced import ignored, mend
 from loralign.types import Batch, LoralignError, Recipe
 
 log = logging.getLogger("loralign")
@@ -107,14 +108,8 @@ def _check_sharding(trainer: Any, recipe: Recipe) -> None:
 
 
 def _name_ignored(args: Any, recipe: Recipe) -> None:
-    """Settings of the trainer that the recipe's own optimizer replaces."""
-    ignored = {
-        "optim": (str(getattr(args.optim, "value", args.optim)), ("adamw_torch", "adamw_torch_fused")),
-        "weight_decay": (args.weight_decay, (0.0, recipe.weight_decay)),
-    }
-    for key, (value, fine) in ignored.items():
-        if value not in fine:
-            log.warning("the trainer's %s = %s does not count: %s decides, set it there", key, value, recipe.name)
+    for key, value in ignored(args, recipe).items():
+        log.warning("the trainer's %s = %s does not count: %s decides; %s", key, value, recipe.name, mend(key))
 
 
 def _own_model(trainer: Any, recipe: Recipe) -> PeftModel:
@@ -134,6 +129,11 @@ def _own_model(trainer: Any, recipe: Recipe) -> PeftModel:
         raise LoralignError(f"expected one adapter named {ADAPTER!r}, found {sorted(model.peft_config)}")
     if trainer.optimizer is not None or trainer.lr_scheduler is not None:
         raise LoralignError("the trainer already has an optimizer: call attach before train() and pass no `optimizers`")
+    if alone := beside(model):
+        raise LoralignError(
+            f"{next(iter(alone))} trains beside the adapter, and no checkpoint would hold it: freeze it, or name its "
+            "module in `modules_to_save` of the PEFT config before the trainer is built"
+        )
     config: Any = model.peft_config[ADAPTER]
     with_plain = peft_config(recipe, model.get_base_model(), adapted=True)
     for key in ("r", "lora_alpha", "lora_dropout", "rank_pattern", "use_dora", "bias"):
@@ -176,7 +176,13 @@ def _batches(trainer: Any, recipe: Recipe) -> Iterator[Batch]:
         return
     loader = trainer.get_train_dataloader()
     try:
-        yield from islice(iter(loader), wanted)
+        for batch in islice(iter(loader), wanted):
+            if not isinstance(batch, Mapping):
+                raise LoralignError(
+                    f"{recipe.name} starts from gradients, and {type(trainer).__name__} hands out prompts, which have "
+                    "none before they are answered: use a method whose start needs no data (lora, pissa, olora)"
+                )
+            yield batch
     finally:
         getattr(loader, "end", lambda: None)()  # accelerate counts a loader as running until it is exhausted
 

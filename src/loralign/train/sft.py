@@ -38,7 +38,7 @@ from loralign.data.read import read_rows
 from loralign.data.rows import fingerprint, rows_format, split_eval, to_trl
 from loralign.evidence import Progress
 from loralign.evidence.subspace import check_sources
-from loralign.io.export import check_exportable, ExportReport, export
+from loralign.io.export import ExportReport, check_exportable, export
 from loralign.io.folder import disk_full, fresh_folder
 from loralign.io.verify import verify
 from loralign.train.adapt import check_start
@@ -54,7 +54,6 @@ from loralign.types import CommonSubspace, Full, LoralignError, Recipe, WorkFail
 
 log = logging.getLogger("loralign")
 Measured = TypeVar("Measured")
-Method = TypeVar("Method", Recipe, Full)
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     return Ready(trainer, tokenizer, journal, rows, resume_from, time.perf_counter() - started)
 
 
-def without_towers(recipe: Method, model: PreTrainedModel) -> Method:
+def without_towers(recipe: Recipe | Full, model: PreTrainedModel) -> Recipe | Full:
     """The recipe for rows of text, which never reach the image or audio towers of a model that has some."""
     apart = towers(model)
     if apart:
