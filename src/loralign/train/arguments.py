@@ -16,7 +16,7 @@ from trl import SFTConfig
 
 from loralign.train.job import Job
 from loralign.train.model import dtype_of
-from loralign.train.replaced import OPTIMIZER, ROWS, mend
+from loralign.train.replaced import OPTIMIZER, ROWS, instead_of
 from loralign.types import LoralignError, Recipe
 
 REFUSED = {
@@ -124,7 +124,7 @@ def _check_extra(job: Job, settings: dict[str, Any]) -> None:
         )
     for name in (*(OPTIMIZER if isinstance(job.recipe, Recipe) else ()), *ROWS):
         if name in extra:
-            instead = mend(name) if name in OPTIMIZER else "leave it out; `data` says how rows are read"
+            instead = instead_of(name) if name in OPTIMIZER else "leave it out; `data` says how rows are read"
             raise LoralignError(f"`train.extra.{name}` would not count, since loralign decides it: {instead}")
     known = [f.name for f in fields(SFTConfig) if f.init]
     for name in sorted(extra.keys() - set(known)):

@@ -31,7 +31,7 @@ from loralign.plan.combinations import check_combination, idle
 from loralign.train.adapt import gather, optimizer, restore_storage, start
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import read_note
-from loralign.train.replaced import ignored, mend
+from loralign.train.replaced import ignored, instead_of
 from loralign.types import Batch, LoralignError, Recipe
 
 log = logging.getLogger("loralign")
@@ -109,7 +109,7 @@ def _check_sharding(trainer: Any, recipe: Recipe) -> None:
 
 def _name_ignored(args: Any, recipe: Recipe) -> None:
     for key, value in ignored(args, recipe).items():
-        log.warning("the trainer's %s = %s does not count: %s decides; %s", key, value, recipe.name, mend(key))
+        log.warning("the trainer's %s = %s does not count: %s decides; %s", key, value, recipe.name, instead_of(key))
 
 
 def _own_model(trainer: Any, recipe: Recipe) -> PeftModel:

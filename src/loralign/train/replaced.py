@@ -22,7 +22,7 @@ ROWS = (
 _SAME = {"optim": ("adamw_torch", "adamw_torch_fused")}
 
 
-def mend(key: str) -> str:
+def instead_of(key: str) -> str:
     """Where to say it instead."""
     if key in ("weight_decay", "max_grad_norm"):
         return f"set the recipe's own `{key}`"
