@@ -18,6 +18,7 @@ import pytest
 
 import tiny_trl
 import toy
+import warm
 from loralign.cli.app import main
 
 TEMPLATE = "{% for m in messages %}{{ '<bos> ' + m['content'] + ' <eos> ' }}{% endfor %}"
@@ -71,6 +72,7 @@ def world_in(root: Path) -> Iterator[Path]:
         patch.chdir(root)
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        warm.verification(patch)
         yield root
     os.environ.clear()
     os.environ.update(before)

@@ -1,4 +1,4 @@
-"""One rank of the distributed tests of evidence: python evidence_ranks.py RANK WORLD FOLDER ENGINE
+"""One rank of the distributed tests of evidence.
 
 Collects every kind of evidence on its own half of the micro-batches and writes what it got; gloo on the CPU. ENGINE:
 "none" (one process, all micro-batches in the order in which the ranks would see them), "ddp" or "fsdp".
@@ -7,7 +7,7 @@ Collects every kind of evidence on its own half of the micro-batches and writes 
 from __future__ import annotations
 
 import contextlib
-import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,17 @@ def check_that_a_stopped_preheat_goes_on(model: Any, batches: list[Any], need: P
     assert all(torch.equal(getattr(d, k), getattr(whole[n], k)) for n, d in found.items() for k in "USV")
 
 
+CALLS = [("none", 0, 1), *((engine, rank, RANKS) for engine in ("ddp", "fsdp") for rank in range(RANKS))]
+
+
+def run(k: int, folder: Path) -> None:
+    """The k-th call, in a process of its own."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of foreign packages; this process has no pytest to turn them into errors
+    engine, rank, world = CALLS[k]
+    main(rank, world, folder, engine)
+
+
 def main(rank: int, world: int, folder: Path, engine: str) -> None:
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}-{engine}", rank=rank, world_size=world)
@@ -86,7 +97,3 @@ def main(rank: int, world: int, folder: Path, engine: str) -> None:
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

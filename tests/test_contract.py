@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import toy
+import warm
 from assets import asset, needs
 from loralign import METHODS, Recipe, adapt, build, factors, optimizer, peft_config, sites
 from loralign.io.export import export
@@ -136,7 +137,9 @@ def test_contract(family: str, name: str, tmp_path: Path, sources: Sources) -> N
     assert gap(output(model), after) < 2e-6
 
 
-def test_every_export_reloads_in_a_clean_process(tmp_path: Path, sources: Sources) -> None:
+def test_every_export_reloads_in_a_clean_process(
+    tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """3: both profiles of every recipe, in one process with transformers and peft alone; in bf16 below 1 % is lost."""
     toy.llama().save_pretrained(tmp_path / "base")
     jobs = []
@@ -151,6 +154,7 @@ def test_every_export_reloads_in_a_clean_process(tmp_path: Path, sources: Source
             jobs.append(VerifyJob(out, tmp_path / "base"))
         half = export(model, tmp_path / "half", dtype=torch.bfloat16, base_id="toy", probes=batch_for(base))
         assert half.rounding is not None and half.rounding.total < 0.01, name
+    warm.verification(monkeypatch)
     reports = verify_many(jobs)
     assert [r.line() for r in reports if not r.passed] == []
     for report in reports:

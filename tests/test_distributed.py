@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import toy
+import warm
 from loralign import Recipe, adapt, build, optimizer, peft_config, sites
 from loralign.carrier.slot import live_of, whole
 from loralign.optim.pairs import PairOptimizer
@@ -187,7 +187,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def pair_of_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=2)
+    warm.together(worker, str(folder), count=2)
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from evidence_ranks import RANKS
+import evidence_ranks
+import warm
+from evidence_ranks import CALLS
 from loralign import LoralignError, Recipe, adapt, build, sites
 from loralign.carrier.sites import put_in
 from loralign.evidence import collect, model_loss
@@ -387,16 +387,8 @@ def test_evidence_of_a_third_party_init() -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     """What two ranks found under DDP and FSDP2, and one process with all data."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = str(Path(__file__).with_name("evidence_ranks.py"))
-    calls = [("none", 0, 1), *((e, r, RANKS) for e in ("ddp", "fsdp") for r in range(RANKS))]
-    started = [
-        subprocess.Popen([sys.executable, script, str(r), str(w), str(folder), e], stderr=subprocess.PIPE, text=True)
-        for e, r, w in calls
-    ]
-    for process, call in zip(started, calls, strict=True):
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, f"{call}: {errors[-3000:]}"
-    return {f"{e}-{r}": load_file(folder / f"{e}-{r}.safetensors") for e, r, _ in calls}
+    warm.together(evidence_ranks.run, folder, count=len(CALLS))
+    return {f"{e}-{r}": load_file(folder / f"{e}-{r}.safetensors") for e, r, _ in CALLS}
 
 
 @pytest.mark.distributed

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaForTokenClassification
 
 import toy
+import warm
 from loralign import adapt, build, factors, optimizer, sites
 from loralign.carrier.slot import commit
 from loralign.io import adapter_file
@@ -134,7 +135,9 @@ def done(models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Don
             key, folder = f"{name}/{label}", root / name.replace("/", "-") / label
             reports[key] = export(model, folder, probes=toy.batch_for(model.get_base_model(), seed=9), **options)
             jobs[key] = VerifyJob(folder, None if options.get("profile") == "merged" else bases[family])
-    verified = verify_many(list(jobs.values()))
+    with pytest.MonkeyPatch.context() as patch:
+        warm.verification(patch)
+        verified = verify_many(list(jobs.values()))
     return {k: Done(Path(job.folder), reports[k], v) for (k, job), v in zip(jobs.items(), verified, strict=True)}
 
 

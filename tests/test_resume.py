@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import warm
 from cli_world import Done, assert_one_sentence, bytes_of, run, world_in
 
 KILLED = """
@@ -63,8 +64,7 @@ def train_and_kill(moment: str, output: str) -> int:
     event, ending, torn = MOMENTS[moment]
     torn_folder = f"{output}/checkpoints/{torn}" if torn else ""
     command = [sys.executable, "-c", KILLED, event, ending, torn_folder]
-    done = subprocess.run([*command, "train", "r.yaml", "--set", f"output={output}"], capture_output=True, timeout=300)
-    return done.returncode
+    return warm.run([*command, "train", "r.yaml", "--set", f"output={output}"]).returncode
 
 
 def losses(folder: str) -> list[tuple[int, float]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import toy
+import warm
 from loralign import adapt, build, sites
 from loralign.io import verify as verify_module
 from loralign.io.export import export
@@ -140,9 +140,7 @@ def run(good: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Ru
     asked = [{"folder": str(f), "base": str(b) if b else None} for f, b in jobs.values()]
     (root / "jobs.json").write_text(json.dumps(asked))
     files = [str(root / "jobs.json"), str(root / "results.json")]
-    done = subprocess.run(
-        [sys.executable, "-I", str(SCRIPT), "[]", *files], check=False, capture_output=True, text=True
-    )
+    done = warm.run([sys.executable, "-I", str(SCRIPT), "[]", *files])
     assert "Traceback" not in done.stderr
     results = json.loads((root / "results.json").read_text())
     return done.returncode, {name: VerifyReport(name, **r) for name, r in zip(jobs, results, strict=True)}

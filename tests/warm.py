@@ -1,0 +1,142 @@
+"""`subprocess.run` for Python commands whose libraries are imported already: a process that forks for every call.
+
+Each call is a process of its own (exit code, signals, files, environment) that starts in 0.1 s instead of 6: the one it
+is forked from has imported torch, transformers, peft and what they load late, and nothing of loralign. For tests of
+what a command does; those of how a process starts start one themselves.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
+
+CLEAN = ("torch", "transformers", "peft", "safetensors.torch", "transformers.models.llama.modeling_llama")
+WHOLE = (*CLEAN, "transformers.models.bert.modeling_bert", "transformers.trainer", "accelerate", "datasets", "trl")
+TRAINER = "trl.trainer.sft_trainer"
+
+
+def run(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | str | None = None,
+    timeout: float = 300,
+    check: bool = False,
+    capture_output: bool = True,
+    text: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run` of `[sys.executable, "-I" | "-P", script | "-m", module | "-c", code, …]`; output is text."""
+    assert command[0] == sys.executable and capture_output and text
+    isolated = command[1] == "-I"  # has a server of its own
+    with tempfile.TemporaryDirectory() as room:
+        asked = {"argv": list(command[1 + isolated :]), "env": dict(os.environ if env is None else env), "room": room}
+        asked |= {"cwd": os.fspath(cwd or Path.cwd()), "timeout": int(timeout)}
+        server = _server(isolated)
+        assert server.stdin is not None and server.stdout is not None
+        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        said = [Path(room, name).read_text(encoding="utf-8") for name in ("out", "err")]
+    done = subprocess.CompletedProcess(list(command), code, *said)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def together(function: Callable[..., None], *args: Any, count: int) -> None:
+    """function(k, *args) in `count` processes at once, k = 0, 1, …, forked from one that has the libraries as well."""
+    multiprocessing.set_forkserver_preload([*WHOLE, TRAINER])
+    from torch.multiprocessing import start_processes  # not for the process that serves
+
+    start_processes(function, args, nprocs=count, start_method="forkserver")
+
+
+def verification(patch: pytest.MonkeyPatch) -> None:
+    """Exports are verified by clean processes of this kind."""
+    patch.setattr("loralign.io.verify.subprocess", SimpleNamespace(run=run))
+
+
+@functools.cache
+def _server(isolated: bool) -> subprocess.Popen[str]:
+    """It ends when its pipe is closed."""
+    command = [sys.executable, *(["-I"] if isolated else []), __file__, *(CLEAN if isolated else (*WHOLE, TRAINER))]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)
+    return server
+
+
+def _serve(modules: Sequence[str]) -> None:
+    """A line of JSON for each call, answered by the exit code."""
+    sys.path.pop(0) if sys.path[0] == os.path.dirname(__file__) else None
+    for module in modules:
+        importlib.import_module(module)
+    gc.freeze()  # what is shared stays shared
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            code = _become(json.loads(line))
+            atexit._run_exitfuncs()  # and no more: an interpreter that takes itself apart copies all it shares, 2 s
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(code, flush=True)
+
+
+def _become(asked: Mapping[str, Any]) -> int:
+    """In the fork: the command that was asked for, to its end."""
+    os.chdir(asked["cwd"])
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(asked["room"], name), os.O_WRONLY | os.O_CREAT), number)
+    signal.alarm(asked["timeout"])
+    try:
+        _execute(asked["argv"])
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _execute(argv: list[str]) -> None:
+    safe = argv[0] == "-P"  # nothing is imported from the working folder
+    argv = argv[safe:]
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        sys.path[:0] = [] if safe else [os.getcwd()]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    elif argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        sys.path.insert(0, "")
+        exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1:])
