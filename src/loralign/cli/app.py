@@ -150,12 +150,14 @@ def export(
     from loralign.cli.run import opened
     from loralign.io.card import read_card
     from loralign.io.export import export as write
+    from loralign.train.use import has_tokenizer
 
     model, tokenizer, named = opened(folder, base)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype.value)} if dtype else {}
+    own = profile.value == "merged" or has_tokenizer(folder)
     report = write(
         model, out, profile=profile.value, max_rank=max_rank, power_of_two=power_of_two, overwrite=overwrite,
-        tokenizer=tokenizer, card=read_card(folder, named["base_id"]), **named, **options,
+        tokenizer=tokenizer if own else None, card=read_card(folder, named["base_id"]), **named, **options,
     )  # fmt: skip
     for line in report.lines():
         say(line)

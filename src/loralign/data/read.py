@@ -1,7 +1,8 @@
 """Rows from files: json, jsonl, csv, parquet, arrow, folders written by `save_to_disk`, and hub ids.
 
 Files are read as they are: a csv field stays text, a json value keeps its type, nothing is guessed and nothing is
-unpickled. Rows live in memory as an Arrow table of about the size of the file; parquet and folders keep their own.
+unpickled. Rows live in memory as JSON text of about the size of the file. Of tables whose columns have types (parquet,
+arrow, folders, the hub) only the columns that some format understands are read; the rest may have any type.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,14 @@ from datasets import Dataset, DatasetDict
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
 from datasets.table import InMemoryTable
 
+from loralign.data.columns import MEDIA, UNDERSTOOD
+from loralign.data.table import CHUNK, Row, Rows, collected
 from loralign.types import LoralignError
 
-Row = dict[str, Any]
-
-OPTIONAL = ("input", "system", "history", "tools")
-"""Columns that a row may lack: the row then holds None there."""
-CHUNK = 1000
-MISFIT = (pa.ArrowException, ValueError, TypeError, OverflowError)
-UNREADABLE = (*MISFIT, KeyError, AttributeError, IndexError, RecursionError, OSError)
+UNREADABLE = (
+    *(pa.ArrowException, ValueError, TypeError, OverflowError),
+    *(KeyError, AttributeError, IndexError, RecursionError, OSError),
+)
 """What the readers of a damaged file or folder raise."""
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 LIST_OR_LINES = "write one object per line, or one list of objects"
@@ -37,14 +37,14 @@ LIST_OR_LINES = "write one object per line, or one list of objects"
 log = logging.getLogger("loralign")
 
 
-def read_rows(source: str | Path, split: str | None = None) -> Dataset:
-    """The rows of a file, a folder or a hub id; `dataset.info.dataset_name` is the name that later errors give.
+def read_rows(source: str | Path, split: str | None = None) -> Rows:
+    """The rows of a file, a folder or a hub id; their name is what later errors call them.
 
     source: `.json` (a list, or one object per line), `.jsonl`, `.csv`, `.parquet`, `.arrow`, a folder written by
     `save_to_disk`, or a hub id. split: a split such as "train" or "train[:10%]"; a file's only split is "train".
 
     Raises:
-        LoralignError: no such file, an empty one, a broken line, an unknown ending, rows with different columns.
+        LoralignError: no such file, an empty one, a broken line, an unknown ending.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -56,13 +56,7 @@ def read_rows(source: str | Path, split: str | None = None) -> Dataset:
     rows = _one_split(found, split, str(source))
     if len(rows) == 0:
         raise LoralignError(f"{source} has no rows: give a file with at least one")
-    rows.info.dataset_name = str(source)
     return rows
-
-
-def name_of(dataset: Dataset) -> str:
-    """What errors call these rows."""
-    return dataset.info.dataset_name or "the data"
 
 
 def first_line(error: BaseException) -> str:
@@ -70,65 +64,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def as_dataset(rows: Iterable[Row], name: str, schema: pa.Schema | None = None) -> Dataset:
-    """An in-memory dataset of rows that share their columns; `schema` fixes the types, otherwise the rows give them."""
-    tables: list[pa.Table] = []
-    seen = schema or pa.schema([])
-    for first, chunk in _chunks(rows):
-        try:
-            tables.append(_table(chunk, schema))
-            seen = _joined(seen, tables[-1])
-        except MISFIT as error:
-            n = first + _first_misfit(chunk, schema, seen)
-            raise LoralignError(
-                f"{name}, row {n} doesn't fit the rows before ({first_line(error)}): give each column one type, for "
-                "instance text everywhere"
-            ) from error
-    table = pa.concat_tables(tables, promote_options="permissive") if tables else seen.empty_table()
-    dataset = Dataset(InMemoryTable(table))
-    dataset.info.dataset_name = name
-    return dataset
-
-
-def _chunks(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
-    """(number of the first row, 1-based, and rows)."""
-    chunk: list[Row] = []
-    first = 1
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == CHUNK:
-            yield first, chunk
-            first, chunk = first + CHUNK, []
-    if chunk:
-        yield first, chunk
-
-
-def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
-    columns = dict.fromkeys(c for row in rows for c in row)
-    return pa.Table.from_pydict({c: [row.get(c) for row in rows] for c in columns}, schema=schema)
-
-
-def _joined(seen: pa.Schema, table: pa.Table) -> pa.Schema:
-    return pa.unify_schemas([seen, table.schema], promote_options="permissive")
-
-
-def _first_misfit(rows: list[Row], schema: pa.Schema | None, seen: pa.Schema) -> int:
-    """Index of the first row that makes no table with the rows up to it, by bisection; some row doesn't."""
-    low, high = 0, len(rows) - 1
-    while low < high:
-        middle = (low + high) // 2
-        try:
-            _joined(seen, _table(rows[: middle + 1], schema))
-            low = middle + 1
-        except MISFIT:
-            high = middle
-    return low
-
-
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def _file(path: Path) -> Dataset:
+def _file(path: Path) -> Rows:
     if path.suffix not in READERS:
         raise LoralignError(
             f"{path} ends in {path.suffix or 'nothing'}, which can't be read: give a {', '.join(READERS)} file, "
@@ -146,8 +85,8 @@ def _file(path: Path) -> Dataset:
         raise LoralignError(f"{path} is no {path.suffix[1:]} file ({first_line(error)}): write it again") from error
 
 
-def _jsonl(path: Path) -> Dataset:
-    return as_dataset(_same_columns(_json_lines(path), path), str(path))
+def _jsonl(path: Path) -> Rows:
+    return collected(_objects(_json_lines(path), path), str(path))
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -169,21 +108,21 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
         raise LoralignError(f"{path}, line {line} {why}: {LIST_OR_LINES}") from error
 
 
-def _json(path: Path) -> Dataset:
+def _json(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig") as f:
         first = next((c for line in f for c in line if not c.isspace()), "")
     if first != "[":
         return _jsonl(path)
     values = _parsed(path.read_text(encoding="utf-8-sig"), path)
     rows = ((f"row {n}", value) for n, value in enumerate(values, 1))
-    return as_dataset(_same_columns(rows, path), str(path))
+    return collected(_objects(rows, path), str(path))
 
 
-def _csv(path: Path) -> Dataset:
-    return as_dataset((row for _, row in _csv_lines(path)), str(path))
+def _csv(path: Path) -> Rows:
+    return collected(_csv_lines(path), str(path))
 
 
-def _csv_lines(path: Path) -> Iterator[tuple[str, Row]]:
+def _csv_lines(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default refuses fields above 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as f:
         reader = csv.reader(f, strict=True)
@@ -198,41 +137,58 @@ def _csv_lines(path: Path) -> Iterator[tuple[str, Row]]:
                         "put fields with commas or line breaks in quotes"
                     )
                 if fields:
-                    yield f"line {reader.line_num}", dict(zip(header, fields, strict=True))
+                    yield dict(zip(header, fields, strict=True))
         except csv.Error as error:
             raise LoralignError(f"{path}, line {reader.line_num} is not csv ({error}): mend its quotes") from error
 
 
-def _same_columns(rows: Iterable[tuple[str, Any]], path: Path) -> Iterator[Row]:
-    """The rows, as long as each has the columns of those before; optional ones may be missing."""
-    columns: dict[str, None] | None = None
+def _objects(rows: Iterator[tuple[str, Any]], path: Path) -> Iterator[Row]:
     for where, row in rows:
         if not isinstance(row, dict):
             raise LoralignError(f"{path}, {where} is no object but {type(row).__name__}: {LIST_OR_LINES}")
-        columns = dict.fromkeys(row) if columns is None else columns
-        if odd := [c for c in row.keys() ^ columns.keys() if c not in OPTIONAL]:
-            raise LoralignError(
-                f"{path}, {where} has the columns {', '.join(row)}, the rows before have {', '.join(columns)}: "
-                f"give every row the same columns (see {', '.join(sorted(odd))})"
-            )
-        columns |= dict.fromkeys(row)
         yield row
 
 
-def _parquet(path: Path) -> Dataset:
-    return _of_table(pq.read_table(path), path)
+def _parquet(path: Path) -> Rows:
+    names = pq.read_schema(path).names
+    return _of_table(pq.read_table(path, columns=[c for c in names if c in UNDERSTOOD]), str(path), names)
 
 
-def _of_table(table: pa.Table, path: Path) -> Dataset:
-    """The table's columns; those of a type that rows of text never have, such as maps, are left out and named."""
+def _arrow(path: Path) -> Rows:
+    with pa.memory_map(str(path)) as source:
+        try:
+            table = pa.ipc.open_stream(source).read_all()  # as `datasets` writes it
+        except pa.ArrowInvalid:
+            table = pa.ipc.open_file(source).read_all()
+        known = [c for c in table.column_names if c in UNDERSTOOD]
+        return _of_table(table.select(known), str(path), table.column_names)
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".json": _json,
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
+
+
+# --------------------------------------------------------------------------------------------- columns that have types
+
+
+def _of_table(table: pa.Table, name: str, columns: list[str]) -> Rows:
+    """table: the columns that some format understands; one of a type that such rows never have is left out and named."""
     odd = [field.name for field in table.schema if not _is_plain(field)]
     if odd:
-        log.warning("%s: the columns %s are of types that cannot be read, they are left out", path, ", ".join(odd[:5]))
+        log.warning("%s: the columns %s are of types that cannot be read, they are left out", name, ", ".join(odd[:5]))
     kept = table.drop_columns(odd)
+    if not kept.column_names:
+        return collected(({} for _ in range(table.num_rows)), name, columns)
     try:
-        return Dataset(InMemoryTable(kept))
+        dataset = Dataset(InMemoryTable(kept))
     except UNREADABLE:  # what `datasets` once wrote about the columns does not fit them
-        return Dataset(InMemoryTable(kept.replace_schema_metadata(None)))
+        dataset = Dataset(InMemoryTable(kept.replace_schema_metadata(None)))
+    return _of_dataset(dataset, name, columns)
 
 
 def _is_plain(field: pa.Field) -> bool:
@@ -243,22 +199,31 @@ def _is_plain(field: pa.Field) -> bool:
     return True
 
 
-def _arrow(path: Path) -> Dataset:
-    with pa.memory_map(str(path)) as source:
-        try:
-            table = pa.ipc.open_stream(source).read_all()  # as `datasets` writes it
-        except pa.ArrowInvalid:
-            table = pa.ipc.open_file(source).read_all()
-    return _of_table(table, path)
+def _of_dataset(dataset: Dataset, name: str, columns: list[str]) -> Rows:
+    known = [c for c in dataset.column_names if c in UNDERSTOOD]
+    media = {c: _filled(dataset, c) for c in known if c in MEDIA}
+    plain = [c for c in known if c not in MEDIA]
+    rows = iter(dataset.select_columns(plain)) if plain else ({} for _ in range(len(dataset)))
+
+    def read() -> Iterator[Row]:
+        for i, row in enumerate(rows):
+            yield {c: _without_none(v) for c, v in row.items()} | {c: True for c in media if media[c][i]}
+
+    return collected(read(), name, columns)
 
 
-READERS: dict[str, Callable[[Path], Dataset]] = {
-    ".json": _json,
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-}
+def _filled(dataset: Dataset, column: str) -> list[bool]:
+    """Which rows hold something there; nothing is decoded."""
+    parts = dataset.select_columns([column]).with_format("arrow").iter(CHUNK)
+    lists = (pa.ListScalar, pa.LargeListScalar)
+    return [v.is_valid and (not isinstance(v, lists) or len(v) > 0) for part in parts for v in part[column]]
+
+
+def _without_none(value: Any) -> Any:
+    """Arrow gives every struct the keys of all others; what a row didn't say goes away again."""
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
 # ------------------------------------------------------------------------------------------------------ folders and hub
@@ -290,17 +255,19 @@ def _hub(source: str, path: Path, split: str | None) -> Dataset | DatasetDict:
         ) from error
 
 
-def _one_split(found: Dataset | DatasetDict, split: str | None, source: str) -> Dataset:
+def _one_split(found: Rows | Dataset | DatasetDict, split: str | None, source: str) -> Rows:
     """The rows that `split` means; None means "train", or the only split there is."""
     if isinstance(found, Dataset) and (split is None or not Path(source).expanduser().exists()):
-        return found
-    splits = found if isinstance(found, DatasetDict) else DatasetDict(train=found)
-    if split is None:
-        if "train" not in splits and len(splits) > 1:
-            raise LoralignError(f"{source} has the splits {', '.join(splits)}: name one")
-        return splits["train"] if "train" in splits else next(iter(splits.values()))
+        return _of_dataset(found, source, found.column_names)
+    splits = found if isinstance(found, DatasetDict) else {"train": found}
+    if split is None and "train" not in splits and len(splits) > 1:
+        raise LoralignError(f"{source} has the splits {', '.join(splits)}: name one")
     try:
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute({k: len(v) for k, v in splits.items()})
+        wanted = datasets.ReadInstruction.from_spec(split or ("train" if "train" in splits else next(iter(splits))))
+        parts = wanted.to_absolute({k: len(v) for k, v in splits.items()})
     except (ValueError, AssertionError) as error:
         raise LoralignError(f"{source} has no split {split!r}: it has {', '.join(splits)}") from error
-    return datasets.concatenate_datasets([splits[p.splitname].select(range(p.from_, p.to)) for p in parts])
+    if isinstance(found, Rows):
+        return found.select([i for part in parts for i in range(part.from_, part.to)])
+    chosen = datasets.concatenate_datasets([splits[p.splitname].select(range(p.from_, p.to)) for p in parts])
+    return _of_dataset(chosen, source, chosen.column_names)

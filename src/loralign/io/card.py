@@ -26,6 +26,8 @@ class Card:
     """The method's options and the recipe's fields that matter: r, alpha, gamma, …"""
     data: Mapping[str, Any] = field(default_factory=dict)
     """name, rows, fingerprint, …"""
+    prompts: Mapping[str, Any] = field(default_factory=dict)
+    """How the rows asked: form (text, chat), ends (tokens), options of the chat template, given (a template by us)."""
     learning_rate: float | None = None
     lr_source: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -59,6 +61,8 @@ def read_card(folder: Path, base: str) -> Card:
     try:
         said = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return Card(base)
+    if not isinstance(said, dict):
         return Card(base)
     known = {f.name for f in fields(Card)} - {"base", "revision", "export", "verified"}
     return Card(base, **{key: value for key, value in said.items() if key in known})
@@ -127,7 +131,26 @@ def _use(card: Card) -> str:
             f"from peft import PeftModel\nfrom transformers import {auto}\n"
             f'model = PeftModel.from_pretrained({auto}.from_pretrained("{_base(card)}"{pinned}), "path/to/this/folder")'
         )
-    return f"## Use\n\n```python\n{code}\n```"
+    return f"## Use\n\n```python\n{code}\n```" + _asking(card)
+
+
+def _asking(card: Card) -> str:
+    """How to ask the model as it was trained."""
+    said = card.prompts
+    if not said:
+        return ""
+    how = "with text as it stands, after the start token of the tokenizer"
+    if said.get("form") == "chat":
+        how = "through the chat template of the tokenizer"
+        if options := said.get("options"):
+            how += f" with {', '.join(f'{k}={v!r}' for k, v in options.items())}"
+    if said.get("given"):
+        how += (
+            ", which is not the base's: it is in this folder (`chat_template.jinja`), so load the tokenizer from here, "
+            '`AutoTokenizer.from_pretrained("path/to/this/folder")`'
+        )
+    ends = " or ".join(f"`{token}`" for token in said.get("ends", ()))
+    return f"\n\nAsk it as it was trained: {how}." + (f" Answers end with {ends}." if ends else "")
 
 
 def _training(card: Card) -> str:

@@ -78,7 +78,7 @@ def export(
         power_of_two: profile portable pads the rank to the next power of two.
         probes: a batch that the model takes, for `verify`; None: drawn inputs.
         card: facts for the model card; what the export knows itself is filled in.
-        tokenizer: saved beside a merged model.
+        tokenizer: saved beside the adapter or the merged model.
         overwrite: write into a folder that loralign did not make; files of other names stay.
     Raises:
         LoralignError: an adapter or target that cannot be exported this way, with the alternative.
@@ -122,6 +122,8 @@ def export(
             portable = profile == "portable"
             settings = adapter_config(model, ADAPTER, written.stored, portable=portable, base=base, revision=commit)
             write_adapter(temporary, settings, written.stored, heads, model)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(temporary))
             report = replace(report, traps=tuple(check_portable(temporary)))
         write_probes(temporary, inputs, computed, how)
         write_card(temporary, replace(card or Card(base), base=base, revision=commit, export=report))

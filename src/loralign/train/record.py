@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from loralign.data.chat import Prompts
 from loralign.io.card import Card, write_card
-from loralign.io.export import ExportReport
 from loralign.io.provenance import write_run
 from loralign.train.job import Job
 from loralign.types import Full
 
 
-def describe(
-    job: Job,
-    rows: tuple[int, int],
-    fingerprint: str,
-    metrics: dict[str, float],
-    report: ExportReport | None,
-    verified: bool,
-    seconds: dict[str, float],
-) -> None:
-    """Write both. rows: for training and held out; fingerprint: of the training rows, as tokens."""
-    card = replace(card_of(job, rows, fingerprint), metrics=metrics, export=report, verified=verified)
-    write_card(job.output, card)
-    write_run(job.output, card, seconds=seconds)
+def describe(folder: Path, card: Card, seconds: dict[str, float]) -> None:
+    """Write both."""
+    write_card(folder, card)
+    write_run(folder, card, seconds=seconds)
 
 
-def card_of(job: Job, rows: tuple[int, int], fingerprint: str) -> Card:
-    """What is known before the first step."""
+def card_of(job: Job, rows: tuple[int, int], fingerprint: str, prompts: Prompts) -> Card:
+    """What is known before the first step. rows: for training and held out; fingerprint: of the training tokens."""
     return Card(
         base=job.model,
         revision=job.revision,
         method=job.recipe.name,
         options=_options(job),
         data=_data(job, rows, fingerprint),
+        prompts=asdict(prompts),
         learning_rate=job.training.learning_rate,
         lr_source=job.training.lr_source,
         source=job.source,

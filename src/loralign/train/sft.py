@@ -32,12 +32,12 @@ from trl import SFTConfig, SFTTrainer
 
 from loralign.carrier.abilities import towers
 from loralign.carrier.sites import peft_config, target_weights
-from loralign.data.chat import Fit, fit
+from loralign.data.chat import Prompts
 from loralign.data.packing import check_packing
-from loralign.data.read import read_rows
-from loralign.data.rows import fingerprint, rows_format, split_eval, to_trl
+from loralign.data.split import fingerprint
 from loralign.evidence import Progress
 from loralign.evidence.subspace import check_sources
+from loralign.io.card import Card
 from loralign.io.export import ExportReport, check_exportable, export
 from loralign.io.folder import disk_full, fresh_folder
 from loralign.io.verify import verify
@@ -50,6 +50,7 @@ from loralign.train.job import Job
 from loralign.train.journal import Journal
 from loralign.train.model import dtype_of, load
 from loralign.train.record import card_of, describe
+from loralign.train.tokens import name_ends, tokens
 from loralign.types import CommonSubspace, Full, LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
@@ -74,14 +75,24 @@ class Ready:
     trainer: SFTTrainer
     tokenizer: PreTrainedTokenizerBase
     journal: Journal
+    prompts: Prompts
     fingerprints: dict[str, str]
     resume_from: Path | None
     init_seconds: float
 
     @property
+    def own_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, where it is not the base's as it was: it belongs beside the adapter."""
+        return self.tokenizer if self.prompts.given else None
+
+    @property
     def rows(self) -> tuple[int, int]:
         """For training and held out."""
         return len(self.trainer.train_dataset), len(self.trainer.eval_dataset or ())
+
+    def card(self, job: Job) -> Card:
+        """What is known before the first step."""
+        return card_of(job, self.rows, self.fingerprints["data.train"], self.prompts)
 
 
 def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> Result:
@@ -113,11 +124,13 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
         report, verified = None, False
     else:
         report = export(
-            trainer.model, job.output, base_id=job.model, revision=job.revision, probes=_probes(ready), overwrite=True
-        )
+            trainer.model, job.output, base_id=job.model, revision=job.revision, probes=_probes(ready),
+            tokenizer=ready.own_tokenizer, overwrite=True,
+        )  # fmt: skip
         verified = verify(job.output, base=job.model).passed
     seconds = {"init": ready.init_seconds, "train": trained - started, "export": time.perf_counter() - trained}
-    describe(job, ready.rows, ready.fingerprints["data.train"], metrics, report, verified, seconds)
+    card = replace(ready.card(job), metrics=metrics, export=report, verified=verified)
+    describe(job.output, card, seconds)
     return Result(job.output, metrics, report, verified, seconds)
 
 
@@ -146,10 +159,10 @@ def initialise(
         raise LoralignError(f"{job.recipe.name} has no adapter to initialise: choose another method, or train it")
     ready = prepare(job, resume=False, progress=progress)
     measured = measure(ready.trainer, job.recipe) if measure else None
-    card = replace(card_of(job, ready.rows, ready.fingerprints["data.train"]), trained=False)
+    card = replace(ready.card(job), trained=False)
     export(
         ready.trainer.model, job.output, base_id=job.model, revision=job.revision, probes=_probes(ready), card=card,
-        overwrite=True,
+        tokenizer=ready.own_tokenizer, overwrite=True,
     )  # fmt: skip
     shutil.rmtree(job.output / "checkpoints", ignore_errors=True)  # the trainer's, which never trains
     return measured
@@ -175,7 +188,8 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     recipe = without_towers(job.recipe, model)
     if job.data.packing:
         check_packing(model)
-    train, held_out = _tokens(job, tokenizer)
+    train, held_out, prompts = tokens(job, tokenizer)
+    name_ends(model, tokenizer, prompts)
     if args.max_steps < 0:
         check_schedule(args, max(1, math.ceil(len(train) * args.num_train_epochs / job.training.batch_size)))
     rows = {"data.train": fingerprint(train)} | ({} if held_out is None else {"data.eval": fingerprint(held_out)})
@@ -202,7 +216,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     if job.training.patience is not None:
         trainer.add_callback(Patience(job.training.patience))
     trainer.remove_callback(PrinterCallback)
-    return Ready(trainer, tokenizer, journal, rows, resume_from, time.perf_counter() - started)
+    return Ready(trainer, tokenizer, journal, prompts, rows, resume_from, time.perf_counter() - started)
 
 
 def without_towers(recipe: Recipe | Full, model: PreTrainedModel) -> Recipe | Full:
@@ -228,30 +242,6 @@ class Patience(EarlyStoppingCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             raise AlreadyTrained(f"the run had ended at step {state.global_step} by `train.patience`")
-
-
-def _rows(job: Job) -> tuple[Dataset, Dataset | None]:
-    rows = read_rows(job.data.train)
-    train = to_trl(rows, rows_format(rows))
-    if job.data.eval is None:
-        return train, None
-    if isinstance(job.data.eval, float):
-        return split_eval(train, job.data.eval, seed=job.seed)
-    held_out = read_rows(job.data.eval)
-    return train, to_trl(held_out, rows_format(held_out))
-
-
-def _tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
-    def one(rows: Dataset, what: str) -> Dataset:
-        found: Fit = fit(rows, tokenizer, max_length=job.data.max_length, assistant_only=job.data.assistant_only)
-        log.info(
-            "%s: %d rows, %d tokens, %d with loss; %d rows cut at %d tokens, %d dropped because no answer was left",
-            *(what, len(found.dataset), found.tokens, found.supervised, found.cut, job.data.max_length, found.dropped),
-        )
-        return found.dataset
-
-    train, held_out = _rows(job)
-    return one(train, "training"), None if held_out is None else one(held_out, "evaluation")
 
 
 def _trainer(

@@ -1,21 +1,27 @@
-"""Use a finished adapter through plain PEFT: answer prompts, measure loss and exact match on held-out rows."""
+"""Use a finished adapter through plain PEFT: answer prompts, measure exact match on held-out rows.
+
+The model is asked as it was trained: text after the tokenizer's start token, or turns through the chat template; it
+stops at the tokens that end an answer in training.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loralign.carrier.stored import BadInput, Broken, check_loadable, load_adapter, read_config, read_tensors
+from loralign.data.chat import Coder
+from loralign.data.prompt import Chat, Plain, chat_of
 from loralign.data.read import read_rows
 from loralign.data.rows import rows_format, to_trl
 from loralign.evidence import Progress
-from loralign.train.model import load
+from loralign.io.card import read_card
+from loralign.train.model import load, loading
 from loralign.types import LoralignError, WorkFailed
 
 Conversation = list[dict[str, str]]
@@ -26,6 +32,7 @@ Asked = Conversation | str
 def open_adapter(folder: Path, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """The adapted model in evaluation mode and its tokenizer; `base` overrides the base that the adapter names.
 
+    A tokenizer, or a chat template, beside the adapter goes before the base's own.
     Raises LoralignError for whatever `verify` would refuse in the folder: nothing is filled in, unpickled or fetched.
     """
     with _as_input():
@@ -42,7 +49,7 @@ def open_adapter(folder: Path, base: str | None = None) -> tuple[Any, PreTrained
             raise
         raise LoralignError(f"{error}; where it is not a hub id, name the base model's folder with --base") from error
     with _as_input():
-        return load_adapter(model, folder, config, tensors).eval(), tokenizer
+        return load_adapter(model, folder, config, tensors).eval(), _own(folder, tokenizer)
 
 
 @contextmanager
@@ -54,44 +61,98 @@ def _as_input() -> Iterator[None]:
         raise LoralignError(str(error)) from error
 
 
-@torch.no_grad()
+def has_tokenizer(folder: Path) -> bool:
+    """Whether an adapter came with a tokenizer of its own."""
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def _own(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    template = folder / "chat_template.jinja"
+    if has_tokenizer(folder):
+        with loading(folder.name):
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    elif template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+# -------------------------------------------------------------------------------------------------------------- answers
+
+
 def answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Asked],
     *,
+    options: Mapping[str, Any] | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Greedy answers to conversations that end with a user's turn, or to plain prompts."""
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    found: list[str] = []
+    """Greedy answers to conversations that end with a user's turn, or to plain prompts; options: of the template."""
+    plain = Plain(tokenizer)
+    chat = chat_of(tokenizer) if tokenizer.chat_template else Chat(tokenizer)
+    row = {"chat_template_kwargs": options}
+    prompts = [
+        plain.encode(asked) if isinstance(asked, str) else chat.encode(chat.prompt(asked, row))
+        for asked in conversations
+    ]
+    asks_turns = any(not isinstance(asked, str) for asked in conversations)
+    ends = stops(model, tokenizer, chat.ends if asks_turns else ())
+    found = _generated(
+        model, tokenizer, prompts, ends, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    )
+    return [_decoded(tokenizer, ids, ends) for ids in found]
+
+
+def stops(model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] | frozenset[int]) -> list[int]:
+    """Where generation stops: at the tokens that end an answer in training, and at the model's own."""
+    own = model.generation_config.eos_token_id
+    said = own if isinstance(own, list) else [own]
+    return sorted({i for i in (*said, tokenizer.eos_token_id, *ends) if i is not None})
+
+
+@torch.no_grad()
+def _generated(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    ends: list[int],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    progress: Progress | None,
+) -> list[list[int]]:
+    """The tokens that follow each prompt."""
     model.eval()
-    for group in _groups(conversations, batch_size):
-        texts = [_prompt(tokenizer, c) for c in group]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+    found: list[list[int]] = []
+    for first in range(0, len(prompts), batch_size):
+        group = prompts[first : first + batch_size]
+        longest = max(map(len, group))
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in group], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in group], device=model.device)
         out = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=ends or None,
         )
-        found += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        found += out[:, longest:].tolist()
         if progress:
-            progress("generate", len(found), len(conversations))
-    tokenizer.padding_side = side
-    return [text.strip() for text in found]
+            progress("generate", len(found), len(prompts))
+    return found
 
 
-def _groups(items: Sequence[Asked], size: int) -> list[Sequence[Asked]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _prompt(tokenizer: PreTrainedTokenizerBase, conversation: Asked) -> str:
-    if isinstance(conversation, str):
-        return conversation
-    if tokenizer.chat_template is None:
-        return "\n".join(turn["content"] for turn in conversation)
-    text: str = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    return text
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: list[int]) -> str:
+    """The text up to the first token that ends an answer."""
+    stop = next((n for n, i in enumerate(ids) if i in ends), len(ids))
+    text: str = tokenizer.decode(ids[:stop], skip_special_tokens=True)
+    return text.strip()
 
 
 def exact_match(
@@ -104,20 +165,15 @@ def exact_match(
 ) -> float:
     """Share of conversations whose greedy answer equals the last assistant turn, white space aside."""
     asked, wanted = [row[:-1] for row in rows], [row[-1]["content"] for row in rows]
-    return _share_right(model, tokenizer, asked, wanted, max_new_tokens=max_new_tokens, progress=progress)
-
-
-def _share_right(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[Asked],
-    wanted: Sequence[str],
-    *,
-    max_new_tokens: int,
-    progress: Progress | None,
-) -> float:
     given = answer(model, tokenizer, asked, max_new_tokens=max_new_tokens, progress=progress)
+    return _share(given, wanted)
+
+
+def _share(given: Sequence[str], wanted: Sequence[str]) -> float:
     return sum(a == b.strip() for a, b in zip(given, wanted, strict=True)) / max(1, len(wanted))
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
 
 
 def generate(
@@ -128,10 +184,17 @@ def generate(
     max_new_tokens: int = 128,
     progress: Progress | None = None,
 ) -> list[str]:
-    """One greedy answer per prompt, each asked as a user's turn."""
+    """One greedy answer per prompt, each asked as the training rows asked: as text, or as a user's turn.
+
+    An adapter that doesn't say how it was trained is asked through the chat template where there is one.
+    """
     model, tokenizer = open_adapter(folder, base)
-    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return answer(model, tokenizer, asked, max_new_tokens=max_new_tokens, progress=progress)
+    said = read_card(folder, "").prompts
+    asked: list[Asked] = list(prompts)
+    if tokenizer.chat_template and said.get("form") != "text":
+        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    options = said.get("options") or {}
+    return answer(model, tokenizer, asked, options=options, max_new_tokens=max_new_tokens, progress=progress)
 
 
 def evaluate(
@@ -143,24 +206,25 @@ def evaluate(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Exact match of the adapter and of its base on rows with answers; `limit` takes the first so many rows."""
+    """Exact match of the adapter and of its base on rows with answers; `limit` takes the first so many rows.
+
+    Every row's last answer is asked for by the tokens that training has before it, and compared with the text of those
+    that training has there, white space aside.
+    """
     rows = read_rows(data)
-    questions = [_question(row, Path(data).name) for row in islice(to_trl(rows, rows_format(rows)), limit)]
-    asked, wanted = [q for q, _ in questions], [a for _, a in questions]
+    rows = to_trl(rows, rows_format(rows))
     model, tokenizer = open_adapter(folder, base)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": progress}
-    tuned = _share_right(model, tokenizer, asked, wanted, **settings)
+    coder = Coder(rows, tokenizer)
+    samples = list(coder.questions(limit))
+    ends = stops(model, tokenizer, coder.chat.ends if coder.chat else ())
+    asked = [sample.ids[: sample.spans[0][0]] for sample in samples]
+    wanted = [_decoded(tokenizer, sample.ids[sample.spans[0][0] :], ends) for sample in samples]
+
+    def share() -> float:
+        found = _generated(model, tokenizer, asked, ends, max_new_tokens=max_new_tokens, progress=progress)
+        return _share([_decoded(tokenizer, ids, ends) for ids in found], wanted)
+
+    tuned = share()
     with model.disable_adapter():
-        before = _share_right(model, tokenizer, asked, wanted, **settings)
-    return {"exact_match": tuned, "exact_match_base": before, "rows": float(len(questions))}
-
-
-def _question(row: Mapping[str, Any], name: str) -> tuple[Asked, str]:
-    """What a row asks, and the answer it wants: the last turn, or the completion."""
-    if "messages" in row and row["messages"][-1]["role"] == "assistant":
-        return list(row["messages"][:-1]), row["messages"][-1]["content"]
-    if "completion" not in row:
-        raise LoralignError(f"{name} has rows without an answer: `eval` needs prompt and completion, or conversations")
-    if isinstance(row["completion"], str):
-        return row["prompt"], row["completion"]
-    return [*row["prompt"], *row["completion"][:-1]], row["completion"][-1]["content"]
+        before = share()
+    return {"exact_match": tuned, "exact_match_base": before, "rows": float(len(samples))}

@@ -1,0 +1,56 @@
+"""The rows of a job as tokens, and what is said about them."""
+
+from __future__ import annotations
+
+import logging
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loralign.data.chat import Fit, Prompts, fit
+from loralign.data.read import read_rows
+from loralign.data.rows import rows_format, to_trl
+from loralign.data.split import split_eval
+from loralign.data.table import Rows
+from loralign.train.job import Job
+from loralign.train.use import stops
+
+log = logging.getLogger("loralign")
+
+
+def _rows(job: Job) -> tuple[Rows, Rows | None]:
+    rows = read_rows(job.data.train)
+    train = to_trl(rows, rows_format(rows))
+    if job.data.eval is None:
+        return train, None
+    if isinstance(job.data.eval, float):
+        return split_eval(train, job.data.eval, seed=job.seed)
+    held_out = read_rows(job.data.eval)
+    return train, to_trl(held_out, rows_format(held_out))
+
+
+def tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None, Prompts]:
+    """The rows of a job as tokens, for training and held out, and how those of training ask."""
+
+    def one(rows: Rows, what: str) -> Fit:
+        found: Fit = fit(rows, tokenizer, max_length=job.data.max_length, assistant_only=job.data.assistant_only)
+        log.info(
+            "%s: %d rows, %d tokens, %d with loss; %d rows cut at %d tokens, %d dropped because no answer was left",
+            *(what, len(found.dataset), found.tokens, found.supervised, found.cut, job.data.max_length, found.dropped),
+        )
+        return found
+
+    train, held_out = _rows(job)
+    fitted = one(train, "training")
+    return fitted.dataset, None if held_out is None else one(held_out, "evaluation").dataset, fitted.prompts
+
+
+def name_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> None:
+    """Say where answers end, if whoever generates with the base's own settings would not stop there."""
+    found = tokenizer.convert_tokens_to_ids(list(prompts.ends))
+    if found and not set(found) & set(stops(model, tokenizer, ())):
+        log.warning(
+            "answers end with %s, where the base model's own settings do not stop: `loralign eval` and `generate` do; "
+            "elsewhere pass eos_token_id=%s",
+            *(" or ".join(prompts.ends), found),
+        )
