@@ -134,16 +134,19 @@ def _alone(chat: Chat, answer: _Answer) -> Sample:
 def _together(chat: Chat, answers: list[_Answer]) -> Sample | None:
     """All answers in the text of the last one; None where a prompt isn't its beginning, or an answer ends otherwise."""
     whole = answers[-1].after
+    if not all(whole.startswith(answer.before) for answer in answers):
+        return None
     ids = chat.encode(whole)
     spans = []
     for answer in answers:
-        start, through = chat.encode(answer.before), chat.encode(answer.after)
-        first, stop = len(start), _shared(through, ids)
-        if not whole.startswith(answer.before) or ids[:first] != start:
+        start = chat.encode(answer.before)
+        if ids[: len(start)] != start:
             return None
-        if stop < len(through) and not chat.ends & set(ids[first:stop]):
+        through = ids if answer.after == whole else chat.encode(answer.after)
+        stop = _shared(through, ids)
+        if stop < len(through) and not chat.ends & set(ids[len(start) : stop]):
             return None
-        spans.append((first, stop))
+        spans.append((len(start), stop))
     return Sample(ids, tuple(spans), tuple(note for answer in answers for note in answer.notes))
 
 

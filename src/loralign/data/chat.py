@@ -48,7 +48,8 @@ class Fit:
 
     rows: how many came in. cut: longer than max_length. dropped: no supervised token left. tokens, supervised: of the
     rows that stay. split: rows that became one for each answer. answers: that are learnt; of them, other_prompt: after
-    another prompt than that of inference; no_thoughts: without the thoughts that the row has.
+    another prompt than that of inference; no_thoughts: without the thoughts that the row has; joined: whose first token
+    reaches into the prompt.
     """
 
     dataset: Dataset
@@ -62,6 +63,7 @@ class Fit:
     answers: int = 0
     other_prompt: int = 0
     no_thoughts: int = 0
+    joined: int = 0
 
 
 def fit(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assistant_only: bool = True) -> Fit:
@@ -120,16 +122,22 @@ def _say(found: Fit, name: str, max_length: int, coded: Coder) -> None:
         )
     if found.split:
         log.warning(
-            "%s: %d rows were split into one for each answer: the chat template renders earlier answers differently later "
-            "on, and only so each is learnt after the prompt of inference",
+            "%s: %d rows were split into one for each answer: later on the chat template renders earlier answers "
+            "differently, and only so each is learnt after the prompt of inference",
             *(name, found.split),
         )
     if found.other_prompt:
         log.warning(
             "%s: the chat template begins %d of %d answers otherwise than its own prompt ends, so they are learnt "
-            "after another prompt than that of inference; where it has a switch, set it by the column "
-            'chat_template_kwargs, for instance {"enable_thinking": false}',
+            "after another prompt than that of inference; where it has a switch (enable_thinking), set it in a column "
+            "chat_template_kwargs",
             *(name, found.other_prompt, found.answers),
+        )
+    if found.joined:
+        log.warning(
+            "%s: the first token of %d of %d answers reaches into the prompt, which ends otherwise at inference: let "
+            "prompts end with a word",
+            *(name, found.joined, found.answers),
         )
     if found.no_thoughts:
         log.warning(
@@ -167,6 +175,7 @@ class Coder:
             for sample in made:
                 count["answers"] += len(sample.spans)
                 count["other_prompt"] += sample.notes.count("prompt")
+                count["joined"] += sample.notes.count("tokens")
                 count["no_thoughts"] += sample.notes.count("thoughts")
                 yield sample
 

@@ -29,11 +29,8 @@ REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, Inde
 
 _ASKED = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Uno."}]
 _CALLED = {"name": "look", "arguments": {"what": "house"}}
-_TOOL = {
-    "name": "look",
-    "description": "Look.",
-    "parameters": {"type": "object", "properties": {"what": {"type": "string", "description": "What."}}},
-}
+_WHAT = {"type": "object", "properties": {"what": {"type": "string", "description": "What."}}}
+_TOOLS = [{"type": "function", "function": {"name": "look", "description": "Look.", "parameters": _WHAT}}]
 
 
 def give_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -112,14 +109,13 @@ class Chat:
 
     @cached_property
     def ends(self) -> frozenset[int]:
-        """The tokens that end an answer, and those that end a tool call."""
+        """The token that ends an answer, and the one that ends a tool call; none where answers have no end."""
         marks = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        found: set[int] = set()
-        answer = self._tried(_ASKED, "Uno.")
-        found |= set([i for i in self.encode(answer.rpartition("Uno.")[2]) if i in marks][:1])
-        call = self._tried(_calling(_CALLED), "house", tools=[{"type": "function", "function": _TOOL}])
-        found |= set([i for i in self.encode(call.rpartition("house")[2]) if i in marks][-1:])
-        return frozenset(found)
+        answer = self._tried(_ASKED, "Uno.").rpartition("Uno.")[2]
+        call = self._tried(_calling(_CALLED), "house", tools=_TOOLS).rpartition("house")[2]
+        first = [i for i in self.encode(answer) if i in marks][:1]
+        last = [i for i in self.encode(call) if i in marks][-1:]
+        return frozenset([*first, *last] if first else ())
 
     @cached_property
     def source(self) -> str:
@@ -160,7 +156,7 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
         chat = replace(chat, parts=True)
     for json_arguments in (False, True):
         tried = replace(chat, json_arguments=json_arguments)
-        text = tried._tried(_calling(_CALLED), "house", tools=[{"type": "function", "function": _TOOL}])
+        text = tried._tried(_calling(_CALLED), "house", tools=_TOOLS)
         if text and not any(odd in text for odd in ("{'what'", '\\"what')):  # a dict of Python; a quoted string
             return tried
     return chat
