@@ -85,7 +85,8 @@ def of_every_token(chat: Chat, row: Row, where: str) -> Sample:
     text = chat.text(turns, row)
     for i in learnt:
         _check_answer(turns[i], text, where)
-    _check_prompt([t for t in turns if t["role"] != "assistant"], text, row, where)
+    _check_tools(text, row, where)
+    _check_turns(turns, text, where)
     ids = chat.encode(text)
     return Sample(ids, ((0, len(ids)),))
 
@@ -94,8 +95,8 @@ def of_answers(chat: Chat, row: Row, where: str) -> list[Sample]:
     """A conversation with loss on the answers that are learnt: one row, or one for each answer."""
     turns, learnt = _learnt(row)
     answers = [_answer(chat, row, turns, i, where) for i in learnt]
-    before = [turn for turn in turns[: learnt[-1]] if turn["role"] != "assistant"]
-    _check_prompt(before, answers[-1].prompt, row, where)
+    _check_tools(answers[0].prompt, row, where)
+    _check_turns(turns[: learnt[-1]], answers[-1].prompt, where)
     together = _together(chat, answers) if len(answers) > 1 else None
     return [together] if together else [_alone(chat, answer) for answer in answers]
 
@@ -174,16 +175,20 @@ def _check_answer(turn: Turn, text: str, where: str) -> bool:
     )
 
 
-def _check_prompt(turns: list[Turn], text: str, row: Row, where: str) -> None:
+def _check_tools(text: str, row: Row, where: str) -> None:
     for tool in row.get("tools", ()):
-        name = str(tool.get("function", tool).get("name", "")) if isinstance(tool.get("function", tool), dict) else ""
+        inner = tool.get("function", tool)
+        name = str(inner.get("name", "")) if isinstance(inner, dict) else ""
         if not _stands(name, text):
             raise LoralignError(
                 f"{where}: the chat template doesn't render the tool {name}: use a model whose template renders "
                 "`tools`, or write them into the system turn and drop the column"
             )
+
+
+def _check_turns(turns: list[Turn], text: str, where: str) -> None:
     for turn in turns:
-        if not _stands(turn["content"], text):
+        if turn["role"] != "assistant" and not _stands(turn["content"], text):
             raise LoralignError(
                 f"{where}: the chat template doesn't render the {turn['role']}'s turn ({_short(turn['content'])}): "
                 "use a model whose template does, or write it into another turn"

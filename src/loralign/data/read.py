@@ -177,7 +177,7 @@ READERS: dict[str, Callable[[Path], Rows]] = {
 
 
 def _of_table(table: pa.Table, name: str, columns: list[str]) -> Rows:
-    """table: the columns that some format understands; one of a type that such rows never have is left out and named."""
+    """table: the columns that some format understands; those of a type that rows never have are left out and named."""
     odd = [field.name for field in table.schema if not _is_plain(field)]
     if odd:
         log.warning("%s: the columns %s are of types that cannot be read, they are left out", name, ", ".join(odd[:5]))
