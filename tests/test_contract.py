@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import toy
 import warm
 from assets import asset, needs
-from loralign import METHODS, Recipe, adapt, build, factors, optimizer, peft_config, sites
+from loralign import METHODS, Recipe, adapt, build, drive, factors, optimizer, peft_config, sites
 from loralign.io.export import export
 from loralign.io.verify import VerifyJob, verify_many
 from loralign.plan.combinations import facts
@@ -92,10 +92,12 @@ def gap(a: Tensor, b: Tensor) -> float:
 
 def train(model: Any, made: Recipe, steps: int, lr: float = 3e-3) -> Any:
     opt = optimizer(model, made, lr)
+    driver = drive(model, made, opt, steps)
     model.train()
     for _ in range(steps):
         model(**batch_for(model)).loss.backward()
         opt.step()
+        driver.after_step()
         opt.zero_grad()
     model.eval()
     return opt

@@ -28,7 +28,7 @@ from loralign import Recipe, adapt, build, optimizer, peft_config, sites
 from loralign.carrier.slot import live_of, whole
 from loralign.optim.pairs import PairOptimizer
 from loralign.train.attach import attach
-from loralign.train.events import apply_plan
+from loralign.train.driver import drive
 from trainers import toy_trainer
 
 pytestmark = pytest.mark.distributed
@@ -106,17 +106,15 @@ def prepared(case: str) -> tuple[Any, Recipe]:
 def steps(model: Any, called: Callable[..., Tensor], made: Recipe, rank: int, world: int) -> tuple[Any, list[int]]:
     own = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
     stepper = optimizer(model, made, 1e-2)
+    driver = drive(model, made, stepper, STEPS)
     applied = []
     for t in range(STEPS):
         part = {k: v[own] for k, v in batch(t).items()}
         loss_of(called, part).backward()  # type: ignore[arg-type]
         stepper.step()
-        stepper.zero_grad()
         applied.append(stepper.applied)
-        for rule in made.rules:
-            plan = rule.event(stepper.moment(STEPS))
-            if plan:
-                apply_plan(model, stepper, plan)
+        driver.after_step()
+        stepper.zero_grad()
     return stepper, applied
 
 

@@ -27,9 +27,10 @@ from loralign.types import (
     Batch,
     CommonSubspace,
     Directions,
-    Factors,
+    Facts,
     Preheated,
     Sketch,
+    Start,
     TopGradient,
     WorkFailed,
 )
@@ -369,12 +370,14 @@ def test_evidence_of_a_third_party_init() -> None:
     class FirstDirections:
         needs = TopGradient(1, 1, None)
 
-        def largest_rank(self, d_out: int, d_in: int) -> int | None:
-            return min(d_out, d_in)
+        facts = Facts()
 
-        def __call__(self, W: Any, r: int, s: float, evidence: Directions | None, draw: Any) -> Factors:
+        def fits(self, d_out: int, d_in: int, r: int) -> str:
+            return ""
+
+        def __call__(self, W: Any, r: int, s: float, evidence: Directions | None, draw: Any) -> Start:
             assert evidence is not None and evidence.V is not None and evidence.V.shape[0] == W.shape[1]
-            return Factors(evidence.V[:, :r].T.contiguous(), torch.zeros(W.shape[0], r))
+            return Start(evidence.V[:, :r].T.contiguous(), torch.zeros(W.shape[0], r))
 
     model = adapt(llama(), replace(recipe(), init=FirstDirections()), batches_for(llama(), 1))
     assert len(sites(model)) == 14

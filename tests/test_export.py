@@ -29,7 +29,7 @@ from loralign.io.probes import probe_inputs
 from loralign.io.provenance import is_local, scrub, write_run
 from loralign.io.verify import VerifyJob, VerifyReport, verify_many
 from loralign.methods.form.plain import Plain
-from loralign.types import Episode, Factors, LoralignError, Recipe, WorkFailed
+from loralign.types import Episode, LoralignError, Recipe, Start, WorkFailed
 
 METHODS = ("lora", "lora-ga", "pissa")
 HEADS = ("bert", "vit")
@@ -111,7 +111,7 @@ def chained(model: Any) -> PeftModel:
     for i, site in enumerate(sites(adapted) * 2):
         if i % 3:
             fresh = (torch.randn(2, site.d_in, generator=draw), torch.randn(site.d_out, 2, generator=draw) * 0.02)
-            commit(site.layer, site.adapter, Factors(*fresh))
+            commit(site.layer, site.adapter, Start(*fresh))
     return adapted
 
 

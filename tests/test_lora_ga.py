@@ -15,7 +15,7 @@ from loralign.carrier.sites import draw_for, put_in
 from loralign.evidence import exact_gradient, model_loss
 from loralign.maths.linalg import top_svd
 from loralign.methods.init.lora_ga import gradient_svd
-from loralign.types import Directions, Factors, Recipe, Sketch, Weight
+from loralign.types import Directions, Recipe, Sketch, Start, Weight
 from oracles import lora_ga as oracle
 from toy import batch_for, llama
 
@@ -32,7 +32,7 @@ def evidence(G: Tensor, k: int) -> Directions:
     return Directions(U, S, V)
 
 
-def start(G: Tensor, r: int = R, s: float = S_RS, **options: Any) -> Factors:
+def start(G: Tensor, r: int = R, s: float = S_RS, **options: Any) -> Start:
     W = Weight("w", (int(G.shape[0]), int(G.shape[1])), lambda: torch.randn_like(G))
     return gradient_svd(**{"gamma": GAMMA, **options})(W, r, s, evidence(G, 2 * r), draw_for(0, "w"))
 

@@ -9,27 +9,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from loralign import build, factors, peft_config, sites
+from loralign import LoralignError, build, factors, peft_config, sites
+from loralign.maths.operators import Dense
 from loralign.train.attach import attach
 from loralign.types import (
     NOTHING,
+    Copy,
+    Ctx,
     Directions,
     Draw,
     Episode,
-    Factors,
+    Facts,
     Live,
     Moment,
+    Named,
     Need,
+    Off,
+    On,
+    Operator,
     Plan,
     Recipe,
-    SlotPlan,
+    RuleNeed,
+    RuleState,
+    SiteShape,
+    Start,
+    Unborn,
+    Validation,
     Weight,
 )
 from toy import batch_for, llama
@@ -42,27 +54,57 @@ STEPS = 6
 class Gated:
     """W_eff = W0 + s·B·diag(c)·A with a trained gate c, 0.5 at the start."""
 
-    identity: bool = False
-    exact: bool = True
+    facts: ClassVar[Facts] = Facts(gated=True, per_slot=frozenset({"gate"}))
 
-    def extra(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+    def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
         return {"gate": torch.full((r,), 0.5)}
+
+    def constants(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        return {}
+
+    def shared(self) -> Mapping[str, Tensor]:
+        return {}
 
     def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
         return ()
 
-    def effective(self, own: Live, others: Sequence[Live]) -> tuple[Tensor, Tensor]:
-        return own.A, own.B * own.extra["gate"]
+    def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
+        return Dense(own.A), Dense(own.B * own.own["gate"])
+
+
+@dataclass(frozen=True)
+class Shared:
+    """W_eff = W0 + s·α·B·A with one trained α for the whole model."""
+
+    facts: ClassVar[Facts] = Facts(own_lr=2.0)
+
+    def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        return {}
+
+    constants = trained
+
+    def shared(self) -> Mapping[str, Tensor]:
+        return {"alpha": torch.ones(())}
+
+    def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
+        return ()
+
+    def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
+        return Dense(own.A), Dense(own.B * own.shared["alpha"])
 
 
 @dataclass(frozen=True)
 class BorrowB:
     """A cross-layer form: each module adds the factors of the one before it."""
 
-    identity: bool = False
-    exact: bool = True
+    facts: ClassVar[Facts] = Facts(cross_layer=True)
 
-    def extra(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+    def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        return {}
+
+    constants = trained
+
+    def shared(self) -> Mapping[str, Tensor]:
         return {}
 
     def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
@@ -70,8 +112,9 @@ class BorrowB:
         chain = [n for n in sites if n.endswith(kind)]
         return chain[: chain.index(name)][-1:]
 
-    def effective(self, own: Live, others: Sequence[Live]) -> tuple[Tensor, Tensor]:
-        return torch.cat([own.A, *(o.A for o in others)]), torch.cat([own.B, *(o.B for o in others)], dim=1)
+    def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
+        A, B = torch.cat([own.A, *(o.A for o in others)]), torch.cat([own.B, *(o.B for o in others)], dim=1)
+        return Dense(A), Dense(B)
 
 
 @dataclass(frozen=True)
@@ -79,13 +122,14 @@ class OneSided:
     """B constant and orthonormal, A = 0 trains."""
 
     needs: Need = NOTHING
+    facts: ClassVar[Facts] = Facts()
 
-    def largest_rank(self, d_out: int, d_in: int) -> int | None:
-        return d_out
+    def fits(self, d_out: int, d_in: int, r: int) -> str:
+        return ""
 
-    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
+    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Start:
         B, _ = torch.linalg.qr(torch.randn(W.shape[0], r, generator=draw("one-sided")))
-        return Factors(torch.zeros(r, W.shape[1]), B, train="A")
+        return Start(torch.zeros(r, W.shape[1]), B, train="A")
 
 
 @dataclass(frozen=True)
@@ -93,52 +137,58 @@ class Links:
     """A chain: every `length` steps the live slots become frozen ones."""
 
     length: int = 2
+    facts: ClassVar[Facts] = Facts()
 
     def episode(self, index: int, total_steps: int, sites: Sequence[str]) -> Episode | None:
         if index * self.length >= total_steps:
             return None
-        return Episode(index, self.length, warm_up_steps=1)
+        return Episode(index, self.length, warm_up_steps=2)
 
 
 class NoMasks:
-    needs: Need = NOTHING
+    needs: RuleNeed = NOTHING
+    facts = Facts(events=True, allocates=True)
 
-    def penalty_grad(self, pairs: Any, ctx: Any) -> None:
-        return None
-
-    grad_mask = update_mask = penalty_grad
-
-    def state_dict(self) -> dict[str, Tensor]:
+    def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        assert not state
+    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        return None
+
+    grad_mask = update_mask = penalty
 
 
 class Kill(NoMasks):
     """Slots 0 and 1 of the first site die after step 2: ragged ranks."""
 
-    def event(self, moment: Moment) -> Plan | None:
-        return {moment.pairs[0].name: SlotPlan(off=(0, 1))} if moment.step == 2 else None
+    def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
+        return state, (Off(moment.sites[0].name, (0, 1)),) if moment.step == 2 else None
 
 
-class Copy(NoMasks):
-    """After step 3 slot 0 of every site is overwritten by slot 1; counts its events, so it has state."""
+class CopySlots(NoMasks):
+    """After step 4 slot 0 of every site is overwritten by slot 1 as it was after step 2, which its state remembers."""
 
-    def __init__(self) -> None:
-        self.events = torch.zeros(())
+    def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
+        if moment.step == 2:
+            state |= {f"then|{site}|{name}": value.clone() for (site, name), value in moment.tensors.items()}
+        return state, tuple(Copy(s.name, (0,), (1,), "then") for s in moment.sites) if moment.step == 4 else None
 
-    def event(self, moment: Moment) -> Plan | None:
-        if moment.step != 3:
-            return None
-        self.events += 1
-        return {p.name: SlotPlan(copy=((0, 1),)) for p in moment.pairs}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"events": self.events}
+class Judge(NoMasks):
+    """Slot 2 waits unborn. After step 4 the first site's slot whose loss without it is lowest dies, slot 2 is born."""
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.events = state["events"].clone()
+    needs: RuleNeed = Validation(4)
+
+    def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
+        first = moment.sites[0].name
+        if moment.step == 0:
+            return state, (Unborn(first, (2,)),)
+        if moment.step != 4:
+            return state, None
+        assert moment.loss is not None
+        losses = [moment.loss({first: torch.arange(3) != k}) for k in range(2)]
+        state["losses"] = torch.tensor(losses)
+        return state, (Off(first, (losses.index(min(losses)),)), On(first, (2,)))
 
 
 def stub(kind: str) -> Recipe:
@@ -150,17 +200,20 @@ def stub(kind: str) -> Recipe:
         "one-sided": {"init": OneSided()},
         "chain": {"outer": Links()},
         "kill": {"rules": (Kill(),)},
-        "copy": {"rules": (Copy(),)},
+        "copy": {"rules": (CopySlots(),)},
+        "shared": {"form": Shared()},
+        "judge": {"rules": (Judge(),)},
     }
     return replace(base, name=f"stub {kind}", **changes[kind])
 
 
-KINDS = ("gated", "cross-layer", "one-sided", "chain", "kill", "copy")
+KINDS = ("gated", "cross-layer", "one-sided", "chain", "kill", "copy", "shared", "judge")
 
 
 def run(folder: Path, recipe: Recipe, resume: Path | None = None) -> Any:
     trainer = toy_trainer(folder, peft_config(recipe, llama()), steps=STEPS, save_steps=3)
-    callback = attach(trainer, recipe, resume_from=resume)
+    rows = [batch_for(llama(), seed=50)] if "judge" in recipe.name else None
+    callback = attach(trainer, recipe, resume_from=resume, validation=rows)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer.model, callback
 
@@ -190,7 +243,7 @@ def test_stub_trains_saves_and_resumes(kind: str, tmp_path: Path) -> None:
 
     again, _ = run(tmp_path / "resumed", replace(stub(kind), seed=99), resume=tmp_path / "whole" / "checkpoint-3")
     for (name, p), (_, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
-        if kind != "chain" or "lora_" not in name:  # a chain's later links are drawn with the other seed
+        if kind not in ("chain", "judge") or "lora_" not in name:  # what comes alive later is drawn with the other seed
             assert torch.equal(p, q), name
 
 
@@ -199,7 +252,31 @@ def test_chain_resumes_with_its_own_seed(tmp_path: Path) -> None:
     again, _ = run(tmp_path / "resumed", stub("chain"), resume=tmp_path / "whole" / "checkpoint-3")
     assert torch.equal(logits(model), logits(again))
     assert {factors(site)[0].shape[0] for site in sites(model)} == {9}  # three links of rank 3
-    assert callback.episodes.position == (2, 4)
+    assert callback.driver.episodes.position == (2, 4)
+
+
+def test_a_rule_that_needs_validation_losses_is_asked_for_them(tmp_path: Path) -> None:
+    """Slot 2 waits until one of the others dies; losses with a slot off are those of the model without it."""
+    with pytest.raises(LoralignError, match=r"validation=batches"):
+        attach(toy_trainer(tmp_path / "none", peft_config(stub("judge"), llama()), steps=1), stub("judge"))
+    model, callback = run(tmp_path / "whole", stub("judge"))
+    again, resumed = run(tmp_path / "resumed", stub("judge"), resume=tmp_path / "whole" / "checkpoint-3")
+    assert torch.equal(logits(model), logits(again))
+    first = sites(model)[0].name
+    losses = callback.optimizer.rule_states[0]["losses"]
+    assert torch.equal(losses, resumed.optimizer.rule_states[0]["losses"]) and losses[0] != losses[1]
+    assert callback.optimizer.dead[first].tolist() == [k == int(losses.argmin()) for k in range(2)] + [False]
+    assert callback.driver.changes == [(0, 1), (4, 1)] and resumed.driver.changes == [(4, 1)]
+    earlier = PeftModel.from_pretrained(llama(), tmp_path / "whole" / "checkpoint-3")
+    assert not earlier.get_submodule(f"base_model.model.{first}").lora_B["default"].weight[:, 2].any()
+
+
+def test_one_tensor_of_the_model_trains_once_at_the_rate_that_the_form_says(tmp_path: Path) -> None:
+    model, callback = run(tmp_path / "run", stub("shared"))
+    alpha = model.base_model.lora_shared["alpha"]
+    (group,) = [g for g in callback.optimizer.param_groups if g["role"] == "form"]
+    assert group["params"] == [alpha] and group["initial_lr"] == 2.0 * callback.optimizer.param_groups[0]["initial_lr"]
+    assert alpha.item() != 1.0
 
 
 def test_dead_slots_stay_dead_and_others_train(tmp_path: Path) -> None:
@@ -218,7 +295,8 @@ def test_one_sided_factor_never_moves(tmp_path: Path) -> None:
     B = site.layer.lora_B["default"].weight
     start = OneSided()(Weight(site.name, (site.d_out, site.d_in), lambda: B), 3, 1.0, None, draw(recipe, site.name)).B
     assert torch.equal(B.detach(), start) and not B.requires_grad
-    assert {g["role"] for g in callback.optimizer.param_groups} == {"A"}
+    B_group = next(g for g in callback.optimizer.param_groups if g["role"] == "B")
+    assert not any(callback.optimizer.state[p] for p in B_group["params"])
     model.set_adapter("default")
     assert not site.layer.lora_B["default"].weight.requires_grad
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 
 from loralign import Recipe, build, peft_config
 from loralign.carrier.sites import factors, sites
-from loralign.carrier.slot import install, write
+from loralign.carrier.slot import Own, install, write
 from loralign.maths.draws import keyed_generator
 from loralign.methods.form.delta_lora import boosted
 from loralign.methods.form.plain import plain
@@ -24,10 +25,24 @@ from loralign.methods.rule.rm_lora import masked_orthogonal, regulariser, slope
 from loralign.methods.transform.adamw import adamw
 from loralign.methods.transform.combine import descend
 from loralign.optim.pairs import PairOptimizer
+from loralign.optim.values import named
 from loralign.plan.combinations import idle
 from loralign.train.attach import attach
-from loralign.train.events import apply_plan
-from loralign.types import Ctx, Factors, Form, Live, LoralignError, Moment, Pair, Rule, Train, Transform
+from loralign.train.driver import Driver
+from loralign.types import (
+    Ctx,
+    Form,
+    Freeze,
+    Live,
+    LoralignError,
+    Moment,
+    Pair,
+    Rule,
+    SiteShape,
+    Start,
+    Train,
+    Transform,
+)
 from oracles import delta_lora, rm_lora
 from toy import llama
 from trainers import toy_trainer
@@ -46,7 +61,7 @@ def pair(seed: int = 0, r: int = 4, d_out: int = 12, d_in: int = 10, train: Trai
 
 
 def ctx(step: int = 2, seed: int = 0) -> Ctx:
-    return Ctx(0.1, 0.1, step, {}, lambda purpose, name: keyed_generator(seed, purpose, step, name))
+    return Ctx(0.1, 0.1, step, lambda purpose, name: keyed_generator(seed, purpose, step, name))
 
 
 class Toy(nn.Module):
@@ -66,8 +81,8 @@ def toy(form: Form | None = None, start: float = 0.3, r: int = 4) -> Any:
     model = get_peft_model(Toy(), config).double()
     torch.set_rng_state(state)
     for k, site in enumerate(sites(model)):
-        begin = Factors(normal(r, site.d_in, seed=60 + k) / 4, start * normal(site.d_out, r, seed=k))
-        install(site.layer, site.adapter, begin, form or plain(), {}, False)
+        begin = Start(normal(r, site.d_in, seed=60 + k) / 4, start * normal(site.d_out, r, seed=k))
+        install(site.layer, site.adapter, begin, form or plain(), Own(), chain=False)
     for p in model.base_model.model.head.parameters():
         p.requires_grad_(True)
     return model
@@ -99,15 +114,14 @@ def test_regulariser_and_its_gradient_equal_the_oracle() -> None:
     pairs = [pair(0), pair(1), pair(2, d_out=5, d_in=30), pair(3, train="B")]
     As, Bs = [p.A for p in pairs if "A" in p.train], [p.B for p in pairs]
     close(regulariser([*(A.mT for A in As), *Bs], 0.1), rm_lora.regulariser(As, Bs, 0.1), 1e-14)
-    made = masked_orthogonal(c=0.1).penalty_grad(pairs, ctx())
+    made = masked_orthogonal(c=0.1).penalty({}, named(pairs, {}), ctx())
     want_A, want_B = rm_lora.gradients(As, Bs, 0.1)
-    assert made is not None and made[3].A is None
-    for p, g, B in zip(pairs, made, want_B, strict=True):
-        assert g.B is not None and g.B.shape == p.B.shape
-        close(g.B, B, 1e-12)
-    for g, A in zip(made, want_A, strict=False):
-        assert g.A is not None
-        close(g.A, A, 1e-12)
+    assert made is not None and ("w3", "A") not in made
+    for p, B in zip(pairs, want_B, strict=True):
+        assert made[p.name, "B"].shape == p.B.shape
+        close(made[p.name, "B"], B, 1e-12)
+    for p, A in zip(pairs, want_A, strict=False):
+        close(made[p.name, "A"], A, 1e-12)
 
 
 def test_regulariser_at_its_special_points() -> None:
@@ -180,33 +194,34 @@ def test_what_adam_does_to_masked_slots(mask_target: Any) -> None:
 
 def test_masks_are_the_same_on_every_rank_and_differ_by_step_and_module() -> None:
     pairs, rule = [pair(k) for k in range(8)], masked_orthogonal(draw="separate", mask_target="update")
-    first, again = rule.grad_mask(pairs, ctx()), rule.update_mask(pairs[::-1], ctx())
-    assert first is not None and again is not None
-    for g, u in zip(first, reversed(again), strict=True):
-        assert torch.equal(g.A, u.A) and torch.equal(g.B, u.B)
-        assert g.A.shape == (4, 1) and g.B.shape == (4,) and int(g.A.sum()) == int(g.B.sum()) == 2
-    assert len({str(g.A.tolist()) for g in first}) > 1
-    later = rule.grad_mask(pairs, ctx(step=3))
-    assert any(not torch.equal(g.A, x.A) for g, x in zip(first, later or (), strict=True))
-    assert rule.grad_mask(pairs, ctx(step=1)) is None
-    assert masked_orthogonal().update_mask(pairs, ctx()) is None
+    tensors = named(pairs, {})
+    first, again = rule.grad_mask({}, tensors, ctx()), rule.update_mask({}, named(pairs[::-1], {}), ctx())
+    assert first is not None and again is not None and first.keys() == again.keys() == tensors.keys()
+    for key, mask in first.items():
+        assert torch.equal(mask, again[key])
+        assert mask.shape == ((4, 1) if key[1] == "A" else (4,)) and int(mask.sum()) == 2
+    assert len({str(first[p.name, "A"].tolist()) for p in pairs}) > 1
+    later = rule.grad_mask({}, tensors, ctx(step=3)) or {}
+    assert any(not torch.equal(mask, later[key]) for key, mask in first.items())
+    assert rule.grad_mask({}, tensors, ctx(step=1)) is None
+    assert masked_orthogonal().update_mask({}, tensors, ctx()) is None
 
 
 def test_expected_share_of_updates() -> None:
     rule, p, n = masked_orthogonal(keep=1), pair(), 1000
     hits = torch.zeros(4)
     for t in range(2, n + 2):
-        (mask,) = rule.grad_mask([p], ctx(step=t)) or ()
-        hits += mask.A.flatten().float()
+        mask = (rule.grad_mask({}, named([p], {}), ctx(step=t)) or {})[p.name, "A"]
+        hits += mask.flatten().float()
     assert float(hits.sum()) == n
     assert ((hits / n - 0.25).abs() < 3 * (0.25 * 0.75 / n) ** 0.5 * 1.2).all()
 
 
 def test_ragged_ranks_and_bad_settings() -> None:
-    made = masked_orthogonal().grad_mask([pair(0, r=1), pair(1, r=3), pair(2, r=4)], ctx())
-    assert [int(m.A.sum()) for m in made or ()] == [1, 2, 2]
+    made = masked_orthogonal().grad_mask({}, named([pair(0, r=1), pair(1, r=3), pair(2, r=4)], {}), ctx()) or {}
+    assert [int(made[f"w{k}", "A"].sum()) for k in range(3)] == [1, 2, 2]
     with pytest.raises(LoralignError, match="w0 has 1"):
-        masked_orthogonal(keep=2).grad_mask([pair(0, r=1)], ctx())
+        masked_orthogonal(keep=2).grad_mask({}, named([pair(0, r=1)], {}), ctx())
     with pytest.raises(LoralignError, match="keep must be at least 1"):
         masked_orthogonal(keep=0)
 
@@ -231,13 +246,13 @@ def slope_of(x: Tensor, y: Tensor) -> Any:
     return lambda W: 2 * (x @ W.T - y).T @ x / y.numel()
 
 
-def apply_frozen(model: Any, optimizer: PairOptimizer) -> int:
-    """What the driver does after a step: ask the rules, carry out their plans. The number of sites that changed."""
-    plans = {}
-    for rule in optimizer.rules:
-        plans.update(rule.event(optimizer.moment(100)) or {})
-    apply_plan(model, optimizer, plans)
-    return len(plans)
+def drive(model: Any, optimizer: PairOptimizer) -> Driver:
+    """The driver of a bare loop over these rules."""
+    made = build("lora")
+    assert isinstance(made, Recipe)
+    driver = Driver(replace(made, rules=optimizer.rules), model, optimizer)
+    driver.begin(100)
+    return driver
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -248,14 +263,15 @@ def test_virtual_equals_literal(wait: int, decay: float) -> None:
     base.weight.data.copy_(normal(6, 10, seed=1))
     model = get_peft_model(nn.Sequential(base), LoraConfig(r=r, target_modules=["0"], lora_alpha=2 * r)).double()
     (site,) = sites(model)
-    begin = Factors(normal(r, 10, seed=2), torch.zeros(6, r))
-    install(site.layer, site.adapter, begin, boosted(boost), {}, False)
+    begin = Start(normal(r, 10, seed=2), torch.zeros(6, r))
+    install(site.layer, site.adapter, begin, boosted(boost), Own(), chain=False)
     optimizer = optimizer_for(model, [snapshot(boost, wait)], lr=lr, weight_decay=decay)
     x, y = normal(16, 10, seed=3), normal(16, 6, seed=4)
     want = delta_lora.literal(
         normal(6, 10, seed=1), begin.A, begin.B.double(), site.s, slope_of(x, y),
         steps=steps, boost=boost, wait=wait, lr=lr, weight_decay=decay,
     )  # fmt: skip
+    driver = drive(model, optimizer)
     for t, (W_eff, A, B, W) in enumerate(want):
         optimizer.zero_grad()
         inputs = x.clone().requires_grad_()
@@ -263,7 +279,8 @@ def test_virtual_equals_literal(wait: int, decay: float) -> None:
         before = want[t - 1][0] if t else normal(6, 10, seed=1)
         close(inputs.grad, 2 * (x @ before.T - y) @ before / y.numel())
         optimizer.step()
-        assert apply_frozen(model, optimizer) == (t == wait)
+        driver.after_step()
+        assert driver.changes == [(wait + 1, 1)] * (t >= wait)
         live = {n.split(".")[-3]: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         close(live["lora_A"], A)
         close(live["lora_B"], B)
@@ -282,10 +299,12 @@ def test_before_the_snapshot_it_is_lora_bit_for_bit() -> None:
     for form, rules in ((plain(), []), (boosted(), [snapshot(wait_steps=6)])):
         model = toy(form, start=0.0)
         optimizer = optimizer_for(model, rules)
+        driver = drive(model, optimizer)
         for t in range(6):
             backward(model, t)
             optimizer.step()
-            assert apply_frozen(model, optimizer) == 0
+            driver.after_step()
+        assert not driver.changes
         runs.append(trained(model))
     assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
 
@@ -295,10 +314,11 @@ def test_without_boost_it_is_lora() -> None:
     for form, rules in ((plain(), []), (boosted(0.0), [snapshot(0.0, 1)])):
         model = toy(form, start=0.0)
         optimizer = optimizer_for(model, rules)
+        driver = drive(model, optimizer)
         for t in range(6):
             backward(model, t)
             optimizer.step()
-            apply_frozen(model, optimizer)
+            driver.after_step()
         runs.append(trained(model))
     for k in runs[0]:
         close(runs[1][k], runs[0][k], 1e-12)
@@ -307,12 +327,14 @@ def test_without_boost_it_is_lora() -> None:
 def test_the_snapshot_does_not_move_the_function_and_export_is_exact() -> None:
     model = toy(boosted(2.0))
     optimizer = optimizer_for(model, [snapshot(2.0, 1)])
+    driver = drive(model, optimizer)
     for t in range(2):
         backward(model, t)
         optimizer.step()
-    x = normal(5, 10, seed=9)
-    before = model(x).detach()
-    assert apply_frozen(model, optimizer) == 2
+        x = normal(5, 10, seed=9)
+        before = model(x).detach()
+        driver.after_step()
+    assert driver.changes == [(2, 2)]
     close(model(x).detach(), before, 1e-12)
     for t in range(3):
         backward(model, t)
@@ -326,10 +348,11 @@ def test_the_snapshot_does_not_move_the_function_and_export_is_exact() -> None:
 
 def test_resume_needs_the_frozen_slots_and_nothing_else() -> None:
     def run(model: Any, optimizer: PairOptimizer, steps: range) -> None:
+        driver = drive(model, optimizer)
         for t in steps:
             backward(model, t)
             optimizer.step()
-            apply_frozen(model, optimizer)
+            driver.after_step()
 
     model = toy(boosted())
     optimizer = optimizer_for(model, [snapshot(wait_steps=1)])
@@ -355,7 +378,7 @@ def test_resume_needs_the_frozen_slots_and_nothing_else() -> None:
 def test_gradients_are_those_of_the_plain_pair() -> None:
     A, B = normal(3, 10, seed=1).requires_grad_(), normal(6, 3, seed=2).requires_grad_()
     G, boost = normal(6, 10, seed=3), 2.0
-    made = boosted(boost).effective(Live(A, B, A.detach() + 1, -boost * B.detach(), {}), ())
+    made = [f.dense() for f in boosted(boost).factors(Live(A, B, A.detach() + 1, -boost * B.detach(), {}), ())]
     assert torch.equal(made[0][:3], A) and made[1].shape == (6, 6)
     gA, gB = torch.autograd.grad((made[1] @ made[0] * G).sum(), (A, B))
     close(gA, B.detach().T @ G, 1e-14)
@@ -364,11 +387,11 @@ def test_gradients_are_those_of_the_plain_pair() -> None:
 
 def test_event_comes_once_after_the_waiting_steps() -> None:
     p = pair()
-    moments = [Moment(t, 10, [p], {}, {}, {}, ctx().draw) for t in range(1, 8)]
-    plans = [snapshot(2.0, 3).event(m) for m in moments]
-    assert [plan is not None for plan in plans] == [t == 4 for t in range(1, 8)]
-    rows, columns = plans[3][p.name].frozen
-    assert torch.equal(rows, p.A) and torch.equal(columns, -2.0 * p.B)
+    site = SiteShape(p.name, 4, 12, 10, 2.0)
+    moments = [Moment(t, 10, [site], {}, {}, {}, ctx().draw) for t in range(8)]
+    plans = [snapshot(2.0, 3).step({}, m)[1] for m in moments]
+    assert [plan is not None for plan in plans] == [t == 4 for t in range(8)]
+    assert plans[4] == (Freeze(p.name, -2.0),)
     with pytest.raises(LoralignError, match="wait_steps"):
         snapshot(wait_steps=-1)
     with pytest.raises(LoralignError, match="boost"):

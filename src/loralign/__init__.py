@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loralign.train.adapt import adapt as adapt
     from loralign.train.adapt import optimizer as optimizer
     from loralign.train.attach import attach as attach
+    from loralign.train.driver import drive as drive
     from loralign.types import Full as Full
     from loralign.types import LoralignError as LoralignError
     from loralign.types import Recipe as Recipe
@@ -28,6 +29,7 @@ _HOMES = {
     "loralign.methods.table": ("METHODS", "build", "learning_rate"),
     "loralign.train.adapt": ("adapt", "optimizer"),
     "loralign.train.attach": ("attach",),
+    "loralign.train.driver": ("drive",),
     "loralign.types": ("Full", "LoralignError", "Recipe"),
 }
 """Module to the public names in it. It is imported when one of them is first asked for, so that `loralign --help` does

@@ -23,6 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from loralign.maths.operators import Dense
+from loralign.types import Operator
+
 SMALL = {"cuda": 1 << 23}
 """Numbers of an output below which the host is taken to be the slower one, by device. Torch's own nodes run no Python
 in backward (`bench_step.py --shapes host`), but move 8 B more per number in bf16: 20 µs for the largest of these at
@@ -47,10 +50,13 @@ def fold_A(A: Tensor, A0: Tensor | None) -> Tensor:
 
 
 def fold_B(B: Tensor, B0: Tensor | None, *, twin: bool = False) -> Tensor:
-    """B (d_out, r), B0 (d_out, f) -> (d_out, r + f); for a twin B is ΔB, f = r and the result is [B0 + ΔB | ΔB]."""
+    """B (d_out, r), B0 (d_out, f) -> (d_out, r + f); a twin's are ΔB and [B0 | H], the result [B0 + ΔB | ΔB | H]."""
     if B0 is None or B0.shape[1] == 0:
         return B
-    return torch.cat([B0.to(B.dtype) + B, B] if twin else [B, B0.to(B.dtype)], dim=1)
+    B0, r = B0.to(B.dtype), B.shape[1]
+    if not twin:
+        return torch.cat([B, B0], dim=1)
+    return torch.cat([B0[:, :r] + B, B, B0[:, r:]] if B0.shape[1] > r else [B0 + B, B], dim=1)
 
 
 def _outer(g: Tensor, x: Tensor, like: Tensor) -> Tensor:
@@ -96,7 +102,7 @@ class _LowRank(torch.autograd.Function):
             y = torch.addmm(_flat(base), h, full_B, alpha=s).view(base.shape)
         if B0 is not None:
             r = A.shape[0]
-            h = h[:, :r] + h[:, r:] if twin else h[:, :r].contiguous()
+            h = h[:, :r] + h[:, r : 2 * r] if twin else h[:, :r].contiguous()
         needs = ctx.needs_input_grad
         ctx.save_for_backward(x if needs[2] else None, h if needs[3] else None, A, B, A0, B0)
         ctx.meta = (x.shape, x.dtype, s, twin)
@@ -138,6 +144,13 @@ def low_rank(
         return torch.add(base, nn.functional.linear(h, _as(fold_B(B, B0, twin=twin), base.dtype)), alpha=s)
     y: Tensor = _LowRank.apply(base, x, A, B, A0, B0, s, twin)
     return y
+
+
+def applied(base: Tensor, x: Tensor, A: Operator, B: Operator, s: float) -> Tensor:
+    """base + s·x·Aᵀ·Bᵀ with factors as a form has them; only dense pairs take the single node."""
+    if isinstance(A, Dense) and isinstance(B, Dense):
+        return low_rank(base, x, A.M, B.M, s)
+    return B.add_to(base, A.matmul(_as(x, base.dtype)), s)
 
 
 class _Tap(torch.autograd.Function):

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from loralign.carrier.abilities import modules_to_save, task_type
-from loralign.carrier.slot import SlotLinear, effective, is_adapted, whole
+from loralign.carrier.slot import effective, is_adapted, whole
+from loralign.carrier.storage import SlotLinear
 from loralign.carrier.targets import PREFIX, chosen, rank_pattern, strangers
 from loralign.maths.draws import keyed_generator
 from loralign.types import Draw, Full, LoralignError, Recipe, Site, Weight

@@ -10,8 +10,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from loralign.carrier.layer import fold_A, fold_B
-from loralign.carrier.slot import install
-from loralign.types import Draw, Factors, Live, Weight, WorkFailed
+from loralign.carrier.slot import Own, install
+from loralign.maths.operators import Dense
+from loralign.types import Draw, Facts, Live, Operator, Start, Weight, WorkFailed
 
 
 @torch.no_grad()
@@ -27,12 +28,13 @@ def self_test() -> None:
     toy: Any = inject_adapter_in_model(LoraConfig(r=1, lora_alpha=2, target_modules=["map"]), Toy())
     layer, x = toy.map, torch.arange(8.0).view(2, 4)
     base = layer.base_layer(x)
-    install(layer, "default", Factors(torch.ones(1, 4), torch.ones(3, 1), twin=True), _PlainForm(), {}, False)
+    install(layer, "default", Start(torch.ones(1, 4), torch.ones(3, 1), twin=True), _PlainForm(), Own(), chain=False)
     same = torch.equal(layer(x), base)
     layer.lora_B["default"].live.add_(0.5)
     moved = base + 2 * (x @ torch.ones(4, 1)) @ torch.full((1, 3), 0.5)
     forward = torch.allclose(layer(x), moved)
-    saved = tuple(layer.state_dict()["lora_B.default.weight"].shape) == (3, 2)
+    width = 1 if layer.lora_B["default"].raw else 2  # FSDP wants live and frozen apart
+    saved = tuple(layer.state_dict()["lora_B.default.weight"].shape) == (3, width)
     layer.merge()
     merged = torch.allclose(layer(x), moved)
     layer.unmerge()
@@ -44,13 +46,18 @@ def self_test() -> None:
 class _PlainForm:
     """The form of the toy layer: its twin's folded factors."""
 
-    identity, exact = True, True
+    facts = Facts(identity=True)
 
-    def extra(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+    def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        return {}
+
+    constants = trained
+
+    def shared(self) -> Mapping[str, Tensor]:
         return {}
 
     def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
         return ()
 
-    def effective(self, own: Live, others: Sequence[Live]) -> tuple[Tensor, Tensor]:
-        return fold_A(own.A, own.A0), fold_B(own.B, own.B0, twin=True)
+    def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
+        return Dense(fold_A(own.A, own.A0)), Dense(fold_B(own.B, own.B0, twin=True))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from loralign.carrier.layer import tap
-from loralign.carrier.slot import SlotLinear
+from loralign.carrier.storage import SlotLinear
 from loralign.evidence.partial import Partial
 from loralign.maths.draws import keyed_generator
 from loralign.types import Batch, Loss, Site, WorkFailed

@@ -237,7 +237,7 @@ def _found(model: PeftModel) -> list[Site]:
 
 def _exact_forms(found: Sequence[Site]) -> bool:
     variants = (site.layer.lora_variant.get(site.adapter) for site in found)  # type: ignore[operator, union-attr]
-    return all(v.form.exact for v in variants if isinstance(v, LowRankVariant))
+    return all(v.form.facts.exact for v in variants if isinstance(v, LowRankVariant))
 
 
 def _is_base(model: PeftModel, folder: Path) -> bool:

@@ -1,19 +1,17 @@
-"""Lists of tensors treated as one: stacks of equal shapes, Adam by one fused call, masks by one product per shape; and
-collections that are only made where somebody looks."""
+"""Lists of tensors treated as one: stacks of equal shapes, Adam by one fused call, masks by one product per shape."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from itertools import repeat
 from operator import attrgetter, is_
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from loralign.types import Grad, Pair
+from loralign.types import Pair, SlotChange
 
 
 def adam_state(p: Tensor) -> dict[str, Tensor]:
@@ -22,6 +20,25 @@ def adam_state(p: Tensor) -> dict[str, Tensor]:
     zeros = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
     step = torch.zeros((), dtype=torch.float32, device=p.device)
     return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def adam_slots(state: dict[str, Tensor], axis: int, change: SlotChange) -> None:
+    """Adam's moments of one tensor whose slots lie along `axis`, after they changed.
+
+    Dead slots lose their moments. New ones start with m = 0 and their source's v, or the mean v of those that were
+    there: with v = 0 under a late step counter Adam's next updates would be up to 6.6·lr instead of at most lr.
+    """
+    fresh = (*change.fresh, *(to for to, _ in change.copied))
+    m, v = (state[key].movedim(axis, 0) for key in ("exp_avg", "exp_avg_sq"))
+    kept = torch.ones(len(v), dtype=torch.bool, device=v.device)
+    kept[list((*change.off, *fresh))] = False
+    kept &= v.flatten(1).any(1) if v.dim() > 1 else v > 0
+    mean = v[kept].mean(0) if bool(kept.any()) else torch.zeros_like(v[0])
+    sources = {to: v[source].clone() for to, source in change.copied if source >= 0}
+    v[list(change.off)] = 0.0
+    for slot in fresh:
+        v[slot] = sources.get(slot, mean)
+    m[list((*change.off, *fresh))] = 0.0
 
 
 def stacked(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -122,19 +139,8 @@ def _zeros(like: Sequence[Tensor]) -> list[Tensor]:
     return made
 
 
-def masked(values: dict[str, Grad], pairs: Sequence[Pair], masks: Iterable[Sequence[Grad] | None]) -> dict[str, Grad]:
-    """Values of the pairs times masks, one product for all tensors of a shape."""
-    todo = [mask for mask in masks if mask is not None]
-    if not todo:
-        return values
-    names = [p.name for p in pairs]
-    a, b = [values[n].A for n in names], [values[n].B for n in names]
-    for mask in todo:
-        a, b = _products(a, [m.A for m in mask]), _products(b, [m.B for m in mask])
-    return {n: Grad(*both) for n, *both in zip(names, a, b, strict=True)}
-
-
-def _products(values: Sequence[Tensor | None], masks: Sequence[Tensor | None]) -> list[Tensor | None]:
+def products(values: Sequence[Tensor | None], masks: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Each value times its mask, where both are there; one product for all tensors of a shape."""
     made = list(values)
     groups: dict[Any, list[int]] = {}
     for k, (v, on) in enumerate(zip(values, masks, strict=True)):
@@ -147,47 +153,3 @@ def _products(values: Sequence[Tensor | None], masks: Sequence[Tensor | None]) -
         for k, row in zip(at, (whole * on).unbind(), strict=True):
             made[k] = row
     return made
-
-
-T = TypeVar("T")
-
-
-class LateSequence(Sequence[T]):
-    """A sequence that is made when it is first read: most rules look at a moment and find that it is not theirs."""
-
-    def __init__(self, make: Callable[[], Sequence[T]]) -> None:
-        self._make = make
-
-    @cached_property
-    def _made(self) -> Sequence[T]:
-        return self._make()
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[T]: ...
-    def __getitem__(self, index: Any) -> Any:
-        return self._made[index]
-
-    def __len__(self) -> int:
-        return len(self._made)
-
-
-class LateMapping(Mapping[str, T]):
-    """As `LateSequence`."""
-
-    def __init__(self, make: Callable[[], Mapping[str, T]]) -> None:
-        self._make = make
-
-    @cached_property
-    def _made(self) -> Mapping[str, T]:
-        return self._make()
-
-    def __getitem__(self, key: str) -> T:
-        return self._made[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._made)
-
-    def __len__(self) -> int:
-        return len(self._made)

@@ -1,12 +1,14 @@
 """PairOptimizer: one optimizer for pairs (A, B) under any transform and rules, and for everything else under AdamW.
 
-    gradients → + penalty gradients → clip (global norm) → gradient masks → transform → decay → update masks → apply
+    what rests gets no gradient → + penalty gradients → clip (global norm) → gradient masks → transform → decay →
+    update masks → apply
 
 Tensors are looked up in `param_groups` at every step (FSDP2 replaces Parameters), state is keyed by tensor and holds
 tensors only, so `torch.load(weights_only=True)` reads it back. Learning rates live in the groups: any scheduler works,
 and lr of B over lr of A is the transform's `lr_ratio` at every step. Weight decay is decoupled and acts on the live
 tensors, so a twin's decay pulls W_eff towards W0; it comes before the update masks, so masked slots do not decay.
 
+All factors of all sites are in the groups from the start; what an episode freezes or leaves out rests by a mask.
 A pair's values are A and B themselves; for a twin A0 + ΔA and B0 + ΔB. Updates are added to the live tensors.
 """
 
@@ -18,36 +20,47 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from loralign.carrier.slot import SlotLinear, live_of, whole
+from loralign.carrier.slot import form_of
 from loralign.maths.draws import keyed_generator
-from loralign.maths.lists import LateMapping, LateSequence, adam_state, adam_updates, masked
+from loralign.maths.lists import adam_slots, products
+from loralign.optim.clip import clip
 from loralign.optim.groups import groups
+from loralign.optim.late import LateMapping
+from loralign.optim.rest import adamw_updates
 from loralign.optim.shards import add_, wholes
+from loralign.optim.values import Live, Values, as_grads, live_own, live_pairs, named, named_grads
 from loralign.types import (
     Ctx,
     Grad,
+    Group,
     Moment,
+    Named,
     Pair,
+    Prepared,
     Rule,
+    RuleState,
     Site,
-    SlotPlan,
+    SiteShape,
+    SlotChange,
     State,
     Train,
     Transform,
     WorkFailed,
 )
 
+Own = dict[tuple[str, str], nn.Parameter]
+
 
 class PairOptimizer(torch.optim.Optimizer):
     """AdamW's drop-in for adapters.
 
     Args:
-        sites: the adapted sites; their trained factors form the pairs.
-        rest: other trainable tensors by name (heads, norms, embeddings, a form's extra tensors): AdamW.
-        lr: learning rate of A and of the rest; B's is lr·transform.lr_ratio.
-        rest_lr: learning rate of the rest where it differs (a fresh head), else None.
+        sites: the adapted sites; their factors form the pairs, their forms' own tensors the role "form".
+        rest: other trainable tensors by name (heads, norms, embeddings): AdamW.
+        shared: a form's tensors that belong to the model.
+        lr: learning rate of A; B's is lr·transform.lr_ratio, a form's lr·facts.own_lr.
+        rest_lr: learning rate of the rest where it differs from A's (a fresh head), else None.
         max_grad_norm: global clip over all trained tensors, 0 = off.
     """
 
@@ -57,6 +70,7 @@ class PairOptimizer(torch.optim.Optimizer):
         rest: Mapping[str, nn.Parameter],
         transform: Transform,
         *,
+        shared: Mapping[str, nn.Parameter] | None = None,
         rules: Sequence[Rule] = (),
         lr: float = 1e-3,
         rest_lr: float | None = None,
@@ -65,21 +79,25 @@ class PairOptimizer(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         self.sites = {site.name: site for site in sites}
-        self._modules: dict[str, dict[str, Any]] = {
-            site.name: {side: getattr(site.layer, f"lora_{side}")[site.adapter] for side in "AB"} for site in sites
-        }
+        self.shapes = [SiteShape(s.name, s.r, s.d_out, s.d_in, s.s) for s in sites]
         self.transform, self.rules = transform, tuple(rules)
-        self.elementwise = "sharded" in transform.accepts and not self.rules
+        self.rule_states: list[RuleState] = [rule.init(self.shapes, 0) for rule in self.rules]
+        self.driven = False
+        """Somebody calls the rules' `step` after every step (`train.driver`)."""
+        self.elementwise = "sharded" in transform.facts.accepts and not self.rules
         """Nobody needs whole factors, so sharded ones stay apart."""
-        self.max_grad_norm, self.seed = max_grad_norm, seed
+        self.values = Values(sites, whole=not self.elementwise)
+        self.max_grad_norm, self.seed, self.total_steps = max_grad_norm, seed, 0
         self.dead: dict[str, Tensor] = {}
-        """Slots that never train, by site: bool (r,), True = dead."""
+        """Slots that do not train, by site: bool (r,), True = dead or unborn."""
         self.asleep: set[str] = set()
         """Sites that sit out this episode."""
+        self.trains: dict[str, Train] = {}
+        """Sites of which one factor rests in this episode."""
         self.reached: set[str] = set()
         """Sites that ever received an update."""
         self.applied, self.steps_here, self.grad_norm, self.lr_factor = 0, 0, float("nan"), 1.0
-        made = groups(sites, rest, transform, lr, rest_lr, weight_decay)
+        made = groups(sites, rest, shared or {}, transform, lr, rest_lr, weight_decay)
         super().__init__(made, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -100,111 +118,98 @@ class PairOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_driven()
         self.param_groups[0]["step"] = self.param_groups[0].get("step", 0) + 1
-        live = self._live()
-        pairs = self._pairs({name: factors for name, factors in live.items() if name not in self.asleep})
-        ctx = self._ctx({})
-        self._penalise(live, pairs, ctx)
-        norm = self._clip()
-        grads = self._grads(live, pairs)
-        pairs = [p for p in pairs if any(g is not None for g in grads[p.name])]
-        if not pairs:
+        live, own, ctx = live_pairs(self.param_groups), live_own(self.param_groups), self._ctx()
+        self._rest(live, own)
+        awake = {n: ps for n, ps in live.items() if any(p.grad is not None for p in ps.values())}
+        pairs = self.values.pairs(awake, {n: _trained(ps) for n, ps in awake.items()})
+        self._penalise(live, own, pairs, ctx)
+        norm = clip(
+            (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None), self.max_grad_norm
+        )
+        grads = self.values.grads(live, (p.name for p in pairs))
+        reached = {p.name for p in pairs} | {site for (site, _), p in own.items() if site and p.grad is not None}
+        if not reached:
             self._checked(norm)
             raise WorkFailed(
                 "no pair of the adapter received a gradient, so nothing was trained: "
                 "is the loss computed from the adapted model?"
             )
-        grads = masked(grads, pairs, [rule.grad_mask(pairs, ctx) for rule in self.rules])
+        own_grads = {key: p.grad for key, p in own.items() if p.grad is not None}
+        grads, own_grads = self._masked(grads, own_grads, pairs, own, [rule.grad_mask for rule in self.rules], ctx)
         try:
             updates = self._decayed(self._transformed(pairs, grads, live), live)
         except torch.linalg.LinAlgError:
             self._checked(norm)  # says it better where the gradient is to blame
             raise
-        updates = masked(updates, pairs, [*(rule.update_mask(pairs, ctx) for rule in self.rules), self._alive(pairs)])
+        own_updates = self._own_updates(own, own_grads)
+        masks = [*(rule.update_mask for rule in self.rules), lambda *_: self._alive(pairs, own)]
+        updates, own_updates = self._masked(updates, own_updates, pairs, own, masks, ctx)
         self._checked(norm)  # here and no earlier: until now the device works on while the host prepares its next calls
         self._apply(live, updates)
+        if own_updates:
+            add_([own[key] for key in own_updates], list(own_updates.values()))
         self._step_rest()
-        self.applied, self.steps_here = len(pairs), self.steps_here + 1
-        self.reached |= {p.name for p in pairs}
+        self.applied, self.steps_here = len(reached), self.steps_here + 1
+        self.reached |= reached
         return loss
 
-    def _live(self) -> dict[str, dict[str, nn.Parameter]]:
-        found: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.sites}
-        for group in self.param_groups:
-            if group["role"] in "AB":
-                for name, p in zip(group["names"], group["params"], strict=True):
-                    found[name][group["role"]] = p
-        return {name: factors for name, factors in found.items() if factors}
+    def _check_driven(self) -> None:
+        if not self.driven and self.steps_here and any(rule.facts.events for rule in self.rules):
+            raise WorkFailed(
+                "this recipe's rule acts between optimizer steps: build `driver = loralign.drive(model, recipe, opt, "
+                "total_steps)` and call driver.after_step() after every opt.step()"
+            )
 
-    def _pairs(self, live: Mapping[str, Mapping[str, nn.Parameter]]) -> list[Pair]:
-        """The present values of these sites' factors; those of twins are sums, formed in one call per side."""
-        found: dict[str, list[Tensor]] = {"A": [], "B": []}
-        twins: dict[str, list[tuple[int, Tensor]]] = {"A": [], "B": []}
-        for k, (name, factors) in enumerate(live.items()):
-            sides = self._modules[name]
-            twin = isinstance(sides["B"], SlotLinear) and sides["B"].kind == "T"
-            for role, values in found.items():
-                p = factors.get(role)
-                values.append((sides[role]._parameters["weight"] if p is None else p).data)
-                if twin:
-                    twins[role].append((k, sides[role].frozen))
-        if not self.elementwise:
-            both = wholes([*found["A"], *found["B"]])
-            found = {"A": both[: len(live)], "B": both[len(live) :]}
-        for role, frozen in twins.items():
-            if frozen:
-                sums = torch._foreach_add([found[role][k] for k, _ in frozen], [t for _, t in frozen])
-                for (k, _), value in zip(frozen, sums, strict=True):
-                    found[role][k] = value
-        made = []
-        for (name, factors), A, B in zip(live.items(), found["A"], found["B"], strict=True):
-            train: Train = "AB" if len(factors) == 2 else "A" if "A" in factors else "B"
-            made.append(Pair(name, A, B, self.sites[name].s, train))
-        return made
+    def _rest(self, live: Live, own: Own) -> None:
+        """Sites that sleep and factors that an episode freezes get no gradient: neither clip nor step sees them."""
+        for name in self.asleep:
+            for p in live[name].values():
+                p.grad = None
+        for name, train in self.trains.items():
+            for factor in set("AB") - set(train):
+                live[name][factor].grad = None
+        for (site, _), p in own.items():
+            if site in self.asleep:
+                p.grad = None
 
-    def _grads(self, live: Mapping[str, Mapping[str, nn.Parameter]], pairs: Sequence[Pair]) -> dict[str, Grad]:
-        found = {(p.name, f): q.grad for p in pairs for f, q in live[p.name].items() if q.grad is not None}
-        if not self.elementwise:
-            found = dict(zip(found, wholes(list(found.values())), strict=True))
-        return {p.name: Grad(found.get((p.name, "A")), found.get((p.name, "B"))) for p in pairs}
-
-    def _ctx(self, scalars: Mapping[str, Tensor]) -> Ctx:
+    def _ctx(self) -> Ctx:
         rate = {g["role"]: float(g["lr"]) * self.lr_factor for g in self.param_groups}
-        step, seed = int(self.param_groups[0]["step"]), self.seed
-        return Ctx(
-            rate.get("A", 0.0),
-            rate.get("B", 0.0),
-            step,
-            scalars,
-            lambda purpose, name: keyed_generator(seed, purpose, step, name),
-        )
+        step, seed = int(self.param_groups[0].get("step", 0)), self.seed
 
-    def _penalise(self, live: Mapping[str, Mapping[str, nn.Parameter]], pairs: Sequence[Pair], ctx: Ctx) -> None:
-        for rule in self.rules:
-            penalties = zip(pairs, rule.penalty_grad(pairs, ctx) or (), strict=False)
-            found = [(p.grad, getattr(g, f)) for pair, g in penalties for f, p in live[pair.name].items()]
-            todo = [(grad, extra) for grad, extra in found if grad is not None and extra is not None]
+        def draw(purpose: str, name: str) -> torch.Generator:
+            return keyed_generator(seed, purpose, step, name)
+
+        return Ctx(rate.get("A", 0.0), rate.get("B", 0.0), step, draw, self.total_steps)
+
+    def _penalise(self, live: Live, own: Own, pairs: Sequence[Pair], ctx: Ctx) -> None:
+        for rule, state in zip(self.rules, self.rule_states, strict=True):
+            penalty = rule.penalty(state, named(pairs, own), ctx) or {}
+            found = [((own[key] if key in own else live[key[0]][key[1]]).grad, extra) for key, extra in penalty.items()]
+            todo = [(grad, extra) for grad, extra in found if grad is not None]
             if todo:
                 add_(*zip(*todo, strict=True))
 
-    def _clip(self) -> Tensor | None:
-        """Scale all gradients to at most the norm allowed; returns their norm, on the device as long as nobody asks."""
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not grads:
-            return None
-        kinds: dict[Any, list[Tensor]] = {}
-        for grad in grads:
-            kinds.setdefault((grad.device, getattr(grad, "placements", None)), []).append(grad)
-        parts = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(kind))) for kind in kinds.values()]
-        if len(parts) == 1 and not isinstance(parts[0], DTensor):
-            norm = parts[0]
-        else:
-            norm = torch.linalg.vector_norm(torch.stack([whole(part).to(grads[0].device) for part in parts]))
-        if self.max_grad_norm > 0:
-            scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            for (device, placements), kind in kinds.items():
-                torch._foreach_mul_(kind, scale.to(device) if placements is None else float(scale))
-        return norm
+    def _masked(
+        self,
+        grads: dict[str, Grad],
+        own_grads: Mapping[tuple[str, str], Tensor],
+        pairs: Sequence[Pair],
+        own: Own,
+        masks: Sequence[Callable[..., Named | None]],
+        ctx: Ctx,
+    ) -> tuple[dict[str, Grad], dict[tuple[str, str], Tensor]]:
+        """Values times masks, one product for all tensors of a shape."""
+        states = [*self.rule_states, *({} for _ in range(len(masks) - len(self.rule_states)))]
+        tensors = LateMapping(lambda: named(pairs, own))
+        found = [mask for make, st in zip(masks, states, strict=True) if (mask := make(st, tensors, ctx)) is not None]
+        if not found:
+            return grads, dict(own_grads)
+        values = named_grads(grads, own_grads)
+        for mask in found:
+            values = dict(zip(values, products(list(values.values()), [mask.get(k) for k in values]), strict=True))  # type: ignore[arg-type]
+        return as_grads(values, grads), {key: values[key] for key in own_grads}
 
     def _checked(self, norm: Tensor | None) -> None:
         """Keep the norm. Not finite: drop the moments, which have seen it, and raise before any factor moves."""
@@ -218,30 +223,29 @@ class PairOptimizer(torch.optim.Optimizer):
                 "lower the learning rate, or look for broken rows in the data"
             )
 
-    def _transformed(
-        self, pairs: Sequence[Pair], grads: Mapping[str, Grad], live: Mapping[str, Mapping[str, nn.Parameter]]
-    ) -> dict[str, Grad]:
+    def _transformed(self, pairs: Sequence[Pair], grads: Mapping[str, Grad], live: Live) -> dict[str, Grad]:
         batches: dict[Any, list[Pair]] = {}
-        mixed = "shapes" in self.transform.accepts
+        facts = self.transform.facts
         for pair in pairs:
             g = grads[pair.name]
-            shape = pair.A.shape[0] if mixed else (pair.A.shape, pair.B.shape)
+            shape = pair.A.shape[0] if "shapes" in facts.accepts else (pair.A.shape, pair.B.shape)
             key = (shape, pair.train, pair.A.device, g.A is None, g.B is None)
             batches.setdefault(key, []).append(pair)
-        state = {pair.name: self._state(pair, live[pair.name]) for pair in pairs}
-        ctx, scalars = self._ctx({}), dict[str, Tensor]()
-        for batch in batches.values():
-            part = self.transform.measure([grads[p.name] for p in batch], [state[p.name] for p in batch], batch, ctx)
-            for scalar, value in part.items():
-                scalars[scalar] = scalars[scalar] + value if scalar in scalars else value
-        ctx, updates = self._ctx(scalars), dict[str, Grad]()
-        for batch in batches.values():
-            made = self.transform.update([grads[p.name] for p in batch], [state[p.name] for p in batch], batch, ctx)
-            updates.update({p.name: u for p, u in zip(batch, made, strict=True)})
+        ctx, updates = self._ctx(), dict[str, Grad]()
+        todo = [
+            Group(batch, [grads[p.name] for p in batch], [self._state(p, live[p.name]) for p in batch], ctx)
+            for batch in batches.values()
+        ]
+        together = [self.transform.prepare(group) for group in todo] if facts.global_scalars else []
+        scalars = _summed(together)
+        for k, group in enumerate(todo):
+            prepared = together[k] if together else self.transform.prepare(group)
+            made = self.transform.update(group, scalars or prepared.scalars, prepared.carry)
+            updates.update({p.name: u for p, u in zip(group.pairs, made, strict=True)})
         return updates
 
     def _state(self, pair: Pair, live: Mapping[str, nn.Parameter]) -> State:
-        state = {factor: self.state[p] for factor, p in live.items()}
+        state = {factor: self.state[live[factor]] for factor in pair.train}
         missing = [factor for factor, kept in state.items() if not kept]
         if missing:
             fresh = self.transform.init(pair)
@@ -249,17 +253,23 @@ class PairOptimizer(torch.optim.Optimizer):
                 state[factor].update(fresh.get(factor, {}))
         return state
 
-    def _alive(self, pairs: Sequence[Pair]) -> Sequence[Grad] | None:
+    def _alive(self, pairs: Sequence[Pair], own: Own) -> Named | None:
         if not self.dead:
             return None
-        masks = []
-        for pair in pairs:
-            alive = ~self.dead[pair.name] if pair.name in self.dead else None
-            on = None if alive is None else alive.to(pair.A.device, pair.A.dtype)
-            masks.append(Grad(None if on is None else on[:, None], on))
+        masks: dict[tuple[str, str], Tensor] = {}
+        for pair in (p for p in pairs if p.name in self.dead):
+            on = (~self.dead[pair.name]).to(pair.A.device, pair.A.dtype)
+            masks[pair.name, "A"], masks[pair.name, "B"] = on[:, None], on
+        for site, name in own:
+            if site in self.dead and name in self._per_slot(site):
+                masks[site, name] = (~self.dead[site]).to(own[site, name].device, own[site, name].dtype)
         return masks
 
-    def _decayed(self, updates: dict[str, Grad], live: Mapping[str, Mapping[str, nn.Parameter]]) -> dict[str, Grad]:
+    def _per_slot(self, site: str) -> frozenset[str]:
+        form = form_of(self.sites[site].layer, self.sites[site].adapter)
+        return form.facts.per_slot if form is not None else frozenset()
+
+    def _decayed(self, updates: dict[str, Grad], live: Live) -> dict[str, Grad]:
         """updates − lr·decay·p, for the factors that have an update."""
         rate = {g["role"]: float(g["lr"]) * self.lr_factor * float(g["weight_decay"]) for g in self.param_groups}
         for factor in (f for f in "AB" if rate.get(f)):
@@ -273,48 +283,77 @@ class PairOptimizer(torch.optim.Optimizer):
             updates.update({n: updates[n]._replace(**{factor: u}) for n, u in zip(names, made, strict=True)})
         return updates
 
-    def _apply(self, live: Mapping[str, Mapping[str, nn.Parameter]], updates: Mapping[str, Grad]) -> None:
+    def _apply(self, live: Live, updates: Mapping[str, Grad]) -> None:
         for factor in "AB":
-            rows = [(live[n][factor], getattr(u, factor)) for n, u in updates.items() if factor in live[n]]
+            rows = [(live[n][factor], getattr(u, factor)) for n, u in updates.items()]
             todo = [(p, u) for p, u in rows if u is not None]
             if todo:
                 add_(*zip(*todo, strict=True))
 
+    def _own_updates(self, own: Own, grads: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
+        group = next((g for g in self.param_groups if g["role"] == "form"), None)
+        if group is None or not grads:
+            return {}
+        made = adamw_updates([own[key] for key in grads], list(grads.values()), self.state, group, self.lr_factor)
+        return dict(zip(grads, made, strict=True))
+
     def _step_rest(self) -> None:
         for group in self.param_groups:
             todo = [p for p in group["params"] if p.grad is not None] if group["role"] == "rest" else []
-            if not todo:
-                continue
-            for p in todo:
-                if not self.state[p]:
-                    self.state[p].update(adam_state(p))
-            made = adam_updates([p.grad for p in todo], [self.state[p] for p in todo], float(group["lr"]))
-            if group["weight_decay"]:
-                torch._foreach_mul_(todo, 1 - float(group["lr"]) * float(group["weight_decay"]))
-            torch._foreach_add_(todo, [u.to(p.dtype) for u, p in zip(made, todo, strict=True) if u is not None])
+            if todo:
+                add_(todo, adamw_updates(todo, [p.grad for p in todo], self.state, group, self.lr_factor))
 
-    def moment(self, total_steps: int) -> Moment:
-        """What rules see after a step: pairs with their new values, the gradients of this step, the dead slots.
+    # ------------------------------------------------------------------------------------------------ between the steps
+
+    def moment(self, total_steps: int, **seen: Any) -> Moment:
+        """What rules see after a step: values and gradients by (site, name), the dead slots, and what else was `seen`.
 
         Made when a rule reads it, so read it before the next step, and under FSDP2 on every rank or on none.
         """
-        live = self._live()
-        pairs = LateSequence(lambda: self._pairs(live))
-        grads = LateMapping(lambda: self._grads(live, pairs))
-        extra = LateMapping(lambda: {n: dict(live_of(s.layer, s.adapter).extra) for n, s in self.sites.items()})
+        live, own = live_pairs(self.param_groups), live_own(self.param_groups)
+        tensors = LateMapping(lambda: named(self.values.pairs(live, {}), {k: _whole(p) for k, p in own.items()}))
+        own_grads = {key: p.grad for key, p in own.items() if p.grad is not None}
+        grads = LateMapping(lambda: named_grads(self.values.grads(live, live), own_grads))
         dead = {n: frozenset(mask.nonzero().flatten().tolist()) for n, mask in self.dead.items()}
-        ctx = self._ctx({})
-        return Moment(ctx.step, total_steps, pairs, grads, extra, dead, ctx.draw)
+        ctx = self._ctx()
+        return Moment(ctx.step, total_steps, self.shapes, tensors, grads, dead, ctx.draw, **seen)
 
-    def on_plan(self, name: str, plan: SlotPlan) -> None:
-        """Let the transform adjust the state of one site whose slots changed."""
-        live = self._live().get(name)
-        if live and all(self.state[p] for p in live.values()):
-            self.transform.on_plan(self._pairs({name: live})[0], {f: self.state[p] for f, p in live.items()}, plan)
+    def on_slots(self, name: str, change: SlotChange) -> None:
+        """Adjust the state of one site whose slots changed."""
+        live = {f: p for f, p in live_pairs(self.param_groups)[name].items() if self.state[p]}
+        if live:
+            pair = self.values.pairs({name: live_pairs(self.param_groups)[name]}, {name: _letters(live)})[0]
+            self.transform.on_slots(pair, {f: self.state[p] for f, p in live.items()}, change)
+        for (site, own), p in live_own(self.param_groups).items():
+            if site == name and own in self._per_slot(name) and self.state[p]:
+                adam_slots(self.state[p], 0, change)
 
     def forget(self, names: Iterable[str]) -> None:
         """Clear the whole optimizer state (moments and step counters) of these sites, as a knot of a chain needs."""
-        live = self._live()
-        for name in names:
-            for p in live.get(name, {}).values():
+        wanted, live = set(names), live_pairs(self.param_groups)
+        for name in wanted:
+            for p in live[name].values():
                 self.state.pop(p, None)
+        for (site, _), p in live_own(self.param_groups).items():
+            if site in wanted:
+                self.state.pop(p, None)
+
+
+def _trained(factors: Mapping[str, nn.Parameter]) -> Train:
+    return _letters({f: p for f, p in factors.items() if p.grad is not None})
+
+
+def _letters(factors: Mapping[str, Any]) -> Train:
+    return "AB" if len(factors) == 2 else "A" if "A" in factors else "B"
+
+
+def _whole(p: nn.Parameter) -> Any:
+    return wholes([p.data])[0]
+
+
+def _summed(parts: Iterable[Prepared]) -> dict[str, Tensor]:
+    scalars: dict[str, Tensor] = {}
+    for part in parts:
+        for key, value in part.scalars.items():
+            scalars[key] = scalars[key] + value.to(scalars[key].device) if key in scalars else value
+    return scalars

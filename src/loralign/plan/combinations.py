@@ -1,12 +1,8 @@
 """What may be combined, and which ranks fit: read before anything is spent. What a run costs is in `plan_memory.py`.
 
-A recipe is described by facts (short words, `facts`), found by asking its parts: the init is called once on a small
-random matrix, the outer loop for its first two episodes. A `Clash` names facts that do not go together, the reason and
-the alternative. Parts may declare further facts in an attribute `facts: frozenset[str]`:
-
-    "commits"          a form whose `effective` stays right when live slots become frozen ones
-    "needs dropout 0"  a form or rule that is wrong under dropout
-    "allocates"        a rule that decides which slots live
+A recipe is described by facts (short words, `facts`), found by asking its parts for their `Facts` and by calling init
+and form once on a small random matrix, the outer loop for its first two episodes. A `Clash` names facts that do not go
+together, the reason and the alternative.
 """
 
 from __future__ import annotations
@@ -19,7 +15,19 @@ import torch
 from torch import Tensor
 
 from loralign.maths.draws import keyed_generator
-from loralign.types import Directions, Factors, Init, LoralignError, Nothing, Preheated, Recipe, Site, Train, Weight
+from loralign.types import (
+    Directions,
+    Live,
+    LoralignError,
+    Nothing,
+    Preheated,
+    Recipe,
+    Site,
+    Start,
+    TopGradient,
+    Train,
+    Weight,
+)
 
 
 @dataclass(frozen=True)
@@ -52,19 +60,34 @@ CLASHES: tuple[Clash, ...] = (
         instead="take an init whose product is zero (lora's own), or a method of the plain form",
     ),
     _clash(
-        "chain", "linked twin",
-        reason="a link of a chain cannot start from a frozen twin",
-        instead="take an init whose product is zero, or train one episode",
-    ),
-    _clash(
-        "chain", "links need data",
-        reason="later links start in the middle of training, where no evidence is collected",
-        instead="take an init that needs no data, or train one episode",
-    ),
-    _clash(
         "chain", "computed form", "not commits",
         reason="a link commits A and B, and this form makes something else of them, so the model would jump",
         instead="take a method of the plain form",
+    ),
+    _clash(
+        "gated", "not gated",
+        reason="a trained gate stands between A and B, and this optimizer steps as if there were none",
+        instead="use the transform adamw, or a rule without gates (allocating-lora)",
+    ),
+    _clash(
+        "tied", "pairwise",
+        reason="its factors share numbers, and this optimizer updates A and B from one another",
+        instead="use the transform adamw",
+    ),
+    _clash(
+        "tied", "starts from data",
+        reason="its factors share numbers, so directions of a gradient cannot be put into them",
+        instead="take lora's own start",
+    ),
+    _clash(
+        "allocates", "not slots",
+        reason="a rule switches slots, and this optimizer does not say what happens to its state then",
+        instead="use the transform adamw",
+    ),
+    _clash(
+        "moves at the start",
+        reason="this init and this form together change W before the first step",
+        instead="take the init that the method of the form brings",
     ),
     _clash(
         "several allocate",
@@ -82,14 +105,14 @@ CLASHES: tuple[Clash, ...] = (
         instead="set `dropout: 0`",
     ),
     _clash(
-        "deepspeed", "not zero",
-        reason="DeepSpeed flattens parameters, so pairs (A, B) cannot step together",
-        instead="use FSDP2 or DDP, or the transform adamw",
+        "deepspeed",
+        reason="DeepSpeed replaces the parameter groups by flat partitions, so no optimizer of ours can step",
+        instead="use FSDP2 or DDP",
     ),
     _clash(
-        "zero3", "reads weights",
-        reason="ZeRO-3 shards W before the init can read it",
-        instead="use ZeRO-2, FSDP2 or DDP, or an init that does not read W",
+        "fsdp", "cross layer",
+        reason="its form reads other layers' factors, which FSDP2 has sharded again",
+        instead="use DDP, or a form that stays in its layer",
     ),
     _clash(
         "half factors", "not bf16",
@@ -99,16 +122,15 @@ CLASHES: tuple[Clash, ...] = (
 )  # fmt: skip
 """Checked in this order; the first that applies is raised."""
 
-ABILITIES = ("gated", "one_sided", "bf16", "zero")
+ABILITIES = ("gated", "one_sided", "bf16", "slots")
 """What a transform may accept; the lack of one is a fact."""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Facts about where a recipe runs. engine: what shards or replicates. zero_stage: of DeepSpeed. factors: dtype."""
+    """Facts about where a recipe runs. engine: what shards or replicates. factors: dtype."""
 
     engine: Literal["none", "ddp", "fsdp", "deepspeed"] = "none"
-    zero_stage: int = 0
     factors: torch.dtype = torch.float32
 
 
@@ -134,17 +156,14 @@ def check_ranks(recipe: Recipe, found: Sequence[Site]) -> None:
 def misfit(recipe: Recipe, site: Site) -> str:
     """Why a recipe cannot serve a site at its rank, with the mend; "" where it can."""
     at = f"{site.name} ({site.d_out} × {site.d_in})"
-    most = recipe.init.largest_rank(site.d_out, site.d_in)
-    if most is not None and site.r > most:
-        lower = "lower `rank`, give the module its own in `ranks`, or " if most else ""
-        return (
-            f"rank {site.r} is too large for {recipe.name} at {at}, where it can start {most} slots at most: "
-            f"{lower}name it in `exclude`"
-        )
+    if why := recipe.init.fits(site.d_out, site.d_in, site.r):
+        smaller = not recipe.init.fits(site.d_out, site.d_in, 1)
+        lower = "lower `rank`, give the module its own in `ranks`, or " if smaller else ""
+        return f"rank {site.r} is too large for {recipe.name} at {at}, where {why}: {lower}name it in `exclude`"
     match recipe.init.needs:
         case Preheated(rank=rank) if rank(site.r) < site.r:
             return f"the preheat's rank {rank(site.r)} is below the adapter's {site.r} at {at}: raise `options.rank`"
-    least = max((getattr(rule, "least_rank", 1) for rule in recipe.rules), default=1)
+    least = max((rule.facts.least_rank for rule in recipe.rules), default=1)
     if site.r < least:
         return (
             f"rank {site.r} is too small for {recipe.name} at {at}, which trains {least} slots at each step: lower its "
@@ -155,36 +174,40 @@ def misfit(recipe: Recipe, site: Site) -> str:
 
 def around(surroundings: Surroundings) -> frozenset[str]:
     """The facts of where a recipe runs."""
-    deepspeed = surroundings.engine == "deepspeed"
     half = surroundings.factors in (torch.bfloat16, torch.float16)
-    return _named({"deepspeed": deepspeed, "zero3": deepspeed and surroundings.zero_stage >= 3, "half factors": half})
+    engine = {name: surroundings.engine == name for name in ("deepspeed", "fsdp")}
+    return _named({**engine, "half factors": half})
 
 
 def facts(recipe: Recipe) -> frozenset[str]:
     """The facts of a recipe, in the words of the table."""
-    start = probe(recipe.init, recipe.scale(recipe.alpha, recipe.r))
+    start = probe(recipe, recipe.scale(recipe.alpha, recipe.r))
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(4)]
     first, second = (recipe.outer.episode(i, _MANY, names) for i in range(2))
     chain = first is not None and first.steps < _MANY and second is not None
-    later = second.init if second is not None and second.init is not None else recipe.init
-    link = probe(later, 1.0) if chain else start
     sides = [start.train, *(episode.train for episode in (first, second) if episode is not None)]
-    declared = [fact for part in _parts(recipe) for fact in getattr(part, "facts", ())]
+    form, transform = recipe.form.facts, recipe.transform.facts
+    rules = [rule.facts for rule in recipe.rules]
     return _named(
         {
             "twin": start.twin,
             "reads weights": start.read,
-            "one side trains": any(side != "AB" for side in sides),
-            "computed form": not recipe.form.identity,
+            "starts from data": isinstance(recipe.init.needs, TopGradient | Preheated),
+            "moves at the start": start.moves,
+            "one side trains": any(side != "AB" for side in sides) or len(form.stock) == 1,
+            "computed form": not form.identity,
+            "gated": form.gated,
+            "tied": form.tied,
+            "cross layer": form.cross_layer,
+            "pairwise": "elementwise" not in transform.accepts,
             "chain": chain,
-            "linked twin": chain and (start.twin or link.twin),
-            "links need data": chain and not isinstance(later.needs, Nothing),
             "dropout": recipe.dropout > 0,
-            "several allocate": declared.count("allocates") > 1,
-            "too few slots": any(getattr(rule, "least_rank", 1) > recipe.r for rule in recipe.rules),
-            "not commits": "commits" not in declared,
-            **{f"not {able}": able not in recipe.transform.accepts for able in ABILITIES},
-            **{fact: True for fact in declared},
+            "needs dropout 0": any(part.facts.needs_no_dropout for part in _parts(recipe)),
+            "allocates": any(rule.allocates for rule in rules),
+            "several allocate": sum(rule.allocates for rule in rules) > 1,
+            "too few slots": any(rule.least_rank > recipe.r for rule in rules),
+            "not commits": not form.commits,
+            **{f"not {able}": able not in transform.accepts for able in ABILITIES},
         }
     )
 
@@ -201,18 +224,21 @@ def _named(true: dict[str, bool]) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Start:
+class Probe:
     """What an init does, seen on a small matrix."""
 
     twin: bool
     train: Train
     read: bool
     """It read the values of W."""
+    moves: bool
+    """Without a twin, the form's factors of its values have a product."""
 
 
-def probe(init: Init, s: float) -> Start:
-    """Call an init on a random (48, 40) matrix with made-up evidence; an init that refuses it counts as plain."""
-    made_up = keyed_generator(0, "plan", 0, "probe")
+def probe(recipe: Recipe, s: float) -> Probe:
+    """Call an init and a form on a random (48, 40) matrix with made-up evidence; an init that refuses it counts as
+    plain."""
+    init, made_up = recipe.init, keyed_generator(0, "plan", 0, "probe")
     reads: list[bool] = []
 
     def read() -> Tensor:
@@ -222,11 +248,17 @@ def probe(init: Init, s: float) -> Start:
     left, right = (torch.linalg.qr(torch.randn(d, 16, generator=made_up))[0] for d in (48, 40))
     values = torch.arange(16.0, 0.0, -1.0)
     evidence = None if isinstance(init.needs, Nothing) else Directions(left, values, right)
+    W = Weight("model.layers.0.probe", (48, 40), read)
     try:
-        made = init(Weight("model.layers.0.probe", (48, 40), read), 2, s, evidence, draw)
+        made = init(W, 2, s, evidence, draw)
     except LoralignError:
-        made = Factors(torch.zeros(2, 40), torch.zeros(48, 2))
-    return Start(made.twin, made.train, bool(reads))
+        made = Start(torch.zeros(2, 40), torch.zeros(48, 2))
+    seen = bool(reads)
+    own = {**recipe.form.trained(W, 2, draw), **made.own, **recipe.form.constants(W, 2, draw)}
+    none = torch.zeros(0, 40), torch.zeros(48, 0)
+    live = Live(made.A, made.B, *none, own, dict(recipe.form.shared()))
+    A, B = (factor.dense() for factor in recipe.form.factors(live, ()))
+    return Probe(made.twin, made.train, seen, not made.twin and bool((B @ A).any()))
 
 
 def draw(purpose: str, step: int = 0) -> torch.Generator:
@@ -244,7 +276,7 @@ def links(recipe: Recipe, total_steps: int, names: Sequence[str]) -> int:
 
 def idle(recipe: Recipe, total_steps: int | None) -> str:
     """What to say where a run ends before a rule acts, with the mend; "" where all act. None: of unknown length."""
-    first = 1 + max((getattr(rule, "wait_steps", -1) for rule in recipe.rules), default=-1)
+    first = 1 + max((rule.facts.wait_steps for rule in recipe.rules if rule.facts.wait_steps is not None), default=-1)
     if not first or (total_steps and first < total_steps):
         return ""
     said = f"{recipe.name}: its rule acts after step {first}"
@@ -260,7 +292,5 @@ def idle(recipe: Recipe, total_steps: int | None) -> str:
 def snapshots(recipe: Recipe, total_steps: int | None) -> int:
     """Frozen slots per live one that rules will add in a run of so many steps (None, 0: of unknown length)."""
     return sum(
-        int(getattr(rule, "freezes", 0))
-        for rule in recipe.rules
-        if not total_steps or getattr(rule, "wait_steps", 0) < total_steps
+        rule.facts.freezes for rule in recipe.rules if not total_steps or (rule.facts.wait_steps or 0) < total_steps
     )

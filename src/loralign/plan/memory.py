@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from loralign.carrier.sites import ADAPTER, put_in, sites, target_weights
-from loralign.carrier.slot import effective, install, link
-from loralign.plan.combinations import Start, check_ranks, draw, links, probe, snapshots
+from loralign.carrier.slot import Own, effective, install, link, share
+from loralign.plan.combinations import Probe, check_ranks, draw, links, probe, snapshots
 from loralign.plan.trace import Step, example_batch, trace, usual_loss
 from loralign.types import (
     Activations,
     Batch,
     CommonSubspace,
-    Factors,
     Full,
     Loss,
     Need,
@@ -34,6 +33,7 @@ from loralign.types import (
     Recipe,
     Site,
     Sketch,
+    Start,
     TopGradient,
     Weight,
 )
@@ -86,7 +86,7 @@ def estimate(
     batch, loss = batch or example_batch(model, step), loss or usual_loss(model, step)
     if isinstance(recipe, Full):
         return _reference(model, recipe, step, batch, loss, weights)
-    start = probe(recipe.init, recipe.scale(recipe.alpha, recipe.r))
+    start = probe(recipe, recipe.scale(recipe.alpha, recipe.r))
     adapted, found = _adapted(model, recipe, start)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     rank = max(int(effective(site.layer, site.adapter)[0].shape[0]) for site in found)
@@ -101,12 +101,17 @@ def estimate(
         adapter_bytes=static - weights + frozen,
         optimizer_bytes=state,
         activation_bytes=moment,
-        peak_bytes=static + frozen + state + max(moment, 2 * _nbytes(trained)),  # or gradients and updates
+        peak_bytes=static + frozen + state + max(moment, _step_bytes(recipe, trained)),
         evidence_bytes=evidence_bytes(recipe.init.needs, found),
         init_seconds=init_seconds(recipe, start, found, numel, step),
         sites=len(found),
         export_rank=rank * slots,
     )
+
+
+def _step_bytes(recipe: Recipe, trained: Sequence[nn.Parameter]) -> int:
+    """Gradients, and what the optimizer's step holds beside them at its fullest moment."""
+    return int((1 + recipe.transform.facts.transient) * _nbytes(trained))
 
 
 def _reference(model: nn.Module, recipe: Full, step: Step, batch: Batch, loss: Loss, weights: int) -> Estimate:
@@ -130,23 +135,23 @@ def _nbytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _adapted(model: nn.Module, recipe: Recipe, start: Start) -> tuple[nn.Module, list[Site]]:
+def _adapted(model: nn.Module, recipe: Recipe, start: Probe) -> tuple[nn.Module, list[Site]]:
     """The model with the recipe's sites and form, on the meta device. A twin's frozen slots are left out: they cost
     their own bytes and no activation."""
     adapted = put_in(model, recipe)
     found = sites(adapted)
     check_ranks(recipe, found)
+    shared = share(adapted.base_model, recipe.form)
     for site in found:
         shape = (site.d_out, site.d_in)
         weight = Weight(site.name, shape, lambda shape=shape: torch.empty(shape, device="meta"))  # type: ignore[misc]
-        extra = recipe.form.extra(weight, site.r, draw)
-        factors = Factors(*_factors(site), train=start.train)
-        install(site.layer, site.adapter, factors, recipe.form, dict(extra), False)
+        own = Own(recipe.form.trained(weight, site.r, draw), recipe.form.constants(weight, site.r, draw), shared)
+        install(site.layer, site.adapter, Start(*_factors(site), train=start.train), recipe.form, own, chain=False)
     link({site.name: site.layer for site in found}, ADAPTER, recipe.form)
     return adapted, found
 
 
-def _state_bytes(recipe: Recipe, start: Start, found: Sequence[Site], trained: Sequence[nn.Parameter]) -> int:
+def _state_bytes(recipe: Recipe, start: Probe, found: Sequence[Site], trained: Sequence[nn.Parameter]) -> int:
     """Optimizer state: what the transform makes of each pair, two fp32 moments of everything else."""
     of_pairs, paired = {}, 0
     for site in found:
@@ -192,7 +197,7 @@ def evidence_flops(need: Need, found: Sequence[Site], weights: int, tokens: int)
     return passes + outer + svd
 
 
-def init_seconds(recipe: Recipe, start: Start, found: Sequence[Site], weights: int, step: Step) -> float | None:
+def init_seconds(recipe: Recipe, start: Probe, found: Sequence[Site], weights: int, step: Step) -> float | None:
     """Evidence at this machine's matrix speed; where only W is read, the smallest site is timed and scaled by size."""
     if step.device == "cuda" and not torch.cuda.is_available():
         return None

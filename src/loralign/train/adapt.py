@@ -16,13 +16,24 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from loralign.carrier.sites import draw_for, keep_saving_right, put_in, sites, skipped, weight
-from loralign.carrier.slot import install, link
+from loralign.carrier.sites import draw_for, factors, keep_saving_right, put_in, sites, skipped, weight
+from loralign.carrier.slot import Own, install, link, share, shared_of, trained_of
 from loralign.carrier.slot_check import self_test
 from loralign.evidence import Evidence, Progress, collect, model_loss
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.combinations import check_combination, check_ranks
-from loralign.types import Batches, Directions, Factors, LoralignError, Loss, Recipe, Site, Train, WorkFailed
+from loralign.types import (
+    Batches,
+    Directions,
+    LoralignError,
+    Loss,
+    Need,
+    Recipe,
+    Site,
+    Start,
+    Train,
+    WorkFailed,
+)
 
 log = logging.getLogger("loralign")
 
@@ -75,19 +86,21 @@ def gather(
     recipe: Recipe,
     batches: Batches | None,
     *,
+    needs: Need | None = None,
     loss: Loss = model_loss,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
-    """Collect what the recipe's init must know, through the freshly inserted adapter (its product is zero).
+    """Collect what an init must know through the adapter as it is: freshly inserted its product is zero, at a knot of a
+    chain it is what the links before have learnt.
 
-    Raises LoralignError, before a batch is taken, where the recipe does not fit the rank of a site.
+    needs: None: those of the recipe's init. Raises LoralignError, before a batch is taken, where the recipe does not
+    fit the rank of a site.
     """
     found = sites(model)
     check_ranks(recipe, found)
-    return collect(
-        recipe.init.needs, model, found, batches, loss=loss, seed=recipe.seed, cache=cache, progress=progress
-    )
+    wanted = recipe.init.needs if needs is None else needs
+    return collect(wanted, model, found, batches, loss=loss, seed=recipe.seed, cache=cache, progress=progress)
 
 
 @torch.no_grad()
@@ -97,7 +110,7 @@ def start(model: PeftModel, recipe: Recipe, evidence: Mapping[str, Directions]) 
     found = sites(model)
     check_ranks(recipe, found)
     note_ranks(found)
-    made: dict[str, Factors] = {}
+    made: dict[str, Start] = {}
     for site in found:
         W, draw = weight(site), draw_for(recipe.seed, site.name)
         made[site.name] = recipe.init(W, site.r, site.s, evidence.get(site.name), draw)
@@ -115,22 +128,33 @@ def note_ranks(found: Sequence[Site]) -> None:
         )
 
 
-def write_start(model: PeftModel, recipe: Recipe, made: Mapping[str, Factors]) -> dict[str, Storage]:
+def write_start(model: PeftModel, recipe: Recipe, made: Mapping[str, Start]) -> dict[str, Storage]:
     found = sites(model)
     first = recipe.outer.episode(0, 2**31, [site.name for site in found])
     chain = first is not None and first.steps < 2**31
+    shared = share(model.base_model, recipe.form)
     for site in found:
-        factors = made[site.name]
-        if not factors.twin and bool(factors.A.any()) and bool(factors.B.any()):
-            raise WorkFailed(f"the init of {recipe.name} moves {site.name} away from W0 without a twin")
-        extra = recipe.form.extra(weight(site), site.r, draw_for(recipe.seed, site.name))
-        install(site.layer, site.adapter, factors, recipe.form, dict(extra), chain)
+        start, W, draw = made[site.name], weight(site), draw_for(recipe.seed, site.name)
+        trained = dict(recipe.form.trained(W, site.r, draw))
+        if unknown := set(start.own) - set(trained):
+            raise LoralignError(f"the init of {recipe.name} sets {min(unknown)!r}, which its form does not train")
+        own = Own({**trained, **start.own}, recipe.form.constants(W, site.r, draw), shared)
+        install(site.layer, site.adapter, start, recipe.form, own, chain=chain)
     link({site.name: site.layer for site in found}, found[0].adapter, recipe.form)
+    for site in found:
+        if not made[site.name].twin and moves(site):
+            raise WorkFailed(f"the init of {recipe.name} moves {site.name} away from W0 without a twin")
     keep_saving_right(model)
     left = Counter(skipped(model, found).values())
     said = ", ".join(f"{count} × {reason}" for reason, count in left.items())
     log.info("%s: %d sites adapted; left as they are: %s", recipe.name, len(found), said or "none")
     return {name: Storage(int(f.A.shape[0]), f.twin, f.train) for name, f in made.items()}
+
+
+def moves(site: Site) -> bool:
+    """Does the adapter change W at this site? (No product is formed where a factor is zero.)"""
+    A, B = factors(site)
+    return bool(A.any()) and bool(B.any()) and bool((B @ A).any())
 
 
 def restore_storage(model: PeftModel, recipe: Recipe, stored: Mapping[str, Storage]) -> None:
@@ -143,7 +167,7 @@ def restore_storage(model: PeftModel, recipe: Recipe, stored: Mapping[str, Stora
         if kind.r != site.r:
             raise LoralignError(f"the checkpoint has rank {kind.r} at {site.name}, the recipe {site.r}")
         zeros = torch.zeros(site.r, site.d_in), torch.zeros(site.d_out, site.r)
-        made[site.name] = Factors(*zeros, twin=kind.twin, train=kind.train)
+        made[site.name] = Start(*zeros, twin=kind.twin, train=kind.train)
     write_start(model, recipe, made)
 
 
@@ -151,16 +175,19 @@ def optimizer(model: PeftModel, recipe: Recipe, lr: float, *, rest_lr: float | N
     """The recipe's optimizer over everything that trains.
 
     Args:
-        lr: learning rate of A (B: lr·ratio of the transform) and of tensors outside pairs.
+        lr: learning rate of A (B: lr·ratio of the transform; a form's own tensors: lr·its ratio) and of the rest.
         rest_lr: learning rate of tensors outside pairs (a fresh head), where it differs.
     """
     found = sites(model)
-    paired = {id(p) for s in found for p in (_parameter(s, "lora_A"), _parameter(s, "lora_B"))}
-    rest = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in paired}
+    shared = shared_of(model.base_model)
+    ours = {id(p) for s in found for p in (_parameter(s, "lora_A"), _parameter(s, "lora_B"))}
+    ours |= {id(p) for s in found for p in trained_of(s.layer, s.adapter).values()} | {id(p) for p in shared.values()}
+    rest = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
     return PairOptimizer(
         found,
         rest,
         recipe.transform,
+        shared=shared,
         rules=recipe.rules,
         lr=lr,
         rest_lr=rest_lr,

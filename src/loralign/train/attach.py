@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -23,16 +23,19 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loralign.carrier.sites import ADAPTER, beside, differing_target, peft_config, sites
-from loralign.evidence import Progress
+from loralign.evidence import Evidence, Progress
+from loralign.maths.draws import keyed_generator
 from loralign.plan.combinations import check_combination, idle
 from loralign.train.adapt import gather, optimizer, restore_storage, start
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import read_note
 from loralign.train.replaced import ignored, instead_of
-from loralign.types import Batch, LoralignError, Recipe
+from loralign.train.validation import validation_loss
+from loralign.types import Batch, Episode, LoralignError, Recipe, Validation
 
 log = logging.getLogger("loralign")
 
@@ -44,6 +47,7 @@ def attach(
     resume_from: str | Path | None = None,
     rest_lr: float | None = None,
     cache: Path | None = None,
+    validation: Iterable[Batch] | None = None,
     progress: Progress | None = None,
 ) -> RecipeCallback:
     """Prepare a trainer, built with `peft_config=peft_config(recipe, model)`, for the recipe; call before `train()`.
@@ -52,6 +56,7 @@ def attach(
         resume_from: the checkpoint that `trainer.train(resume_from_checkpoint=…)` will read; the init is not repeated.
         rest_lr: learning rate of tensors outside pairs (a fresh head), where it differs from the trainer's.
         cache: folder for evidence. progress: called with (what, done, total).
+        validation: batches for rules that decide by a validation loss.
     Raises:
         LoralignError: a model that is not the recipe's, a reference adapter, DeepSpeed with a pairwise transform.
     Side effects: the trainer's `max_grad_norm` becomes 0, the recipe's own clip acts inside the optimizer; checkpoints
@@ -66,12 +71,23 @@ def attach(
     if resume_from is None:
         with undisturbed(trainer, model):
             evidence = gather(
-                model, recipe, _batches(trainer, recipe), loss=loss_of(trainer), cache=cache, progress=progress
+                model,
+                recipe,
+                _batches(trainer, recipe, recipe.init.needs.draws),
+                loss=loss_of(trainer),
+                cache=cache,
+                progress=progress,
             )
             stored, spent, facts = start(model, recipe, evidence), evidence.spent, evidence.facts()
     else:
         stored, spent, facts = dict(read_note(Path(resume_from)).storage), None, {}
         restore_storage(model, recipe, stored)
+    rows = [rule.needs for rule in recipe.rules if isinstance(rule.needs, Validation)]
+    if rows and validation is None:
+        raise LoralignError(
+            f"{recipe.name} decides by the loss on validation rows: pass attach(…, validation=batches), which are "
+            "neither training rows nor rows that you report on"
+        )
     callback = RecipeCallback(
         recipe,
         model,
@@ -81,6 +97,8 @@ def attach(
         spent=spent,
         wrapped=lambda: trainer.model_wrapped,
         evidence=facts,
+        gather=lambda episode: _at_knot(trainer, model, recipe, episode, progress),
+        observe=validation_loss(model, list(validation), loss_of(trainer)) if rows and validation is not None else None,
     )
     trainer.add_callback(callback)
     lr = float(trainer.args.learning_rate)
@@ -97,12 +115,10 @@ def attach(
 def _check_sharding(trainer: Any, recipe: Recipe) -> None:
     plugins = trainer.accelerator.state
     if trainer.is_deepspeed_enabled:
-        if "zero" not in recipe.transform.accepts:
-            raise LoralignError(
-                f"{recipe.name}: DeepSpeed flattens parameters, so pairs (A, B) cannot step together; use FSDP2 or DDP"
-            )
-        if getattr(getattr(plugins, "deepspeed_plugin", None), "zero_stage", 0) == 3:
-            raise LoralignError("DeepSpeed ZeRO-3 empties the factors between steps: use FSDP2 or DDP, or ZeRO-2")
+        raise LoralignError(
+            f"{recipe.name}: DeepSpeed replaces the parameter groups by flat partitions, so the recipe's own optimizer "
+            "cannot step; use FSDP2 or DDP"
+        )
     if trainer.is_fsdp_enabled and getattr(getattr(plugins, "fsdp_plugin", None), "fsdp_version", 2) == 1:
         raise LoralignError("FSDP version 1 flattens parameters: set fsdp_version: 2 in the accelerate config")
 
@@ -170,8 +186,19 @@ def loss_of(trainer: Any) -> Callable[[nn.Module, Batch], Tensor]:
     return loss
 
 
-def _batches(trainer: Any, recipe: Recipe) -> Iterator[Batch]:
-    wanted = recipe.init.needs.draws
+def _at_knot(trainer: Any, model: PeftModel, recipe: Recipe, episode: Episode, progress: Progress | None) -> Evidence:
+    """Evidence for a later link: batches drawn by (seed, episode), randomness of the training as it was."""
+    needs = (episode.init or recipe.init).needs
+    with undisturbed(trainer, model):
+        set_seed(keyed_generator(recipe.seed, "rows at a knot", episode.index).initial_seed() % 2**31)
+        batches = _batches(trainer, recipe, needs.draws)
+        found = gather(model, recipe, batches, needs=needs, loss=loss_of(trainer), progress=progress)
+    for p in model.parameters():
+        p.grad = None
+    return found
+
+
+def _batches(trainer: Any, recipe: Recipe, wanted: int) -> Iterator[Batch]:
     if not wanted:
         return
     loader = trainer.get_train_dataloader()

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
-from loralign.carrier.sites import sites, sync_config
-from loralign.carrier.slot import SlotLinear, live_of, whole, write
+from loralign.carrier.sites import sync_config
 from loralign.evidence import Spent
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.combinations import idle
 from loralign.train.adapt import Storage
 from loralign.train.checkpoint import Note, check_resumed, complete, read_note, read_state, reopen
-from loralign.train.episodes import Episodes
-from loralign.train.events import apply_plan
+from loralign.train.driver import Driver, Observe
+from loralign.train.episodes import Gather
 from loralign.types import LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
@@ -31,7 +30,7 @@ log = logging.getLogger("loralign")
 class RecipeCallback(TrainerCallback):
     """One run of one recipe.
 
-    Attributes for the curious: `optimizer`, `episodes`, `unreached`, `spent` and `evidence` (what it cost and, per
+    Attributes for the curious: `optimizer`, `driver`, `unreached`, `spent` and `evidence` (what it cost and, per
     site, what the start holds).
     """
 
@@ -46,20 +45,31 @@ class RecipeCallback(TrainerCallback):
         spent: Spent | None = None,
         wrapped: Callable[[], nn.Module] | None = None,
         evidence: Mapping[str, Any] | None = None,
+        gather: Gather | None = None,
+        observe: Observe | None = None,
     ) -> None:
         self.recipe, self.model, self.stored = recipe, model, dict(stored)
         self.resume_from, self.keep = resume_from, keep
         self.spent, self.evidence = spent or Spent(), dict(evidence or {})
         self.wrapped = wrapped or (lambda: model)
+        self.gather, self.observe = gather, observe
         self.steps_seen = 0
         self.optimizer: PairOptimizer | None = None
-        self.episodes = Episodes(recipe, model)
+        self.driver: Driver | None = None
         self.unreached: set[str] = set(stored)
+        self.course: Callable[[int], float] | None = None
+        """The learning-rate schedule's factor by step, where it is one."""
 
     def adopt(self, optimizer: PairOptimizer) -> PairOptimizer:
         """Remember the optimizer that the Trainer asked for."""
         self.optimizer = optimizer
+        self.driver = Driver(self.recipe, self.model, optimizer, gather=self.gather, observe=self.observe)
         return optimizer
+
+    def _driver(self) -> Driver:
+        self._own()
+        assert self.driver is not None
+        return self.driver
 
     def _own(self) -> PairOptimizer:
         if self.optimizer is None:
@@ -73,8 +83,11 @@ class RecipeCallback(TrainerCallback):
         self._check_wrapped(args)
         if (said := idle(self.recipe, state.max_steps)) and args.max_steps <= 0:  # else `attach` knew
             log.warning("%s", said)
-        self.episodes.begin(state.max_steps)
-        if self.resume_from is not None:
+        lambdas = getattr(kwargs.get("lr_scheduler"), "lr_lambdas", None)
+        self.course = lambdas[0] if lambdas else None
+        if self.resume_from is None:
+            self._driver().begin(state.max_steps)
+        else:
             note = read_note(self.resume_from)
             if note.recipe != self.recipe.name:
                 raise LoralignError(f"{self.resume_from.name} is of {note.recipe}, not of {self.recipe.name}")
@@ -82,11 +95,13 @@ class RecipeCallback(TrainerCallback):
                 raise LoralignError(
                     f"attached to resume from step {note.step}, but the trainer starts at {state.global_step}"
                 )
-            self.episodes.resume(note.episode, note.episode_start)
-            self._load(read_state(self.resume_from))
+            self._driver().begin(
+                state.max_steps, step=note.step, episode=note.episode, episode_start=note.episode_start
+            )
+            self._driver().load(read_state(self.resume_from))
             sync_config(self.model)
             check_resumed(self.resume_from, state)
-        elif state.global_step > 0:
+        if self.resume_from is None and state.global_step > 0:
             raise LoralignError(
                 f"the trainer resumes at step {state.global_step}: "
                 "call attach(trainer, recipe, resume_from=<that folder>)"
@@ -102,7 +117,7 @@ class RecipeCallback(TrainerCallback):
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._own().lr_factor = self.episodes.warm_up(state.global_step)
+        self._driver().before_step(self.course)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = self._own()
@@ -112,13 +127,7 @@ class RecipeCallback(TrainerCallback):
         self.unreached -= optimizer.reached
         if self.steps_seen == 1:
             self._acted(optimizer)
-        for rule in self.recipe.rules:
-            plan = rule.event(optimizer.moment(state.max_steps))
-            if plan:
-                apply_plan(self.model, optimizer, plan)
-                log.info(
-                    "%s: slots changed at %d sites after step %d", self.recipe.name, len(plan), state.global_step + 1
-                )
+        self._driver().after_optimizer_step()
 
     def _acted(self, optimizer: PairOptimizer) -> None:
         total = len(optimizer.sites)
@@ -131,7 +140,7 @@ class RecipeCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.episodes.after_step(state.global_step, self._own())
+        self._driver().end_step(state.global_step)
         reopen(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -142,58 +151,17 @@ class RecipeCallback(TrainerCallback):
             logs["grad_norm"] = self.optimizer.grad_norm
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        saved = self._state()  # on every rank: sharded tensors are gathered
-        episode, start = self.episodes.position
-        complete(args, state, Note(self.recipe.name, state.global_step, self.stored, episode, start), saved, self.keep)
+        driver = self._driver()
+        saved = driver.state()  # on every rank: sharded tensors are gathered
+        episode, start = driver.episodes.position
+        stored = {n: replace(s, twin=driver.episodes.twins.get(n, s.twin)) for n, s in self.stored.items()}
+        complete(args, state, Note(self.recipe.name, state.global_step, stored, episode, start), saved, self.keep)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            self._load(read_state(Path(state.best_model_checkpoint)))
+            self._driver().load(read_state(Path(state.best_model_checkpoint)))
             sync_config(self.model)
         if idle(self.recipe, state.global_step) and not idle(self.recipe, state.max_steps):
             log.info("%s: stopped after step %d, before its rule acted", self.recipe.name, state.global_step)
         if self.unreached and self.steps_seen:
             log.warning("%d adapted modules never got a gradient: %s", len(self.unreached), sorted(self.unreached)[:5])
-
-    # ----------------------------------------------------------------------------------------------------------- state
-
-    def _state(self) -> dict[str, Tensor]:
-        optimizer = self._own()
-        found = {f"dead|{name}": mask for name, mask in optimizer.dead.items()}
-        for i, rule in enumerate(self.recipe.rules):
-            found |= {f"rule|{i}|{key}": value for key, value in rule.state_dict().items()}
-        for name, layer, side in self._owned():
-            live = live_of(layer, side)
-            found |= {f"live|{name}|A": whole(live.A), f"live|{name}|B": whole(live.B)}
-            found |= {f"live|{name}|A0": live.A0, f"live|{name}|B0": live.B0}
-            found |= {f"live|{name}|extra|{key}": whole(value) for key, value in live.extra.items()}
-        return found
-
-    @torch.no_grad()
-    def _load(self, state: Mapping[str, Tensor]) -> None:
-        optimizer = self._own()
-        optimizer.dead = {key[5:]: value for key, value in state.items() if key.startswith("dead|")}
-        for i, rule in enumerate(self.recipe.rules):
-            head = f"rule|{i}|"
-            rule.load_state_dict({k.removeprefix(head): v for k, v in state.items() if k.startswith(head)})
-        for name, layer, adapter in self._owned():
-            sides = layer.lora_A[adapter], layer.lora_B[adapter]
-            for module, letter in zip(sides, "AB", strict=True):
-                if f"live|{name}|{letter}" not in state:
-                    raise LoralignError(
-                        f"the checkpoint lacks the live tensors of {name}: its loralign_state file is missing"
-                    )
-                module.frozen = state[f"live|{name}|{letter}0"].to(module.frozen)
-                write(module.live, state[f"live|{name}|{letter}"])
-            for key, value in live_of(layer, adapter).extra.items():
-                write(value, state[f"live|{name}|extra|{key}"])
-
-    def _owned(self) -> list[tuple[str, Any, str]]:
-        """Sites whose form folds what the file cannot hand back."""
-        found = []
-        for site in sites(self.model):
-            layer: Any = site.layer
-            side = layer.lora_A[site.adapter]
-            if isinstance(side, SlotLinear) and side.owner is not None:
-                found.append((site.name, layer, site.adapter))
-        return found

@@ -26,7 +26,7 @@ from loralign.maths.linalg import first_step_energy, top_svd
 from loralign.methods.table import build
 from loralign.plan.combinations import misfit
 from loralign.train.attach import loss_of, undisturbed
-from loralign.types import Batch, Factors, LoralignError, Loss, Recipe, Site
+from loralign.types import Batch, LoralignError, Loss, Recipe, Site, Start
 
 log = logging.getLogger("loralign")
 
@@ -123,7 +123,7 @@ Basis = tuple[Tensor, Tensor]
 """(B, A) with zeros for the one whose partner does not move: what a first step can use."""
 
 
-def _present(site: Site) -> tuple[Factors, bool, bool]:
+def _present(site: Site) -> tuple[Start, bool, bool]:
     """The factors in the model now (a twin stores them as A0 + ΔA, B0 + ΔB), and which of them move."""
     layer: Any = site.layer
     sides = layer.lora_A[site.adapter], layer.lora_B[site.adapter]
@@ -132,10 +132,10 @@ def _present(site: Site) -> tuple[Factors, bool, bool]:
     if getattr(sides[1], "kind", "") == "T":
         A, B = A + live.A0.float().cpu(), B + live.B0.float().cpu()
     a_moves, b_moves = (any(p.requires_grad for p in side.parameters()) for side in sides)
-    return Factors(A, B), a_moves, b_moves
+    return Start(A, B), a_moves, b_moves
 
 
-def _moving(factors: Factors, a_moves: bool, b_moves: bool) -> Basis:
+def _moving(factors: Start, a_moves: bool, b_moves: bool) -> Basis:
     return factors.B * float(a_moves), factors.A * float(b_moves)
 
 

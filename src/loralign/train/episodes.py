@@ -1,87 +1,133 @@
 """The driver of outer loops: at a knot the live slots are committed to frozen ones and a fresh link starts.
 
-Order at a knot (only after an optimizer step, gradients synced): commit in fp32 → fresh factors drawn by
-(seed, episode, module) → optimizer state of the link cleared, step counters too → config in step with the slots.
-Everything is a function of (recipe, total steps, sites), so a stopped run resumes without replay.
+Order at a knot (only after an optimizer step, gradients synced): evidence of the next link, where its init asks for it,
+from the model as it is → commit in fp32 → fresh factors drawn by (seed, episode, module) → optimizer state of the link
+cleared, step counters too → config in step with the slots. Who sleeps and which factor rests is derived from the
+episode at the start, at every knot and on resume. Everything is a function of (recipe, total steps, sites), so a
+stopped run resumes without replay.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from peft import PeftModel
 
 from loralign.carrier.sites import sites, sync_config, weight
-from loralign.carrier.slot import commit, freeze
+from loralign.carrier.slot import commit, effective
 from loralign.maths.draws import keyed_generator
 from loralign.optim.pairs import PairOptimizer
-from loralign.types import Episode, Recipe, WorkFailed
+from loralign.types import Directions, Episode, LoralignError, Nothing, Recipe, Site, Start, Weight, WorkFailed
 
 log = logging.getLogger("loralign")
+
+Gather = Callable[[Episode], Mapping[str, Directions]]
+"""Collects what the init of an episode must know, from the model as it is at the knot."""
 
 
 class Episodes:
     """Where a run is in its outer loop."""
 
-    def __init__(self, recipe: Recipe, model: PeftModel) -> None:
-        self.recipe, self.model = recipe, model
+    def __init__(self, recipe: Recipe, model: PeftModel, gather: Gather | None = None) -> None:
+        self.recipe, self.model, self.gather = recipe, model, gather
         self.names = [site.name for site in sites(model)]
         self.total_steps = 0
         self.current: Episode | None = None
         self.started = 0
+        self.twins: dict[str, bool] = {}
+        """Sites whose storage changed at a knot: does the live link train around a twin?"""
 
     @property
     def position(self) -> tuple[int, int]:
         """(index of the episode, optimizer step at which it began)."""
         return (self.current.index if self.current else 0), self.started
 
-    def begin(self, total_steps: int) -> None:
-        self.total_steps = total_steps
-        self.current = self.recipe.outer.episode(0, total_steps, self.names)
+    def begin(self, total_steps: int, optimizer: PairOptimizer, index: int = 0, started: int = 0) -> None:
+        """Enter an episode: the first one, or the one in which a stopped run was."""
+        self.total_steps, self.started = total_steps, started
+        self.current = self.recipe.outer.episode(index, total_steps, self.names)
         if self.current is None:
-            raise WorkFailed(f"{self.recipe.name}: the outer loop has no first episode")
+            raise WorkFailed(f"{self.recipe.name}: the outer loop has no episode {index}")
+        self._enter(self.current, optimizer)
 
-    def resume(self, index: int, started: int) -> None:
-        self.current = self.recipe.outer.episode(index, self.total_steps, self.names)
-        self.started = started
+    def _enter(self, episode: Episode, optimizer: PairOptimizer) -> None:
+        unknown = set(episode.sites or ()) - set(self.names)
+        if unknown:
+            raise LoralignError(f"{self.recipe.name}: an episode trains {min(unknown)}, which is not adapted")
+        optimizer.asleep = set(self.names) - set(episode.sites or self.names)
+        optimizer.trains = {} if episode.train == "AB" else dict.fromkeys(self.names, episode.train)
 
-    def warm_up(self, step: int) -> float:
-        """Factor on the learning rate of step `step` (0-based): a linear re-warm-up at the start of a link."""
-        wanted = self.current.warm_up_steps if self.current else 0
-        return min(1.0, (step - self.started + 1) / wanted) if wanted and self.started else 1.0
+    def lr_factor(self, step: int, course: Callable[[int], float] | None = None) -> float:
+        """Factor on the learning rate of step `step` (0-based) for every role: a linear re-warm-up at the start of a
+        link, and the schedule from its beginning where the episode restarts it.
 
-    def after_step(self, step: int, optimizer: PairOptimizer) -> None:
+        course: the schedule's own factor by step; None: constant.
+        """
+        if self.current is None or not self.started:
+            return 1.0
+        done, episode = step - self.started, self.current
+        factor = min(1.0, (done + 1) / episode.warm_up_steps) if episode.warm_up_steps else 1.0
+        if episode.restart and course is not None and course(step) > 0:
+            factor *= course(round(done * self.total_steps / episode.steps)) / course(step)
+        return factor
+
+    def after_step(self, step: int, optimizer: PairOptimizer) -> bool:
         """`step` optimizer steps are done: tie a knot where the episode is over and another one follows."""
         if self.current is None or step - self.started < self.current.steps or step >= self.total_steps:
-            return
+            return False
         following = self.recipe.outer.episode(self.current.index + 1, self.total_steps, self.names)
         if following is None:
-            return
+            return False
         self._knot(self.current, following, optimizer)
         self.current, self.started = following, step
+        self._enter(following, optimizer)
+        return True
 
     @torch.no_grad()
     def _knot(self, done: Episode, following: Episode, optimizer: PairOptimizer) -> None:
         trained = set(done.sites or self.names)
         init = following.init or self.recipe.init
+        evidence: Mapping[str, Directions] = {}
+        if not isinstance(init.needs, Nothing):
+            if self.gather is None:
+                raise LoralignError(
+                    f"{self.recipe.name}: a link of this chain starts from evidence, which a bare loop does not "
+                    "collect: pass `gather` to drive(), or train with attach()"
+                )
+            with torch.enable_grad():
+                evidence = self.gather(following)
+        fresh = {
+            site.name: self._start(site, following, evidence) for site in sites(self.model) if site.name in trained
+        }
         for site in sites(self.model):
-            layer: Any = site.layer
             if site.name in trained:
-                W = weight(site)
-
-                def draw(purpose: str, step: int = 0, name: str = site.name) -> torch.Generator:
-                    return keyed_generator(self.recipe.seed, purpose, following.index, name)
-
-                fresh = init(W, site.r, site.s, None, draw)
-                if fresh.twin:
-                    raise WorkFailed(f"{self.recipe.name}: a link of a chain cannot start from a twin")
-                commit(layer, site.adapter, fresh)
-            frozen = tuple({"A": "lora_A", "B": "lora_B"}[f] for f in "AB" if f not in following.train)
-            freeze(layer, site.adapter, frozen)
+                commit(site.layer, site.adapter, fresh[site.name])
+                self.twins[site.name] = fresh[site.name].twin
+                optimizer.dead.pop(site.name, None)
         if following.reset:
             optimizer.forget(trained)
-        optimizer.asleep = set(self.names) - set(following.sites or self.names)
         sync_config(self.model)
         log.info("%s: episode %d begins, %d sites committed", self.recipe.name, following.index, len(trained))
+
+    def _start(self, site: Site, following: Episode, evidence: Mapping[str, Directions]) -> Start:
+        init = following.init or self.recipe.init
+
+        def draw(purpose: str, step: int = 0) -> torch.Generator:
+            return keyed_generator(self.recipe.seed, purpose, following.index, site.name)
+
+        return init(_as_it_is(site), site.r, site.s, evidence.get(site.name), draw)
+
+
+def _as_it_is(site: Site) -> Weight:
+    """W_eff as the link before left it."""
+    base = weight(site)
+
+    def read() -> Any:
+        A, B = effective(site.layer, site.adapter)
+        W = base.read()
+        return W + site.s * (B.float() @ A.float()).to(W.device)
+
+    return Weight(site.name, base.shape, read)

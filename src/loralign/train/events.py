@@ -1,61 +1,211 @@
-"""Apply slot plans: slots die, come alive, are copied; Parameters and shapes stay, the optimizer state follows."""
+"""Carry out what rules plan: slots die, come alive, are copied; Parameters and shapes stay, optimizer state follows.
+
+Every process computes the plan, since a rule's memory must be the same everywhere; what rank 0 planned is carried out
+by all, so that no rounding can drive them apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
 from loralign.carrier.sites import sites
-from loralign.carrier.slot import add_frozen, live_of, whole, write
+from loralign.carrier.slot import add_frozen, trained_of, whole, write
+from loralign.maths.draws import keyed_generator
 from loralign.optim.pairs import PairOptimizer
-from loralign.types import LoralignError, Plan, SlotPlan
+from loralign.types import (
+    Copy,
+    Elements,
+    Freeze,
+    LoralignError,
+    Off,
+    On,
+    Plan,
+    Prox,
+    RuleState,
+    Set,
+    Site,
+    SlotChange,
+    Unborn,
+    Verb,
+    WorkFailed,
+    Zero,
+)
+
+VERBS: dict[str, type[Any]] = {v.__name__: v for v in (Off, Unborn, On, Zero, Copy, Set, Prox, Freeze, Elements)}
+
+
+def agreed(plan: Plan | None) -> Plan:
+    """Rank 0's plan, on every rank."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return plan or ()
+    text = json.dumps([[type(verb).__name__, dataclasses.astuple(verb)] for verb in plan or ()]).encode()
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    length = torch.tensor([len(text)], device=device)
+    dist.broadcast(length, 0)
+    body = torch.frombuffer(bytearray(text.ljust(int(length), b" ")[: int(length)]), dtype=torch.uint8).to(device)
+    dist.broadcast(body, 0)
+    found = json.loads(bytes(body.cpu().tolist()))
+    return tuple(VERBS[name](*map(_tuples, values)) for name, values in found)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+class Stage:
+    """A model and its optimizer, on which the verbs of one rule act."""
+
+    def __init__(self, model: PeftModel, optimizer: PairOptimizer, state: RuleState, seed: int, step: int) -> None:
+        self.sites = {site.name: site for site in sites(model)}
+        self.optimizer, self.state, self.seed, self.step = optimizer, state, seed, step
+
+    def site(self, name: str) -> Site:
+        if name not in self.sites:
+            raise LoralignError(f"a rule planned for {name}, which is not adapted")
+        return self.sites[name]
+
+    def factor(self, site: Site, side: str) -> Tensor:
+        """The live Parameter of one factor."""
+        p: Tensor = getattr(site.layer, f"lora_{side}")[site.adapter]._parameters["weight"]
+        return p
+
+    def own(self, site: Site, name: str) -> Tensor:
+        found = trained_of(site.layer, site.adapter)
+        if name not in found:
+            raise LoralignError(f"a rule planned for the tensor {name!r} of {site.name}, which its form does not have")
+        return found[name]
+
+    def put(self, site: Site, slots: Sequence[int], A: Tensor | None, B: Tensor | None) -> None:
+        """Rows of A and columns of B of these slots; None: zeros. Only they are touched."""
+        at = list(slots)
+        for p, value, axis in ((self.factor(site, "A"), A, 0), (self.factor(site, "B"), B, 1)):
+            now = whole(p)
+            new = torch.zeros_like(now.index_select(axis, torch.tensor(at, device=now.device)))
+            set_slots(p, at, axis, new if value is None else value.to(new))
+
+    def mark(self, site: Site, slots: Sequence[int], dead: bool) -> None:
+        mask = self.optimizer.dead.setdefault(site.name, torch.zeros(site.r, dtype=torch.bool))
+        mask[list(slots)] = dead
 
 
 @torch.no_grad()
-def apply_plan(model: PeftModel, optimizer: PairOptimizer, plan: Plan) -> None:
-    """Carry out what a rule decided, in the order off, copy, on, zero elements, values, prox, frozen."""
-    found = {site.name: site for site in sites(model)}
-    for name, change in plan.items():
-        if name not in found:
-            raise LoralignError(f"a rule planned for {name}, which is not adapted")
-        site = found[name]
-        layer: Any = site.layer
-        live = live_of(layer, site.adapter)
-        A, B = whole(live.A).clone(), whole(live.B).clone()
-        _move(A, B, change)
-        write(live.A, A)
-        write(live.B, B)
-        _extras(live.extra, change)
-        if change.frozen is not None:
-            add_frozen(layer, site.adapter, *change.frozen)
-        if change.off or change.on or change.copy:
-            dead = optimizer.dead.get(name, torch.zeros(site.r, dtype=torch.bool))
-            dead[list(change.off)] = True
-            dead[[*change.on, *(d for d, _ in change.copy)]] = False
-            optimizer.dead[name] = dead
-        optimizer.on_plan(name, change)
+def set_slots(p: Tensor, at: Sequence[int], axis: int, value: Tensor) -> None:
+    """Write slots of a possibly sharded tensor in place."""
+    if p is not whole(p):  # sharded
+        full = whole(p).clone()
+        full.index_copy_(axis, torch.tensor(list(at), device=full.device), value)
+        write(p, full)
+    else:
+        p.index_copy_(axis, torch.tensor(list(at), device=p.device), value)
 
 
-def _move(A: Tensor, B: Tensor, change: SlotPlan) -> None:
-    source_A, source_B = A.clone(), B.clone()
-    A[list(change.off)], B[:, list(change.off)] = 0.0, 0.0
-    for slot, source in change.copy:
-        A[slot], B[:, slot] = change.rows.get(slot, (source_A[source], source_B[:, source]))
-    for slot in change.on:
-        if slot not in change.rows:
-            raise LoralignError(f"slot {slot} comes alive without values for its row and column")
-        A[slot], B[:, slot] = change.rows[slot]
-    if change.zero_elements is not None:
-        A[change.zero_elements.to(A.device)] = 0.0
+@torch.no_grad()
+def apply_plan(stage: Stage, plan: Plan) -> set[str]:
+    """Carry out the verbs in order; the names of the sites whose slots changed."""
+    changes: dict[str, list[SlotChange]] = {}
+    for verb in plan:
+        change = ACTIONS[type(verb)](stage, stage.site(verb.site), verb)
+        if change is not None:
+            changes.setdefault(verb.site, []).append(change)
+    for name, found in changes.items():
+        for change in found:
+            stage.optimizer.on_slots(name, change)
+    return {verb.site for verb in plan}
 
 
-def _extras(extra: Mapping[str, Tensor], change: SlotPlan) -> None:
-    for key, value in change.values.items():
-        write(extra[key], value.to(extra[key]))
-    for key, threshold in change.prox.items():
-        g = whole(extra[key])
-        write(extra[key], g.sign() * (g.abs() - threshold).clamp_min(0.0))
+def _off(stage: Stage, site: Site, verb: Any) -> SlotChange:
+    stage.put(site, verb.slots, None, None)
+    stage.mark(site, verb.slots, dead=True)
+    return SlotChange(off=tuple(verb.slots))
+
+
+def _on(stage: Stage, site: Site, verb: On) -> SlotChange:
+    source = keyed_generator(stage.seed, "slots come alive", stage.step, site.name)
+    rows = (2 * torch.rand(site.r, site.d_in, generator=source) - 1) / site.d_in**0.5
+    stage.put(site, verb.slots, rows[list(verb.slots)], None)
+    stage.mark(site, verb.slots, dead=False)
+    return SlotChange(fresh=tuple(verb.slots))
+
+
+def _zero(stage: Stage, site: Site, verb: Zero) -> None:
+    p, axis = _tensor(stage, site, verb.name)
+    at = torch.tensor(verb.slots)
+    set_slots(p, verb.slots, axis, torch.zeros_like(whole(p).index_select(axis, at.to(whole(p).device))))
+
+
+def _tensor(stage: Stage, site: Site, name: str) -> tuple[Tensor, int]:
+    """A tensor and the axis of its slots."""
+    return (stage.factor(site, name), "AB".index(name)) if name in ("A", "B") else (stage.own(site, name), 0)
+
+
+def _copy(stage: Stage, site: Site, verb: Copy) -> SlotChange:
+    A, B = whole(stage.factor(site, "A")), whole(stage.factor(site, "B"))
+    if verb.snapshot:
+        A, B = (stage.state[f"{verb.snapshot}|{site.name}|{side}"] for side in "AB")
+    at = list(verb.source)
+    stage.put(site, verb.to, A[at].clone(), B[:, at].clone())
+    stage.mark(site, verb.to, dead=False)
+    sources = (-1,) * len(at) if verb.snapshot else verb.source
+    return SlotChange(copied=tuple(zip(verb.to, sources, strict=True)))
+
+
+def _set(stage: Stage, site: Site, verb: Set) -> None:
+    p = stage.own(site, verb.name)
+    set_slots(p, verb.slots, 0, torch.tensor(verb.values).to(p))
+    state = stage.optimizer.state[p]
+    for key in ("exp_avg", "exp_avg_sq"):
+        if key in state:
+            state[key][list(verb.slots)] = 0.0
+
+
+def _prox(stage: Stage, site: Site, verb: Prox) -> None:
+    p = stage.own(site, verb.name)
+    g = whole(p)
+    write(p, g.sign() * (g.abs() - verb.threshold).clamp_min(0.0))
+
+
+def _freeze(stage: Stage, site: Site, verb: Freeze) -> None:
+    A, B = whole(stage.factor(site, "A")), whole(stage.factor(site, "B"))
+    add_frozen(site.layer, site.adapter, A.clone(), verb.weight * B)
+
+
+def _elements(stage: Stage, site: Site, verb: Elements) -> None:
+    p, _ = _tensor(stage, site, verb.name)
+    mask = stage.state[verb.mask]
+    _same_everywhere(mask, f"{site.name}.{verb.name}")
+    write(p, whole(p).masked_fill(mask.to(p.device), 0.0))
+
+
+def _same_everywhere(mask: Tensor, where: str) -> None:
+    """Raise where the processes computed different masks."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    digest = hashlib.blake2b(mask.cpu().numpy().tobytes(), digest_size=7).digest()
+    mine = torch.tensor([int.from_bytes(digest, "big")], device=mask.device)
+    low, high = mine.clone(), mine.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        raise WorkFailed(f"the processes computed different element masks of {where}")
+
+
+ACTIONS: dict[type[Verb], Callable[[Stage, Site, Any], SlotChange | None]] = {
+    Off: _off,
+    Unborn: _off,
+    On: _on,
+    Zero: _zero,
+    Copy: _copy,
+    Set: _set,
+    Prox: _prox,
+    Freeze: _freeze,
+    Elements: _elements,
+}

@@ -19,7 +19,7 @@ Example:
     >>> from loralign.methods.form.delta_lora import boosted
     >>> from loralign.types import Live
     >>> A, B = torch.ones(1, 2, requires_grad=True), torch.ones(3, 1, requires_grad=True)
-    >>> A1, B1 = boosted(2.0).effective(Live(A, B, A.detach(), -2 * B.detach(), {}), ())
+    >>> A1, B1 = (f.dense() for f in boosted(2.0).factors(Live(A, B, A.detach(), -2 * B.detach(), {}), ()))
     >>> (B1 @ A1).tolist(), torch.autograd.grad((B1 @ A1).sum(), A)[0].tolist()
     ([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]], [[3.0, 3.0]])
 """
@@ -28,35 +28,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from loralign.maths.bounds import NotNegative, bounded
-from loralign.types import Draw, Live, Weight
+from loralign.maths.operators import Dense
+from loralign.types import Draw, Facts, Live, Operator, Weight
 
 
 @dataclass(frozen=True)
 class Boosted:
     boost: float
-    identity: bool = False
-    exact: bool = True
-    facts: frozenset[str] = frozenset({"needs dropout 0"})
+    facts: ClassVar[Facts] = Facts(needs_no_dropout=True)
 
-    def extra(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+    def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        return {}
+
+    def constants(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        return {}
+
+    def shared(self) -> Mapping[str, Tensor]:
         return {}
 
     def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
         return ()
 
-    def effective(self, own: Live, others: Sequence[Live]) -> tuple[Tensor, Tensor]:
+    def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
         if own.A0.shape[0] == 0:
-            return own.A, own.B
+            return Dense(own.A), Dense(own.B)
         # values (A, (1 + λ)·B); A's gradient comes through (1 + λ)·B and is divided again, B's through the first term
         still = own.A.detach()
         A = still + (own.A - still) / (1 + self.boost)
         B = own.B + self.boost * own.B.detach()
-        return torch.cat([A, own.A0.to(A.dtype)]), torch.cat([B, own.B0.to(B.dtype)], dim=1)
+        return Dense(torch.cat([A, own.A0.to(A.dtype)])), Dense(torch.cat([B, own.B0.to(B.dtype)], dim=1))
 
 
 @bounded

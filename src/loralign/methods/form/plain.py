@@ -9,7 +9,7 @@ Export:  exact.
 Args:    none.
 Example:
     >>> from loralign.methods.form.plain import plain
-    >>> plain().identity
+    >>> plain().facts.identity
     True
 """
 
@@ -17,26 +17,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from loralign.types import Draw, Live, Weight
+from loralign.maths.operators import Dense
+from loralign.types import Draw, Facts, Live, Operator, Weight
 
 
 @dataclass(frozen=True)
 class Plain:
-    identity: bool = True
-    exact: bool = True
+    facts: ClassVar[Facts] = Facts(identity=True, commits=True)
 
-    def extra(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+    def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        return {}
+
+    def constants(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        return {}
+
+    def shared(self) -> Mapping[str, Tensor]:
         return {}
 
     def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
         return ()
 
-    def effective(self, own: Live, others: Sequence[Live]) -> tuple[Tensor, Tensor]:
-        return torch.cat([own.A, own.A0]), torch.cat([own.B, own.B0], dim=1)
+    def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
+        return Dense(torch.cat([own.A, own.A0])), Dense(torch.cat([own.B, own.B0], dim=1))
 
 
 def plain() -> Plain:

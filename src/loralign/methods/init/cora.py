@@ -32,13 +32,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from loralign.maths.bounds import Count, Positive, bounded
 from loralign.maths.linalg import top_svd
-from loralign.types import CommonSubspace, Directions, Draw, Factors, LoralignError, Need, Train, Weight
+from loralign.types import CommonSubspace, Directions, Draw, Facts, LoralignError, Need, Start, Train, Weight
 
 Fill = Callable[[Weight, int, bool, Draw], Tensor]
 """(W, columns, left, draw) -> (m, columns), what is added where too little is shared."""
@@ -62,15 +63,17 @@ START: dict[bool, Train] = {True: "AB", False: "AB"}
 
 @dataclass(frozen=True)
 class CommonBasis:
+    facts: ClassVar[Facts] = Facts()
     train: dict[bool, Train]
     fill: Fill
     kappa: float
     needs: Need
 
-    def largest_rank(self, d_out: int, d_in: int) -> int | None:
-        return min(d_out, d_in)
+    def fits(self, d_out: int, d_in: int, r: int) -> str:
+        most = min(d_out, d_in)
+        return "" if r <= most else f"it can start {most} slots at most"
 
-    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
+    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Start:
         d_out, d_in = W.shape
         if evidence is None:
             raise LoralignError(f"cora has no common subspace for {W.name}")
@@ -79,8 +82,8 @@ class CommonBasis:
         assert Q is not None
         Q = self.kappa * self._filled(Q[:, :r], W, r, left, draw)
         if left:
-            return Factors(torch.zeros(r, d_in), Q.contiguous(), train=self.train[True])
-        return Factors(Q.T.contiguous(), torch.zeros(d_out, r), train=self.train[False])
+            return Start(torch.zeros(r, d_in), Q.contiguous(), train=self.train[True])
+        return Start(Q.T.contiguous(), torch.zeros(d_out, r), train=self.train[False])
 
     def _filled(self, Q: Tensor, W: Weight, r: int, left: bool, draw: Draw) -> Tensor:
         """Q (m, n ≤ r) orthonormal, extended to r orthonormal columns; Q itself where it has them."""

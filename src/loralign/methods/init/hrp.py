@@ -28,12 +28,13 @@ Example:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from loralign.maths.bounds import Count, Positive, bounded
 from loralign.methods.init.kaiming import kaiming
-from loralign.types import Directions, Draw, Factors, LoralignError, Need, Preheated, Train, Weight
+from loralign.types import Directions, Draw, Facts, LoralignError, Need, Preheated, Start, Train, Weight
 
 LORA_ROWS = 3**-0.5
 """Length of a row of LoRA's own A: A·Aᵀ ≈ I/3."""
@@ -41,14 +42,16 @@ LORA_ROWS = 3**-0.5
 
 @dataclass(frozen=True)
 class HighRank:
+    facts: ClassVar[Facts] = Facts()
     side: Train
     kappa: float
     needs: Need
 
-    def largest_rank(self, d_out: int, d_in: int) -> int | None:
-        return min(d_out, d_in)
+    def fits(self, d_out: int, d_in: int, r: int) -> str:
+        most = min(d_out, d_in)
+        return "" if r <= most else f"it can start {most} slots at most"
 
-    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
+    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Start:
         d_out, d_in = W.shape
         basis = None if evidence is None else evidence.V if self.side == "A" else evidence.U
         if evidence is None or basis is None:
@@ -57,8 +60,8 @@ class HighRank:
             return kaiming()(W, r, s, None, draw)
         directions = self.kappa * basis[:, :r]
         if self.side == "A":
-            return Factors(directions.T.contiguous(), torch.zeros(d_out, r))
-        return Factors(torch.zeros(r, d_in), directions.contiguous())
+            return Start(directions.T.contiguous(), torch.zeros(d_out, r))
+        return Start(torch.zeros(r, d_in), directions.contiguous())
 
 
 def _check(side: str, train: str, kappa: float) -> None:

@@ -22,24 +22,26 @@ Example:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from loralign.types import NOTHING, Directions, Draw, Factors, Need, Train, Weight
+from loralign.types import NOTHING, Directions, Draw, Facts, Need, Start, Train, Weight
 
 
 @dataclass(frozen=True)
 class Kaiming:
+    facts: ClassVar[Facts] = Facts()
     train: Train = "AB"
     needs: Need = NOTHING
 
-    def largest_rank(self, d_out: int, d_in: int) -> int | None:
-        return None
+    def fits(self, d_out: int, d_in: int, r: int) -> str:
+        return ""
 
-    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
+    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Start:
         d_out, d_in = W.shape
         A = (2 * torch.rand(r, d_in, generator=draw("init A")) - 1) / d_in**0.5
-        return Factors(A, torch.zeros(d_out, r), train=self.train)
+        return Start(A, torch.zeros(d_out, r), train=self.train)
 
 
 def kaiming() -> Kaiming:

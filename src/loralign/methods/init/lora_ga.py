@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from torch import Tensor
 from loralign.maths.bounds import Count, Positive, bounded
 from loralign.maths.linalg import canonical_columns, top_svd
 from loralign.methods.init.kaiming import kaiming
-from loralign.types import Directions, Draw, Factors, LoralignError, Need, Sketch, TopGradient, Weight
+from loralign.types import Directions, Draw, Facts, LoralignError, Need, Sketch, Start, TopGradient, Weight
 
 Split = Callable[[int, Draw], tuple[Tensor, Tensor]]
 Scale = Callable[[Weight, int, float], float]
@@ -78,16 +79,17 @@ def scales(gamma: float) -> dict[str, Scale]:
 
 @dataclass(frozen=True)
 class GradientSVD:
+    facts: ClassVar[Facts] = Facts()
     split: Split
     scale: Scale
     norm_clip: bool
     needs: Need
 
-    def largest_rank(self, d_out: int, d_in: int) -> int | None:
-        """A and B take r singular vectors each, and none twice."""
-        return min(d_out, d_in) // 2
+    def fits(self, d_out: int, d_in: int, r: int) -> str:
+        most = min(d_out, d_in) // 2  # A and B take r singular vectors each, and none twice
+        return "" if r <= most else f"it can start {most} slots at most"
 
-    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
+    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Start:
         if evidence is None or evidence.U is None or evidence.V is None:
             raise LoralignError(f"lora-ga has no gradient for {W.name}: give `adapt` some batches")
         if not evidence.S[0] > 0:  # an expert that no token reached: nothing to follow, LoRA's own start
@@ -99,7 +101,7 @@ class GradientSVD:
         if self.norm_clip:
             limit = float(W.read().abs().max() / (s * (B @ A)).abs().max())
             A, B = A * min(1.0, limit) ** 0.5, B * min(1.0, limit) ** 0.5
-        return Factors(A, B, twin=True)
+        return Start(A, B, twin=True)
 
 
 @bounded

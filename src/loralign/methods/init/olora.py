@@ -19,23 +19,26 @@ Example:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from loralign.types import NOTHING, Directions, Draw, Factors, Need, Weight
+from loralign.types import NOTHING, Directions, Draw, Facts, Need, Start, Weight
 
 
 @dataclass(frozen=True)
 class LeadingQR:
+    facts: ClassVar[Facts] = Facts()
     needs: Need = NOTHING
 
-    def largest_rank(self, d_out: int, d_in: int) -> int | None:
-        return min(d_out, d_in)
+    def fits(self, d_out: int, d_in: int, r: int) -> str:
+        most = min(d_out, d_in)
+        return "" if r <= most else f"it can start {most} slots at most"
 
-    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
+    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Start:
         full = W.read()
         Q, _ = torch.linalg.qr(full[:, :r])
-        return Factors(Q.T @ full, Q, twin=True)
+        return Start(Q.T @ full, Q, twin=True)
 
 
 def leading_qr() -> LeadingQR:

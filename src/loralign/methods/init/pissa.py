@@ -19,24 +19,27 @@ Example:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from loralign.maths.bounds import Count, bounded
 from loralign.maths.linalg import top_svd
-from loralign.types import NOTHING, Directions, Draw, Factors, Need, Weight
+from loralign.types import NOTHING, Directions, Draw, Facts, Need, Start, Weight
 
 
 @dataclass(frozen=True)
 class PrincipalSVD:
+    facts: ClassVar[Facts] = Facts()
     niter: int
     needs: Need = NOTHING
 
-    def largest_rank(self, d_out: int, d_in: int) -> int | None:
-        return min(d_out, d_in)
+    def fits(self, d_out: int, d_in: int, r: int) -> str:
+        most = min(d_out, d_in)
+        return "" if r <= most else f"it can start {most} slots at most"
 
-    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Factors:
+    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Start:
         U, S, V = top_svd(W.read(), r, niter=self.niter, generator=draw("pissa"))
         root = (S / s).sqrt()
-        return Factors((V * root).T.contiguous(), U * root, twin=True)
+        return Start((V * root).T.contiguous(), U * root, twin=True)
 
 
 @bounded

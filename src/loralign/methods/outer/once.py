@@ -18,12 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from loralign.types import Episode
+from loralign.types import Episode, Facts
 
 
 @dataclass(frozen=True)
 class Once:
+    facts: ClassVar[Facts] = Facts()
+
     def episode(self, index: int, total_steps: int, sites: Sequence[str]) -> Episode | None:
         return Episode(0, total_steps, reset=False) if index == 0 else None
 

@@ -19,42 +19,51 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from loralign.maths.bounds import NotNegative, Steps, bounded
-from loralign.types import NOTHING, Ctx, Grad, Moment, Need, Pair, Plan, SlotPlan
+from loralign.types import (
+    NOTHING,
+    Ctx,
+    Facts,
+    Freeze,
+    Moment,
+    Named,
+    Plan,
+    RuleNeed,
+    RuleState,
+    SiteShape,
+)
 
 
 @dataclass(frozen=True)
 class Snapshot:
     boost: float
     wait_steps: int
-    needs: Need = NOTHING
-    freezes: int = 1
+    needs: RuleNeed = NOTHING
 
-    def penalty_grad(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
-        return None
+    @property
+    def facts(self) -> Facts:
+        return Facts(events=True, wait_steps=self.wait_steps, freezes=1)
 
-    def grad_mask(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
-        return None
-
-    def update_mask(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
-        return None
-
-    def event(self, moment: Moment) -> Plan | None:
-        if moment.step != self.wait_steps + 1:
-            return None
-        return {p.name: SlotPlan(frozen=(p.A.detach().clone(), -self.boost * p.B.detach())) for p in moment.pairs}
-
-    def state_dict(self) -> dict[str, Tensor]:
+    def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
         """Nothing: the frozen slots are the state, and checkpoints keep them."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing."""
+    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        return None
+
+    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        return None
+
+    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        return None
+
+    def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
+        if moment.step != self.wait_steps + 1:
+            return state, None
+        return state, tuple(Freeze(site.name, -self.boost) for site in moment.sites)
 
 
 @bounded

@@ -25,7 +25,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,7 +36,18 @@ from loralign.maths.bounds import Count, NotNegative, bounded
 from loralign.maths.draws import keyed_scores
 from loralign.maths.linalg import gram
 from loralign.maths.lists import stacked
-from loralign.types import NOTHING, Ctx, Grad, LoralignError, Moment, Need, Pair, Plan
+from loralign.types import (
+    NOTHING,
+    Ctx,
+    Facts,
+    LoralignError,
+    Moment,
+    Named,
+    Plan,
+    RuleNeed,
+    RuleState,
+    SiteShape,
+)
 
 
 def regulariser(factors: Sequence[Tensor], c: float) -> Tensor:
@@ -52,18 +63,16 @@ def slope(X: Tensor) -> Tensor:
     return X @ (E * torch.where(size > 0, 2 / size, 0.0))
 
 
-def _slopes(factors: Sequence[Tensor | None], weight: float, flat: bool) -> list[Tensor | None]:
-    """weight·slope of each factor, one call per shape; flat: rows are the directions (A)."""
-    made: list[Tensor | None] = [None] * len(factors)
-    groups: dict[object, list[int]] = {}
-    for k, X in enumerate(factors):
-        if X is not None:
-            groups.setdefault((X.shape, X.device, X.dtype), []).append(k)
-    for at in groups.values():
-        joint = stacked([factors[k] for k in at])
-        g = slope(joint.mT).mT if flat else slope(joint)
-        for k, own in zip(at, (weight * g).unbind(), strict=True):
-            made[k] = own
+def _slopes(factors: Named, weight: float) -> Named:
+    """weight·slope of each factor, one call per shape; the rows of A are its directions, the columns of B."""
+    made: dict[tuple[str, str], Tensor] = {}
+    groups: dict[object, list[tuple[str, str]]] = {}
+    for key, X in factors.items():
+        groups.setdefault((key[1], X.shape, X.device, X.dtype), []).append(key)
+    for keys in groups.values():
+        joint = stacked([factors[key] for key in keys])
+        g = slope(joint.mT).mT if keys[0][1] == "A" else slope(joint)
+        made.update(zip(keys, (weight * g).unbind(), strict=True))
     return made
 
 
@@ -78,38 +87,44 @@ class MaskedOrthogonal:
     keep: int | None
     draw: Literal["shared", "separate"]
     mask_target: Literal["grad", "update"]
-    needs: Need = NOTHING
+    needs: RuleNeed = NOTHING
 
     @property
-    def least_rank(self) -> int:
-        return self.keep or 1
+    def facts(self) -> Facts:
+        return Facts(least_rank=self.keep or 1)
 
-    def penalty_grad(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
-        if not self.c:
-            return None
-        weight = self.c / sum(len(p.train) for p in pairs)
-        found = [_slopes([getattr(p, f) if f in p.train else None for p in pairs], weight, f == "A") for f in "AB"]
-        return [Grad(a, b) for a, b in zip(*found, strict=True)]
+    def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
+        """Nothing: the draws are keyed."""
+        return {}
 
-    def grad_mask(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
-        return self._masks(pairs, ctx)
+    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        factors = {key: X for key, X in tensors.items() if key[1] in "AB"}
+        return _slopes(factors, self.c / len(factors)) if self.c and factors else None
 
-    def update_mask(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
-        return self._masks(pairs, ctx) if self.mask_target == "update" else None
+    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        return self._masks(tensors, ctx)
 
-    def _masks(self, pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad] | None:
+    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        return self._masks(tensors, ctx) if self.mask_target == "update" else None
+
+    def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
+        return state, None
+
+    def _masks(self, tensors: Named, ctx: Ctx) -> Named | None:
         """The same for gradients and updates of a step: the draw is keyed. None where all slots train."""
-        ranks: dict[tuple[int, torch.device, torch.dtype], list[Pair]] = {}
-        for p in pairs:
-            ranks.setdefault((p.A.shape[0], p.A.device, p.A.dtype), []).append(p)
-        if ctx.step == 1 or all(self._kept(r, group[0].name) == r for (r, *_), group in ranks.items()):
+        ranks: dict[tuple[int, torch.device, torch.dtype], dict[str, None]] = {}
+        for (site, name), X in tensors.items():
+            if name in "AB":
+                r = X.shape[0] if name == "A" else X.shape[1]
+                ranks.setdefault((r, X.device, X.dtype), {})[site] = None
+        if ctx.step == 1 or all(self._kept(r, next(iter(names))) == r for (r, *_), names in ranks.items()):
             return None
-        found: dict[str, Grad] = {}
-        for (r, device, dtype), group in ranks.items():
-            on = self._drawn([p.name for p in group], r, self._kept(r, group[0].name), ctx).to(device, dtype)
-            rows, columns = on[:, 0, :, None].unbind(), on[:, 1].unbind()
-            found.update((p.name, Grad(*masks)) for p, *masks in zip(group, rows, columns, strict=True))
-        return [found[p.name] for p in pairs]
+        found: dict[tuple[str, str], Tensor] = {}
+        for (r, device, dtype), names in ranks.items():
+            on = self._drawn(list(names), r, self._kept(r, next(iter(names))), ctx).to(device, dtype)
+            for site, rows, columns in zip(names, on[:, 0, :, None].unbind(), on[:, 1].unbind(), strict=True):
+                found[site, "A"], found[site, "B"] = rows, columns
+        return found
 
     def _drawn(self, names: Sequence[str], r: int, q: int, ctx: Ctx) -> Tensor:
         """(n, 2, r) bool, q of r: A's rows and B's columns of every module; one draw for all, keyed by name."""
@@ -123,16 +138,6 @@ class MaskedOrthogonal:
         if q > r:
             raise LoralignError(f"rm-lora keeps {q} slots, {name} has {r}: lower `keep` or raise the rank")
         return q
-
-    def event(self, moment: Moment) -> Plan | None:
-        return None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing: the draws are keyed."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing."""
 
 
 @bounded

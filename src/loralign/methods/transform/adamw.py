@@ -19,47 +19,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from loralign.maths.bounds import Betas, Epsilon, bounded
-from loralign.maths.lists import adam_state, adam_updates
-from loralign.types import Ctx, Grad, Pair, SlotPlan, State
+from loralign.maths.lists import adam_slots, adam_state, adam_updates
+from loralign.types import Facts, Grad, Group, Pair, Prepared, SlotChange, State
 
 
 @dataclass(frozen=True)
 class AdamW:
     betas: tuple[float, float]
     eps: float
-    accepts: frozenset[str] = frozenset({"one_sided", "gated", "bf16", "sharded", "shapes", "zero"})
+    facts: ClassVar[Facts] = Facts(
+        accepts=frozenset({"one_sided", "gated", "bf16", "sharded", "shapes", "slots", "elementwise"})
+    )
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
         return {factor: adam_state(getattr(pair, factor)) for factor in pair.train}
 
-    def measure(
-        self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
-    ) -> Mapping[str, Tensor]:
-        return {}
+    def prepare(self, group: Group) -> Prepared:
+        return Prepared()
 
-    def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
+    def update(self, group: Group, scalars: Mapping[str, Tensor], carry: Any) -> Sequence[Grad]:
+        _, grads, state, ctx = group
         A = adam_updates([g.A for g in grads], [st.get("A") for st in state], ctx.lr_A, self.betas, self.eps)
         B = adam_updates([g.B for g in grads], [st.get("B") for st in state], ctx.lr_B, self.betas, self.eps)
         return [Grad(a, b) for a, b in zip(A, B, strict=True)]
 
-    def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
-        """Dead slots lose their moments; new ones start with m = 0 and the mean v of their tensor.
-
-        (With v = 0 under a late step counter, Adam's next updates would be up to 6.6·lr instead of at most lr.)
-        """
-        fresh = (*plan.on, *(d for d, _ in plan.copy))
+    def on_slots(self, pair: Pair, state: State, change: SlotChange) -> None:
         for factor, st in state.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                slots = st[key] if factor == "A" else st[key].T
-                mean = slots.mean(dim=0)
-                slots[list(plan.off)] = 0.0
-                slots[list(fresh)] = mean if key == "exp_avg_sq" else torch.zeros_like(mean)
+            adam_slots(st, 0 if factor == "A" else 1, change)
 
 
 @bounded

@@ -12,14 +12,15 @@ Export:  exact.
 Args:    betas, eps: Adam's. Clipping: the usual global norm of 1, over what trains.
 Example:
     >>> from loralign.methods.transform.lora_fa import projected_gradient
-    >>> sorted(projected_gradient().accepts)
-    ['one_sided', 'shapes']
+    >>> sorted(projected_gradient().facts.accepts)
+    ['one_sided', 'shapes', 'slots']
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,25 +30,24 @@ from loralign.maths.linalg import gram, psd_inverse
 from loralign.maths.lists import by_shape, scales, stacked
 from loralign.methods.transform.adamw import adamw
 from loralign.methods.transform.combine import Chain, chain
-from loralign.types import Ctx, Grad, Pair, SlotPlan, State, WorkFailed
+from loralign.types import Facts, Grad, Group, Pair, Prepared, SlotChange, State, WorkFailed
 
 
 @dataclass(frozen=True)
 class Projected:
     """Gradients of B to b; keeps nothing."""
 
-    accepts: frozenset[str] = frozenset({"one_sided", "shapes"})
+    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "shapes", "slots"}))
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
         return {factor: {} for factor in pair.train}
 
-    def measure(
-        self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
-    ) -> Mapping[str, Tensor]:
-        return {}
+    def prepare(self, group: Group) -> Prepared:
+        return Prepared()
 
-    def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
+    def update(self, group: Group, scalars: Mapping[str, Tensor], carry: Any) -> Sequence[Grad]:
+        pairs, grads = group.pairs, group.grads
         if grads[0].B is None:
             raise WorkFailed(f"lora-fa trains B only, and B of {pairs[0].name} does not train")
         places = by_shape(pairs)
@@ -59,7 +59,7 @@ class Projected:
                 out[k] = Grad(None, own)
         return out
 
-    def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
+    def on_slots(self, pair: Pair, state: State, change: SlotChange) -> None:
         """Nothing is kept."""
 
 

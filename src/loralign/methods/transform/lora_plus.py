@@ -23,42 +23,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from loralign.maths.bounds import Positive, bounded
 from loralign.methods.transform.adamw import adamw
-from loralign.types import Ctx, Grad, LoralignError, Pair, SlotPlan, State, Transform
+from loralign.types import Facts, Grad, Group, LoralignError, Pair, Prepared, SlotChange, State, Transform
 
 
 @dataclass(frozen=True)
 class Ratio:
     inner: Transform
-    accepts: frozenset[str]
     lr_ratio: float
+
+    @property
+    def facts(self) -> Facts:
+        return self.inner.facts
 
     def init(self, pair: Pair) -> State:
         return self.inner.init(pair)
 
-    def measure(
-        self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
-    ) -> Mapping[str, Tensor]:
-        return self.inner.measure(grads, state, pairs, ctx)
+    def prepare(self, group: Group) -> Prepared:
+        return self.inner.prepare(group)
 
-    def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
-        return self.inner.update(grads, state, pairs, ctx)
+    def update(self, group: Group, scalars: Mapping[str, Tensor], carry: Any) -> Sequence[Grad]:
+        return self.inner.update(group, scalars, carry)
 
-    def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
-        self.inner.on_plan(pair, state, plan)
+    def on_slots(self, pair: Pair, state: State, change: SlotChange) -> None:
+        self.inner.on_slots(pair, state, change)
 
 
 @bounded
 def ratio_lr(ratio: Positive = 16.0, inner: Transform | None = None) -> Ratio:
     """`inner` (default: Adam) with lr_B = ratio·lr_A; refuses transforms that balance the factors themselves."""
     driven: Transform = adamw() if inner is None else inner
-    if "zero" not in driven.accepts:
+    if "elementwise" not in driven.facts.accepts:
         raise LoralignError(
             f"lora-plus gives A and B different rates because Adam treats them alike; {type(driven).__name__} already "
             "weighs them against each other: use it alone"
         )
-    return Ratio(driven, driven.accepts, ratio * driven.lr_ratio)
+    return Ratio(driven, ratio * driven.lr_ratio)

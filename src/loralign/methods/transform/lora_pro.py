@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ from loralign.maths.linalg import gram, sylvester_spectral
 from loralign.maths.lists import by_shape, scales, stacked
 from loralign.methods.transform.adamw import adamw
 from loralign.methods.transform.combine import chain, descend
-from loralign.types import Ctx, Grad, Pair, SlotPlan, State, Transform
+from loralign.types import Facts, Grad, Pair, Prepared, SlotChange, State, Transform
+from loralign.types import Group as Pairs
 
 CUT = 1e-6
 """Eigenvalues below this share of the largest are rounding, see `linalg`."""
@@ -161,18 +162,17 @@ class Adjusted:
     choose: Choice
     damping: float
     floor: float
-    accepts: frozenset[str] = frozenset({"one_sided", "shapes"})
+    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "shapes", "slots"}))
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
         return {factor: {} for factor in pair.train}
 
-    def measure(
-        self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
-    ) -> Mapping[str, Tensor]:
-        return {}
+    def prepare(self, group: Pairs) -> Prepared:
+        return Prepared()
 
-    def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
+    def update(self, group: Pairs, scalars: Mapping[str, Tensor], carry: Any) -> Sequence[Grad]:
+        pairs, grads = group.pairs, group.grads
         places = by_shape(pairs)
         groups = [_group([grads[k] for k in at], [pairs[k] for k in at]) for at in places]
         out: list[Grad] = [Grad(None, None)] * len(pairs)
@@ -181,7 +181,7 @@ class Adjusted:
                 out[k] = g
         return out
 
-    def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
+    def on_slots(self, pair: Pair, state: State, change: SlotChange) -> None:
         """Nothing is kept."""
 
 
@@ -194,7 +194,7 @@ class FullMoments:
     floor: float
     betas: tuple[float, float]
     eps: float
-    accepts: frozenset[str] = frozenset({"one_sided"})
+    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "slots"}))
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
@@ -205,12 +205,11 @@ class FullMoments:
         state[pair.train[-1]]["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=pair.A.device)
         return state
 
-    def measure(
-        self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
-    ) -> Mapping[str, Tensor]:
-        return {}
+    def prepare(self, group: Pairs) -> Prepared:
+        return Prepared()
 
-    def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
+    def update(self, group: Pairs, scalars: Mapping[str, Tensor], carry: Any) -> Sequence[Grad]:
+        pairs, grads, state, ctx = group
         A, B, gA, gB, s = _group(grads, pairs)
         a, b = closest(A, B, gA, gB, s, zero, damping=self.damping, floor=self.floor)
         gA, gB = (None if g is None else torch.empty_like(g) for g in (gA, gB))
@@ -231,7 +230,7 @@ class FullMoments:
         root = (v / (1 - beta2 ** t.double())).sqrt_().add_(self.eps)
         return (m / (1 - beta1 ** t.double())).div_(root)
 
-    def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
+    def on_slots(self, pair: Pair, state: State, change: SlotChange) -> None:
         """The moments belong to W, not to slots."""
 
 

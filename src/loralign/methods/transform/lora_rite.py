@@ -37,7 +37,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,49 +45,57 @@ from torch import Tensor
 from loralign.maths.bounds import Betas, Epsilon, NotNegative, bounded
 from loralign.maths.linalg import gram
 from loralign.maths.lists import kept, stacked
-from loralign.types import Ctx, Grad, Pair, SlotPlan, State
+from loralign.types import Ctx, Facts, Grad, Group, Pair, Prepared, SlotChange, State
 
 CUT = 1e-6
 """Eigenvalues below this share of the largest are rounding, see `linalg`."""
 
 
 class Side(NamedTuple):
-    """n factors of the same sides. g: (n, m, r), m their long side. X: (n, k, r), the other factors upright.
+    """n factors of the same sides: (m, r), m their long side, beside factors of (k, r).
 
     of_A, of_B: the pairs they belong to, A's first.
     """
 
     of_A: list[int]
     of_B: list[int]
-    g: Tensor
-    X: Tensor
+
+    @property
+    def size(self) -> int:
+        return len(self.of_A) + len(self.of_B)
+
+    def gradients(self, grads: Sequence[Grad]) -> Tensor:
+        """(n, m, r), a copy."""
+        parts = [stacked([grads[k].A for k in self.of_A]).mT] if self.of_A else []
+        parts += [stacked([grads[k].B for k in self.of_B])] if self.of_B else []
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def others(self, pairs: Sequence[Pair]) -> Tensor:
+        """(n, k, r), the other factors upright, a copy."""
+        parts = [stacked([pairs[k].B for k in self.of_A])] if self.of_A else []
+        parts += [stacked([pairs[k].A for k in self.of_B]).mT] if self.of_B else []
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def states(self, state: Sequence[State]) -> list[dict[str, Tensor]]:
         return [*(state[k]["A"] for k in self.of_A), *(state[k]["B"] for k in self.of_B)]
 
 
-def _members(grads: Sequence[Grad], pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
-    """(pairs of A, pairs of B) of each shape (m, k)."""
-    groups: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+def _sides(grads: Sequence[Grad], pairs: Sequence[Pair]) -> list[Side]:
+    """The factors of each shape (m, k)."""
+    found: dict[tuple[int, int], Side] = {}
     trained = grads[0].A is not None, grads[0].B is not None
     for k, p in enumerate(pairs):
         d_out, d_in = p.B.shape[0], p.A.shape[1]
         if trained[0]:
-            groups.setdefault((d_in, d_out), ([], []))[0].append(k)
+            found.setdefault((d_in, d_out), Side([], [])).of_A.append(k)
         if trained[1]:
-            groups.setdefault((d_out, d_in), ([], []))[1].append(k)
-    return list(groups.values())
+            found.setdefault((d_out, d_in), Side([], [])).of_B.append(k)
+    return list(found.values())
 
 
-def _side(of_A: list[int], of_B: list[int], grads: Sequence[Grad], pairs: Sequence[Pair]) -> Side:
-    g, X = [], []
-    if of_A:
-        g.append(stacked([grads[k].A for k in of_A]).mT)
-        X.append(stacked([pairs[k].B for k in of_A]))
-    if of_B:
-        g.append(stacked([grads[k].B for k in of_B]))
-        X.append(stacked([pairs[k].A for k in of_B]).mT)
-    return Side(of_A, of_B, *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (g, X)))
+def _long(sides: Sequence[Side], pairs: Sequence[Pair]) -> list[int]:
+    """m of every side."""
+    return [pairs[s.of_A[0]].A.shape[1] if s.of_A else pairs[s.of_B[0]].B.shape[0] for s in sides]
 
 
 def whitening(H: Tensor) -> Tensor:
@@ -102,20 +110,11 @@ def whitening(H: Tensor) -> Tensor:
     return unit[..., :, None] * E * torch.where(live, lam, torch.inf).rsqrt()[..., None, :]
 
 
-def bases(sides: Sequence[Side], T: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Q of every side, (n, k, r), and R⁻¹ of all, (pairs, r, r): X·R⁻¹ = Q, one correction against rounding.
+class Carry(NamedTuple):
+    """What `update` needs of `prepare`, small tensors of all sides, (n, r, r). T: whitening. seen: gᵀg."""
 
-    T: the `whitening` of all sides.
-    """
-    sizes = [len(side.g) for side in sides]
-    Qs = [side.X @ t for side, t in zip(sides, T.split(sizes), strict=True)]
-    mend = 1.5 * torch.eye(T.shape[-1], dtype=T.dtype, device=T.device) - 0.5 * torch.cat([gram(Q) for Q in Qs])
-    return [Q @ f for Q, f in zip(Qs, mend.split(sizes), strict=True)], T @ mend
-
-
-def _key(pairs: Sequence[Pair], what: object) -> str:
-    """Of what `measure` hands to `update` of the same pairs."""
-    return f"{pairs[0].name} and those with it: {what}"
+    T: Tensor
+    seen: Tensor
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class InvariantAdam:
     eps: float
     clip: float
     escape: float
-    accepts: frozenset[str] = frozenset({"one_sided", "shapes"})
+    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "shapes", "slots"}), global_scalars=True)
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
@@ -143,58 +142,65 @@ class InvariantAdam:
                 }
         return state
 
-    def measure(
-        self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
-    ) -> Mapping[str, Tensor]:
-        """Σ‖ḡ‖² over all pairs; and for `update` the whitening and the stacks, under keys of their own."""
-        sides = [_side(*members, grads, pairs) for members in _members(grads, pairs)]
-        T = whitening(torch.cat([gram(side.X) for side in sides]))
-        found = {_key(pairs, "T"): T}
-        for k, side in enumerate(sides):
-            found[_key(pairs, (k, "g"))], found[_key(pairs, (k, "X"))] = side.g, side.X
-        if self.clip:
-            square = T.mT @ torch.cat([gram(side.g) for side in sides]) @ T  # ḡᵀḡ
-            found["unmagnified"] = square.diagonal(dim1=-2, dim2=-1).sum()
-        return found
+    def prepare(self, group: Group) -> Prepared:
+        """Σ‖ḡ‖² over all pairs. One side's stacks are held at a time, here and in `update`."""
+        sides = _sides(group.grads, group.pairs)
+        T = whitening(torch.cat([gram(side.others(group.pairs)) for side in sides]))
+        seen = torch.cat([gram(side.gradients(group.grads)) for side in sides])
+        square = (T.mT @ seen @ T).diagonal(dim1=-2, dim2=-1).sum()  # ḡᵀḡ
+        return Prepared({"unmagnified": square} if self.clip else {}, Carry(T, seen))
 
-    def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
-        sides = [
-            Side(*members, ctx.scalars[_key(pairs, (k, "g"))], ctx.scalars[_key(pairs, (k, "X"))])
-            for k, members in enumerate(_members(grads, pairs))
-        ]
-        sizes = [len(side.g) for side in sides]
+    def update(self, group: Group, scalars: Mapping[str, Tensor], carry: Any) -> Sequence[Grad]:
+        pairs, grads, state, ctx = group
+        sides = _sides(grads, pairs)
+        sizes = [side.size for side in sides]
         own = [side.states(state) for side in sides]
         states = list(chain.from_iterable(own))
-        Qs, R_inv = bases(sides, ctx.scalars[_key(pairs, "T")])
-        scale = (self.clip / ctx.scalars["unmagnified"].sqrt()).clamp(max=1.0) if self.clip else 1.0
-        g_bar = [side.g @ part for side, part in zip(sides, (R_inv * scale).split(sizes), strict=True)]
+        basis = [kept(part, "basis") for part in own]
+        R_inv, P = self._bases(sides, pairs, carry.T, basis)
+        scale = (self.clip / scalars["unmagnified"].sqrt()).clamp(max=1.0) if self.clip else 1.0
+        back = R_inv.mT
+        R_inv = R_inv * scale
         t = kept(states, "step").add_(1.0)
         beta1, beta2 = self._decays(t.to(R_inv.dtype))
-
-        first, basis = ([kept(part, key) for part in own] for key in ("first", "basis"))
-        P = torch.cat([Q.mT @ then for Q, then in zip(Qs, basis, strict=True)])
-        seen = torch.cat([gram(g) / g.shape[-2] for g in g_bar])
+        long = torch.cat([R_inv.new_full((n, 1, 1), m) for n, m in zip(sizes, _long(sides, pairs), strict=True)])
+        seen = R_inv.mT @ carry.seen @ R_inv / long
         root = self._curvature(P, seen, beta2, *(kept(states, key) for key in ("second", "spectrum", "escaped")))
-
-        alike = ctx.lr_A == ctx.lr_B
-        common = -ctx.lr_A if alike else -1.0
-        parts = (root * (1 - beta1)[:, None, None], P.mT * beta1[:, None, None], R_inv.mT * common)
+        parts = (R_inv @ root * (1 - beta1)[:, None, None], P.mT * beta1[:, None, None], back)
         A: list[Tensor | None] = [None] * len(pairs)
         B: list[Tensor | None] = [None] * len(pairs)
-        for side, g, Q, M, was, f, carry, back in zip(
-            sides, g_bar, Qs, first, basis, *(whole.split(sizes) for whole in parts), strict=True
-        ):
-            M.copy_(torch.baddbmm(g @ f, M, carry))
-            was.copy_(Q)
-            a, b = (M @ back).split([len(side.of_A), len(side.of_B)])
-            a = a.mT.contiguous()
-            if not alike:
-                a, b = a * ctx.lr_A, b * ctx.lr_B
+        for side, states_here, *maps in zip(sides, own, *(whole.split(sizes) for whole in parts), strict=True):
+            a, b = self._moved(side, kept(states_here, "first"), side.gradients(grads), maps, ctx)
             for k, row in zip(side.of_A, a.unbind(), strict=True):
                 A[k] = row
             for k, row in zip(side.of_B, b.unbind(), strict=True):
                 B[k] = row
         return [Grad(*both) for both in zip(A, B, strict=True)]
+
+    @staticmethod
+    def _bases(
+        sides: Sequence[Side], pairs: Sequence[Pair], T: Tensor, basis: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """R⁻¹ and P = Q_tᵀ·Q_{t−1} of all sides, (n, r, r); Q = X·R⁻¹, one correction against rounding, replaces
+        the old basis in place."""
+        R_inv, P = [], []
+        for side, t, then in zip(sides, T.split([side.size for side in sides]), basis, strict=True):
+            Q = side.others(pairs) @ t
+            mend = 1.5 * torch.eye(T.shape[-1], dtype=T.dtype, device=T.device) - 0.5 * gram(Q)
+            Q = Q @ mend
+            R_inv.append(t @ mend)
+            P.append(Q.mT @ then)
+            then.copy_(Q)
+        return torch.cat(R_inv), torch.cat(P)
+
+    @staticmethod
+    def _moved(side: Side, M: Tensor, g: Tensor, maps: Sequence[Tensor], ctx: Ctx) -> tuple[Tensor, Tensor]:
+        """(n, r, m) and (n, m, r): the updates of one side's A and B; M, its first moment, is changed in place."""
+        f, carry, back = maps
+        M.copy_(torch.baddbmm(g @ f, M, carry))
+        del g
+        a, b = (M @ back).split([len(side.of_A), len(side.of_B)])
+        return a.mT.mul(-ctx.lr_A).contiguous(), b.mul(-ctx.lr_B)
 
     def _decays(self, t: Tensor) -> list[Tensor]:
         """β'; by expm1, since 1 − βᵗ would lose digits in float32."""
@@ -221,7 +227,7 @@ class InvariantAdam:
         before.copy_(lam)
         return root
 
-    def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
+    def on_slots(self, pair: Pair, state: State, change: SlotChange) -> None:
         """Nothing: the state lives in the bases of the factors, and P carries it to the new ones."""
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,14 +30,14 @@ from torch import Tensor
 from loralign.maths.bounds import Beta, Count, bounded
 from loralign.maths.linalg import msign_each
 from loralign.maths.lists import by_shape, kept, stacked
-from loralign.types import Ctx, Grad, Pair, SlotPlan, State
+from loralign.types import Facts, Grad, Group, Pair, Prepared, SlotChange, State
 
 
 @dataclass(frozen=True)
 class MatrixSign:
     momentum: float
     newton_steps: int
-    accepts: frozenset[str] = frozenset({"one_sided", "gated", "shapes"})
+    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "gated", "shapes", "slots"}))
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
@@ -47,12 +48,11 @@ class MatrixSign:
             state[factor] = {"momentum": torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)}
         return state
 
-    def measure(
-        self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
-    ) -> Mapping[str, Tensor]:
-        return {}
+    def prepare(self, group: Group) -> Prepared:
+        return Prepared()
 
-    def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
+    def update(self, group: Group, scalars: Mapping[str, Tensor], carry: Any) -> Sequence[Grad]:
+        pairs, grads, state, ctx = group
         sides: list[tuple[str, list[int], Tensor]] = []  # factor, pairs, n of one shape
         for factor in (f for f in "AB" if getattr(grads[0], f) is not None):
             for at in by_shape(pairs):
@@ -71,9 +71,9 @@ class MatrixSign:
                     out[k] = Grad(own, out[k].B) if factor == "A" else Grad(out[k].A, own)
         return out
 
-    def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
+    def on_slots(self, pair: Pair, state: State, change: SlotChange) -> None:
         """Dead and fresh slots start without momentum."""
-        gone = [*plan.off, *plan.on, *(d for d, _ in plan.copy)]
+        gone = [*change.off, *change.fresh, *(to for to, _ in change.copied)]
         for factor, st in state.items():
             slots = st["momentum"] if factor == "A" else st["momentum"].T
             slots[gone] = 0.0

@@ -13,14 +13,15 @@ Args:    damping: δ, absolute, in units of B² and A², 1e-6 in the official co
          for long after B = 0. betas, eps: Adam's. Clipping: the usual global norm of 1, before the preconditioner.
 Example:
     >>> from loralign.methods.transform.riemannian import scaled_gradient
-    >>> sorted(scaled_gradient().accepts)
-    ['one_sided', 'shapes']
+    >>> sorted(scaled_gradient().facts.accepts)
+    ['one_sided', 'shapes', 'slots']
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from loralign.maths.linalg import gram, psd_inverse
 from loralign.maths.lists import by_shape, stacked
 from loralign.methods.transform.adamw import adamw
 from loralign.methods.transform.combine import Chain, chain
-from loralign.types import Ctx, Grad, Pair, SlotPlan, State
+from loralign.types import Facts, Grad, Group, Pair, Prepared, SlotChange, State
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,17 @@ class Scaled:
     """Gradients to preconditioned gradients; keeps nothing."""
 
     damping: float
-    accepts: frozenset[str] = frozenset({"one_sided", "shapes"})
+    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "shapes", "slots"}))
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
         return {factor: {} for factor in pair.train}
 
-    def measure(
-        self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx
-    ) -> Mapping[str, Tensor]:
-        return {}
+    def prepare(self, group: Group) -> Prepared:
+        return Prepared()
 
-    def update(self, grads: Sequence[Grad], state: Sequence[State], pairs: Sequence[Pair], ctx: Ctx) -> Sequence[Grad]:
+    def update(self, group: Group, scalars: Mapping[str, Tensor], carry: Any) -> Sequence[Grad]:
+        pairs, grads = group.pairs, group.grads
         places = by_shape(pairs)
         X = [[stacked([getattr(pairs[k], f) for k in at]) for at in places] for f in "BA"]
         H = torch.stack([torch.cat([gram(B) for B in X[0]]), torch.cat([gram(A.mT) for A in X[1]])])
@@ -63,7 +63,7 @@ class Scaled:
                 out[k] = Grad(*both)
         return out
 
-    def on_plan(self, pair: Pair, state: State, plan: SlotPlan) -> None:
+    def on_slots(self, pair: Pair, state: State, change: SlotChange) -> None:
         """Nothing is kept."""
 
 

@@ -1,0 +1,98 @@
+"""What a step reads: the trained Parameters, the values of pairs, their gradients; whole tensors of sharded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralign.carrier.storage import SlotLinear
+from loralign.optim.shards import wholes
+from loralign.types import Grad, Named, Pair, Site, Train
+
+Live = dict[str, dict[str, nn.Parameter]]
+"""Site -> the Parameters of its pair, "A" and "B"."""
+
+
+def live_pairs(groups: Iterable[Mapping[str, Any]]) -> Live:
+    """The factors of every site, as the parameter groups hold them now."""
+    found: Live = {}
+    for group in groups:
+        if group["role"] in ("A", "B"):
+            for name, p in zip(group["names"], group["params"], strict=True):
+                found.setdefault(name, {})[group["role"]] = p
+    return found
+
+
+def live_own(groups: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], nn.Parameter]:
+    """A form's own tensors by (site, name); shared ones have the site ""."""
+    found = {}
+    for group in groups:
+        if group["role"] == "form":
+            for key, p in zip(group["names"], group["params"], strict=True):
+                site, _, name = key.rpartition("|")
+                found[site, name] = p
+    return found
+
+
+class Values:
+    """The present values and gradients of pairs."""
+
+    def __init__(self, sites: Sequence[Site], *, whole: bool) -> None:
+        self.scale = {site.name: site.s for site in sites}
+        self.modules: dict[str, dict[str, Any]] = {
+            site.name: {side: getattr(site.layer, f"lora_{side}")[site.adapter] for side in "AB"} for site in sites
+        }
+        self.whole = whole
+        """Sharded factors are gathered."""
+
+    def pairs(self, live: Mapping[str, Mapping[str, nn.Parameter]], trains: Mapping[str, Train]) -> list[Pair]:
+        """The values of these sites' factors; those of twins are sums, formed in one call per side."""
+        found: dict[str, list[Tensor]] = {"A": [], "B": []}
+        twins: dict[str, list[tuple[int, Tensor]]] = {"A": [], "B": []}
+        for k, (name, factors) in enumerate(live.items()):
+            sides = self.modules[name]
+            twin = isinstance(sides["B"], SlotLinear) and sides["B"].kind == "T"
+            for role, values in found.items():
+                values.append(factors[role].data)
+                if twin:
+                    r = factors["A"].shape[0]
+                    frozen = sides[role].frozen
+                    twins[role].append((k, frozen[:r] if role == "A" else frozen[:, :r]))
+        if self.whole:
+            both = wholes([*found["A"], *found["B"]])
+            found = {"A": both[: len(live)], "B": both[len(live) :]}
+        for role, frozen in twins.items():
+            if frozen:
+                sums = torch._foreach_add([found[role][k] for k, _ in frozen], [t for _, t in frozen])
+                for (k, _), value in zip(frozen, sums, strict=True):
+                    found[role][k] = value
+        rows = zip(live, found["A"], found["B"], strict=True)
+        return [Pair(name, A, B, self.scale[name], trains.get(name, "AB")) for name, A, B in rows]
+
+    def grads(self, live: Mapping[str, Mapping[str, nn.Parameter]], names: Iterable[str]) -> dict[str, Grad]:
+        """The gradients of these sites' factors."""
+        wanted = list(names)
+        found = {(n, f): p.grad for n in wanted for f, p in live[n].items() if p.grad is not None}
+        if self.whole:
+            found = dict(zip(found, wholes(list(found.values())), strict=True))
+        return {n: Grad(found.get((n, "A")), found.get((n, "B"))) for n in wanted}
+
+
+def named(pairs: Sequence[Pair], own: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
+    """Values by (site, name): the factors that train, and a form's own tensors."""
+    found = {(p.name, f): getattr(p, f) for p in pairs for f in p.train}
+    return {**found, **{key: p.data for key, p in own.items()}}
+
+
+def named_grads(grads: Mapping[str, Grad], own: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
+    """As `named`, of gradients or updates."""
+    found = {(n, f): getattr(g, f) for n, g in grads.items() for f in "AB" if getattr(g, f) is not None}
+    return {**found, **own}
+
+
+def as_grads(values: Named, names: Iterable[str]) -> dict[str, Grad]:
+    """The factors' part of `values`, by site."""
+    return {n: Grad(values.get((n, "A")), values.get((n, "B"))) for n in names}

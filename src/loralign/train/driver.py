@@ -1,0 +1,183 @@
+"""What happens between optimizer steps: rules act, episodes end and begin; their state, for checkpoints.
+
+driver = drive(model, recipe, opt, total_steps)      # a loop of one's own: this line, and the next after opt.step()
+driver.after_step()
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from loralign.carrier.sites import sites
+from loralign.carrier.slot import constants_of, live_of, shared_of, trained_of, whole, write
+from loralign.carrier.storage import SlotLinear
+from loralign.optim.pairs import PairOptimizer
+from loralign.train.episodes import Episodes, Gather
+from loralign.train.events import Stage, agreed, apply_plan
+from loralign.types import LoralignError, Prox, Recipe, WorkFailed
+
+log = logging.getLogger("loralign")
+
+Observe = Callable[[], Mapping[str, Any]]
+"""What rules may need beyond values and gradients: fields of `Moment` (loss, inputs)."""
+
+
+class Driver:
+    """One run of one recipe, between its optimizer steps."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: PeftModel,
+        optimizer: PairOptimizer,
+        *,
+        gather: Gather | None = None,
+        observe: Observe | None = None,
+    ) -> None:
+        self.recipe, self.model, self.optimizer = recipe, model, optimizer
+        self.episodes = Episodes(recipe, model, gather)
+        self.observe = observe or dict
+        self.step, self.total_steps = 0, 0
+        self.changes: list[tuple[int, int]] = []
+        """(step, sites) of every plan that was carried out in this process."""
+        optimizer.driven = True
+
+    def begin(self, total_steps: int, *, step: int = 0, episode: int = 0, episode_start: int = 0) -> None:
+        """Before the first step, or before the first one after a resume, whose state `load` brings."""
+        self.total_steps = self.optimizer.total_steps = total_steps
+        self.step = step
+        self.episodes.begin(total_steps, self.optimizer, episode, episode_start)
+        rules = self.recipe.rules
+        self.optimizer.rule_states = [rule.init(self.optimizer.shapes, total_steps) for rule in rules]
+        if step == 0:
+            self._rules_act(0)
+
+    def before_step(self, course: Callable[[int], float] | None = None) -> None:
+        self.optimizer.lr_factor = self.episodes.lr_factor(self.step, course)
+
+    def after_optimizer_step(self) -> None:
+        """Gradients are still there: rules look and act."""
+        self._rules_act(self.step + 1)
+
+    def after_step(self) -> None:
+        """One optimizer step is done: rules act, and a knot is tied where an episode is over."""
+        self.after_optimizer_step()
+        self.end_step(self.step + 1)
+        self.before_step()
+
+    def end_step(self, step: int) -> None:
+        self.step = step
+        self.episodes.after_step(step, self.optimizer)
+
+    def _rules_act(self, step: int) -> None:
+        for i, rule in enumerate(self.recipe.rules):
+            state = self.optimizer.rule_states[i]
+            state, plan = rule.step(state, self.optimizer.moment(self.total_steps, **self.observe()))
+            self.optimizer.rule_states[i] = state
+            if rule.facts.events and (verbs := agreed(plan)):
+                stage = Stage(self.model, self.optimizer, state, self.recipe.seed, step)
+                changed = apply_plan(stage, verbs)
+                self.changes.append((step, len(changed)))
+                quiet = all(isinstance(verb, Prox) for verb in verbs)  # every step
+                said = "%s: slots changed at %d sites after step %d"
+                log.log(logging.DEBUG if quiet else logging.INFO, said, self.recipe.name, len(changed), step)
+            elif plan:
+                raise WorkFailed(f"{type(rule).__name__} planned an event, but its facts say that it has none")
+
+    # ----------------------------------------------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Tensor]:
+        """What cannot be read from A and B of a checkpoint; call it on every rank, sharded tensors are gathered."""
+        found = {f"dead|{name}": mask for name, mask in self.optimizer.dead.items()}
+        for i, state in enumerate(self.optimizer.rule_states):
+            found |= {f"rule|{i}|{key}": whole(value) for key, value in state.items()}
+        found |= {f"shared|{name}": whole(value) for name, value in shared_of(self.model).items()}
+        for site in sites(self.model):
+            live, head = live_of(site.layer, site.adapter), f"live|{site.name}|"
+            if live.links:
+                found[f"links|{site.name}"] = torch.tensor(live.links)
+            if _owned(site.layer, site.adapter):
+                found |= {
+                    f"{head}A": whole(live.A),
+                    f"{head}B": whole(live.B),
+                    f"{head}A0": live.A0,
+                    f"{head}B0": live.B0,
+                }
+            found |= {f"{head}extra|{key}": whole(value) for key, value in live.own.items()}
+        return found
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.optimizer.dead = {key[5:]: value.clone() for key, value in state.items() if key.startswith("dead|")}
+        for i in range(len(self.recipe.rules)):
+            head = f"rule|{i}|"
+            kept = {k.removeprefix(head): v.clone() for k, v in state.items() if k.startswith(head)}
+            self.optimizer.rule_states[i] |= kept
+        for name, value in shared_of(self.model).items():
+            write(value, self._needed(state, f"shared|{name}"))
+        for site in sites(self.model):
+            self._load_site(site.name, site.layer, site.adapter, state)
+
+    def _load_site(self, name: str, layer: Any, adapter: str, state: Mapping[str, Tensor]) -> None:
+        head = f"live|{name}|"
+        if f"links|{name}" in state:
+            layer.lora_variant[adapter].links = tuple(state[f"links|{name}"].tolist())
+        if _owned(layer, adapter):
+            for side in "AB":
+                module = getattr(layer, f"lora_{side}")[adapter]
+                write(module.live, self._needed(state, f"{head}{side}"))
+                module.frozen = self._needed(state, f"{head}{side}0").to(module.frozen)
+        for key, value in {**trained_of(layer, adapter), **constants_of(layer, adapter)}.items():
+            write(value, self._needed(state, f"{head}extra|{key}"))
+
+    def _needed(self, state: Mapping[str, Tensor], key: str) -> Tensor:
+        if key not in state:
+            where = key.split("|")[1] or "the model"
+            raise LoralignError(f"the checkpoint lacks the live tensors of {where}: its loralign_state file is missing")
+        return state[key]
+
+
+def _owned(layer: Any, adapter: str) -> bool:
+    """The form of this layer folds what the adapter's file cannot hand back."""
+    side = layer.lora_A[adapter]
+    return isinstance(side, SlotLinear) and side.owner is not None
+
+
+def drive(
+    model: PeftModel,
+    recipe: Recipe,
+    optimizer: PairOptimizer,
+    total_steps: int,
+    *,
+    gather: Gather | None = None,
+    observe: Observe | None = None,
+) -> Driver:
+    """The driver of a loop of one's own; call its `after_step()` after every `optimizer.step()`.
+
+    Args:
+        total_steps: optimizer steps of the whole run, which schedules of rules and episodes are measured in.
+        gather: (episode) -> evidence, where a link of a chain starts from data.
+        observe: () -> what rules that need validation losses or inputs must see.
+    Example:
+        >>> from loralign import adapt, build, drive, optimizer
+        >>> import torch; from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> recipe = build("delta-lora", {"wait_steps": 1}, r=2)
+        >>> model = adapt(LlamaForCausalLM(LlamaConfig(**sizes)), recipe)
+        >>> opt = optimizer(model, recipe, lr=1e-3); driver = drive(model, recipe, opt, total_steps=3)
+        >>> for _ in range(3):
+        ...     ids = torch.ones(1, 4, dtype=torch.long)
+        ...     model(input_ids=ids, labels=ids).loss.backward(); opt.step(); driver.after_step()
+        >>> driver.changes
+        [(2, 7)]
+    """
+    driver = Driver(recipe, model, optimizer, gather=gather, observe=observe)
+    driver.begin(total_steps)
+    driver.before_step()
+    return driver

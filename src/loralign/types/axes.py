@@ -1,0 +1,262 @@
+"""The five axes: what an init, a form, a transform, a rule and an outer loop are; protocols, no logic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from loralign.types.needs import Directions, Draw, Need, RuleNeed, Train, Weight
+from loralign.types.slots import (
+    Grad,
+    Live,
+    Named,
+    Operator,
+    Pair,
+    Plan,
+    RuleState,
+    SiteShape,
+    SlotChange,
+    Start,
+    State,
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a part declares of itself. `plan` and the drivers read facts and ask nothing else of a part."""
+
+    # of any part
+    needs_no_dropout: bool = False
+    """It is wrong under dropout."""
+
+    # of a transform
+    accepts: frozenset[str] = frozenset()
+    """"one_sided" pairs, "gated" factors, "bf16" factors, "sharded" factors (parts of them), several "shapes" in a
+    group, "slots" that change (`on_slots` knows what to do); "elementwise": every number steps by itself."""
+    global_scalars: bool = False
+    """`prepare` returns scalars that all groups must have before any `update`; else groups are released one by one."""
+    transient: float = 2.0
+    """Bytes of a step at its fullest moment over the bytes of the trained factors, updates included; measured."""
+
+    # of a form
+    stock: str = "AB"
+    """Which of PEFT's own tensors A and B train: "AB", "A", "B" or ""."""
+    identity: bool = False
+    """(A, B) are the stock tensors with their frozen slots: nothing is computed."""
+    exact: bool = True
+    """The folded factors compute the same function as training did."""
+    commits: bool = False
+    """`factors` stays right when live slots become frozen ones."""
+    gated: bool = False
+    """A trained gate stands between A and B."""
+    tied: bool = False
+    """Entries of A or B are shared: no pairwise transform and no gradient start fits them."""
+    cross_layer: bool = False
+    """`factors` reads other sites."""
+    per_slot: frozenset[str] = frozenset()
+    """The form's own trained tensors that have one entry per slot, along their first axis."""
+    own_lr: float = 1.0
+    """Learning rate of the form's own tensors over that of A."""
+    own_decay: bool = False
+    """Weight decay acts on the form's own tensors too."""
+
+    # of a rule
+    events: bool = False
+    """`step` plans something sooner or later, so somebody must call it after every optimizer step."""
+    allocates: bool = False
+    """It decides which slots live."""
+    least_rank: int = 1
+    """Fewest slots that it can work with."""
+    wait_steps: int | None = None
+    """It rests for so many optimizer steps, the name of the option that says so; None: it acts from the first on."""
+    freezes: int = 0
+    """Frozen slots per live one that it adds."""
+
+    # of an outer loop
+    trains: Train = "AB"
+    """Factors that train in one episode or another."""
+
+
+@runtime_checkable
+class Init(Protocol):
+    """What the live slots (and their frozen twin) hold before step 0, and at the start of each link of a chain."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+    @property
+    def needs(self) -> Need: ...
+
+    def fits(self, d_out: int, d_in: int, r: int) -> str:
+        """ "" where it can start r slots on a matrix of this shape, else why not. Asked before anything is spent."""
+        ...
+
+    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Start: ...
+
+
+@runtime_checkable
+class Form(Protocol):
+    """Which tensors train and how they become the factors (A, B) that forward, merge and export all read."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+    def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        """Start values of the form's own trainable tensors by name; stored on the layer as `lora_<name>`."""
+        ...
+
+    def constants(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        """The form's own constant tensors by name (indices, for instance); kept in checkpoints."""
+        ...
+
+    def shared(self) -> Mapping[str, Tensor]:
+        """Start values of tensors that belong to the model and are trained once, whatever the number of sites."""
+        ...
+
+    def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
+        """Other sites whose tensors `factors` reads, nearest first (only cross-layer forms have any)."""
+        ...
+
+    def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
+        """A (R, d_in) and B (d_out, R) so that W_eff = W0 + s·B·A; differentiable in the trained tensors."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ctx:
+    """What a transform or rule may know of the step: rates of A and B, 1-based step, keyed draws."""
+
+    lr_A: float
+    lr_B: float
+    step: int
+    draw: Callable[[str, str], torch.Generator]
+    """draw(purpose, module name) -> generator keyed by (seed, purpose, step, name): equal on every rank."""
+    total_steps: int = 0
+    """Optimizer steps of the run, 0 where unknown."""
+
+
+class Group(NamedTuple):
+    """Pairs that step together: of one shape (of one rank, where the transform accepts "shapes"), with the same factors
+    trained, on one device."""
+
+    pairs: Sequence[Pair]
+    grads: Sequence[Grad]
+    state: Sequence[State]
+    ctx: Ctx
+
+
+class Prepared(NamedTuple):
+    """scalars: summed over all groups before any update, for instance a global norm squared. carry: for `update` of
+    the same group."""
+
+    scalars: Mapping[str, Tensor] = {}
+    carry: Any = None
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Gradients of pairs to updates of pairs; a function of its arguments that changes state in place."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+    @property
+    def lr_ratio(self) -> float:
+        """lr of B over lr of A."""
+        ...
+
+    def init(self, pair: Pair) -> State: ...
+
+    def prepare(self, group: Group) -> Prepared: ...
+
+    def update(self, group: Group, scalars: Mapping[str, Tensor], carry: Any) -> Sequence[Grad]:
+        """One update per pair, to be *added* to the live tensors; the learning rate is already in it."""
+        ...
+
+    def on_slots(self, pair: Pair, state: State, change: SlotChange) -> None:
+        """Adjust one pair's state after slots were switched, revived or copied."""
+        ...
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a rule sees after optimizer step `step`; before the first one (step 0) without gradients.
+
+    tensors: values by (site, name). grads: this step's gradients. dead: slots that do not train, by site. loss: of the
+    validation rows with these slots alone, (site -> bool (r,)) -> loss, None stands for all sites' present slots; only
+    for rules that need `Validation`. inputs: Σx² and the number of rows, by site; only for rules that need `Inputs`.
+    """
+
+    step: int
+    total_steps: int
+    sites: Sequence[SiteShape]
+    tensors: Named
+    grads: Named
+    dead: Mapping[str, frozenset[int]]
+    draw: Callable[[str, str], torch.Generator]
+    loss: Callable[[Mapping[str, Tensor]], float] | None = None
+    inputs: Mapping[str, tuple[Tensor, Tensor]] | None = None
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """A penalty, masks or slot events. The object is frozen data: what it remembers is a `RuleState`, which the driver
+    keeps, hands in and stores in checkpoints; it may be changed in place. None: nothing to add, all ones."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+    @property
+    def needs(self) -> RuleNeed: ...
+
+    def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState: ...
+
+    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        """Gradient of the regulariser, added before clipping."""
+        ...
+
+    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        """Multiplied into gradients, before the transform."""
+        ...
+
+    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        """Multiplied into updates, weight decay included."""
+        ...
+
+    def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
+        """After an optimizer step, and once before the first one (moment.step = 0)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One link of an outer loop, as plain data, so that a stopped run resumes without replay.
+
+    index: 0-based. steps: optimizer steps of the link. sites: names that train, None for all. train: the trained
+    factors. init: of this link's live slots, None: the recipe's. reset: clear the optimizer state of what trains at
+    its start. warm_up_steps: learning-rate re-warm-up. restart: the schedule starts again and runs its whole course
+    in this link.
+    """
+
+    index: int
+    steps: int
+    sites: tuple[str, ...] | None = None
+    train: Train = "AB"
+    init: Init | None = None
+    reset: bool = True
+    warm_up_steps: int = 0
+    restart: bool = False
+
+
+@runtime_checkable
+class Outer(Protocol):
+    """Episodes by number; pure. Committing slots and collecting evidence belong to the driver."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+    def episode(self, index: int, total_steps: int, sites: Sequence[str]) -> Episode | None: ...
