@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from loralign import LoralignError, build, factors, peft_config, sites
+from loralign import LoralignError, adapt, build, drive, factors, optimizer, peft_config, sites
 from loralign.maths.operators import Dense
 from loralign.train.attach import attach
 from loralign.types import (
@@ -54,7 +54,7 @@ STEPS = 6
 class Gated:
     """W_eff = W0 + s·B·diag(c)·A with a trained gate c, 0.5 at the start."""
 
-    facts: ClassVar[Facts] = Facts(gated=True, per_slot=frozenset({"gate"}))
+    facts: ClassVar[Facts] = Facts(gated=True, commits=True, per_slot=frozenset({"gate"}))
 
     def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
         return {"gate": torch.full((r,), 0.5)}
@@ -69,7 +69,7 @@ class Gated:
         return ()
 
     def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
-        return Dense(own.A), Dense(own.B * own.own["gate"])
+        return Dense(torch.cat([own.A, own.A0])), Dense(torch.cat([own.B * own.own["gate"], own.B0], dim=1))
 
 
 @dataclass(frozen=True)
@@ -253,6 +253,32 @@ def test_chain_resumes_with_its_own_seed(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(again))
     assert {factors(site)[0].shape[0] for site in sites(model)} == {9}  # three links of rank 3
     assert callback.driver.episodes.position == (2, 4)
+
+
+@pytest.mark.parametrize("kind", ["chain", "gated chain", "twin chain"])
+def test_a_knot_does_not_move_the_function(kind: str) -> None:
+    """What a form makes of its live slots is committed, gates and twins included; then all of it starts again."""
+    made = replace(stub("chain"), max_grad_norm=0.0)
+    if kind == "gated chain":
+        made = replace(made, form=Gated())
+    if kind == "twin chain":
+        made = replace(made, init=build("pissa").init)  # type: ignore[union-attr]
+    model = adapt(llama(), made)
+    opt = optimizer(model, made, 3e-2)
+    driver = drive(model, made, opt, STEPS)
+    for step in range(STEPS):
+        model.train()
+        model(**batch_for(model, seed=step)).loss.backward()
+        opt.step()
+        opt.zero_grad()
+        before = logits(model)
+        driver.after_step()
+        after = logits(model)
+        assert (after - before).norm() <= 2e-6 * before.norm(), step
+    site = sites(model)[0]
+    assert site.layer.lora_variant["default"].links == ((6, 6) if kind == "twin chain" else (3, 3))
+    assert factors(site)[0].shape[0] == (18 if kind == "twin chain" else 9)
+    assert (logits(model) - logits(llama())).norm() > 1e-2 * logits(llama()).norm()
 
 
 def test_a_rule_that_needs_validation_losses_is_asked_for_them(tmp_path: Path) -> None:

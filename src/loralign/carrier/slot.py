@@ -235,14 +235,26 @@ def add_frozen(layer: Any, adapter: str, A: Tensor, B: Tensor) -> None:
     variant.links = (*variant.links, int(A.shape[0]))
 
 
+def _live_alone(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """The factors without frozen slots."""
+    live, variant = live_of(layer, adapter), layer.lora_variant[adapter]
+    if layer.lora_A[adapter].owner is None:
+        return live.A, live.B
+    alone = live._replace(A0=live.A0[:0], B0=live.B0[:, :0], links=())
+    A, B = variant.form.factors(alone, [live_of(other, adapter) for other in variant.neighbours])
+    return A.dense(), B.dense()
+
+
 @torch.no_grad()
 def commit(layer: Any, adapter: str, fresh: Start) -> None:
     """Live slots become frozen ones, `fresh` the live link; Parameters keep their identity, W_eff is unchanged.
 
-    A twin is committed as it is folded, [B0 + ΔB | ΔB]·[ΔA; A0]: two frozen slots for each of its live ones.
+    What a form makes of its live tensors alone is committed (gates folded in), and its own tensors start again by
+    `fresh.own`. A twin is committed as it is folded, [B0 + ΔB | ΔB]·[ΔA; A0]: two frozen slots for each live one.
     """
     side_A, side_B = layer.lora_A[adapter], layer.lora_B[adapter]
-    A, B, r = whole(side_A.live), whole(side_B.live), side_A.live.shape[0]
+    A, B = (whole(factor) for factor in _live_alone(layer, adapter))
+    r = side_A.live.shape[0]
     if side_B.kind == "T":
         A0, B0 = side_A.frozen[:r], side_B.frozen[:, :r]
         A, B = torch.cat([A, A0.to(A)]), torch.cat([B0.to(B) + B, B], dim=1)
@@ -255,6 +267,8 @@ def commit(layer: Any, adapter: str, fresh: Start) -> None:
         side_B.kind = "T"
     for side, value in ((side_A, fresh.A), (side_B, fresh.B)):
         write(side.live, torch.zeros_like(value) if fresh.twin else value.to(side.frozen))
+    for name, value in fresh.own.items():
+        write(trained_of(layer, adapter)[name], value)
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,7 +119,9 @@ class Episodes:
         def draw(purpose: str, step: int = 0) -> torch.Generator:
             return keyed_generator(self.recipe.seed, purpose, following.index, site.name)
 
-        return init(_as_it_is(site), site.r, site.s, evidence.get(site.name), draw)
+        W = _as_it_is(site)
+        start = init(W, site.r, site.s, evidence.get(site.name), draw)
+        return replace(start, own={**self.recipe.form.trained(W, site.r, draw), **start.own})
 
 
 def _as_it_is(site: Site) -> Weight:

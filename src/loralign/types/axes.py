@@ -50,7 +50,7 @@ class Facts:
     exact: bool = True
     """The folded factors compute the same function as training did."""
     commits: bool = False
-    """`factors` stays right when live slots become frozen ones."""
+    """`factors` appends frozen slots unchanged to what it makes of the live tensors, so that links can be committed."""
     gated: bool = False
     """A trained gate stands between A and B."""
     tied: bool = False
