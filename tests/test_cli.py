@@ -137,7 +137,7 @@ def test_export_on_a_full_disk_leaves_the_former_export(tmp_path: Path) -> None:
     assert run("export", "out", "--out", tmp_path / "kept").code == 0
     before = bytes_of(tmp_path)
     with no_file_above(12_000):
-        done = run("export", "out", "--out", tmp_path / "kept", "--max-rank", 6)
+        done = run("export", "out", "--out", tmp_path / "kept", "--max-rank", 6, "--overwrite")
     assert done.code == 1
     assert "free some" in assert_one_sentence(done)
     assert bytes_of(tmp_path) == before
@@ -397,6 +397,8 @@ BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
         r"base is no adapter folder: it has no adapter_config\.json",
     ),
     "export a model": (["export", "base", "--out", "x"], "base is no adapter folder"),
+    "export over itself": (["export", "out", "--out", "./out", "--overwrite"], "out is the adapter that is exported"),
+    "export over a run": (["export", "out", "--out", "run"], "run holds a trained run: name another folder, or pass"),
     "export over the base": (
         ["export", "out", "--out", "base"],
         "base holds the base model itself: name another folder",
@@ -431,6 +433,7 @@ def test_bad_commands_exit_2_and_harm_nothing(what: str, world: Path) -> None:
     (world / "full.yaml").write_text(
         "model: base\ndata: {train: rows.jsonl}\nmethod: full\noutput: f\n", encoding="utf-8"
     )
+    shutil.copytree("out", "run", dirs_exist_ok=True)
     before = bytes_of(world)
     done = run(*argv)
     assert done.code == 2, done.err
@@ -554,6 +557,7 @@ class ExportedOnly:
     """Stands for a verification that another test makes."""
 
     passed: bool
+    proven: bool = True
 
 
 @pytest.mark.assets

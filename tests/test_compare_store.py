@@ -21,12 +21,13 @@ from rich.console import Console
 
 from loralign import LoralignError, build
 from loralign.compare import store as storing
-from loralign.compare.identity import arm_settings, content_of, file_print, model_print, shared_rows
+from loralign.compare.identity import arm_settings, content_of, shared_rows
 from loralign.compare.live import board, headline, watched
 from loralign.compare.report import collect, repeatable, report, terminal_tables
 from loralign.compare.spec import Arm, Budget, Outcome, Spec, TaskSpec, Trial
 from loralign.compare.store import Store
 from loralign.compare.study import no_room, rate_trials, seed_trials, wanted, work
+from loralign.io.content import file_print, model_print
 from loralign.types import Recipe
 
 TASK = TaskSpec("text", "a.jsonl", "b.jsonl", "c.jsonl")

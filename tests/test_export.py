@@ -26,7 +26,8 @@ from loralign.io.export import ExportReport, base_name, export
 from loralign.io.layout import Product, Stored, limited, loss, padded, rounded
 from loralign.io.portable import check_portable, needed_max_lora_rank
 from loralign.io.probes import probe_inputs
-from loralign.io.provenance import is_local, scrub, write_run
+from loralign.io.provenance import write_run
+from loralign.io.public import is_local, scrub
 from loralign.io.verify import VerifyJob, VerifyReport, verify_many
 from loralign.methods.form.plain import Plain
 from loralign.types import Episode, LoralignError, Recipe, Start, WorkFailed
@@ -361,14 +362,19 @@ def test_refuses_what_is_not_factors(tmp_path: Path) -> None:
         export(model, tmp_path / "out", base_id="x/y")
 
 
-def test_targets_are_replaced_only_where_they_are_ours(tmp_path: Path) -> None:
+def test_results_are_replaced_only_on_request(tmp_path: Path) -> None:
     model, out = trained(toy.llama(), recipe("lora", r=2)), tmp_path / "out"
     out.mkdir()
     export(model, out, base_id="x/y")  # an empty folder is fine
     (out / "log.jsonl").write_text("{}")
-    export(model, out, base_id="x/y", profile="merged")
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    for profile in ("peft", "merged"):
+        with pytest.raises(LoralignError, match="out holds an earlier result: name another folder, or pass overwrite"):
+            export(model, out, base_id="x/y", profile=profile)
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+    export(model, out, base_id="x/y", profile="merged", overwrite=True)
     assert not (out / "adapter_config.json").exists() and (out / "model.safetensors").exists()
-    export(model, out, base_id="x/y")
+    export(model, out, base_id="x/y", overwrite=True)
     names = {p.name for p in out.iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", "verify", "log.jsonl"}
     foreign = tmp_path / "foreign"
@@ -398,7 +404,7 @@ def test_a_full_disk_leaves_everything_as_it_was(
 
     monkeypatch.setattr(adapter_file, "save_file", full)
     with pytest.raises(WorkFailed, match="no space left on the disk"):
-        export(model, out, base_id="x/y")
+        export(model, out, base_id="x/y", overwrite=True)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     assert out.exists() == existing and [p for p in tmp_path.iterdir() if p != out] == []
 
@@ -480,7 +486,7 @@ def test_scrub() -> None:
     assert scrub({"a": Path("/x/y.json"), "b": ("/x/z", 1, None), "c": "read /x/y first"}) == {
         "a": "y.json",
         "b": ["z", 1, None],
-        "c": "read /x/y first",
+        "c": "read y first",
     }
 
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import toy
 import warm
 from cli_world import Done, assert_one_sentence, bytes_of, run, world_in
+from loralign.cli.run import job_of
+from loralign.io.lock import lock_of, locked
+from loralign.train.begun import clear_way, given_settings, read_begun, resume_point
+from loralign.types import LoralignError
 
 KILLED = """
 import os, signal, sys
@@ -103,6 +110,7 @@ CHANGES = {  # overrides: what is said
     "rank": (["rank=2"], "`rank` is 2, the run began with 4"),
     "longer": (["train.steps=8"], "`train.steps` is 8, the run began with 6"),
     "rows": (["data.train=other.jsonl"], "the rows of `data.train` are not those that the run began with"),
+    "base": (["model=base2"], "`model` holds other weights than the run began with"),
 }
 
 
@@ -111,12 +119,175 @@ CHANGES = {  # overrides: what is said
 def test_other_settings_are_refused_and_nothing_is_touched(what: str, world: Path) -> None:
     rows = Path("rows.jsonl").read_text(encoding="utf-8").splitlines()
     Path("other.jsonl").write_text("\n".join(reversed(rows)), encoding="utf-8")
+    shutil.copytree("base", "base2", dirs_exist_ok=True)
+    toy.llama(seed=7, max_position_embeddings=256).save_pretrained("base2")
     before = bytes_of(world)
     overrides, said = CHANGES[what]
     done = run("train", "r.yaml", "--resume", *(word for o in overrides for word in ("--set", o)))
     assert done.code == 2, done.err
     assert said in assert_one_sentence(done)
     assert bytes_of(world) == before
+
+
+def _cut(share: float) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path, int(path.stat().st_size * share))
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+PARTS = {"optimizer.pt": "optimizer", "scheduler.pt": "schedule", "rng_state.pth": "randomness"}
+PARTS |= {"adapter_model.safetensors": "adapter", "trainer_state.json": "state", "adapter_config.json": "config"}
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "gone": (Path.unlink, "is missing"),
+    "empty": (_cut(0), "has 0 bytes of"),
+    "half": (_cut(0.5), "bytes of"),
+    "one bit": (_flip, "is not as it was written"),
+}
+
+
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(
+    part: str, damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree("out/checkpoints", tmp_path / "out" / "checkpoints")
+    job = job_of(Path("r.yaml"), [f"output={tmp_path / 'out'}"])
+    change, said = DAMAGES[damage]
+    change(tmp_path / "out" / "checkpoints" / "checkpoint-6" / part)
+    assert resume_point(job).name == "checkpoint-4"
+    (warning,) = caplog.messages
+    assert re.fullmatch(rf"checkpoint-6 is damaged: {part} .*; going on from checkpoint-4", warning) and said in warning
+    for step in (2, 4):
+        change(tmp_path / "out" / "checkpoints" / f"checkpoint-{step}" / part)
+    with pytest.raises(LoralignError, match=rf"checkpoint-6 is damaged: {part} .*delete out, run without --resume"):
+        resume_point(job)
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_checkpoint_of_another_run_is_put_aside_and_neighbours_are_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "out" / "checkpoints"
+    shutil.copytree("out/checkpoints", folder)
+    job = job_of(Path("r.yaml"), [f"output={tmp_path / 'out'}"])
+    note = json.loads((folder / "checkpoint-6" / "loralign.json").read_text(encoding="utf-8"))
+    (folder / "checkpoint-6" / "loralign.json").write_text(json.dumps({**note, "run": "other"}), encoding="utf-8")
+    (folder / "checkpoint-4").rename(folder / "checkpoint-5")
+    for name in ("checkpoint-4 (copy)", "checkpoint-best"):
+        (folder / name).mkdir()
+    (folder / "checkpoint-9").write_text("mine")
+    (folder / "checkpoint-8").symlink_to(tmp_path)
+    assert resume_point(job).name == "checkpoint-2"
+    said = ["checkpoint-6 is of another run", "checkpoint-5 holds step 4: it was renamed"]
+    assert caplog.messages == [f"{text}; going on from checkpoint-2" for text in said]
+    clear_way(folder / "checkpoint-2", note["run"], keep=1)
+    left = {p.name.rsplit("-", 1)[0] if "another" in p.name else p.name for p in folder.iterdir()}
+    odd = {"checkpoint-4 (copy)", "checkpoint-best", "checkpoint-9", "checkpoint-8"}
+    assert left == {"begun.json", "checkpoint-2", "of-another-run-checkpoint-6", *odd}
+
+
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 2}', '{"format": 2, "settings": 3}'])
+def test_a_broken_beginning_is_one_sentence(text: str, tmp_path: Path) -> None:
+    shutil.copytree("out/checkpoints", tmp_path / "out" / "checkpoints")
+    (tmp_path / "out" / "checkpoints" / "begun.json").write_text(text, encoding="utf-8")
+    with pytest.raises(LoralignError, match=r"cannot resume out: its checkpoints/begun\.json is missing or damaged"):
+        resume_point(job_of(Path("r.yaml"), [f"output={tmp_path / 'out'}"]))
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_run_of_an_older_version_goes_on_with_a_warning(tmp_path: Path) -> None:
+    """Format 1 had neither an id nor checksums, and settings as they were given. Beside it lie what a kill leaves and
+    lines of a log that are none."""
+    folder = tmp_path / "old"
+    shutil.copytree("out", folder)
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    for path in (folder / "checkpoints").glob("*/loralign.json"):
+        note = json.loads(path.read_text(encoding="utf-8"))
+        del note["run"], note["parts"]
+        path.write_text(json.dumps({**note, "format": 1}), encoding="utf-8")
+    job = job_of(Path("r.yaml"), [f"output={folder}", "train.keep=9"])
+    rows = read_begun(job).settings
+    fingerprints = {key: value.strip("'") for key, value in rows.items() if key in ("data.train", "data.eval")}
+    old = {key: repr(value) for key, value in given_settings(job, fingerprints).items()}
+    (folder / "checkpoints" / "begun.json").write_text(json.dumps(old), encoding="utf-8")
+    left = [
+        folder / ".log.jsonl.1.tmp",
+        folder / ".run.json.12",
+        folder / "checkpoints/checkpoint-4/.loralign.json.3.tmp",
+    ]
+    for path in left:
+        path.write_text("half")
+    with (folder / "log.jsonl").open("ab") as log:
+        log.write(b'3\n\xff\xfe\n{"step": "x"}\n')
+    (folder / "run.json").write_text("[]")
+    done = run("train", "r.yaml", "--resume", "--set", f"output={folder}", "--set", "train.keep=9")
+    assert done.code == 0, done.err
+    for said in (
+        "without checksums",
+        "was begun by an older loralign",
+        "3 lines that cannot be read",
+        "run.json was dam",
+    ):
+        assert said in done.err, said
+    assert not any(path.exists() for path in left)
+    ours, theirs = (load_file(Path(f, "adapter_model.safetensors")) for f in (folder, "out"))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert losses(str(folder)) == losses("out")
+
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write('{"pid": 1234, "host": "elsewhere"}')
+file.flush()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.usefixtures("whole")
+def test_two_runs_into_one_folder() -> None:
+    """Another process holds the lock, then dies without letting it go."""
+    held = lock_of(Path.cwd() / "out")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(held)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+        before = bytes_of(Path("out"))
+        second = run("train", "r.yaml", "--resume")
+        assert second.code == 2
+        said = "another run (process 1234 on elsewhere) is writing into out: wait for its end, or name another output"
+        assert said in assert_one_sentence(second)
+        assert bytes_of(Path("out")) == before
+        holder.kill()
+    assert held.exists()
+    with locked(Path("out")), locked(Path("out")):  # a run exports into the folder that it holds
+        assert json.loads(held.read_text(encoding="utf-8"))["pid"] == os.getpid()
+    assert not held.exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=lora", "options={}", "train.steps=1", "train.save_every=null"],
+        ["method=full", "options={}", "rank=null", "train.steps=1", "train.save_every=null"],
+    ],
+    ids=["lora", "full"],
+)
+def test_a_run_that_moved_nothing_fails(overrides: list[str]) -> None:
+    output = f"still-{overrides[0].split('=')[1]}"
+    words = [word for o in (*overrides, f"output={output}") for word in ("--set", o)]
+    done = run("train", "r.yaml", *words)
+    assert done.code == 1, done.err
+    assert "the run moved nothing: every update is zero after 1 step" in assert_one_sentence(done)
+    assert not Path(output, "adapter_model.safetensors").exists() and not Path(output, "model.safetensors").exists()
 
 
 @pytest.mark.usefixtures("whole")

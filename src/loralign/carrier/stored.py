@@ -50,7 +50,7 @@ def _count(x: Any) -> bool:
 
 
 def _number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < math.inf
 
 
 def _names(x: Any) -> bool:
@@ -71,10 +71,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank_pattern": (_pattern(_count), "a table of whole numbers from 1"),
     "alpha_pattern": (_pattern(_number), "a table of finite numbers"),
     "lora_dropout": (lambda x: _number(x) and 0 <= x < 1, "a share below 1"),
-    "use_rslora": (lambda x: x is None or isinstance(x, bool), "true or false"),
-    "fan_in_fan_out": (lambda x: x is None or isinstance(x, bool), "true or false"),
-    "base_model_name_or_path": (lambda x: x is None or isinstance(x, str), "a name"),
-    "revision": (lambda x: x is None or isinstance(x, str), "a name"),
+    **dict.fromkeys(("use_rslora", "fan_in_fan_out"), (lambda x: x is None or isinstance(x, bool), "true or false")),
+    **dict.fromkeys(("base_model_name_or_path", "revision"), (lambda x: x is None or isinstance(x, str), "a name")),
 }
 _PLAIN = {"bias": "none", "use_dora": False, "lora_bias": False}
 _ABSENT = (
@@ -237,15 +235,19 @@ def load_adapter(model: Any, folder: Path, config: Mapping[str, Any], stored: Ma
 # ------------------------------------------------------------------------------------------------------ digests, words
 
 
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest(path: Path) -> str:
-    """sha256 of a file, of a config without what says where the base lies; "" where it cannot be read."""
+    """`sha256` of a file, of a config without what says where the base lies; "" where it cannot be read."""
     try:
         if path.suffix == ".json":
             fields = json.loads(path.read_text(encoding="utf-8"))
             text = json.dumps({k: v for k, v in fields.items() if k not in _FREE}, sort_keys=True)
             return hashlib.sha256(text.encode()).hexdigest()
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except (OSError, ValueError, AttributeError):
         return ""
 

@@ -142,7 +142,9 @@ def export(
     dtype: Annotated[Store | None, typer.Option(help="Of the stored factors; default: float32.")] = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="Truncate to this rank; the loss is stated.")] = None,
     power_of_two: Annotated[bool, typer.Option("--power-of-two", help="Pad the rank of `portable`.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder of another program.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier result, write beside other files.")
+    ] = False,
 ) -> None:
     """Write a trained adapter in another form, exact or with its loss stated."""
     import torch
@@ -152,7 +154,7 @@ def export(
     from loralign.io.export import export as write
     from loralign.train.use import has_tokenizer
 
-    model, tokenizer, named = opened(folder, base)
+    model, tokenizer, named = opened(folder, base, out)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype.value)} if dtype else {}
     own = profile.value == "merged" or has_tokenizer(folder)
     report = write(

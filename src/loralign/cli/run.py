@@ -102,9 +102,13 @@ def job_of(path: Path, overrides: Sequence[str] | None) -> Job:
     return job
 
 
-def opened(folder: Path, base: str | None) -> tuple[Any, Any, dict[str, Any]]:
-    """Adapted model, tokenizer, and the base's name and revision as the folder has them."""
+def opened(folder: Path, base: str | None, out: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Adapted model, tokenizer, and the base's name and revision as the folder has them; `out` must be another one."""
     from loralign.train.use import open_adapter
+    from loralign.types import LoralignError
+
+    if out.is_dir() and folder.is_dir() and out.samefile(folder):
+        raise LoralignError(f"{out} is the adapter that is exported: name another folder")
 
     model, tokenizer = open_adapter(folder, base)
     config = model.peft_config["default"]

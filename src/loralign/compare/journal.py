@@ -35,6 +35,7 @@ def outcome_of(text: str) -> Outcome:
 
 def opened(folder: Path) -> JournalStorage:
     """The journal in a folder, which is made; half a line at its end is cut off."""
+    _check_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = (folder / JOURNAL).resolve()
     backend = JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
@@ -47,6 +48,12 @@ def opened(folder: Path) -> JournalStorage:
         number = _broken_line(path)
         mend = ["remove that line"] if number > 1 else []
         raise LoralignError(damaged(folder / JOURNAL, f"at line {number}", *mend)) from error
+
+
+def _check_ours(folder: Path) -> None:
+    """A study writes results and pictures into its folder: into none that holds something else."""
+    if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob(f"{JOURNAL}*")):
+        raise LoralignError(f"{folder} is not empty and holds no study: name an empty or new folder in `output`")
 
 
 def damaged(path: Path, where: str, mend: str = "put back a copy of the file") -> str:

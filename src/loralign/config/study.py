@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from loralign.compare.identity import content_of, file_print, shared_rows
+from loralign.compare.identity import content_of, shared_rows
 from loralign.compare.spec import Arm, Budget, Spec, TaskSpec
 from loralign.compare.study import check_arms
 from loralign.config.errors import sentence
@@ -28,7 +28,8 @@ from loralign.config.sections import (
     _Section,
 )
 from loralign.config.yaml_text import override, read_yaml
-from loralign.io.provenance import is_local
+from loralign.io.content import file_print
+from loralign.io.public import is_local
 from loralign.methods.table import learning_rate
 from loralign.train.model import hidden_size
 from loralign.types import LoralignError, Recipe

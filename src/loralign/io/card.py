@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from loralign.io.folder import CARD, writing
-from loralign.io.provenance import is_local, scrub, versions, write_text
+from loralign.io.provenance import versions, write_text
+from loralign.io.public import is_local, scrub
 from loralign.io.report import ExportReport
 
 

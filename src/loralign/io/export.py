@@ -25,7 +25,7 @@ from loralign.carrier.sites import ADAPTER, sites
 from loralign.carrier.slot import LowRankVariant
 from loralign.io.adapter_file import adapter_config, check_supported, other_tensors, trained_modules, write_adapter
 from loralign.io.card import Card, write_card
-from loralign.io.folder import fresh_folder
+from loralign.io.folder import check_free, fresh_folder
 from loralign.io.layout import Product, Stored, limited, loss, padded, read, rounded, uniform
 from loralign.io.merged import merged_layers, merged_state, write_merged
 from loralign.io.portable import check_portable, needed_max_lora_rank, serving_note
@@ -42,7 +42,7 @@ from loralign.io.probes import (
     record,
     write_probes,
 )
-from loralign.io.provenance import is_local
+from loralign.io.public import is_local, make_public
 from loralign.io.report import ExportReport as ExportReport
 from loralign.types import LoralignError, Site, WorkFailed
 
@@ -79,7 +79,7 @@ def export(
         probes: a batch that the model takes, for `verify`; None: drawn inputs.
         card: facts for the model card; what the export knows itself is filled in.
         tokenizer: saved beside the adapter or the merged model.
-        overwrite: write into a folder that loralign did not make; files of other names stay.
+        overwrite: write into a folder that is not empty; an earlier result in it is replaced, other files stay.
     Raises:
         LoralignError: an adapter or target that cannot be exported this way, with the alternative.
         WorkFailed: not finite values, a full disk; nothing is left behind.
@@ -97,6 +97,7 @@ def export(
         )
     if folder.is_dir() and _is_base(model, folder):
         raise LoralignError(f"{folder} holds the base model itself: name another folder")
+    check_free(folder, overwrite=overwrite)
     products = read(found, drop or {})
     kept, truncation = limited(products, max_rank)
     report = ExportReport(
@@ -125,6 +126,7 @@ def export(
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(temporary))
             report = replace(report, traps=tuple(check_portable(temporary)))
+        make_public(temporary)
         write_probes(temporary, inputs, computed, how)
         write_card(temporary, replace(card or Card(base), base=base, revision=commit, export=report))
         if portable_traps := report.traps if profile == "portable" else ():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from loralign.io.lock import locked
 from loralign.types import LoralignError, WorkFailed
 
 PROBES = Path("verify") / "probes.safetensors"
@@ -38,10 +39,15 @@ def is_ours(folder: Path) -> bool:
 def fresh_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out`, or is merged into an earlier one, when the block succeeds.
 
-    On any failure the temporary folder is removed and `out` is as it was. Raises LoralignError where `out` holds
-    something that loralign did not make, WorkFailed on a full disk.
+    On any failure the temporary folder is removed and `out` is as it was. Raises LoralignError where `out` is
+    not empty or another process writes into it, WorkFailed on a full disk.
     """
-    _check(out, overwrite)
+    with locked(out):
+        yield from _made(out, overwrite)
+
+
+def _made(out: Path, overwrite: bool) -> Iterator[Path]:
+    check_free(out, overwrite=overwrite)
     temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
     try:
         with writing(out):
@@ -87,11 +93,18 @@ def writing(out: Path) -> Iterator[None]:
         raise LoralignError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _check(out: Path, overwrite: bool) -> None:
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Raise where something that must be kept lies in the way."""
     if out.exists() and not out.is_dir():
         raise LoralignError(f"{out} is a file: name a folder")
-    if out.is_dir() and any(out.iterdir()) and not is_ours(out) and not overwrite:
-        raise LoralignError(f"{out} is not empty and was not made by loralign: name another folder or pass overwrite")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise LoralignError(f"{out} {_holds(out)}: name another folder, or pass overwrite (--overwrite)")
+
+
+def _holds(out: Path) -> str:
+    if not is_ours(out):
+        return "is not empty and was not made by loralign"
+    return "holds a trained run" if (out / "checkpoints").is_dir() else "holds an earlier result"
 
 
 def _publish(temporary: Path, out: Path) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from loralign.io.public import scrub
+
+log = logging.getLogger("loralign")
 
 PACKAGES = ("loralign", "torch", "transformers", "peft", "accelerate", "trl", "datasets", "safetensors")
 
@@ -39,37 +45,31 @@ def environment() -> dict[str, Any]:
     }
 
 
-def is_local(name: str) -> bool:
-    """Whether a model or data name is a path of this machine rather than a hub id."""
-    if not name or PurePath(name).is_absolute() or PureWindowsPath(name).is_absolute() or "\\" in name:
-        return bool(name)
-    return name[0] in "~." or name.endswith("/") or name.count("/") > 1 or Path(name).exists()
-
-
-def scrub(value: Any) -> Any:
-    """The value as plain json data, with local paths cut down to their last part."""
-    if isinstance(value, Mapping):
-        return {str(k): scrub(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [scrub(v) for v in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
-    if isinstance(value, PurePath) or (isinstance(value, str) and _is_path(value)):
-        return PureWindowsPath(value).name
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
-
-
-def _is_path(text: str) -> bool:
-    """Like `is_local`, but for any text: sentences are not paths, and a relative name may be anything."""
-    return " " not in text and (PurePath(text).is_absolute() or PureWindowsPath(text).is_absolute() or text[:1] == "~")
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write beside the file, then rename: a reader sees the old text or the new one, never half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write beside the file, flush to disk, rename: a reader sees the old text or the new one, never half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_text(text, encoding="utf-8")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+_OURS = "log.jsonl|run.json|README.md|begun.json|loralign.json|loralign_state.safetensors"
+_LEFT = re.compile(rf"\.({_OURS})\.\d+(\.tmp)?|\.checkpoint-\d+\.removed")
+
+
+def remove_left(folder: Path) -> list[Path]:
+    """Half files that a kill left in a run's folder; call it while the folder is locked. Returns left folders."""
+    places = [folder, folder / "checkpoints", *(folder / "checkpoints").glob("checkpoint-*")]
+    left = [p for place in places if place.is_dir() for p in place.iterdir() if _LEFT.fullmatch(p.name)]
+    for path in left:
+        if path.is_file():
+            path.unlink()
+    return [p for p in left if p.is_dir()]
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -81,11 +81,28 @@ def write_run(folder: Path, facts: Any, *, seconds: Mapping[str, float] | None =
 
     Entries of an earlier call that this one does not name are kept.
     """
-    path = folder / "run.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     said = dict(facts) if isinstance(facts, Mapping) else dataclasses.asdict(facts)
     took = {} if seconds is None else {"seconds": dict(seconds)}
     write_json(
-        path,
-        {**before, "loralign": versions().get("loralign", "unknown"), **said, **took, "environment": environment()},
+        folder / "run.json",
+        {
+            **_before(folder / "run.json"),
+            "loralign": versions().get("loralign", "unknown"),
+            **said,
+            **took,
+            "environment": environment(),
+        },
     )
+
+
+def _before(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        pass
+    log.warning("%s was damaged: it is written anew", path.name)
+    return {}

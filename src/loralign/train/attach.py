@@ -32,7 +32,7 @@ from loralign.maths.draws import keyed_generator
 from loralign.plan.combinations import check_combination, idle
 from loralign.train.adapt import gather, optimizer, restore_storage, start
 from loralign.train.callback import RecipeCallback
-from loralign.train.checkpoint import read_note
+from loralign.train.checkpoint import whole_note
 from loralign.train.replaced import ignored, instead_of
 from loralign.train.validation import validation_loss
 from loralign.types import Batch, Episode, LoralignError, Recipe, Validation
@@ -80,7 +80,7 @@ def attach(
             )
             stored, spent, facts = start(model, recipe, evidence), evidence.spent, evidence.facts()
     else:
-        stored, spent, facts = dict(read_note(Path(resume_from)).storage), None, {}
+        stored, spent, facts = dict(whole_note(Path(resume_from)).storage), None, {}
         restore_storage(model, recipe, stored)
     rows = [rule.needs for rule in recipe.rules if isinstance(rule.needs, Validation)]
     if rows and validation is None:

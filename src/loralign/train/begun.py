@@ -1,25 +1,31 @@
 """Where a run may begin, and what it was begun with: `--resume` goes on with the same, or says what differs.
 
-`checkpoints/begun.json` holds the settings that the result depends on: the rows by their fingerprint, the recipe, the
-optimisation. Not among them are where files lie (model, data, output, cache) and what only watches the run (logging,
-trackers, checkpoints).
+`checkpoints/begun.json` holds an id of the run, which its checkpoints repeat, and the settings that the result depends
+on: the base model and the rows by their content, the recipe, the optimisation. Not among them are where files lie
+(model, data, output, cache), secrets and what only watches the run (logging, trackers, checkpoints).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import shutil
+import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loralign.train.checkpoint import last_complete, step_of, write_atomically
+from loralign.io.content import model_print
+from loralign.io.provenance import write_text
+from loralign.io.public import scrub
+from loralign.train.checkpoint import BEGUN, NOTE, best_of, fault_of, numbered, remove, rotate, run_in, step_of
 from loralign.train.job import Job
 from loralign.types import Full, LoralignError
 
-BEGUN = "begun.json"
+log = logging.getLogger("loralign")
+
+FORMAT = 2
 FREE = ("train.lr_source", "train.save_every", "train.keep", "train.log_every", "train.report_to", "train.workers")
 
 
@@ -39,21 +45,61 @@ def _kind(path: Path) -> str:
     return "not writable" if path.is_dir() else "no folder"
 
 
-def resume_point(job: Job) -> Path:
-    """The last complete checkpoint of a run."""
-    found = last_complete(job.output / "checkpoints")
-    if found is None:
+@dataclass(frozen=True)
+class Begun:
+    """What a run began with; run is "" and `model` missing where an older loralign began it."""
+
+    run: str
+    settings: Mapping[str, str]
+
+
+def read_begun(job: Job) -> Begun:
+    path = job.output / "checkpoints" / BEGUN
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        settings = body["settings"] if "format" in body else body
+        return Begun(str(body.get("run", "")), {str(k): str(v) for k, v in settings.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise LoralignError(
-            f"nothing to resume in {job.output.name}: no checkpoint is complete; empty it, run without --resume"
+            f"cannot resume {job.output.name}: its checkpoints/{BEGUN} is missing or damaged; begin a run elsewhere"
+        ) from None
+
+
+def resume_point(job: Job) -> Path:
+    """The last checkpoint of the run whose parts are all as they were written; newer ones are named."""
+    folder = job.output / "checkpoints"
+    faults: list[str] = []
+    found = numbered(folder)
+    run = read_begun(job).run if found else ""
+    for checkpoint in found:
+        fault = fault_of(checkpoint, run)
+        if not fault:
+            for said in faults:
+                log.warning("%s; going on from %s", said, checkpoint.name)
+            return checkpoint
+        faults.append(fault)
+    if any((checkpoint / NOTE).is_file() for checkpoint in found):
+        raise LoralignError(
+            f"nothing to resume in {job.output.name}: {faults[0]}, and there is no other one; delete "
+            f"{job.output.name}, run without --resume"
         )
-    return found
+    raise LoralignError(
+        f"nothing to resume in {job.output.name}: no checkpoint is complete; empty it, run without --resume"
+    )
 
 
-def remove_half(complete: Path) -> None:
-    """Later checkpoints were cut off while they were written."""
-    for half in complete.parent.glob("checkpoint-*"):
-        if step_of(half) > step_of(complete):
-            shutil.rmtree(half)
+def clear_way(point: Path, run: str, keep: int | None) -> None:
+    """Later checkpoints were cut off or damaged; one of another run is put aside, under a name that says so."""
+    for later in numbered(point.parent):
+        if step_of(later) <= step_of(point):
+            continue
+        if run_in(later) not in (None, run):
+            aside = later.with_name(f"of-another-run-{later.name}-{os.getpid()}")
+            log.warning("%s is of another run: put aside as %s", later.name, aside.name)
+            later.replace(aside)
+        else:
+            remove(later)
+    rotate(point.parent, run, keep, best_of(point))
 
 
 # ----------------------------------------------------------------------------------------------- with the same settings
@@ -61,6 +107,11 @@ def remove_half(complete: Path) -> None:
 
 def settings_of(job: Job, rows: Mapping[str, str]) -> dict[str, str]:
     """Key of the recipe file to its value as text; rows: fingerprints by key."""
+    return {key: repr(scrub(value)) for key, value in given_settings(job, rows).items()}
+
+
+def given_settings(job: Job, rows: Mapping[str, str]) -> dict[str, Any]:
+    """As they were given; format 1 kept these."""
     found: dict[str, Any] = {"method": job.recipe.name, "seed": job.seed, **rows}
     found |= {f"data.{key}": value for key, value in asdict(job.data).items() if key not in ("train", "eval")}
     found |= {f"train.{key}": value for key, value in asdict(job.training).items()}
@@ -70,35 +121,38 @@ def settings_of(job: Job, rows: Mapping[str, str]) -> dict[str, str]:
     if not isinstance(r, Full):
         found |= {"rank": r.r, "alpha": r.alpha, "dropout": r.dropout, "ranks": dict(r.ranks)}
     found |= {key: job.source.get(key) for key in ("preset", "options")}
-    return {key: repr(value) for key, value in found.items() if key not in FREE}
+    return {key: value for key, value in found.items() if key not in FREE}
 
 
 def note_beginning(job: Job, rows: Mapping[str, str]) -> None:
     folder = job.output / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / BEGUN, json.dumps(settings_of(job, rows), indent=1, ensure_ascii=False))
+    settings = {**settings_of(job, rows), "model": model_print(job.model, job.revision)}
+    body = {"format": FORMAT, "run": uuid.uuid4().hex, "settings": settings}
+    write_text(folder / BEGUN, json.dumps(body, indent=1, ensure_ascii=False))
 
 
-def check_unchanged(job: Job, rows: Mapping[str, str]) -> None:
-    """Refuse to resume a run with other settings than it began with."""
-    path = job.output / "checkpoints" / BEGUN
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise LoralignError(
-            f"cannot resume {job.output.name}: its checkpoints/{BEGUN} is missing or damaged; begin a run elsewhere"
-        ) from None
-    now = settings_of(job, rows)
-    changed = [key for key in now if before.get(key) != now[key]]
+def check_unchanged(job: Job, rows: Mapping[str, str]) -> Begun:
+    """Refuse to resume a run with other settings, rows or weights than it began with."""
+    begun = read_begun(job)
+    if begun.run:
+        now = {**settings_of(job, rows), "model": model_print(job.model, job.revision)}
+    else:
+        log.warning(
+            "%s was begun by an older loralign: whether its base model is this one is not known", job.output.name
+        )
+        now = {key: repr(value) for key, value in given_settings(job, rows).items()}
+    changed = [key for key in now if begun.settings.get(key) != now[key]]
     if not changed:
-        return
+        return begun
     key, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-    values = f"is {_short(now[key])}, the run began with {_short(before.get(key, 'nothing'))}"
+    values = f"is {_short(now[key])}, the run began with {_short(begun.settings.get(key, 'nothing'))}"
     said = f"the rows of `{key}` are not those that the run began with" if key in rows else f"`{key}` {values}"
+    said = "`model` holds other weights than the run began with" if key == "model" else said
     raise LoralignError(
         f"cannot resume {job.output.name}: {said}{more}; give what it began with, or another `output` for a new run"
     )
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 120 else text[:117] + "…"
+    return text if len(text) <= 60 else text[:59] + "…"

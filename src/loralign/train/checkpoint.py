@@ -1,7 +1,9 @@
 """What a checkpoint holds besides the adapter: a note, written last, and the state that cannot be read from A and B.
 
-checkpoint-N/loralign.json                 recipe, step, episode, storage of the sites; written last, so "complete"
+checkpoint-N/loralign.json                 run, recipe, step, episode, storage of the sites, size and sha256 of every
+                                           other file; written last, when all of them are on the disk, so "complete"
 checkpoint-N/loralign_state.safetensors    rule states, dead slots, live tensors of forms (only where there are any)
+begun.json                                 the run that the checkpoints beside it are of (`train/begun.py`)
 """
 
 from __future__ import annotations
@@ -10,23 +12,28 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 
+from loralign.carrier.stored import sha256
+from loralign.io.provenance import write_text
+from loralign.io.public import make_public, remove_private
 from loralign.train.adapt import Storage
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
 
-NOTE, STATE = "loralign.json", "loralign_state.safetensors"
-FORMAT = 1
+NOTE, STATE, BEGUN = "loralign.json", "loralign_state.safetensors", "begun.json"
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -38,56 +45,160 @@ class Note:
     storage: Mapping[str, Storage]
     episode: int = 0
     episode_start: int = 0
+    run: str = ""
+    """Of `loralign train`; "" in a trainer of one's own."""
+    parts: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    """Size and sha256 by name; none in checkpoints of format 1."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write to a temporary name in the same folder, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+# ------------------------------------------------------------------------------------------------------ write and read
 
 
 def write_checkpoint(folder: Path, note: Note, state: Mapping[str, Tensor]) -> None:
-    """Add our state to a finished Trainer checkpoint; the note goes last."""
+    """Add our state to a finished Trainer checkpoint; the note goes last, when everything else is on the disk."""
     if state:
         temporary = folder / f".{STATE}.{os.getpid()}.tmp"
         save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, temporary)
         temporary.replace(folder / STATE)
+    parts = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NOTE and not p.name.endswith(".tmp"))
+    for path in (*parts, folder):
+        _to_disk(path)
+    sums = {p.relative_to(folder).as_posix(): [p.stat().st_size, sha256(p)] for p in parts}
     stored = {name: [s.r, s.twin, s.train] for name, s in note.storage.items()}
-    body = {"format": FORMAT, "recipe": note.recipe, "step": note.step, "storage": stored}
-    body |= {"episode": note.episode, "episode_start": note.episode_start}
-    write_atomically(folder / NOTE, json.dumps(body))
+    body = {"format": FORMAT, "run": note.run, "recipe": note.recipe, "step": note.step, "storage": stored}
+    body |= {"episode": note.episode, "episode_start": note.episode_start, "parts": sums}
+    write_text(folder / NOTE, json.dumps(body))
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_note(folder: Path) -> Note:
     """The note of a complete checkpoint."""
     try:
         body = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        if body["format"] not in (1, FORMAT):
+            said = f"format {body['format']!r:.20}"
+            raise LoralignError(f"{folder.name} was written by another version of loralign ({said}): use that one")
+        stored = {name: Storage(int(r), bool(twin), train) for name, (r, twin, train) in body["storage"].items()}
+        parts = {str(name): (int(size), str(total)) for name, (size, total) in body.get("parts", {}).items()}
+        position = int(body["episode"]), int(body["episode_start"])
+        return Note(str(body["recipe"]), int(body["step"]), stored, *position, str(body.get("run", "")), parts)
     except FileNotFoundError:
         raise LoralignError(f"{folder.name} is not a complete loralign checkpoint: it has no {NOTE}") from None
-    if body.get("format") != FORMAT:
-        raise LoralignError(f"{folder.name} was written by another version of loralign (format {body.get('format')})")
-    stored = {name: Storage(int(r), bool(twin), train) for name, (r, twin, train) in body["storage"].items()}
-    return Note(body["recipe"], body["step"], stored, body["episode"], body["episode_start"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise LoralignError(f"{folder.name} is damaged: its {NOTE} cannot be read") from None
+
+
+def whole_note(folder: Path) -> Note:
+    """The note, after every part was found as it was written."""
+    note = read_note(folder)
+    if fault := _torn(folder, note):
+        raise LoralignError(f"{folder.name} is damaged: {fault}; delete it and resume from the one before")
+    return note
+
+
+def fault_of(folder: Path, run: str) -> str:
+    """Why a checkpoint cannot be gone on with, "" where it can. run: the one that it must be of."""
+    try:
+        note = read_note(folder)
+    except LoralignError as error:
+        return str(error)
+    if note.run != run:
+        return f"{folder.name} is of another run"
+    if note.step != step_of(folder):
+        return f"{folder.name} holds step {note.step}: it was renamed"
+    fault = _torn(folder, note)
+    return f"{folder.name} is damaged: {fault}" if fault else ""
+
+
+def _torn(folder: Path, note: Note) -> str:
+    if not note.parts:
+        return _unread(folder)
+    for name, (size, total) in note.parts.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        if sha256(path) != total:
+            return f"{name} is not as it was written"
+    return ""
+
+
+def _unread(folder: Path) -> str:
+    """Of format 1, which has no sums: parts that are missing or empty."""
+    log.warning("%s is of an older loralign, without checksums: its parts are taken as they are", folder.name)
+    names = ["optimizer.pt", "scheduler.pt", "trainer_state.json"]
+    names += [p.name for p in folder.glob("*.safetensors")] or ["adapter_model.safetensors"]
+    empty = [n for n in names if not (folder / n).is_file() or not (folder / n).stat().st_size]
+    return f"{empty[0]} is missing or empty" if empty else ""
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
     """Rule states, dead slots and forms' live tensors; {} where a method has none."""
     path = folder / STATE
-    return load_file(path) if path.exists() else {}
+    try:
+        return load_file(path) if path.exists() else {}
+    except (SafetensorError, OSError) as error:
+        raise LoralignError(f"{folder.name} is damaged: its {STATE} cannot be read; delete it") from error
+
+
+# --------------------------------------------------------------------------------------------------- many checkpoints
+
+
+def numbered(output: Path) -> list[Path]:
+    """Folders checkpoint-N, the newest first; copies, links and files of like names are none of ours."""
+    found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,18}", p.name)]
+    return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=step_of, reverse=True)
 
 
 def last_complete(output: Path) -> Path | None:
     """The newest checkpoint whose writing was finished, or None; a kill in the middle of a save leaves an older one."""
-    found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / NOTE).exists()]
-    return max(found, key=step_of, default=None)
+    return next((p for p in numbered(output) if (p / NOTE).is_file()), None)
 
 
 def step_of(folder: Path) -> int:
     return int(folder.name.rsplit("-", 1)[1])
+
+
+def run_of(output: Path) -> str:
+    """The run whose checkpoints lie in this folder, "" where it was not `loralign train`'s."""
+    try:
+        return str(json.loads((output / BEGUN).read_text(encoding="utf-8")).get("run", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def rotate(output: Path, run: str, keep: int | None, best: str | None) -> None:
+    """Delete the oldest complete checkpoints of this run beyond `keep`, never the newest or the best one."""
+    if not keep:
+        return
+    ours = [p for p in numbered(output) if (p / NOTE).is_file() and run_in(p) == run]
+    spared = [p for i, p in enumerate(ours) if i == 0 or p.name == Path(best or "").name]
+    old = [p for p in ours if p not in spared]
+    for path in old[max(0, keep - len(spared)) :]:
+        remove(path)
+
+
+def run_in(folder: Path) -> str | None:
+    try:
+        return read_note(folder).run
+    except LoralignError:
+        return None
+
+
+def remove(checkpoint: Path) -> None:
+    """Under a name of its own first: half a folder must not look like a checkpoint."""
+    going = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(going, ignore_errors=True)
+    checkpoint.replace(going)
+    shutil.rmtree(going, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------ inside a Trainer's callback
@@ -103,16 +214,24 @@ def check_resumed(folder: Path, state: Any) -> None:
     The Trainer forgets a best checkpoint that is not where it was, as after a run was moved; and it takes one step more
     than `max_steps` when the checkpoint is the last one.
     """
-    best = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("best_model_checkpoint")
-    if best and state.best_model_checkpoint is None:
+    best = best_of(folder)
+    if best and state.best_model_checkpoint in (None, best):
         beside = folder.parent / Path(best).name
         if beside.is_dir():
             state.best_model_checkpoint = str(beside)
         else:
             log.warning("the best checkpoint so far, %s, is gone: the best from here on counts", Path(best).name)
-            state.best_metric = None
+            state.best_model_checkpoint, state.best_metric = None, None
     if state.global_step >= state.max_steps:
         raise AlreadyTrained(f"{folder.name} is the end of its run ({state.max_steps} steps): nothing is left to train")
+
+
+def best_of(folder: Path) -> str | None:
+    try:
+        found = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("best_model_checkpoint")
+    except (OSError, ValueError, AttributeError) as error:
+        raise LoralignError(f"{folder.name} is damaged: its trainer_state.json cannot be read; delete it") from error
+    return None if found is None else str(found)
 
 
 def reopen(args: Any, state: Any, control: Any) -> None:
@@ -123,17 +242,25 @@ def reopen(args: Any, state: Any, control: Any) -> None:
 
 def complete(args: Any, state: Any, note: Note, tensors: Mapping[str, Tensor], keep: int | None) -> None:
     """After the Trainer's own save: our part, then rotation, so that a complete checkpoint is there at any moment."""
-    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # every process has written its part
+    output = Path(args.output_dir)
+    folder = output / f"checkpoint-{state.global_step}"
     if args.should_save and folder.is_dir():
-        write_checkpoint(folder, note, tensors)
-        rotate_checkpoints(args.output_dir, keep, state.best_model_checkpoint, use_mtime=True)
+        run = run_of(output)
+        if run:
+            make_public(folder)
+            remove_private(folder)
+            (output / "README.md").unlink(missing_ok=True)  # TRL's card; ours is one level above
+        write_checkpoint(folder, replace(note, run=run), tensors)
+        rotate(output, run, keep, state.best_model_checkpoint)
 
 
 class CheckpointCallback(TrainerCallback):
     """Complete checkpoints for a run without adapter."""
 
-    def __init__(self, name: str, resume_from: Path | None) -> None:
-        self.name, self.resume_from = name, resume_from
+    def __init__(self, name: str, resume_from: Path | None, keep: int | None) -> None:
+        self.name, self.resume_from, self.keep = name, resume_from, keep
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.resume_from is not None:
@@ -143,4 +270,4 @@ class CheckpointCallback(TrainerCallback):
         reopen(args, state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        complete(args, state, Note(self.name, state.global_step, {}), {}, args.save_total_limit)
+        complete(args, state, Note(self.name, state.global_step, {}), {}, self.keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loralign.evidence import Progress
-from loralign.train.checkpoint import write_atomically
+from loralign.io.provenance import write_text
 from loralign.types import WorkFailed
+
+log = logging.getLogger("loralign")
 
 BEFORE = 0
 """Step of the evaluation before training."""
@@ -39,7 +42,7 @@ class Journal(TrainerCallback):
         """With the first line, so that a run which is refused leaves no file."""
         self.opened = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, "".join(json.dumps(e) + "\n" for e in self.kept))
+        write_text(self.path, "".join(json.dumps(e) + "\n" for e in self.kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or logs is None:
@@ -47,6 +50,8 @@ class Journal(TrainerCallback):
         if not self.opened:
             self._open()
         entry = {"step": state.global_step, **logs}
+        if "eval_loss" in logs and any(e.get("step") == entry["step"] and "eval_loss" in e for e in self.kept):
+            return  # measured again for the export of a run that had ended
         self.kept.append(entry)
         with self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(entry) + "\n")
@@ -63,11 +68,15 @@ class Journal(TrainerCallback):
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole; a kill may have cut the last one."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    """The lines that are whole; a kill may have cut the last one, others are named."""
+    found, lines = [], path.read_bytes().splitlines() if path.is_file() else []
+    for line in lines:
         try:
-            found.append(json.loads(line))
+            entry = json.loads(line.decode("utf-8"))
+            if isinstance(entry, dict) and isinstance(entry.get("step", 0), int):
+                found.append(entry)
         except ValueError:
             continue
+    if len(lines) - len(found) > 1 or (len(lines) > len(found) and lines[-1].endswith(b"}")):
+        log.warning("%s holds %d lines that cannot be read: they are left out", path.name, len(lines) - len(found))
     return found

@@ -22,7 +22,6 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import (
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -40,12 +39,16 @@ from loralign.evidence.subspace import check_sources
 from loralign.io.card import Card
 from loralign.io.export import ExportReport, check_exportable, export
 from loralign.io.folder import disk_full, fresh_folder
+from loralign.io.lock import locked
+from loralign.io.provenance import remove_left
+from loralign.io.public import make_public
 from loralign.io.verify import verify
 from loralign.train.adapt import check_start
 from loralign.train.arguments import arguments, check_schedule
 from loralign.train.attach import attach
-from loralign.train.begun import check_output, check_unchanged, note_beginning, remove_half, resume_point
-from loralign.train.checkpoint import AlreadyTrained, CheckpointCallback, step_of
+from loralign.train.begun import check_output, check_unchanged, clear_way, note_beginning, resume_point
+from loralign.train.checkpoint import CheckpointCallback, step_of
+from loralign.train.ending import Patience, check_moved, samples, train_to_the_end
 from loralign.train.job import Job
 from loralign.train.journal import Journal
 from loralign.train.model import dtype_of, load
@@ -79,6 +82,8 @@ class Ready:
     fingerprints: dict[str, str]
     resume_from: Path | None
     init_seconds: float
+    before: list[torch.Tensor]
+    """Samples of what trains, where it does not start at zero."""
 
     @property
     def own_tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -103,46 +108,46 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
         WorkFailed: the run diverged or the disk is full; checkpoints stay usable.
         VerificationFailed: the written adapter does not compute what was trained.
     """
+    with locked(job.output):
+        return _run(job, resume=resume, progress=progress)
+
+
+def _run(job: Job, *, resume: bool, progress: Progress | None) -> Result:
     ready = prepare(job, resume=resume, progress=progress)
     trainer, started = ready.trainer, time.perf_counter()
     try:
         if ready.resume_from is None and trainer.is_world_process_zero():
             note_beginning(job, ready.fingerprints)
-        _train(trainer, ready.resume_from)
+        train_to_the_end(trainer, ready.resume_from)
     except (OSError, SafetensorError, RuntimeError) as error:
         if not disk_full(error):
             raise
         raise WorkFailed(f"writing failed ({disk_full(error)}): free some space, then --resume") from error
     trained = time.perf_counter()
+    check_moved(trainer, job.recipe, ready.before)
     metrics = _metrics(ready)
     if not trainer.is_world_process_zero():  # of several processes the first one writes
         return Result(job.output, metrics, None, False, {"init": ready.init_seconds, "train": trained - started})
+    verified: bool | str = False
     if isinstance(job.recipe, Full):
         with fresh_folder(job.output, overwrite=True) as folder:
             trainer.model.save_pretrained(folder)
             ready.tokenizer.save_pretrained(folder)
-        report, verified = None, False
+            make_public(folder)
+        report = None
     else:
         report = export(
             trainer.model, job.output, base_id=job.model, revision=job.revision, probes=_probes(ready),
             tokenizer=ready.own_tokenizer, overwrite=True,
         )  # fmt: skip
-        verified = verify(job.output, base=job.model).passed
+        proof = verify(job.output, base=job.model)
+        verified = proof.passed and (proof.proven or proof.line())
+        if verified is not True:
+            log.warning("%s", verified)
     seconds = {"init": ready.init_seconds, "train": trained - started, "export": time.perf_counter() - trained}
     card = replace(ready.card(job), metrics=metrics, export=report, verified=verified)
     describe(job.output, card, seconds)
-    return Result(job.output, metrics, report, verified, seconds)
-
-
-def _train(trainer: SFTTrainer, resume_from: Path | None) -> None:
-    try:
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    except AlreadyTrained as done:  # it was stopped between its last checkpoint and the end of its export
-        log.info("%s; exporting", done)
-        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-            trainer._load_best_model()
-        trainer.is_in_train = False
-        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+    return Result(job.output, metrics, report, verified is True, seconds)
 
 
 def initialise(
@@ -177,6 +182,7 @@ def _check_sources(recipe: Recipe | Full) -> None:
 def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     """Everything up to the first training step."""
     set_seed(job.seed)
+    remove_left(job.output)
     resume_from = resume_point(job) if resume else None
     if not resume:
         check_output(job.output)
@@ -194,8 +200,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
         check_schedule(args, max(1, math.ceil(len(train) * args.num_train_epochs / job.training.batch_size)))
     rows = {"data.train": fingerprint(train)} | ({} if held_out is None else {"data.eval": fingerprint(held_out)})
     if resume_from is not None:
-        check_unchanged(job, rows)
-        remove_half(resume_from)
+        clear_way(resume_from, check_unchanged(job, rows).run, job.training.keep)
     journal = Journal(job.output / "log.jsonl", step_of(resume_from) if resume_from else None, progress)
     started = time.perf_counter()
     trainer = _trainer(recipe, model, tokenizer, args, train, held_out)
@@ -211,12 +216,14 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
                 tolerance=1e-6 if dtype_of(job.training.precision) == torch.float32 else 1e-2,
             )
     else:
-        trainer.add_callback(CheckpointCallback(recipe.name, resume_from))
+        trainer.add_callback(CheckpointCallback(recipe.name, resume_from, args.save_total_limit))
+        trainer.args.save_total_limit = None
     trainer.add_callback(journal)
     if job.training.patience is not None:
         trainer.add_callback(Patience(job.training.patience))
     trainer.remove_callback(PrinterCallback)
-    return Ready(trainer, tokenizer, journal, prompts, rows, resume_from, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Ready(trainer, tokenizer, journal, prompts, rows, resume_from, seconds, samples(trainer.model, recipe))
 
 
 def without_towers(recipe: Recipe | Full, model: PreTrainedModel) -> Recipe | Full:
@@ -234,14 +241,6 @@ def check_whole(trainer: Any) -> None:
             "`loralign train` cannot export what FSDP has split: start it with torchrun alone (data parallel), or use "
             "`attach` in a script of your own and gather before saving"
         )
-
-
-class Patience(EarlyStoppingCallback):
-    """Early stopping that remembers, in a resumed run, that it had stopped."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.early_stopping_patience_counter >= self.early_stopping_patience:
-            raise AlreadyTrained(f"the run had ended at step {state.global_step} by `train.patience`")
 
 
 def _trainer(
