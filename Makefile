@@ -38,10 +38,10 @@ $(STAMP): pyproject.toml constraints.txt | $(RUN)
 	@touch $@
 
 test: install assets-test ## the tests, without the slow ones
-	$(RUN) -m pytest -n 2 --dist loadfile -rs $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs $(PYTEST_ARGS)
 
 test-all: install assets-test ## every test: the full product of recipes and model families
-	$(RUN) -m pytest -n 2 --dist loadfile -rs -m "" $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs -m "" $(PYTEST_ARGS)
 
 check: check-lint check-format check-types ## ruff and mypy, as pre-commit runs them
 

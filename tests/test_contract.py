@@ -39,8 +39,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 EVERYWHERE = ("lora", "lora-ga", "pissa")
 PROFILES: tuple[Literal["peft"], Literal["portable"]] = ("peft", "portable")
-OPTIONS: dict[str, dict[str, Any]] = {"delta-lora": {"wait_steps": 0}}
-"""So that it acts within three steps."""
+OPTIONS: dict[str, dict[str, Any]] = {"delta-lora": {"wait_steps": 0}, "hrp": {"rank": 6, "steps": 3}}
+"""So that they act within three steps, and start within a second."""
 
 
 def product() -> Iterator[Any]:

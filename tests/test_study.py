@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import warm
 from loralign import LoralignError, build
 from loralign.compare.spec import Arm, Budget, Outcome, Spec, TaskSpec, Trial
 from loralign.compare.store import Store
@@ -86,19 +86,13 @@ def test_killed_anywhere_it_ends_the_same(tmp_path: Path) -> None:
     assert len(ran) == len(set(ran))
 
 
-def _worker(folder: Path) -> None:
+def _worker(k: int, folder: Path) -> None:
     work(spec(folder), runner({"lora": 0, "pissa": 0}, delay=0.05))
 
 
 @pytest.mark.distributed
 def test_two_workers_share_a_study(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_worker, args=(tmp_path,)) for _ in range(2)]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join(120)
-    assert [w.exitcode for w in workers] == [0, 0]
+    warm.together(_worker, tmp_path, count=2)
     study = spec(tmp_path)
     done = Store(study).outcomes()
     assert {t.key for t in wanted(study, done)} == set(done)
