@@ -12,8 +12,8 @@ import functools
 import gc
 import importlib
 import json
-import multiprocessing
 import os
+import pickle
 import runpy
 import signal
 import subprocess
@@ -44,29 +44,44 @@ def run(
     text: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run` of `[sys.executable, "-I" | "-P", script | "-m", module | "-c", code, …]`; output is text."""
-    assert command[0] == sys.executable and capture_output and text
-    isolated = command[1] == "-I"  # has a server of its own
-    with tempfile.TemporaryDirectory() as room:
-        asked = {"argv": list(command[1 + isolated :]), "env": dict(os.environ if env is None else env), "room": room}
-        asked |= {"cwd": os.fspath(cwd or Path.cwd()), "timeout": int(timeout)}
-        server = _server(isolated)
-        assert server.stdin is not None and server.stdout is not None
-        server.stdin.write(json.dumps(asked) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        said = [Path(room, name).read_text(encoding="utf-8") for name in ("out", "err")]
-    done = subprocess.CompletedProcess(list(command), code, *said)
+    assert capture_output and text
+    (done,) = _run([command], env, cwd, timeout)
     if check:
         done.check_returncode()
     return done
 
 
-def together(function: Callable[..., None], *args: Any, count: int) -> None:
-    """function(k, *args) in `count` processes at once, k = 0, 1, …, forked from one that has the libraries as well."""
-    multiprocessing.set_forkserver_preload([*WHOLE, TRAINER])
-    from torch.multiprocessing import start_processes  # not for the process that serves
+CALL = "import pickle, sys; sys.path[:0] = sys.argv[2:]; f, args = pickle.loads(bytes.fromhex(sys.argv[1])); f(*args)"
 
-    start_processes(function, args, nprocs=count, start_method="forkserver")
+
+def together(function: Callable[..., None], *args: Any, count: int) -> None:
+    """function(k, *args) in `count` processes at once, k = 0, 1, …; fails with what the first broken one said."""
+    here, calls = os.path.dirname(__file__), [pickle.dumps((function, (k, *args))).hex() for k in range(count)]
+    done = _run([[sys.executable, "-P", "-c", CALL, call, here] for call in calls], None, None, 240)
+    for process in done:
+        assert process.returncode == 0, process.stderr[-3000:]
+
+
+def _run(
+    commands: Sequence[Sequence[str]], env: Mapping[str, str] | None, cwd: Path | str | None, timeout: float
+) -> list[subprocess.CompletedProcess[str]]:
+    """All at once."""
+    assert all(command[0] == sys.executable for command in commands)
+    isolated = commands[0][1] == "-I"  # has a server of its own
+    asked: dict[str, Any] = {"cwd": os.fspath(cwd or Path.cwd()), "timeout": int(timeout)}
+    asked["env"] = dict(os.environ if env is None else env)
+    with tempfile.TemporaryDirectory() as room:
+        rooms = [Path(room, str(k)) for k in range(len(commands))]
+        for each in rooms:
+            each.mkdir()
+        asked["calls"] = [[list(c[1 + isolated :]), str(each)] for c, each in zip(commands, rooms, strict=True)]
+        server = _server(isolated)
+        assert server.stdin is not None and server.stdout is not None
+        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline())
+        said = [[(each / name).read_text(encoding="utf-8") for name in ("out", "err")] for each in rooms]
+    return [subprocess.CompletedProcess(list(c), n, *s) for c, n, s in zip(commands, codes, said, strict=True)]
 
 
 def verification(patch: pytest.MonkeyPatch) -> None:
@@ -84,34 +99,39 @@ def _server(isolated: bool) -> subprocess.Popen[str]:
 
 
 def _serve(modules: Sequence[str]) -> None:
-    """A line of JSON for each call, answered by the exit code."""
+    """A line of JSON for each request, answered by the exit codes."""
     sys.path.pop(0) if sys.path[0] == os.path.dirname(__file__) else None
     for module in modules:
         importlib.import_module(module)
     gc.freeze()  # what is shared stays shared
     for line in sys.stdin:
-        pid = os.fork()
-        if not pid:
-            code = _become(json.loads(line))
-            atexit._run_exitfuncs()  # and no more: an interpreter that takes itself apart copies all it shares, 2 s
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        print(code, flush=True)
+        asked = json.loads(line)
+        started = [_fork(argv, room, asked) for argv, room in asked["calls"]]
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]), flush=True)
 
 
-def _become(asked: Mapping[str, Any]) -> int:
+def _fork(argv: list[str], room: str, asked: Mapping[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = _become(argv, room, asked)
+    atexit._run_exitfuncs()  # and no more: an interpreter that takes itself apart copies all it shares, 2 s
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _become(argv: list[str], room: str, asked: Mapping[str, Any]) -> int:
     """In the fork: the command that was asked for, to its end."""
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["env"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(Path(asked["room"], name), os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(Path(room, name), os.O_WRONLY | os.O_CREAT), number)
     signal.alarm(asked["timeout"])
     try:
-        _execute(asked["argv"])
+        _execute(argv)
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -131,7 +151,7 @@ def _execute(argv: list[str]) -> None:
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     elif argv[0] == "-c":
         sys.argv = ["-c", *argv[2:]]
-        sys.path.insert(0, "")
+        sys.path[:0] = [] if safe else [""]
         exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = argv
