@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from loralign import Recipe, build, peft_config, sites
 from loralign.methods.transform.combine import descend
 from loralign.train.attach import attach
-from loralign.types import Episode
+from loralign.types import Episode, Facts
 from toy import llama
 from trainers import toy_trainer
 
@@ -25,6 +25,8 @@ LENGTH, WARM_UP, RATE = 4, 3, 1e-2
 @dataclass(frozen=True)
 class Links:
     """Every LENGTH steps a link begins, which warms up over WARM_UP steps."""
+
+    facts: ClassVar[Facts] = Facts()
 
     def episode(self, index: int, total_steps: int, sites: Sequence[str]) -> Episode | None:
         return Episode(index, LENGTH, warm_up_steps=WARM_UP) if index * LENGTH < total_steps else None

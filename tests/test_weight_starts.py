@@ -13,7 +13,7 @@ from loralign.carrier.sites import draw_for
 from loralign.carrier.slot import live_of
 from loralign.methods.init.olora import leading_qr
 from loralign.methods.init.pissa import principal_svd
-from loralign.types import Factors, Recipe, Weight
+from loralign.types import Recipe, Start, Weight
 from oracles import olora, pissa
 
 SHAPES = [(12, 10, 4), (6, 30, 1), (30, 6, 6), (5, 5, 5)]
@@ -23,8 +23,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def start(init: Any, W: Tensor, r: int, s: float) -> Factors:
-    made: Factors = init(Weight("w", (W.shape[0], W.shape[1]), lambda: W), r, s, None, draw_for(0, "w"))
+def start(init: Any, W: Tensor, r: int, s: float) -> Start:
+    made: Start = init(Weight("w", (W.shape[0], W.shape[1]), lambda: W), r, s, None, draw_for(0, "w"))
     assert made.twin
     return made
 
