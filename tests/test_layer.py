@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from loralign import Recipe, adapt, build, sites
 from loralign.carrier import layer
+from loralign.carrier.sites import put_in
+from loralign.evidence import tapped
+
+RECIPE = build("lora", r=2, alpha=4.0, targets=("0",))
+assert isinstance(RECIPE, Recipe)
 
 S = 1.7
 KINDS = {"plain": (0, False), "frozen slots": (3, False), "twin": (4, True)}
@@ -90,3 +100,113 @@ def test_small_outputs_on_a_gpu_take_the_plain_statements() -> None:
         assert layer.low_rank(base, torch.ones(2, 6), A.requires_grad_(), B, S).grad_fn.name() == "AddBackward0"  # type: ignore[union-attr]
     assert layer.low_rank(base, torch.ones(2, 6), A, B, S).grad_fn.name() == "_LowRankBackward"  # type: ignore[union-attr]
     assert set(layer.SMALL) == {"cuda"}
+
+
+def test_a_second_derivative_is_refused_and_a_first_one_is_not(path: None) -> None:
+    """The node keeps h as a constant: through it, d/dA of ‖dL/dB‖² would lack a term."""
+    A, B, *_ = factors(0, torch.float64)
+    x, lA, lB = torch.randn(3, 6, dtype=torch.float64), A.requires_grad_(), B.requires_grad_()
+    y = layer.low_rank(torch.zeros(3, 5, dtype=torch.float64, requires_grad=True).clone(), x, lA, lB, S)
+    (g,) = torch.autograd.grad(y.square().sum(), lB, create_graph=True)
+    torch.testing.assert_close(g, 2 * S * (S * x @ A.T @ B.T).T @ (x @ A.T))
+    if layer.SMALL.get("cpu"):  # plain statements: torch differentiates them as often as it is asked
+        assert torch.autograd.grad(g.square().sum(), lA)[0].norm() > 0
+        return
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        g.square().sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_over_a_base_that_stays_in_fp32(path: None, kind: str) -> None:
+    """A quantised layer whose rests are fp32 answers in fp32, whatever autocast says."""
+    frozen, twin = KINDS[kind]
+    A, B, A0, B0 = factors(frozen, torch.float32)
+    x, lA, lB = torch.randn(3, 6).requires_grad_(), A.clone().requires_grad_(), B.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer.low_rank(torch.zeros(3, 5), x, lA, lB, S, A0=A0, B0=B0, twin=twin)
+        y.square().sum().backward()  # also where backward runs inside
+    ex, eA, eB = (t.detach().clone().requires_grad_() for t in (x, A, B))
+    want = formula(kind, torch.zeros(3, 5), ex, eA, eB, A0, B0)
+    want.square().sum().backward()
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, want, rtol=0.03, atol=0.5)
+    for mine, theirs in ((x, ex), (lA, eA), (lB, eB)):
+        assert mine.grad is not None and theirs.grad is not None
+        assert float((mine.grad - theirs.grad).norm() / theirs.grad.norm()) < 0.02
+
+
+class Fp32Answer(torch.nn.Linear):
+    """Stands in for bitsandbytes' 4-bit layer: computes in its own precision, answers in that of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+
+
+def test_autocast_trains_as_stock_peft_does_on_such_a_base() -> None:
+    torch.manual_seed(0)
+    base, x, grads = torch.nn.Sequential(Fp32Answer(6, 5, bias=False)), torch.randn(8, 6), []
+    for ours in (True, False):
+        model: Any = adapt(copy.deepcopy(base), RECIPE) if ours else put_in(copy.deepcopy(base), RECIPE)
+        pair = next(m for m in model.modules() if isinstance(m, LoraLayer))
+        A, B = pair.lora_A["default"].weight, pair.lora_B["default"].weight
+        with torch.no_grad():
+            A.copy_(torch.linspace(-1, 1, 12).view(2, 6))
+            B.copy_(torch.linspace(1, -1, 10).view(5, 2))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x).square().mean()
+        loss.backward()
+        grads.append((loss.detach(), A.grad, B.grad))
+    for mine, theirs in zip(*grads, strict=True):
+        assert float((mine - theirs).norm() / theirs.norm()) < 0.02
+
+
+def adapted(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """One layer under an adapter that adds something, and its PEFT layer."""
+    torch.manual_seed(0)
+    model: Any = adapt(torch.nn.Sequential(torch.nn.Linear(6, 5)).to(dtype), RECIPE)
+    found = next(m for m in model.modules() if isinstance(m, LoraLayer))
+    with torch.no_grad():
+        found.lora_B["default"].weight.fill_(1.0)
+    return model, found
+
+
+def test_whoever_watches_the_base_layer_sees_its_own_output() -> None:
+    """Activation capture and distillation on base layers: the adapter does not write into what a hook keeps."""
+    model, found = adapted()
+    x, seen = torch.randn(4, 6), []
+    with found.base_layer.register_forward_hook(lambda m, a, out: seen.append(out)):
+        watched = model(x)
+    assert torch.equal(seen[0], found.base_layer(x)) and not torch.equal(seen[0], watched)
+    assert torch.equal(watched, model(x))
+
+
+def test_a_second_stock_adapter_works_in_half_precision() -> None:
+    """PEFT casts for it; ours still gets x as it is."""
+    model, found = adapted(torch.bfloat16)
+    x = torch.randn(4, 6, dtype=torch.bfloat16)
+    first = model(x)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    assert torch.equal(model(x), first)
+    model.set_adapter("other")
+    A, B = (getattr(found, f"lora_{f}")["other"].weight for f in "AB")
+    with torch.no_grad():
+        want = found.base_layer(x).float() + x.float() @ A.T @ B.T * found.scaling["other"]
+        assert float((model(x).float() - want).norm() / want.norm()) < 0.01
+    found.set_adapter(["default", "other"])
+    assert model(x).dtype == torch.bfloat16
+
+
+def test_a_layer_may_be_called_by_keyword() -> None:
+    model, found = adapted()
+    site, x, seen = sites(model)[0], torch.randn(4, 6), []
+    with tapped([site], lambda at, g, given: seen.append(given)):
+        found(x=x).sum().backward()
+    assert torch.equal(seen[0], x)
+
+
+def test_it_is_one_graph_under_compile() -> None:
+    _, found = adapted()
+    x = torch.randn(4, 6)
+    compiled = torch.compile(found, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), found(x))

@@ -11,10 +11,22 @@ from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from toy import VOCAB, llama
+from toy import VOCAB, _llama_config, llama
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -83,6 +95,60 @@ def dpo(
         ref_model,
         args=DPOConfig(**settings(folder, **changes)),
         train_dataset=preferences(),
+        processing_class=tokenizer(),
+        peft_config=config,
+    )
+
+
+def grpo(folder: Path, config: LoraConfig | None, model: Any = None, **changes: Any) -> GRPOTrainer:
+    """Two answers of at most 4 words per prompt; longer ones earn more."""
+    few = {"num_generations": 2, "max_completion_length": 4, "per_device_train_batch_size": 2, "beta": 0.1}
+    return GRPOTrainer(
+        model or llama(),
+        reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
+        args=GRPOConfig(**settings(folder, **few, **changes)),
+        train_dataset=preferences().select_columns(["prompt"]),
+        processing_class=tokenizer(),
+        peft_config=config,
+    )
+
+
+def kto(folder: Path, config: LoraConfig | None, model: Any = None, **changes: Any) -> KTOTrainer:
+    rows = [
+        {"prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"}
+        for row in preferences(8)
+        for kind in ("chosen", "rejected")
+    ]
+    return KTOTrainer(
+        model or llama(),
+        args=KTOConfig(**settings(folder, **changes)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        peft_config=config,
+    )
+
+
+def orpo(folder: Path, config: LoraConfig | None, model: Any = None, **changes: Any) -> ORPOTrainer:
+    return ORPOTrainer(
+        model or llama(),
+        args=ORPOConfig(**settings(folder, **changes)),
+        train_dataset=preferences(8),
+        processing_class=tokenizer(),
+        peft_config=config,
+    )
+
+
+def judge() -> Any:
+    """A fresh classifier with one label."""
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(_llama_config(num_labels=1)).eval()
+
+
+def reward(folder: Path, config: LoraConfig | None, model: Any = None, **changes: Any) -> RewardTrainer:
+    return RewardTrainer(
+        model or judge(),
+        args=RewardConfig(**settings(folder, **changes)),
+        train_dataset=preferences(8),
         processing_class=tokenizer(),
         peft_config=config,
     )

@@ -72,6 +72,18 @@ def modules_to_save(model: nn.Module) -> list[str]:
     return [name for name in fresh_heads(model) if name not in known]
 
 
+def drops_layers(model: nn.Module) -> bool:
+    """Whether the config says that layers are skipped at random in training (LayerDrop)."""
+    config = getattr(model, "config", None)
+    return config is not None and _says_layerdrop(config.to_dict())
+
+
+def _says_layerdrop(fields: Any) -> bool:
+    if not isinstance(fields, dict):
+        return False
+    return any(_says_layerdrop(v) or ("layerdrop" in str(k) and bool(v)) for k, v in fields.items())
+
+
 def towers(model: nn.Module) -> list[str]:
     """Modules that rows of text never reach: image and audio towers and their projectors; none in a language model."""
     if not isinstance(model, PreTrainedModel) or text_config(model.config) is model.config:

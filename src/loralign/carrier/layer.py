@@ -15,13 +15,14 @@ Cost:    keeps x (shared with whoever else keeps it) and the live columns of h; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _global_forward_hooks
 
 from loralign.maths.operators import Dense
 from loralign.types import Operator
@@ -80,7 +81,14 @@ class _LowRank(torch.autograd.Function):
     # plain statements on purpose: this runs per module and step, and small models feel every microsecond
 
     @staticmethod
-    def forward(
+    def forward(ctx: Any, base: Tensor, *args: Any) -> Tensor:
+        if torch.is_autocast_enabled(base.device.type):  # it would round products behind our back, base's dtype decides
+            with torch.autocast(base.device.type, enabled=False):
+                return _LowRank._forward(ctx, base, *args)
+        return _LowRank._forward(ctx, base, *args)
+
+    @staticmethod
+    def _forward(
         ctx: Any,
         base: Tensor,
         x: Tensor,
@@ -90,11 +98,12 @@ class _LowRank(torch.autograd.Function):
         B0: Tensor | None,
         s: float,
         twin: bool,
+        writable: bool,
     ) -> Tensor:
         dtype = base.dtype
         h = _as(_flat(x), dtype).mm(_as(fold_A(A, A0), dtype).t())
         full_B = _as(fold_B(B, B0, twin=twin), dtype).t()
-        if base._base is None and base.is_contiguous() and not base.is_inference():
+        if writable and base._base is None and base.is_contiguous() and not base.is_inference():
             ctx.mark_dirty(base)  # what PEFT's layers hand over is the fresh output of the base layer
             _flat(base).addmm_(h, full_B, alpha=s)
             y = base
@@ -110,6 +119,15 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        # with create_graph: right once, and loud where it is differentiated again, since h is kept as a constant
+        run: Any = once_differentiable(_LowRank._backward) if torch.is_grad_enabled() else _LowRank._backward
+        if torch.is_autocast_enabled(grads[0].device.type):
+            with torch.autocast(grads[0].device.type, enabled=False):
+                return run(ctx, *grads)
+        return run(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (g,) = grads
         x, live_h, A, B, A0, B0 = ctx.saved_tensors
         x_shape, x_dtype, s, twin = ctx.meta
@@ -123,7 +141,7 @@ class _LowRank(torch.autograd.Function):
                 gA = _outer(gh if A0 is None else gh[:, : A.shape[0]], _as(_flat(x), dtype), A)
         if needs[3]:
             gB = _outer(g2, live_h, B).mul_(s)
-        return g, gx, gA, gB, None, None, None, None
+        return g, gx, gA, gB, None, None, None, None, None
 
 
 def low_rank(
@@ -136,20 +154,24 @@ def low_rank(
     A0: Tensor | None = None,
     B0: Tensor | None = None,
     twin: bool = False,
+    writable: bool = True,
 ) -> Tensor:
-    """base + s·x·[A; A0]ᵀ·[B | B0]ᵀ (see the module); may write into `base`, which must be a fresh layer output."""
+    """base + s·x·[A; A0]ᵀ·[B | B0]ᵀ (see the module).
+
+    writable: `base` is a fresh layer output that nobody else keeps, so the result may be written into it.
+    """
     # the compiler fuses the plain statements, and cannot trace a write into `base`
     if torch.compiler.is_compiling() or base.numel() < SMALL.get(base.device.type, 0):
         h = nn.functional.linear(_as(x, base.dtype), _as(fold_A(A, A0), base.dtype))
         return torch.add(base, nn.functional.linear(h, _as(fold_B(B, B0, twin=twin), base.dtype)), alpha=s)
-    y: Tensor = _LowRank.apply(base, x, A, B, A0, B0, s, twin)
+    y: Tensor = _LowRank.apply(base, x, A, B, A0, B0, s, twin, writable)
     return y
 
 
-def applied(base: Tensor, x: Tensor, A: Operator, B: Operator, s: float) -> Tensor:
+def applied(base: Tensor, x: Tensor, A: Operator, B: Operator, s: float, *, writable: bool = True) -> Tensor:
     """base + s·x·Aᵀ·Bᵀ with factors as a form has them; only dense pairs take the single node."""
     if isinstance(A, Dense) and isinstance(B, Dense):
-        return low_rank(base, x, A.M, B.M, s)
+        return low_rank(base, x, A.M, B.M, s, writable=writable)
     return B.add_to(base, A.matmul(_as(x, base.dtype)), s)
 
 
@@ -166,6 +188,17 @@ class _Tap(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         ctx.sink(grads[0], x)
         return grads[0], None, None, None
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a layer as its hooks see it, however it was called."""
+    x: Tensor = args[0] if args else kwargs["x"]
+    return x
+
+
+def watched(layer: Any) -> bool:
+    """Whether hooks on the base layer may keep its output, so that it must not be written into."""
+    return bool(layer.base_layer._forward_hooks) or bool(_global_forward_hooks)
 
 
 def tap(y: Tensor, x: Tensor, anchor: Tensor, sink: Any) -> Tensor:

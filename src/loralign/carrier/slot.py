@@ -21,7 +21,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from loralign.carrier.layer import applied, fold_A, fold_B, low_rank
+from loralign.carrier.layer import applied, fold_A, fold_B, low_rank, watched
 from loralign.carrier.storage import SlotLinear, axis_of, convert, to_grid
 from loralign.types import Form, Live, LoralignError, Operator, Start
 
@@ -58,13 +58,14 @@ class LowRankVariant(LoraVariant):
         dropout, s = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         x = x if dropout.__class__ is nn.Identity else dropout(x)
         A, B = side_A._parameters["weight"], side_B._parameters["weight"]
+        fresh = not watched(module)
         if side_A.__class__ is not SlotLinear:
-            return low_rank(result, x, A, B, s)
+            return low_rank(result, x, A, B, s, writable=fresh)
         if side_A.owner is None:
             A0, B0 = side_A._buffers["frozen"], side_B._buffers["frozen"]
-            return low_rank(result, x, A, B, s, A0=A0, B0=B0, twin=side_B.kind == "T")
+            return low_rank(result, x, A, B, s, A0=A0, B0=B0, twin=side_B.kind == "T", writable=fresh)
         A, B = module.lora_variant[active_adapter].operators(module, active_adapter)
-        return applied(result, x, A, B, s)
+        return applied(result, x, A, B, s, writable=fresh)
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -77,6 +78,17 @@ class LowRankVariant(LoraVariant):
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+class _CastForOthers:
+    """PEFT's switch "cast x to the dtype of A": off while only our adapters are active, which cast by themselves."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def __bool__(self) -> bool:
+        ours = self.layer.lora_variant
+        return not all(isinstance(ours.get(name), LowRankVariant) for name in self.layer.active_adapters)
 
 
 TRAINED, CONSTANT = "loralign_trained", "loralign_constant"
@@ -165,7 +177,7 @@ def install(layer: Any, adapter: str, start: Start, form: Form, own: Own, *, cha
         convert(side_B, "B", B.new_zeros(B.shape[0], 0), owner)
     _give(layer, adapter, own, A)
     layer.lora_variant[adapter] = LowRankVariant(form, own.shared)
-    layer.cast_input_dtype_enabled = False
+    layer.cast_input_dtype_enabled = _CastForOthers(layer)
     never = tuple({"A": "lora_A", "B": "lora_B"}[f] for f in "AB" if f not in start.train or f not in form.facts.stock)
     keep_constant(layer, adapter, never)
 

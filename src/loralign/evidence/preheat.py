@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loralign.carrier.abilities import width
-from loralign.carrier.layer import low_rank
+from loralign.carrier.layer import first_input, low_rank, watched
 from loralign.evidence.gradient import accumulate, checked
 from loralign.evidence.partial import adam_state
 from loralign.evidence.ranks import sum_ranks, world
@@ -72,15 +72,21 @@ def _factors(need: Preheated, site: Site, seed: int, device: torch.device) -> Te
 
 @contextmanager
 def hooked(pairs: Sequence[Temporary]) -> Iterator[None]:
-    """Within: the layers compute with the temporary factors on top of whatever they compute."""
+    """Within: the layers compute with the temporary factors on top of whatever they compute.
+
+    Not where the adapter is switched off: a reference policy (DPO, KTO) is the model without it.
+    """
 
     def hook(t: Temporary) -> Callable[..., Tensor]:
-        def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return low_rank(output, args[0], t.A, t.B, t.site.s)
+        def forward_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            if module.disable_adapters:
+                return output
+            x = first_input(args, kwargs)
+            return low_rank(output, x, t.A, t.B, t.site.s, writable=not watched(module))
 
         return forward_hook
 
-    handles = [t.site.layer.register_forward_hook(hook(t)) for t in pairs]
+    handles = [t.site.layer.register_forward_hook(hook(t), with_kwargs=True) for t in pairs]
     try:
         yield
     finally:
@@ -116,7 +122,7 @@ def _train(need: Preheated, passes: Passes, pairs: Sequence[Temporary], batches:
     kept = passes.partial.restore(state)
     if kept:
         passes.tokens, passes.micro_batches = kept["tokens"], kept["micro_batches"]
-    with ready(passes.model, [t.site for t in pairs]), hooked(pairs):
+    with ready(passes.model, [t.site for t in pairs], asleep=False), hooked(pairs):
         for step in range(kept["step"] if kept else 0, need.steps):
             total = 0.0
             for i in range(step * need.accumulate, (step + 1) * need.accumulate):

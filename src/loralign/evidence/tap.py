@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralign.carrier.layer import tap
+from loralign.carrier.layer import first_input, tap
 from loralign.carrier.storage import SlotLinear
 from loralign.evidence.partial import Partial
 from loralign.maths.draws import keyed_generator
@@ -75,14 +75,14 @@ def tapped(sites: Sequence[Site], sink: Sink) -> Iterator[None]:
         def deliver(g: Tensor, x: Tensor) -> None:
             sink(site, g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]))
 
-        def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             anchor = anchors.setdefault(output.device, torch.zeros((), device=output.device, requires_grad=True))
-            return tap(output, args[0], anchor, deliver)
+            return tap(output, first_input(args, kwargs), anchor, deliver)
 
         return forward_hook
 
     for site in sites:
-        handles.append(site.layer.register_forward_hook(hook(site)))
+        handles.append(site.layer.register_forward_hook(hook(site), with_kwargs=True))
     try:
         yield
     finally:
@@ -127,13 +127,17 @@ def _checkpointing_works(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def ready(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
-    """Within: nothing of the model requires a gradient, idle adapters sleep; afterwards everything is as before."""
+def ready(model: nn.Module, sites: Sequence[Site], *, asleep: bool = True) -> Iterator[None]:
+    """Within: nothing of the model requires a gradient; afterwards everything is as before.
+
+    asleep: idle adapters are not computed, which shows as "disabled" to whoever asks the layers. Otherwise adapters
+    stay as PEFT's `disable_adapter` leaves them, requiring gradients: a checkpointed forward is then recomputed alike.
+    """
     flags = {p: p.requires_grad for p in model.parameters()}
     try:
-        with _without_idle_adapters(sites), _checkpointing_works(model):
-            for p in flags:
-                p.requires_grad_(False)
+        with _without_idle_adapters(sites if asleep else ()), _checkpointing_works(model):
+            for name, p in model.named_parameters():
+                p.requires_grad_(not asleep and p.requires_grad and ".lora_" in name)
             yield
     finally:
         for p, flag in flags.items():

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loralign.carrier.abilities import fresh_heads, text_config
+from loralign.carrier.layer import first_input
 from loralign.carrier.stored import digest
 from loralign.io.folder import ADAPTER_CONFIG, PROBES
 from loralign.maths.draws import keyed_generator
@@ -210,7 +211,9 @@ def logits(
             undo.callback(setattr, model, "forward", model.forward)
             model.forward = model._original_forward
         for site in found:
-            undo.callback(site.layer.register_forward_hook(_replacing((layers or {})[site.name])).remove)
+            undo.callback(
+                site.layer.register_forward_hook(_replacing((layers or {})[site.name]), with_kwargs=True).remove
+            )
         model.eval()
         try:
             out = model(**{k: v.to(device) for k, v in inputs.items()})
@@ -231,9 +234,9 @@ def kept(value: Tensor) -> int:
     return max(1, min(KEPT, FLOATS // max(1, value.shape[0] * value.shape[-1])))
 
 
-def _replacing(layer: Layer) -> Callable[[Any, tuple[Any, ...], Tensor], Tensor]:
-    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return layer(args[0]).to(output.dtype)
+def _replacing(layer: Layer) -> Callable[..., Tensor]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return layer(first_input(args, kwargs)).to(output.dtype)
 
     return hook
 

@@ -21,13 +21,14 @@ from loralign.carrier.slot import Own, install, link, share, shared_of, trained_
 from loralign.carrier.slot_check import self_test
 from loralign.evidence import Evidence, Progress, collect, model_loss
 from loralign.optim.pairs import PairOptimizer
-from loralign.plan.combinations import check_combination, check_ranks
+from loralign.plan.combinations import check_combination, check_ranks, probe
 from loralign.types import (
     Batches,
     Directions,
     LoralignError,
     Loss,
     Need,
+    Nothing,
     Recipe,
     Site,
     Start,
@@ -117,6 +118,34 @@ def start(model: PeftModel, recipe: Recipe, evidence: Mapping[str, Directions]) 
     return write_start(model, recipe, made)
 
 
+def is_trained(model: PeftModel) -> bool:
+    """Whether the adapter moves the model already: some site's B is not zero."""
+    return any(bool(_parameter(site, "lora_B").any()) for site in sites(model))
+
+
+def check_goes_on(recipe: Recipe) -> None:
+    """Raise LoralignError where the recipe's start or form would make something else of a trained adapter."""
+    plain = probe(recipe, 1.0)
+    known = isinstance(recipe.init.needs, Nothing) and not plain.twin and plain.train == "AB"
+    if not known or not recipe.form.facts.identity:
+        raise LoralignError(
+            f"the adapter is trained already, and {recipe.name} would reset it: go on with a method that starts as "
+            "plain LoRA does (lora, lora-pro, lora-rite), or merge it and adapt the merged model"
+        )
+
+
+@torch.no_grad()
+def carry_on(model: PeftModel, recipe: Recipe) -> dict[str, Storage]:
+    """A trained adapter goes on as it is: its slots are the live ones, W_eff is not touched."""
+    self_test()
+    found = sites(model)
+    check_ranks(recipe, found)
+    sides = ("lora_A", "lora_B")
+    made = {s.name: Start(*(_parameter(s, side).detach().clone() for side in sides)) for s in found}
+    log.info("%s: goes on from a trained adapter; its slots at %d sites are live", recipe.name, len(found))
+    return write_start(model, recipe, made, moved=True)
+
+
 def note_ranks(found: Sequence[Site]) -> None:
     """One warning for all sites whose rank is above their smaller side."""
     wide = [site for site in found if site.r > min(site.d_in, site.d_out)]
@@ -128,7 +157,10 @@ def note_ranks(found: Sequence[Site]) -> None:
         )
 
 
-def write_start(model: PeftModel, recipe: Recipe, made: Mapping[str, Start]) -> dict[str, Storage]:
+def write_start(
+    model: PeftModel, recipe: Recipe, made: Mapping[str, Start], *, moved: bool = False
+) -> dict[str, Storage]:
+    """moved: the model may start away from W0."""
     found = sites(model)
     first = recipe.outer.episode(0, 2**31, [site.name for site in found])
     chain = first is not None and first.steps < 2**31
@@ -142,7 +174,7 @@ def write_start(model: PeftModel, recipe: Recipe, made: Mapping[str, Start]) -> 
         install(site.layer, site.adapter, start, recipe.form, own, chain=chain)
     link({site.name: site.layer for site in found}, found[0].adapter, recipe.form)
     for site in found:
-        if not made[site.name].twin and moves(site):
+        if not moved and not made[site.name].twin and moves(site):
             raise WorkFailed(f"the init of {recipe.name} moves {site.name} away from W0 without a twin")
     keep_saving_right(model)
     left = Counter(skipped(model, found).values())

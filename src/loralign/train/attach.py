@@ -30,7 +30,7 @@ from loralign.carrier.sites import ADAPTER, beside, differing_target, peft_confi
 from loralign.evidence import Evidence, Progress
 from loralign.maths.draws import keyed_generator
 from loralign.plan.combinations import check_combination, idle
-from loralign.train.adapt import gather, optimizer, restore_storage, start
+from loralign.train.adapt import carry_on, check_goes_on, gather, is_trained, optimizer, restore_storage, start
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import whole_note
 from loralign.train.replaced import ignored, instead_of
@@ -68,7 +68,9 @@ def attach(
     _name_ignored(trainer.args, recipe)
     if trainer.args.max_steps > 0 and (said := idle(recipe, trainer.args.max_steps)):
         log.warning("%s", said)
-    if resume_from is None:
+    if resume_from is None and is_trained(model):
+        stored, spent, facts = carry_on(model, recipe), None, {}
+    elif resume_from is None:
         with undisturbed(trainer, model):
             evidence = gather(
                 model,
@@ -128,6 +130,9 @@ def _name_ignored(args: Any, recipe: Recipe) -> None:
         log.warning("the trainer's %s = %s does not count: %s decides; %s", key, value, recipe.name, instead_of(key))
 
 
+_BUILD = "build it with peft_config=loralign.peft_config(recipe, model)"
+
+
 def _own_model(trainer: Any, recipe: Recipe) -> PeftModel:
     model = _unwrapped(trainer.model)
     if not isinstance(model, PeftModel):
@@ -136,12 +141,15 @@ def _own_model(trainer: Any, recipe: Recipe) -> PeftModel:
         )
     if any(isinstance(c, RecipeCallback) for c in trainer.callback_handler.callbacks):
         raise LoralignError("this trainer is already attached to a recipe: build a new one for another run")
-    if "ref" in model.peft_config:
+    adapters, trained = set(model.peft_config), is_trained(model)
+    if trained:
+        check_goes_on(recipe)
+    if "ref" in adapters and not trained:
         raise LoralignError(
             'the trainer copied the adapter to a frozen one named "ref", which would drift from the base model: '
             "pass the plain model and peft_config=loralign.peft_config(recipe, model) instead of a ready PeftModel"
         )
-    if list(model.peft_config) != [ADAPTER]:
+    if adapters - ({"ref"} if trained else set()) != {ADAPTER}:
         raise LoralignError(f"expected one adapter named {ADAPTER!r}, found {sorted(model.peft_config)}")
     if trainer.optimizer is not None or trainer.lr_scheduler is not None:
         raise LoralignError("the trainer already has an optimizer: call attach before train() and pass no `optimizers`")
@@ -154,15 +162,16 @@ def _own_model(trainer: Any, recipe: Recipe) -> PeftModel:
     with_plain = peft_config(recipe, model.get_base_model(), adapted=True)
     for key in ("r", "lora_alpha", "lora_dropout", "rank_pattern", "use_dora", "bias"):
         if getattr(config, key) != getattr(with_plain, key):
+            instead = "a trained adapter goes on as it is, so set the recipe to that" if trained else _BUILD
             raise LoralignError(
                 f"the trainer's adapter has {key} = {getattr(config, key)!r}, the recipe {getattr(with_plain, key)!r}: "
-                "build it with peft_config=loralign.peft_config(recipe, model)"
+                f"{instead}"
             )
     other = differing_target(model, recipe)
     if other:
         raise LoralignError(
             f"the trainer's adapter {other}, the recipe does not: "
-            "build it with peft_config=loralign.peft_config(recipe, model)"
+            + ("set `targets` of the recipe to what is trained" if trained else _BUILD)
         )
     for site in sites(model):
         for side in (site.layer.lora_A, site.layer.lora_B):  # TRL makes the adapter of a quantised model bf16
