@@ -6,7 +6,7 @@ import errno
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ from loralign.io.provenance import write_run
 from loralign.io.public import is_local, scrub
 from loralign.io.verify import VerifyJob, VerifyReport, verify_many
 from loralign.methods.form.plain import Plain
-from loralign.types import Episode, LoralignError, Recipe, Start, WorkFailed
+from loralign.types import Episode, Facts, LoralignError, Recipe, Start, WorkFailed
 
 METHODS = ("lora", "lora-ga", "pissa")
 HEADS = ("bert", "vit")
@@ -101,6 +101,8 @@ def _cases(bases: dict[str, Path]) -> dict[str, tuple[PeftModel, list[tuple[str,
 
 @dataclass(frozen=True)
 class OneStep:
+    facts: ClassVar[Facts] = Facts()
+
     def episode(self, index: int, total_steps: int, sites: Any) -> Episode | None:
         return Episode(index, 1)
 
@@ -319,7 +321,7 @@ def test_dead_slots_are_dropped_only_on_request(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Approximate(Plain):
-    exact: bool = False
+    facts: ClassVar[Facts] = replace(Plain.facts, exact=False)
 
 
 def test_a_form_without_exact_fold_says_so(tmp_path: Path) -> None:
