@@ -56,8 +56,9 @@ CALL = "import pickle, sys; sys.path[:0] = sys.argv[2:]; f, args = pickle.loads(
 
 def together(function: Callable[..., None], *args: Any, count: int) -> None:
     """function(k, *args) in `count` processes at once, k = 0, 1, …; fails with what the first broken one said."""
-    here, calls = os.path.dirname(__file__), [pickle.dumps((function, (k, *args))).hex() for k in range(count)]
-    done = _run([[sys.executable, "-P", "-c", CALL, call, here] for call in calls], None, None, 240)
+    calls = [pickle.dumps((function, (k, *args))).hex() for k in range(count)]
+    places = [str(folder) for folder in Path(__file__).parents[:2]]  # pytest names a module `test_x` or `tests.test_x`
+    done = _run([[sys.executable, "-P", "-c", CALL, call, *places] for call in calls], None, None, 240)
     for process in done:
         assert process.returncode == 0, process.stderr[-3000:]
 
