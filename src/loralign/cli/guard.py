@@ -147,6 +147,8 @@ def explained(error: Exception) -> tuple[int, str]:
         if isinstance(error, BAD_PATH) or error.errno in BAD_PATH_NUMBERS:
             return 2, f"{_named(error.filename)}: {(error.strerror or 'not usable').lower()}; name another path"
         return 1, f"{_named(error.filename)}: {error.strerror}"
+    if isinstance(error, RuntimeError) and "home directory" in said:
+        return 2, "a path begins with ~ and a user without a home: write the folder out"
     fault = clipped(f"{type(error).__name__}: {said or 'no message'}", 200)
     return 1, f"unexpected {fault}; --debug shows where, please report it"
 

@@ -184,6 +184,7 @@ def _of_table(table: pa.Table, name: str, columns: list[str]) -> Rows:
     kept = table.drop_columns(odd)
     if not kept.column_names:
         return collected(({} for _ in range(table.num_rows)), name, columns)
+    kept.validate(full=True)  # text that is no UTF-8, for instance
     try:
         dataset = Dataset(InMemoryTable(kept))
     except UNREADABLE:  # what `datasets` once wrote about the columns does not fit them
