@@ -3,7 +3,7 @@
 #   make install PYTHON=python3.12 TORCH_ARGS="--index-url ..."   to choose the interpreter or the torch build
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all check check-lint check-format check-types format demo bench compare-demo assets assets-test clean
+.PHONY: help install test test-all check check-lint check-format check-types format demo bench fuzz compare-demo assets assets-test clean
 
 VENV  := .venv
 RUN   := $(VENV)/bin/python
@@ -12,6 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
 DEVICE ?= cpu
+FUZZ_ARGS ?=
 
 # The first interpreter that starts and is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -65,6 +66,9 @@ demo: install ## lora and lora-ga side by side on a real language model, about 6
 
 bench: install ## one training step beside PEFT's own, time and memory (DEVICE=cuda on a GPU)
 	$(RUN) benchmarks/bench_step.py --device $(DEVICE)
+
+fuzz: install ## more than a thousand bad inputs, each to be refused in one short sentence, about 15 minutes on 2 cores
+	$(RUN) scripts/fuzz.py $(FUZZ_ARGS)
 
 compare-demo: install ## full, lora and lora-ga on BBC News, each at its own tuned rate, about 15 minutes on 2 cores
 	$(RUN) scripts/assets.py minilm

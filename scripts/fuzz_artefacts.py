@@ -126,7 +126,7 @@ def base(draw: random.Random, number: int) -> Input:
     way = draw.choice([cut, gone, flipped] if file.suffix == ".safetensors" else [cut, of_json, flipped])
     way(draw, file)
     bad = True if way is cut and file.name in ("model.safetensors", "config.json") else None
-    return Input(["train", "r.yaml", "--set", f"model={folder}", "--set", "train.steps=2"], bad)
+    return Input(["init", "r.yaml", "--set", f"model={folder}"], bad)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -181,14 +181,14 @@ def basis(draw: random.Random, number: int) -> Input:
         save_file(held, file, metadata={"loralign_basis": said})
     if draw.random() < 0.5:
         return Input(["subspace", "show", str(file)], bad)
-    return Input(["train", "r.yaml", "--set", "method=cora", "--set", f"options={{sources: {file}}}"], bad)
+    return Input(["init", "r.yaml", "--set", "method=cora", "--set", f"options={{sources: {file}}}"], bad)
 
 
 def evidence(draw: random.Random, number: int) -> Input:
     """Kept evidence that is damaged: it is collected again."""
     file = next(copied("kept").glob("*.safetensors"))
     draw.choice([cut, flipped, pickled, of_json])(draw, file)
-    return Input(["train", "r.yaml", *KEPT, "--set", "train.steps=2"], None)
+    return Input(["init", "r.yaml", *KEPT], None)
 
 
 # -------------------------------------------------------------------------------------------------------------- studies
@@ -266,7 +266,7 @@ def journal(draw: random.Random, number: int) -> Input:
 ARTEFACTS = (
     Kind("adapter", 160, adapter),
     Kind("base model", 40, base),
-    Kind("checkpoint", 60, checkpoint),
+    Kind("checkpoint", 40, checkpoint),
     Kind("beside checkpoints", 12, neighbour),
     Kind("basis file", 60, basis),
     Kind("kept evidence", 16, evidence),

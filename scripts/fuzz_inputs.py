@@ -273,7 +273,7 @@ def rows(draw: random.Random, number: int) -> Input:
     makers: tuple[Callable[[random.Random, int], tuple[str, bool | None]], ...] = (_lines, _lines, _csv, _binary)
     name, bad = makers[number % len(makers)](draw, number // len(makers))
     where = draw.choice(["data.train", "data.eval"]) if bad else "data.train"
-    return Input(["train", "r.yaml", "--set", f"{where}={CASE / name}", "--set", "train.steps=2"], bad)
+    return Input(["init", "r.yaml", "--set", f"{where}={CASE / name}"], bad)
 
 
 def _lines(draw: random.Random, number: int) -> tuple[str, bool | None]:
