@@ -125,14 +125,14 @@ def table(kinds: list[Kind], seen: Counter[str], failed: Counter[str], seconds: 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="inputs of one kind")
+    parser.add_argument("--only", action="append", help="inputs of one kind; may be repeated")
     parser.add_argument("--number", type=int, help="one input of that kind")
     parser.add_argument("--share", type=float, default=1.0, help="of the inputs of every kind")
     parser.add_argument("--summary", type=Path, help="file for the table")
     args = parser.parse_args()
     summary = args.summary.resolve() if args.summary else None
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    kinds = [k for k in (*INPUTS, *ARTEFACTS) if args.only in (None, k.name)]
+    kinds = [k for k in (*INPUTS, *ARTEFACTS) if not args.only or k.name in args.only]
     if not kinds:
         parser.error(f"no such kind; there are {', '.join(k.name for k in (*INPUTS, *ARTEFACTS))}")
     seen: Counter[str] = Counter()
