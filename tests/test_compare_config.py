@@ -12,7 +12,8 @@ from loralign import LoralignError
 from loralign.cli.app import main
 from loralign.compare.identity import arm_settings
 from loralign.compare.spec import grid
-from loralign.config.study import StudyFile, parse_study, to_spec
+from loralign.config.study import to_spec
+from loralign.config.study_file import StudyFile, parse_study
 from loralign.config.yaml_text import read_yaml
 from loralign.types import Full, Recipe
 from tiny_study import load, write_study

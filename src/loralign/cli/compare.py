@@ -24,6 +24,9 @@ PARENT = "LORALIGN_PARENT"
 
 
 def spec_of(study: Path, overrides: Sequence[str]) -> Spec:
+    from loralign.config.study_file import read_study
+
+    read_study(study, overrides)  # what is wrong with the file is said before the libraries load
     try:
         import optuna  # noqa: F401
         import scipy  # noqa: F401
