@@ -237,7 +237,10 @@ def test_sharding_that_hides_factors_is_refused(tmp_path: Path) -> None:
     """By what the Trainer and accelerate say of themselves; neither engine is started."""
     made = recipe()
     trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=1)
-    trainer.is_deepspeed_enabled = True
+    trainer.args._n_gpu = 2
+    with pytest.raises(LoralignError, match=r"2 GPUs in one process .*torchrun"):
+        attach(trainer, made)
+    trainer.args._n_gpu, trainer.is_deepspeed_enabled = 0, True
     with pytest.raises(LoralignError, match=r"DeepSpeed replaces the parameter groups.*use FSDP2 or DDP"):
         attach(trainer, made)
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))

@@ -112,7 +112,7 @@ def shared_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def form_of(layer: Any, adapter: str) -> Form | None:
     """The form that a layer's adapter was installed with, None before that."""
-    variant = layer.lora_variant.get(adapter)
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
     return variant.form if isinstance(variant, LowRankVariant) else None
 
 

@@ -116,6 +116,11 @@ def attach(
 
 def _check_sharding(trainer: Any, recipe: Recipe) -> None:
     plugins = trainer.accelerator.state
+    if trainer.args.n_gpu > 1:
+        raise LoralignError(
+            f"{trainer.args.n_gpu} GPUs in one process (torch's DataParallel) copy the adapter at every step: start "
+            "with `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
     if trainer.is_deepspeed_enabled:
         raise LoralignError(
             f"{recipe.name}: DeepSpeed replaces the parameter groups by flat partitions, so the recipe's own optimizer "
@@ -226,8 +231,23 @@ def _batches(trainer: Any, recipe: Recipe, wanted: int) -> Iterator[Batch]:
 @contextmanager
 def undisturbed(trainer: Any, model: nn.Module) -> Iterator[None]:
     """Within: evidence may be collected; randomness, metrics and modes of the trainer are as before afterwards."""
-    with _same_randomness(), _same_metrics(trainer), _as_in_training(trainer, model):
+    with _same_randomness(), _same_metrics(trainer), _on_its_device(trainer, model), _as_in_training(trainer, model):
         yield
+
+
+@contextmanager
+def _on_its_device(trainer: Any, model: nn.Module) -> Iterator[None]:
+    """Under FSDP, and with `bf16_full_eval`, the Trainer leaves the model on the host until it trains; batches and
+    evidence belong on its device."""
+    wanted, first = trainer.args.device, next(model.parameters())
+    waits = first.device.type == "cpu" and wanted.type != "cpu"
+    if waits:
+        model.to(wanted)
+    try:
+        yield
+    finally:
+        if waits:
+            model.to("cpu")
 
 
 @contextmanager
