@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,21 +163,20 @@ class Adapter:
         return {stem.removeprefix("base_model.model."): stem for stem in stems}
 
     def scale(self, name: str) -> float:
-        config, r = self.config, rank_of(self.config, name)
-        alphas = config.get("alpha_pattern") or {}
-        alpha = alphas.get(get_pattern_key(alphas, name), config["lora_alpha"])
-        return float(alpha) / (r**0.5 if config.get("use_rslora") else r)
+        with reading(self.folder / "adapter_config.json"):
+            config, r = self.config, rank_of(self.config, name)
+            alphas = config.get("alpha_pattern") or {}
+            alpha = float(alphas.get(get_pattern_key(alphas, name), config["lora_alpha"]))
+            if not math.isfinite(alpha):
+                raise ValueError(f"alpha {alpha} at {name}")
+            return alpha / (r**0.5 if config.get("use_rslora") else r)
 
     def leading(self, name: str) -> tuple[Tensor, Tensor]:
         with reading(self.file), _opened(self.file) as f:
             stem = self.names[name]
             A, B = (f.get_tensor(f"{stem}.lora_{side}.weight").float() for side in "AB")
-            if (
-                A.ndim != 2
-                or B.ndim != 2
-                or A.shape[0] != B.shape[1]
-                or not (A.isfinite().all() and B.isfinite().all())
-            ):
+            fit = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+            if not fit or not (A.isfinite().all() and B.isfinite().all()):
                 raise ValueError(f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} are no finite pair")
         U, S, V = product_svd(B * self.scale(name), A)
         live = S / S[0].clamp_min(torch.finfo(S.dtype).tiny) > 1e-6
