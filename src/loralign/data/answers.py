@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, Literal
 
 from loralign.data.prompt import Chat, Plain
@@ -71,7 +70,16 @@ def _after(coder: Plain | Chat, prompt: str, whole: str, notes: tuple[Note, ...]
 
 
 def _shared(one: Sequence[object], other: Sequence[object]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    """Length of the common beginning, by bisection over slices."""
+    low, high = 0, min(len(one), len(other))
+    middle = high
+    while low < high:
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+        middle = (low + high + 1) // 2
+    return low
 
 
 # ---------------------------------------------------------------------------------------------------------------- turns

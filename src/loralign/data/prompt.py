@@ -125,7 +125,7 @@ class Chat:
 
     def _rendered(self, turns: Sequence[Turn], row: Row, **options: Any) -> str:
         extra = row.get("chat_template_kwargs") or {}
-        if clash := sorted(extra.keys() & signature(self.tokenizer.apply_chat_template).parameters.keys()):
+        if extra and (clash := sorted(extra.keys() & signature(self.tokenizer.apply_chat_template).parameters.keys())):
             raise ValueError(f"`chat_template_kwargs` may not hold {clash[0]}")
         shown = [self._shown(turn) for turn in turns]
         tools = row.get("tools") or None
