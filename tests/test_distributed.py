@@ -45,6 +45,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rm-lora": ("rm-lora", {}),
     "rm-lora update": ("rm-lora", {"mask_target": "update"}),
     "delta-lora": ("delta-lora", {"wait_steps": 0}),
+    "sbora-fa": ("sbora-fa", {}),
+    "sbora-fb": ("sbora-fb", {"place": 1}),
     "rm-lora + lora-rite": ("rm-lora + lora-rite", {}),
     "lora-ga + lora-pro": ("lora-ga + lora-pro", {"micro_batches": 1}),
     "lora-ga + lora-rite": ("lora-ga + lora-rite", {"micro_batches": 1}),

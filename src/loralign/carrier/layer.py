@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _global_forward_hooks
 
-from loralign.maths.operators import Dense
+from loralign.maths.operators import Dense, Gather
 from loralign.types import Operator
 
 SMALL = {"cuda": 1 << 23}
@@ -77,6 +77,10 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def _writable(base: Tensor) -> bool:
+    return base._base is None and base.is_contiguous() and not base.is_inference()
+
+
 class _LowRank(torch.autograd.Function):
     # plain statements on purpose: this runs per module and step, and small models feel every microsecond
 
@@ -103,7 +107,7 @@ class _LowRank(torch.autograd.Function):
         dtype = base.dtype
         h = _as(_flat(x), dtype).mm(_as(fold_A(A, A0), dtype).t())
         full_B = _as(fold_B(B, B0, twin=twin), dtype).t()
-        if writable and base._base is None and base.is_contiguous() and not base.is_inference():
+        if writable and _writable(base):
             ctx.mark_dirty(base)  # what PEFT's layers hand over is the fresh output of the base layer
             _flat(base).addmm_(h, full_B, alpha=s)
             y = base
@@ -168,11 +172,21 @@ def low_rank(
     return y
 
 
-def applied(base: Tensor, x: Tensor, A: Operator, B: Operator, s: float, *, writable: bool = True) -> Tensor:
-    """base + s·x·Aᵀ·Bᵀ with factors as a form has them; only dense pairs take the single node."""
-    if isinstance(A, Dense) and isinstance(B, Dense):
-        return low_rank(base, x, A.M, B.M, s, writable=writable)
-    return B.add_to(base, A.matmul(_as(x, base.dtype)), s)
+def applied(
+    base: Tensor, x: Tensor, A: Operator, B: Operator, s: float, dropout: nn.Module, *, writable: bool = True
+) -> Tensor:
+    """base + s·x·Aᵀ·Bᵀ with factors as a form has them, writable as in `low_rank`.
+
+    Only dense pairs take the single node. Features that are only picked are dropped and cast after the picking.
+    """
+    if isinstance(A, Gather):
+        h = _as(dropout(A.matmul(x)), base.dtype)
+    else:
+        x = x if dropout.__class__ is nn.Identity else dropout(x)
+        if isinstance(A, Dense) and isinstance(B, Dense):
+            return low_rank(base, x, A.M, B.M, s, writable=writable)
+        h = A.matmul(_as(x, base.dtype))
+    return B.add_to(base, h, s, writable=writable and _writable(base) and not torch.compiler.is_compiling())
 
 
 class _Tap(torch.autograd.Function):

@@ -56,16 +56,16 @@ class LowRankVariant(LoraVariant):
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         side_A, side_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, s = module.lora_dropout[active_adapter], module.scaling[active_adapter]
+        fresh = not watched(module)
+        if side_A.__class__ is SlotLinear and side_A.owner is not None:
+            A, B = module.lora_variant[active_adapter].operators(module, active_adapter)
+            return applied(result, x, A, B, s, dropout, writable=fresh)
         x = x if dropout.__class__ is nn.Identity else dropout(x)
         A, B = side_A._parameters["weight"], side_B._parameters["weight"]
-        fresh = not watched(module)
         if side_A.__class__ is not SlotLinear:
             return low_rank(result, x, A, B, s, writable=fresh)
-        if side_A.owner is None:
-            A0, B0 = side_A._buffers["frozen"], side_B._buffers["frozen"]
-            return low_rank(result, x, A, B, s, A0=A0, B0=B0, twin=side_B.kind == "T", writable=fresh)
-        A, B = module.lora_variant[active_adapter].operators(module, active_adapter)
-        return applied(result, x, A, B, s, writable=fresh)
+        A0, B0 = side_A._buffers["frozen"], side_B._buffers["frozen"]
+        return low_rank(result, x, A, B, s, A0=A0, B0=B0, twin=side_B.kind == "T", writable=fresh)
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ Betas = tuple[Beta, Beta]
 Epsilon = Annotated[float, Interval(gt=0, le=1)]
 Count = Annotated[int, Interval(ge=1, le=10**6)]
 Steps = Annotated[int, Interval(ge=0, le=10**9)]
+Place = Annotated[int, Interval(ge=0, le=10**6)]
 
 
 def bounded(factory: Callable[P, T]) -> Callable[P, T]:

@@ -51,6 +51,11 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
+def block_of(size: int, length: int, place: int, source: torch.Generator) -> Tensor:
+    """(length,) int64: the block number `place` of a random order of range(size); blocks of one source are disjoint."""
+    return torch.randperm(size, generator=source)[place * length : (place + 1) * length].clone()
+
+
 def haar(rows: int, cols: int, *key: int | str) -> Tensor:
     """(rows, cols), uniform over matrices of orthonormal rows (rows ≤ cols) or columns (rows > cols); float32, CPU."""
     Q, R = torch.linalg.qr(keyed_normal((max(rows, cols), min(rows, cols)), *key))

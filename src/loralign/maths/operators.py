@@ -28,8 +28,9 @@ class Dense:
     def matmul(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.M.to(x.dtype))
 
-    def add_to(self, base: Tensor, x: Tensor, s: float) -> Tensor:
-        return torch.add(base, self.matmul(x.to(base.dtype)), alpha=s)
+    def add_to(self, base: Tensor, x: Tensor, s: float, *, writable: bool = False) -> Tensor:
+        add = base.add_ if writable else base.add
+        return add(self.matmul(x.to(base.dtype)), alpha=s)
 
     def dense(self) -> Tensor:
         return self.M
@@ -49,8 +50,9 @@ class Gather:
     def matmul(self, x: Tensor) -> Tensor:
         return x.index_select(-1, self.index.to(x.device))
 
-    def add_to(self, base: Tensor, x: Tensor, s: float) -> Tensor:
-        return torch.add(base, self.matmul(x.to(base.dtype)), alpha=s)
+    def add_to(self, base: Tensor, x: Tensor, s: float, *, writable: bool = False) -> Tensor:
+        add = base.add_ if writable else base.add
+        return add(self.matmul(x.to(base.dtype)), alpha=s)
 
     def dense(self) -> Tensor:
         return torch.nn.functional.one_hot(self.index.long(), self.size).float()
@@ -70,8 +72,9 @@ class Scatter:
     def matmul(self, x: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:-1], self.size).index_copy(-1, self.index.to(x.device).long(), x)
 
-    def add_to(self, base: Tensor, x: Tensor, s: float) -> Tensor:
-        return base.index_add(-1, self.index.to(base.device), x.to(base.dtype), alpha=s)
+    def add_to(self, base: Tensor, x: Tensor, s: float, *, writable: bool = False) -> Tensor:
+        add = base.index_add_ if writable else base.index_add
+        return add(-1, self.index.to(base.device), x.to(base.dtype), alpha=s)
 
     def dense(self) -> Tensor:
         return torch.nn.functional.one_hot(self.index.long(), self.size).float().T.contiguous()

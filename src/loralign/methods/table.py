@@ -14,12 +14,14 @@ from typing import Any
 
 from loralign.methods.form.delta_lora import boosted
 from loralign.methods.form.plain import plain
+from loralign.methods.form.sbora import fixed_A, fixed_B
 from loralign.methods.init.cora import common_basis, common_start
 from loralign.methods.init.hrp import high_rank_preheat, high_rank_sketch
 from loralign.methods.init.kaiming import kaiming, kaiming_frozen
 from loralign.methods.init.lora_ga import gradient_svd
 from loralign.methods.init.olora import leading_qr
 from loralign.methods.init.pissa import principal_svd
+from loralign.methods.init.sbora import unit_columns, unit_rows
 from loralign.methods.outer.once import once
 from loralign.methods.rule.delta_lora import snapshot
 from loralign.methods.rule.rm_lora import masked_orthogonal
@@ -35,6 +37,8 @@ from loralign.types import Full, LoralignError, LrPrior, Method, Recipe, over_ra
 _REGRET = "Schulman 2025, LoRA Without Regret: 5e-4·(2000/hidden)^0.781 at alpha 32, here s = 2"
 _STUDY = "our H100 study, SmolLM2-135M, r 8, 300 steps, one seed"
 _CORA = "our CoRA study on an H100, SmolLM2-135M, r 16, 200 steps, one seed"
+_SBORA = "the authors' scripts: 2e-4 at s 2, hidden 4096"
+_SBORA_READ = "the paper's body could not be read: a reconstruction from the authors' figures, tables and scripts"
 _ASSETS = "our sweep: SmolLM2-135M, r 8, 30 steps"
 
 _LINES = (
@@ -82,6 +86,10 @@ _LINES = (
            LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2"), transform=matrix_sign),
     Method("pissa", "start along the weight's principal singular vectors", "2404.02948", "exact at rank 2r",
            LrPrior(2.3e-4, _ASSETS + ": 3e-4 at s 2"), init=principal_svd),
+    Method("sbora-fa", "r columns of W train: A is rows of the identity", "2407.05413", "exact", LrPrior(7e-4, _SBORA),
+           init=unit_rows, form=fixed_A, presets={"paper": {"r": 32, "alpha": 64.0}}, unverified=_SBORA_READ),
+    Method("sbora-fb", "r rows of W train: B is columns of the identity", "2407.05413", "exact", LrPrior(7e-4, _SBORA),
+           init=unit_columns, form=fixed_B, presets={"paper": {"r": 32, "alpha": 64.0}}, unverified=_SBORA_READ),
     Method("olora", "start from the weight's QR factorisation", "2406.01775", "exact at rank 2r",
            LrPrior(5e-5, "2602.04998: 0.055 of LoRA's"), init=leading_qr),
 )  # fmt: skip

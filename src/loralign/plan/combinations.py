@@ -85,6 +85,16 @@ CLASHES: tuple[Clash, ...] = (
         instead="use the transform adamw",
     ),
     _clash(
+        "allocates", "one stock factor",
+        reason="its slots are places in W, and a rule that copies or redraws slots would move them",
+        instead="take a method that trains A and B",
+    ),
+    _clash(
+        "ratio", "one stock factor",
+        reason="only one factor trains, so the ratio of the learning rates of B and A says nothing",
+        instead="set the learning rate and leave lora-plus out",
+    ),
+    _clash(
         "moves at the start",
         reason="this init and this form together change W before the first step",
         instead="take the init that the method of the form brings",
@@ -195,6 +205,8 @@ def facts(recipe: Recipe) -> frozenset[str]:
             "starts from data": isinstance(recipe.init.needs, TopGradient | Preheated),
             "moves at the start": start.moves,
             "one side trains": any(side != "AB" for side in sides) or len(form.stock) == 1,
+            "one stock factor": form.stock != "AB",
+            "ratio": recipe.transform.lr_ratio != 1.0,
             "computed form": not form.identity,
             "gated": form.gated,
             "tied": form.tied,

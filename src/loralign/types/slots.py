@@ -46,8 +46,8 @@ class Operator(Protocol):
         """x (..., n) -> x·Mᵀ (..., m), differentiable, in the dtype of x."""
         ...
 
-    def add_to(self, base: Tensor, x: Tensor, s: float) -> Tensor:
-        """base (..., m) + s·x·Mᵀ."""
+    def add_to(self, base: Tensor, x: Tensor, s: float, *, writable: bool = False) -> Tensor:
+        """base (..., m) + s·x·Mᵀ; writable: nobody else keeps `base`, the result may be written into it."""
         ...
 
     def dense(self) -> Tensor:
