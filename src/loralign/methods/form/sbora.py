@@ -23,7 +23,7 @@ Example:
     >>> B, none = torch.tensor([[1.0], [2.0]]), torch.zeros(0, 4)
     >>> A1, B1 = fixed_A().factors(Live(none, B, none, B[:, :0], own), ())
     >>> (B1.dense() @ A1.dense()).count_nonzero(dim=0).tolist()
-    [0, 0, 2, 0]
+    [2, 0, 0, 0]
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ Example:
     >>> W = Weight("w", (2, 4), lambda: torch.zeros(2, 4))
     >>> start = unit_rows()(W, 1, 1.0, None, lambda purpose, step=0: torch.Generator().manual_seed(0))
     >>> start.A.tolist(), unit_rows(place=4).fits(2, 4, 1)
-    ([[0.0, 0.0, 1.0, 0.0]], 'the 4 columns hold 4 adapters of rank 1, places 0 to 3')
+    ([[1.0, 0.0, 0.0, 0.0]], 'it can start 0 slots at most at place 4')
 """
 
 from __future__ import annotations
@@ -42,12 +42,10 @@ class Units:
     needs: Need = NOTHING
 
     def fits(self, d_out: int, d_in: int, r: int) -> str:
-        size, what = (d_in, "columns") if self.train == "B" else (d_out, "rows")
-        held = size // r
-        if self.place < held:
-            return ""
-        places = f", places 0 to {held - 1}" if held else ""
-        return f"the {size} {what} hold {held} adapters of rank {r}{places}"
+        size = d_in if self.train == "B" else d_out
+        most = size // (self.place + 1)
+        at = f" at place {self.place}" if self.place else ""
+        return "" if r <= most else f"it can start {most} slots at most{at}"
 
     def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Start:
         d_out, d_in = W.shape
