@@ -154,7 +154,7 @@ def test_every_export_reloads_in_a_clean_process(
             out = tmp_path / f"{name}-{profile}"
             export(model, out, profile=profile, base_id="toy", probes=batch_for(base))
             jobs.append(VerifyJob(out, tmp_path / "base"))
-        half = export(model, tmp_path / "half", dtype=torch.bfloat16, base_id="toy", probes=batch_for(base))
+        half = export(model, tmp_path / f"{name}-half", dtype=torch.bfloat16, base_id="toy", probes=batch_for(base))
         assert half.rounding is not None and half.rounding.total < 0.01, name
     warm.verification(monkeypatch)
     reports = verify_many(jobs)
