@@ -98,11 +98,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise Broken(f"{shown(path)} says peft_type {short(config.get('peft_type'))}: only LORA adapters are read here")
     for key, (fine, wanted) in _FIELDS.items():
         if (key in config or key in _NEEDED) and not fine(config.get(key)):
-            raise Broken(f"{_said(path, key, config.get(key))}, which must be {wanted}: {MEND}")
+            raise Broken(f"{shown(path)} has `{key}` {short(config.get(key))}, which must be {wanted}: {MEND}")
     other = {key: config[key] for key, plain in _PLAIN.items() if config.get(key, plain) not in (plain, None)}
     other |= {key: config[key] for key in _ABSENT if config.get(key)}
     for key, value in other.items():
-        raise Broken(f"{_said(path, key, value)}, which plain LoRA has not: use it with PEFT itself")
+        raise Broken(f"{shown(path)} has `{key}` {short(value)}, which plain LoRA has not: use it with PEFT itself")
     for pattern in patterns_of(config):
         try:
             re.compile(pattern)
@@ -115,12 +115,8 @@ def check_loadable(config: Mapping[str, Any], folder: Path) -> None:
     """Raise where PEFT would change the base while it reads this adapter."""
     value = config.get("init_lora_weights", True)
     if not isinstance(value, bool | str | None) or value not in _STARTS:
-        said = _said(folder / CONFIG, "init_lora_weights", value)
+        said = f"{shown(folder / CONFIG)} has `init_lora_weights` {short(value)}"
         raise Broken(f"{said}, by which PEFT would change the base: set it to true")
-
-
-def _said(path: Path, key: str, value: Any) -> str:
-    return f"{shown(path)} has `{key}` {short(value)}"
 
 
 def patterns_of(config: Mapping[str, Any]) -> list[str]:
@@ -215,12 +211,11 @@ def load_adapter(model: Any, folder: Path, config: Mapping[str, Any], stored: Ma
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise Broken(
-            f"stock PEFT cannot load {shown(folder)} on this base: {first_line(error)[:120]}; is it the right base?"
-        ) from error
+        raise Broken(f"stock PEFT cannot load {shown(folder)} on this base: {_why(error)}; is it its base?") from error
     missing = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
     if missing:
-        raise Broken(f"stock PEFT found tensors missing in {shown(folder)}: {missing[0][-120:]}; {MEND}")
+        first = re.sub(r".*?'(.*?)'.*", r"\1", missing[0], flags=re.DOTALL).replace(".default.", ".")
+        raise Broken(f"{first} is not in {shown(folder)}, but its config asks for it: {MEND}")
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     for name, tensor in stored.items():
         if name not in loaded or not torch.equal(loaded[name].cpu(), tensor.to(loaded[name].dtype)):
@@ -230,6 +225,14 @@ def load_adapter(model: Any, folder: Path, config: Mapping[str, Any], stored: Ma
         first = sorted(set(loaded) - set(stored))[0]
         raise Broken(f"{first} is not in {shown(folder)}, but its config asks for it: {MEND}")
     return model
+
+
+def _why(error: Exception) -> str:
+    """Of PEFT's and torch's errors the line that says something."""
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
+    sizes = re.search(r"size mismatch for ([\w.]+).*?(\[[\d, ]*\]).*?(\[[\d, ]*\])", str(error))
+    return f"{sizes[1]} is {sizes[2]}, must be {sizes[3]}" if sizes else first_line(error)[:120]
 
 
 # ------------------------------------------------------------------------------------------------------ digests, words
