@@ -85,6 +85,16 @@ def test_an_arm_without_a_trial_may_still_change(tmp_path: Path) -> None:
         Store(spec(tmp_path))
 
 
+def test_a_folder_of_others_is_no_study(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "results.csv").write_text("mine")
+    for act in (Store, report):
+        with pytest.raises(LoralignError, match=r"mine is not empty and holds no study: name an empty or new folder"):
+            act(spec(folder))
+    assert [p.name for p in folder.iterdir()] == ["results.csv"] and (folder / "results.csv").read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["lora-ga", "hrp", "lora-plus", "lora-rite", "delta-lora", "rm-lora", "cora"])
 def test_every_option_tells_arms_apart_and_the_seed_does_not(name: str) -> None:
     here = arm_settings(arm(name))

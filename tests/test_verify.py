@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import toy
 import warm
 from loralign import adapt, build, sites
+from loralign.io import clean_process, probes
 from loralign.io import verify as verify_module
 from loralign.io.export import export
 from loralign.io.verify import SCRIPT, VerifyJob, VerifyReport, verify, verify_many
@@ -195,7 +197,95 @@ def test_a_process_that_dies_is_work_failed(monkeypatch: pytest.MonkeyPatch, tmp
         verify_many([VerifyJob(tmp_path)])
 
 
+def _probes(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change how the logits are said to be computed."""
+    path = folder / "verify" / "probes.safetensors"
+    with safe_open(path, framework="pt") as file:
+        how = json.loads(file.metadata()["loralign"])
+    tensors = load_file(path)
+    change(how)
+    save_file(tensors, path, metadata={"loralign": json.dumps(how)})
+
+
+def _checked(folder: Path, base: Path) -> VerifyReport:
+    """The clean process' own function, here."""
+    try:
+        return VerifyReport("x", **clean_process.verify({"folder": str(folder), "base": str(base)}))
+    except clean_process.Broken as error:
+        return VerifyReport("x", "verification", str(error))
+
+
+def _as_format_1(how: dict[str, Any]) -> None:
+    del how["settings"]
+    how["format"] = 1
+
+
+def test_folders_of_older_versions_verify(good: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, base = good
+    shutil.copytree(folder, tmp_path / "old")
+    _probes(tmp_path / "old", _as_format_1)
+    report = _checked(tmp_path / "old", base)
+    assert report.passed and report.proven
+    _config(base_model_name_or_path="elsewhere/base", revision="main")(tmp_path / "old")
+    assert _checked(tmp_path / "old", base).passed, "where the base lies may be edited"
+
+
+TAMPERED: dict[str, Any] = {
+    "tolerance": float("inf"), "effect": float("nan"), "kept": 0, "profile": "x", "dtype": "int8",
+    "weights": {"/dev/zero": ""}, "settings": {"../x.json": ""},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", TAMPERED)
+def test_probes_that_no_export_writes_are_refused(key: str, good: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, base = good
+    shutil.copytree(folder, tmp_path / "bad")
+    _probes(tmp_path / "bad", lambda how: how.update({key: TAMPERED[key]}))
+    report = _checked(tmp_path / "bad", base)
+    assert f"`{key}` is" in report.failure and "which no export writes): export again" in report.failure
+
+
+def test_a_folder_of_no_possible_name_is_input() -> None:
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(clean_process.BadInput, match="is no folder") as said:
+            clean_process.verify({"folder": name})
+        assert len(str(said.value)) < 300
+
+
+@pytest.mark.parametrize(("effect", "tolerance"), [(0.018, 3e-2), (8e-6, 1e-5)], ids=["as quantised", "small"])
+def test_a_wrong_scale_shows_where_the_tolerance_would_hide_it(
+    effect: float, tolerance: float, good: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tolerance of a quantised base, and an adapter that hardly moves one in fp32."""
+    base = good[1]
+    monkeypatch.setitem(probes.TOLERANCE, torch.float32, tolerance)
+    model = adapt(type(toy.llama()).from_pretrained(base), build("lora", r=2))  # type: ignore[arg-type]
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(2):  # the effect is proportional to B
+        reached = 1.0
+        if (tmp_path / "out").exists():
+            reached = _checked(tmp_path / "out", base).effect
+        with torch.no_grad():
+            for site in sites(model):
+                B = site.layer.lora_B["default"].weight
+                B.copy_(B * effect / reached if reached < 1 else torch.randn(B.shape, generator=draw) * 1e-2)
+        export(model, tmp_path / "out", overwrite=True)
+    right = _checked(tmp_path / "out", base)
+    assert right.passed and right.proven and right.effect == pytest.approx(effect, rel=0.3)
+    assert right.tolerance > right.effect / 10 and right.update < 0.01
+    for factor in (2, 0.001):
+        shutil.copytree(tmp_path / "out", tmp_path / str(factor))
+        _config(lora_alpha=json.loads((tmp_path / "out/adapter_config.json").read_text())["lora_alpha"] * factor)(
+            tmp_path / str(factor)
+        )
+        wrong = _checked(tmp_path / str(factor), base)
+        assert wrong.relative <= tolerance, "by the logits alone it would pass"
+        assert "the update of" in wrong.failure
+    _config(lora_alpha=33)(tmp_path / "out")  # by a thirty-second: below what logits tell, the checksum knows
+    assert "adapter_config.json is not the file that was exported" in _checked(tmp_path / "out", base).failure
+
+
 def test_the_clean_process_knows_nothing_of_loralign() -> None:
-    text = SCRIPT.read_text()
+    text = SCRIPT.read_text() + Path(clean_process.stored.__file__).read_text()
     assert "import loralign" not in text and "from loralign" not in text
     assert "pickle" not in text.replace("unpickled", "") and '"trust_remote_code": False' in text
