@@ -3,7 +3,7 @@
     python scripts/fuzz.py [--seed 0] [--only KIND] [--number N] [--share 0.1] [--summary FILE]
 
 Each input knows whether it is bad. A failure is: an exit code other than 0, 1, 2, 3 or 130; 0 for a bad input; another
-than 0 for a good one; "please report it"; a traceback; a sentence of 300 characters or more; no answer in 120 seconds.
+than 0 for a good one; "please report it"; a traceback; a sentence of 300 characters or more; no answer in 60 seconds of work.
 Most inputs run in this process, two of every kind as `python -m loralign`. The table counts inputs and failures by
 kind; a failed one is run again by its kind, seed and number. Exit code 1 where any failed.
 """
@@ -33,7 +33,8 @@ from fuzz_inputs import INPUTS
 from fuzz_world import CASE, Input, Kind, build
 from loralign.cli.app import main as command
 
-SECONDS = 120
+SECONDS = 60
+"""Of processor time; the clock may show ten times as many on a machine that has other work."""
 MEMORY = 24 << 30
 CODES = {0, 1, 2, 3, 130}
 PROCESSES = 2
@@ -51,15 +52,18 @@ def _ring(number: int, frame: FrameType | None) -> None:
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
     """Within: HangError after some time, and the end of this process where even that is not heard."""
-    before = signal.signal(signal.SIGALRM, _ring)
-    signal.alarm(SECONDS)
-    faulthandler.dump_traceback_later(4 * SECONDS, exit=True)
+    before = {number: signal.signal(number, _ring) for number in (signal.SIGALRM, signal.SIGPROF)}
+    signal.alarm(10 * SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    faulthandler.dump_traceback_later(12 * SECONDS, exit=True)
     try:
         yield
     finally:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def here(words: list[str]) -> tuple[int, str]:
@@ -74,7 +78,7 @@ def apart(words: list[str]) -> tuple[int, str]:
     """The same as a process, as people run it."""
     try:
         called = [sys.executable, "-m", "loralign", *words]
-        done = subprocess.run(called, capture_output=True, timeout=SECONDS, check=False)
+        done = subprocess.run(called, capture_output=True, timeout=10 * SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise HangError from None
     return done.returncode, done.stderr.decode(errors="replace")

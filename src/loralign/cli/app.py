@@ -24,6 +24,7 @@ app = typer.Typer(
     name="loralign",
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="LoRA that keeps up with full fine-tuning; leaves a plain PEFT adapter behind.",
     epilog="Recipes to copy: examples/. Any command takes --debug for the traceback of an error.",
 )

@@ -74,7 +74,8 @@ def guarded(app: typer.Typer, argv: Sequence[str]) -> int:
             code, text = _outcome(app, words, debug, stop)
             if text:
                 typer.echo(f"loralign: {clipped(text)}", err=True)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by whoever started us
+                sys.stdout.flush()
     except KeyboardInterrupt:  # a second one, while the first was answered
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough, as in `loralign methods | head -1`
