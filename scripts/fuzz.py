@@ -3,7 +3,7 @@
     python scripts/fuzz.py [--seed 0] [--only KIND] [--number N] [--share 0.1] [--summary FILE]
 
 Each input knows whether it is bad. A failure is: an exit code other than 0, 1, 2, 3 or 130; 0 for a bad input; another
-than 0 for a good one; "please report it"; a traceback; a sentence of 300 characters or more; no answer in 60 seconds of work.
+than 0 for a good one; "please report it"; a traceback; a sentence of 300 characters or more; no answer (60 s of work).
 Most inputs run in this process, two of every kind as `python -m loralign`. The table counts inputs and failures by
 kind; a failed one is run again by its kind, seed and number. Exit code 1 where any failed.
 """
