@@ -254,6 +254,27 @@ def test_a_vision_language_model_exports_without_a_batch(tmp_path: Path) -> None
     assert reloaded(model, gemma3(), tmp_path, asked) < 1e-5  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")  # PEFT's mistake: they act
+@pytest.mark.parametrize("ranks", [{}, {"layers.0.mlp.up_proj": 3}], ids=["one rank", "ragged"])
+def test_the_dense_layers_of_a_mixture_are_adapted_and_reload(ranks: dict[str, int], tmp_path: Path) -> None:
+    """PEFT takes their names for the fused experts', so files name their weights instead; checkpoints and exports."""
+    made = recipe(ranks=ranks)
+    model = adapt(moe(), made)
+    names = {site.name for site in sites(model)}
+    assert {f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up", "down")} < names
+    assert not any(".layers.1.mlp." in name for name in names)
+    step(model, made, toy.batch_for(toy.llama()))
+    asked = {"input_ids": toy.batch_for(toy.llama())["input_ids"]}
+    assert export(model, tmp_path / "out", base_id="t/moe").exact
+    model.save_pretrained(tmp_path / "stock")
+    for folder in ("out", "stock"):
+        assert reloaded(model, moe(), tmp_path / folder, asked) < 1e-5  # type: ignore[arg-type]
+    with pytest.raises(LoralignError, match=r"not portable: .*target_parameters"):
+        export(model, tmp_path / "portable", base_id="t/moe", profile="portable")
+    with pytest.raises(LoralignError, match=r"by its weight, where dropout cannot act"):
+        adapt(moe(), recipe(dropout=0.1))
+
+
 # --------------------------------------------------------------------------------------------- tensors beside A and B
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from loralign.carrier.abilities import modules_to_save, task_type
 from loralign.carrier.slot import effective, is_adapted, whole
 from loralign.carrier.storage import SlotLinear
-from loralign.carrier.targets import PREFIX, chosen, rank_pattern, strangers
+from loralign.carrier.targets import PREFIX, anchored, by_weight, chosen, rank_pattern, strangers
 from loralign.maths.draws import keyed_generator
 from loralign.types import Draw, Full, LoralignError, Recipe, Site, Weight
 
@@ -39,12 +38,17 @@ def peft_config(recipe: Recipe, model: nn.Module, *, adapted: bool = False) -> L
     found = chosen(base, recipe.targets, recipe.exclude)
     if recipe.r < 1 or any(r < 1 for r in recipe.ranks.values()):
         raise LoralignError("ranks start at 1; to skip a module name it in `exclude`")
-    ranks = rank_pattern(found, dict(recipe.ranks))
+    indirect = by_weight(base, found)
+    if indirect and recipe.dropout:
+        raise LoralignError(f"PEFT adapts {indirect[0]} by its weight, where dropout cannot act: set `dropout: 0`")
+    weights = [f"{n}.weight" for n in indirect] or None
+    ranks = rank_pattern(found, dict(recipe.ranks), weights)
     return LoraConfig(
         r=recipe.r,
         lora_alpha=exact_alpha(recipe.scale(recipe.alpha, recipe.r), recipe.r),
         lora_dropout=recipe.dropout,
-        target_modules=list(found),
+        target_modules=[n for n in found if n not in indirect],
+        target_parameters=weights,
         exclude_modules=strangers(base, found) or None,
         modules_to_save=modules_to_save(base) or None,
         rank_pattern=ranks,
@@ -56,7 +60,26 @@ def peft_config(recipe: Recipe, model: nn.Module, *, adapted: bool = False) -> L
 
 def put_in(model: nn.Module, recipe: Recipe) -> PeftModel:
     """Insert the stock PEFT adapter of a recipe (W_eff = W0 still); raises when no module matches."""
-    return get_peft_model(model, peft_config(recipe, model))
+    made: PeftModel = get_peft_model(model, peft_config(recipe, model))
+    as_layers(made)
+    return made
+
+
+def as_layers(model: PeftModel, adapter: str = ADAPTER) -> None:
+    """Linear layers that PEFT reached by their weight become its ordinary adapted layers; names and values stay."""
+    config = model.peft_config[adapter]
+    for name, wrapper in list(model.named_modules()):
+        if type(wrapper).__name__ != "ParamWrapper" or not isinstance(wrapper.base_layer, nn.Linear):
+            continue
+        with torch.random.fork_rng(devices=[]):
+            layer = Linear(
+                wrapper.base_layer, adapter, config, r=wrapper.r[adapter], lora_alpha=wrapper.lora_alpha[adapter]
+            )
+        layer.lora_A, layer.lora_B = wrapper.lora_A, wrapper.lora_B
+        layer.scaling = wrapper.scaling
+        layer.train(wrapper.training)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
 
 
 def sites(model: nn.Module, adapter: str = ADAPTER) -> list[Site]:
@@ -171,7 +194,7 @@ def sync_config(model: Any, adapter: str = ADAPTER) -> None:
         described[site.name] = (R, alpha)
     config = model.peft_config[adapter]
     common = Counter(described.values()).most_common(1)[0][0]
-    odd = {f"^{re.escape(n)}$": v for n, v in described.items() if v != common}
+    odd = {anchored(n, config.target_parameters): v for n, v in described.items() if v != common}
     config.r, config.lora_alpha = common
     config.use_rslora = False
     config.rank_pattern = {k: v[0] for k, v in odd.items()}

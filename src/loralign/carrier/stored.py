@@ -72,11 +72,15 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (_pattern(_number), "a table of finite numbers"),
     "lora_dropout": (lambda x: _number(x) and 0 <= x < 1, "a share below 1"),
     **dict.fromkeys(("use_rslora", "fan_in_fan_out"), (lambda x: x is None or isinstance(x, bool), "true or false")),
+    "target_parameters": (
+        lambda x: not x or (_names(x) and all(n.endswith(".weight") for n in x)),
+        "weights of linear layers",
+    ),
     **dict.fromkeys(("base_model_name_or_path", "revision"), (lambda x: x is None or isinstance(x, str), "a name")),
 }
 _PLAIN = {"bias": "none", "use_dora": False, "lora_bias": False}
 _ABSENT = (
-    *("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora"),
+    *("layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_qalora"),
     *("arrow_config", "megatron_config", "velora_config", "kasa_config", "monteclora_config", "use_bdlora"),
 )
 _STARTS = (True, False, None, "gaussian", "orthogonal")

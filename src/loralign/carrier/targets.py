@@ -134,18 +134,36 @@ def _check_exclude(model: nn.Module, exclude: Sequence[str]) -> None:
 
 
 def refusal(model: nn.Module, name: str) -> str:
-    """Why PEFT would not adapt a linear layer of this name, "" where it would; asked of PEFT's own two rules."""
-    kind, last = getattr(getattr(model, "config", None), "model_type", ""), name.rpartition(".")[2]
-    config = LoraConfig(target_modules=[last])
+    """Why PEFT would not adapt a linear layer of this name, "" where it would; asked of PEFT's own rule."""
     try:
-        _check_lora_target_modules_mamba(config, model, last)
+        _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
     except ValueError:
+        kind = getattr(getattr(model, "config", None), "model_type", "")
         return f"the kernels of {kind} read its weight past any adapter"
+    return ""
+
+
+def by_weight(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Modules that PEFT reaches by their weight alone: in some mixtures it takes their names for the fused experts'."""
+    names = list(names)
+    last = {n.rpartition(".")[2] for n in names}
+    fused = {name for name in last if not _stays(model, name)}
+    return [n for n in names if n.rpartition(".")[2] in fused]
+
+
+def _stays(model: nn.Module, target: str) -> bool:
+    config = LoraConfig(target_modules=[target])
     try:
         convert_peft_config_for_transformers(config, model, None)
     except ValueError:  # one half of a fused pair
-        return f"PEFT takes it for the fused experts of {kind}"
-    return "" if last in config.target_modules else f"PEFT takes it for the fused experts of {kind}"
+        return False
+    return target in (config.target_modules or ())
+
+
+def anchored(name: str, weights: Iterable[str] | None = None) -> str:
+    """The key of `rank_pattern` for one module; weights: `target_parameters` of the config."""
+    found = f"{name}.weight" in (weights or ())
+    return f"^{re.escape(name)}{'([.]weight)?' if found else ''}$"
 
 
 def _check_adaptable(model: nn.Module, found: dict[str, nn.Module]) -> None:
@@ -161,11 +179,11 @@ def strangers(model: nn.Module, found: Iterable[str]) -> list[str]:
     return [n for n, p in parts if any(".".join(p[i:]) in names for i in range(1, len(p)))]
 
 
-def rank_pattern(linear: Iterable[str], ranks: dict[str, int]) -> dict[str, int]:
+def rank_pattern(linear: Iterable[str], ranks: dict[str, int], weights: Iterable[str] | None) -> dict[str, int]:
     """`ranks` by anchored full name, as PEFT reads them."""
     names = list(linear)
     vain = [key for key in ranks if not any(matches(n, key) for n in names)]
     if vain:
         said = ", ".join(map(repr, vain))
         raise LoralignError(f"`ranks` names {said}, which no adapted module ends with{_known(dict.fromkeys(names))}")  # type: ignore[arg-type]
-    return {f"^{re.escape(n)}$": r for n in names for key, r in ranks.items() if matches(n, key)}
+    return {anchored(n, weights): r for n in names for key, r in ranks.items() if matches(n, key)}

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loralign.carrier.sites import beside
+from loralign.carrier.targets import anchored, by_weight
 from loralign.io.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loralign.io.layout import Stored
 from loralign.types import LoralignError, WorkFailed
@@ -94,7 +95,7 @@ def check_supported(config: LoraConfig) -> None:
         "use_dora": bool(config.use_dora),
         "bias": config.bias != "none",
         "lora_bias": bool(config.lora_bias),
-        "target_parameters": bool(config.target_parameters),
+        "target_parameters": any(not name.endswith(".weight") for name in config.target_parameters or ()),
         "layer_replication": bool(config.layer_replication),
         "trainable_token_indices": bool(config.trainable_token_indices),
     }
@@ -110,13 +111,17 @@ def adapter_config(
     trained = model.peft_config[adapter]
     names = base_modules(model)
     R, alpha = max((s.rank, s.alpha) for s in stored.values())
+    indirect = by_weight(model.get_base_model(), stored)
+    weights = [f"{n}.weight" for n in indirect] or None
+    named = {n: s for n, s in stored.items() if n not in indirect}
     common = {
         "r": R,
         "lora_alpha": _plain(alpha),
-        "rank_pattern": {f"^{re.escape(n)}$": s.rank for n, s in stored.items() if s.rank != R},
-        "alpha_pattern": {f"^{re.escape(n)}$": _plain(s.alpha) for n, s in stored.items() if s.alpha != alpha},
+        "rank_pattern": {anchored(n, weights): s.rank for n, s in stored.items() if s.rank != R},
+        "alpha_pattern": {anchored(n, weights): _plain(s.alpha) for n, s in stored.items() if s.alpha != alpha},
         "lora_dropout": 0.0 if portable else trained.lora_dropout,
         "bias": "none",
+        "target_parameters": weights,
         "modules_to_save": None if portable else [*(trained.modules_to_save or ()), *trained_modules(model)] or None,
         "fan_in_fan_out": trained.fan_in_fan_out,
         "task_type": trained.task_type,
@@ -125,12 +130,12 @@ def adapter_config(
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    for targets, exclude in _targets(set(stored), names):
+    for targets, exclude in _targets(set(named), names):
         config = LoraConfig(**common, target_modules=targets, exclude_modules=exclude or None)
-        if not mismatches(config, names, stored):
+        if not mismatches(config, names, named):
             return config
     raise LoralignError(
-        f"no `target_modules` names exactly these {len(stored)} modules: {mismatches(config, names, stored)[0]}"
+        f"no `target_modules` names exactly these {len(stored)} modules: {mismatches(config, names, named)[0]}"
     )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loralign.carrier.sites import ADAPTER, beside, differing_target, peft_config, sites
+from loralign.carrier.sites import ADAPTER, as_layers, beside, differing_target, peft_config, sites
 from loralign.evidence import Evidence, Progress
 from loralign.maths.draws import keyed_generator
 from loralign.plan.combinations import check_combination, idle
@@ -144,6 +144,7 @@ def _own_model(trainer: Any, recipe: Recipe) -> PeftModel:
         raise LoralignError(
             "the trainer holds a plain model: build it with peft_config=loralign.peft_config(recipe, model)"
         )
+    as_layers(model)
     if any(isinstance(c, RecipeCallback) for c in trainer.callback_handler.callbacks):
         raise LoralignError("this trainer is already attached to a recipe: build a new one for another run")
     adapters, trained = set(model.peft_config), is_trained(model)
