@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from loralign.carrier.abilities import modules_to_save, task_type
 from loralign.carrier.slot import effective, is_adapted, whole
 from loralign.carrier.storage import SlotLinear
-from loralign.carrier.targets import PREFIX, anchored, by_weight, chosen, rank_pattern, strangers
+from loralign.carrier.targets import PREFIX, anchored, by_weight, chosen, ranks_of, strangers
 from loralign.maths.draws import keyed_generator
 from loralign.types import Draw, Full, LoralignError, Recipe, Site, Weight
 
@@ -42,20 +42,30 @@ def peft_config(recipe: Recipe, model: nn.Module, *, adapted: bool = False) -> L
     if indirect and recipe.dropout:
         raise LoralignError(f"PEFT adapts {indirect[0]} by its weight, where dropout cannot act: set `dropout: 0`")
     weights = [f"{n}.weight" for n in indirect] or None
-    ranks = rank_pattern(found, dict(recipe.ranks), weights)
+    described = inserted(recipe, list(found))
+    common = Counter(described.values()).most_common(1)[0][0]
+    odd = {anchored(n, weights): v for n, v in described.items() if v != common}
     return LoraConfig(
-        r=recipe.r,
-        lora_alpha=exact_alpha(recipe.scale(recipe.alpha, recipe.r), recipe.r),
+        r=common[0],
+        lora_alpha=common[1],
         lora_dropout=recipe.dropout,
         target_modules=[n for n in found if n not in indirect],
         target_parameters=weights,
         exclude_modules=strangers(base, found) or None,
         modules_to_save=modules_to_save(base) or None,
-        rank_pattern=ranks,
-        alpha_pattern={k: exact_alpha(recipe.scale(recipe.alpha, r), r) for k, r in ranks.items()},
+        rank_pattern={k: v[0] for k, v in odd.items()},
+        alpha_pattern={k: v[1] for k, v in odd.items()},
         task_type=task_type(base),
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in found.values()),
     )
+
+
+def inserted(recipe: Recipe, names: Sequence[str]) -> dict[str, tuple[int, float]]:
+    """Slots and alpha of every module: the recipe's rank sets s, its rule may want more slots or other ones."""
+    ranks = ranks_of(names, recipe.r, recipe.ranks)
+    wanted = next((rule.facts.slots for rule in recipe.rules if rule.facts.slots is not None), None)
+    slots = ranks if wanted is None else wanted(ranks)
+    return {n: (slots[n], exact_alpha(recipe.scale(recipe.alpha, ranks[n]), slots[n])) for n in names}
 
 
 def put_in(model: nn.Module, recipe: Recipe) -> PeftModel:

@@ -8,7 +8,7 @@ exclude   endings of names, of a linear layer or of a module around it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig
@@ -179,11 +179,11 @@ def strangers(model: nn.Module, found: Iterable[str]) -> list[str]:
     return [n for n, p in parts if any(".".join(p[i:]) in names for i in range(1, len(p)))]
 
 
-def rank_pattern(linear: Iterable[str], ranks: dict[str, int], weights: Iterable[str] | None) -> dict[str, int]:
-    """`ranks` by anchored full name, as PEFT reads them."""
+def ranks_of(linear: Iterable[str], r: int, ranks: Mapping[str, int]) -> dict[str, int]:
+    """The rank of every module: r, or that of the last key of `ranks` that it ends with."""
     names = list(linear)
     vain = [key for key in ranks if not any(matches(n, key) for n in names)]
     if vain:
         said = ", ".join(map(repr, vain))
         raise LoralignError(f"`ranks` names {said}, which no adapted module ends with{_known(dict.fromkeys(names))}")  # type: ignore[arg-type]
-    return {anchored(n, weights): r for n in names for key, r in ranks.items() if matches(n, key)}
+    return {n: next((ranks[key] for key in reversed(list(ranks)) if matches(n, key)), r) for n in names}

@@ -22,7 +22,7 @@ from statistics import median
 
 from loralign.compare.spec import Arm, Outcome, Spec, Trial, grid, rate
 from loralign.compare.store import Claim, Store
-from loralign.plan.combinations import idle
+from loralign.plan.combinations import check_length, idle
 from loralign.types import LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
@@ -240,8 +240,10 @@ def no_room(spec: Spec, store: Store, started: float) -> bool:
 
 
 def warn_of_idle_arms(spec: Spec) -> None:
-    """Name the arms that a trial would end before their rules act."""
+    """Name the arms that a trial would end before their rules act; raise where their schedule has no room."""
     for arm in spec.arms:
+        if isinstance(arm.recipe, Recipe):
+            check_length(arm.recipe, spec.steps)
         if isinstance(arm.recipe, Recipe) and (said := idle(arm.recipe, spec.steps)):
             log.warning("%s", said)
 

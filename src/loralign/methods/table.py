@@ -13,9 +13,11 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from loralign.methods.form.delta_lora import boosted
+from loralign.methods.form.gated import gated
 from loralign.methods.form.plain import plain
 from loralign.methods.form.sbora import fixed_A, fixed_B
 from loralign.methods.init.cora import common_basis, common_start
+from loralign.methods.init.gaussian import gaussian
 from loralign.methods.init.hrp import high_rank_preheat, high_rank_sketch
 from loralign.methods.init.kaiming import kaiming, kaiming_frozen
 from loralign.methods.init.lora_ga import gradient_svd
@@ -23,6 +25,7 @@ from loralign.methods.init.olora import leading_qr
 from loralign.methods.init.pissa import principal_svd
 from loralign.methods.init.sbora import unit_columns, unit_rows
 from loralign.methods.outer.once import once
+from loralign.methods.rule.adalora import sensitivity_budget
 from loralign.methods.rule.delta_lora import snapshot
 from loralign.methods.rule.rm_lora import masked_orthogonal
 from loralign.methods.transform.adamw import adamw
@@ -78,6 +81,11 @@ _LINES = (
            LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2"), rules=(masked_orthogonal,)),
     Method("delta-lora", "the base follows the product's changes, as r frozen slots", "2309.02411", "exact at rank 2r",
            LrPrior(1.5e-3, _STUDY + ": 2e-3 at s 2, wait_steps 50"), form=boosted, rules=(snapshot,)),
+    Method("adalora", "fewer slots over time: those stay that matter steadily to the loss", "2303.10512",
+           "exact, ragged ranks", LrPrior(7.9e-4, "AdaLoRA's script for BART-large: 5e-4 at s 2.67, hidden 1024"),
+           init=gaussian, form=gated, rules=(sensitivity_budget,),
+           presets={"paper": {"r": 8, "alpha": 21.3, "first": 0.1, "last": 0.3, "interval": 100, "orthogonal": 0.1}},
+           unverified="the paper's text was not at hand: its equations as its official code has them"),
     Method("lora-fa", "A frozen at random, B follows the projected gradient", "2308.03303", "exact",
            LrPrior(2.6e-2, _CORA + ": 3.5e-2 at s 2"), init=kaiming_frozen, transform=projected_gradient),
     Method("riemannian", "gradients preconditioned by the other factor's Gram matrix", "2402.02347", "exact",

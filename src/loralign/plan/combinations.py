@@ -45,6 +45,11 @@ def _clash(*facts: str, reason: str, instead: str) -> Clash:
 
 CLASHES: tuple[Clash, ...] = (
     _clash(
+        "gated", "not gated",
+        reason="a trained gate stands between A and B, and this optimizer steps as if there were none",
+        instead="use the transform adamw, or a rule without gates (allocating-lora)",
+    ),
+    _clash(
         "computed form", "not gated",
         reason="its form computes the factors, which hides the pair (A, B) from this optimizer",
         instead="use the transform adamw, or a method that trains A and B themselves",
@@ -63,11 +68,6 @@ CLASHES: tuple[Clash, ...] = (
         "chain", "computed form", "not commits",
         reason="a link commits A and B, and this form makes something else of them, so the model would jump",
         instead="take a method of the plain form",
-    ),
-    _clash(
-        "gated", "not gated",
-        reason="a trained gate stands between A and B, and this optimizer steps as if there were none",
-        instead="use the transform adamw, or a rule without gates (allocating-lora)",
     ),
     _clash(
         "tied", "pairwise",
@@ -93,6 +93,16 @@ CLASHES: tuple[Clash, ...] = (
         "ratio", "one stock factor",
         reason="only one factor trains, so the ratio of the learning rates of B and A says nothing",
         instead="set the learning rate and leave lora-plus out",
+    ),
+    _clash(
+        "allocates", "chain",
+        reason="a budget of slots runs over the whole run, and each link of a chain starts its slots anew",
+        instead="train the rank method by itself",
+    ),
+    _clash(
+        "needs a gate", "no switch",
+        reason="its rule switches slots by a trained gate, which this form does not have",
+        instead="take the form that the rule's method brings",
     ),
     _clash(
         "moves at the start",
@@ -216,6 +226,8 @@ def facts(recipe: Recipe) -> frozenset[str]:
             "dropout": recipe.dropout > 0,
             "needs dropout 0": any(part.facts.needs_no_dropout for part in _parts(recipe)),
             "allocates": any(rule.allocates for rule in rules),
+            "needs a gate": any(rule.needs_gate for rule in rules),
+            "no switch": not form.switches,
             "several allocate": sum(rule.allocates for rule in rules) > 1,
             "too few slots": any(rule.least_rank > recipe.r for rule in rules),
             "not commits": not form.commits,
@@ -288,6 +300,9 @@ def links(recipe: Recipe, total_steps: int, names: Sequence[str]) -> int:
 
 def idle(recipe: Recipe, total_steps: int | None) -> str:
     """What to say where a run ends before a rule acts, with the mend; "" where all act. None: of unknown length."""
+    for rule in recipe.rules:
+        if total_steps and rule.facts.too_short is not None and (why := rule.facts.too_short(total_steps)):
+            return f"{recipe.name}: {why}"
     first = 1 + max((rule.facts.wait_steps for rule in recipe.rules if rule.facts.wait_steps is not None), default=-1)
     if not first or (total_steps and first < total_steps):
         return ""
@@ -299,6 +314,12 @@ def idle(recipe: Recipe, total_steps: int | None) -> str:
         f"{said} and the run has {total_steps} steps, so it is trained as if without it: {lower}raise `train.steps` to "
         f"{first + 1} at least"
     )
+
+
+def check_length(recipe: Recipe, total_steps: int | None) -> None:
+    """Raise LoralignError where a rule's schedule cannot act in a run of so many steps (None, 0: of unknown length)."""
+    if total_steps and any(rule.facts.too_short and rule.facts.too_short(total_steps) for rule in recipe.rules):
+        raise LoralignError(idle(recipe, total_steps))
 
 
 def snapshots(recipe: Recipe, total_steps: int | None) -> int:

@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from loralign.carrier.sites import ADAPTER, as_layers, beside, differing_target, peft_config, sites
 from loralign.evidence import Evidence, Progress
 from loralign.maths.draws import keyed_generator
-from loralign.plan.combinations import check_combination, idle
+from loralign.plan.combinations import check_combination, check_length, idle
 from loralign.train.adapt import carry_on, check_goes_on, gather, is_trained, optimizer, restore_storage, start
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import whole_note
@@ -66,6 +66,7 @@ def attach(
     _check_sharding(trainer, recipe)
     model = _own_model(trainer, recipe)
     _name_ignored(trainer.args, recipe)
+    check_length(recipe, max(0, trainer.args.max_steps))
     if trainer.args.max_steps > 0 and (said := idle(recipe, trainer.args.max_steps)):
         log.warning("%s", said)
     if resume_from is None and is_trained(model):

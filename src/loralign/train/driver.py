@@ -18,6 +18,7 @@ from loralign.carrier.sites import sites
 from loralign.carrier.slot import constants_of, live_of, shared_of, trained_of, whole, write
 from loralign.carrier.storage import SlotLinear
 from loralign.optim.pairs import PairOptimizer
+from loralign.plan.combinations import check_length
 from loralign.train.episodes import Episodes, Gather
 from loralign.train.events import Stage, agreed, apply_plan
 from loralign.types import LoralignError, Prox, Recipe, WorkFailed
@@ -50,6 +51,7 @@ class Driver:
 
     def begin(self, total_steps: int, *, step: int = 0, episode: int = 0, episode_start: int = 0) -> None:
         """Before the first step, or before the first one after a resume, whose state `load` brings."""
+        check_length(self.recipe, total_steps)
         self.total_steps = self.optimizer.total_steps = total_steps
         self.step = step
         self.episodes.begin(total_steps, self.optimizer, episode, episode_start)

@@ -59,6 +59,8 @@ class Facts:
     """`factors` reads other sites."""
     per_slot: frozenset[str] = frozenset()
     """The form's own trained tensors that have one entry per slot, along their first axis."""
+    switches: frozenset[str] = frozenset()
+    """Those of `per_slot` whose zeros switch a slot off: such slots are left out of exports."""
     own_lr: float = 1.0
     """Learning rate of the form's own tensors over that of A."""
     own_decay: bool = False
@@ -75,6 +77,12 @@ class Facts:
     """It rests for so many optimizer steps, the name of the option that says so; None: it acts from the first on."""
     freezes: int = 0
     """Frozen slots per live one that it adds."""
+    needs_gate: bool = False
+    """It switches slots by a gate of the form, named "gate"."""
+    slots: Callable[[Mapping[str, int]], Mapping[str, int]] | None = None
+    """{module: the recipe's rank} -> {module: slots to insert}; s stays that of the recipe's rank. None: as many."""
+    too_short: Callable[[int], str] | None = None
+    """(optimizer steps of the run) -> why its schedule cannot act in them, with the mend; "" where it can."""
 
     # of an outer loop
     trains: Train = "AB"

@@ -63,7 +63,7 @@ def slope(X: Tensor) -> Tensor:
     return X @ (E * torch.where(size > 0, 2 / size, 0.0))
 
 
-def _slopes(factors: Named, weight: float) -> Named:
+def slopes(factors: Named, weight: float) -> Named:
     """weight·slope of each factor, one call per shape; the rows of A are its directions, the columns of B."""
     made: dict[tuple[str, str], Tensor] = {}
     groups: dict[object, list[tuple[str, str]]] = {}
@@ -99,7 +99,7 @@ class MaskedOrthogonal:
 
     def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
         factors = {key: X for key, X in tensors.items() if key[1] in "AB"}
-        return _slopes(factors, self.c / len(factors)) if self.c and factors else None
+        return slopes(factors, self.c / len(factors)) if self.c and factors else None
 
     def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
         return self._masks(tensors, ctx)

@@ -1,0 +1,291 @@
+"""Rules that decide which slots live: exact counts, laws, AdaLoRA against its oracle and where PEFT's goes wrong."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from loralign import LoralignError, Recipe, adapt, build, drive, factors, optimizer, peft_config, sites
+from loralign.carrier.slot import trained_of
+from loralign.maths.budget import Window, cubic_budget, cubic_pruned, lowest, narrowed, widened, window
+from loralign.methods.rule.adalora import Orthogonal, sensitivity
+from loralign.plan.combinations import check_combination, check_length, idle
+from loralign.train.attach import attach
+from loralign.types import Moment, WorkFailed
+from oracles import adalora
+from toy import batch_for, llama
+from trainers import toy_trainer
+
+
+class Toy(nn.Module):
+    """Three maps of two shapes, tanh between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
+        return out
+
+
+def made(name: str = "adalora", r: int = 4, **options: Any) -> Recipe:
+    recipe = build(name, options, r=r, alpha=2.0 * r, targets=("one", "two", "three"), max_grad_norm=0.0)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def toy(recipe: Recipe) -> PeftModel:
+    """Float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return adapt(Toy(), recipe).double()
+
+
+def backward(model: Any, t: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(100 + t)
+    x = torch.randn(16, 8, generator=g, dtype=torch.float64)
+    y = torch.stack([x[:, :5].sin().sum(1) * (k + 1) for k in range(5)], dim=1)
+    for p in model.parameters():
+        p.grad = None
+    loss: Tensor = (model(x) - y).square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def gates(model: Any) -> dict[str, Tensor]:
+    return {s.name: trained_of(s.layer, s.adapter)["gate"].detach().clone() for s in sites(model)}
+
+
+def zeros(model: Any) -> set[tuple[str, int]]:
+    return {(name, j) for name, c in gates(model).items() for j in (c == 0).nonzero().flatten().tolist()}
+
+
+# --------------------------------------------------------------------------------------------------- counts and laws
+
+
+def test_exact_counts_whatever_the_ties() -> None:
+    scores = {name: torch.zeros(4) for name in ("b", "a", "c")}
+    assert lowest(scores, 0) == {} and lowest(scores, 12) == {n: (0, 1, 2, 3) for n in "abc"}
+    assert lowest(scores, 5) == {"b": (3,), "c": (0, 1, 2, 3)}  # names in order, later ones first to go
+    draw = random.Random(0)
+    for _ in range(50):
+        found = {n: torch.tensor([draw.randint(0, 3) for _ in range(draw.randint(1, 5))]) for n in ("x", "y", "z")}
+        count = draw.randint(0, sum(map(len, found.values())))
+        got = {(n, j) for n, at in lowest(found, count).items() for j in at}
+        assert got == adalora.dropped({n: [float(v) for v in s] for n, s in found.items()}, count)
+    with pytest.raises(WorkFailed, match="not finite"):
+        lowest({"a": torch.tensor([1.0, float("nan")])}, 1)
+
+
+def test_budgets() -> None:
+    w = Window(100, 800, 1, 1000)
+    want = {100: 120, 101: 119, 110: 118, 200: 105, 450: 85, 600: 80, 801: 80}
+    assert {t: cubic_budget(t, w, 120, 80) for t in want} == want
+    assert want == {t: adalora.budget(t, 1000, 120, 80, 100, 200) for t in want}
+    course = [cubic_budget(t, w, 120, 80) for t in range(1000)]
+    assert course == sorted(course, reverse=True)
+    w = Window(150, 500, 100, 1000)
+    assert [120 - cubic_pruned(t, w, 120, 80) for t in (150, 200, 300, 400, 500)] == [0, 0, 3, 14, 40]
+    assert [t for t in range(1000) if w.due(t)] == [200, 300, 400, 500]
+    for ratio in (1.0, 1.1, 1.3, 1.5, 2.0, 2.7):
+        assert all(narrowed(widened(r, ratio), ratio) == r for r in range(1, 200))
+    assert (widened(8, 1.5), widened(3, 1.5), widened(10, 1.1)) == (12, 5, 11)
+
+
+def test_a_run_without_room_for_the_schedule_is_refused_beforehand(tmp_path: Path) -> None:
+    assert window(3, 0.1, 0.3, None) == Window(0, 2, 1, 3)
+    said = "adalora: its budget shrinks between 10% and 70% of the run, and 1 optimizer steps leave no step in between"
+    assert idle(made(), 1).startswith(said) and idle(made(), 3) == "" and idle(made(), None) == ""
+    check_length(made(), None)
+    with pytest.raises(LoralignError, match="its budget shrinks"):
+        check_length(made(), 1)
+    with pytest.raises(LoralignError, match="its budget shrinks"):
+        drive(toy(made()), made(), optimizer(toy(made()), made(), 1e-2), 1)
+    recipe = build("adalora", r=2)
+    assert isinstance(recipe, Recipe)
+    with pytest.raises(LoralignError, match="its budget shrinks"):
+        attach(toy_trainer(tmp_path, peft_config(recipe, llama()), steps=1), recipe)
+    with pytest.raises(LoralignError, match=r"leave nothing: lower them"):
+        made(first=0.5, last=0.5)
+
+
+@pytest.mark.parametrize("other", ["lora-pro", "lora-rite", "riemannian", "lora-fa"])
+def test_a_learned_gate_is_refused_where_the_transform_does_not_know_it(other: str) -> None:
+    recipe = build(f"adalora + {other}") if other != "lora-fa" else None
+    if recipe is None:
+        recipe = replace(made(), transform=build("lora-fa").transform)  # type: ignore[union-attr]
+    assert isinstance(recipe, Recipe)
+    with pytest.raises(LoralignError, match="a trained gate stands between A and B"):
+        check_combination(recipe)
+
+
+def test_other_combinations_that_are_refused() -> None:
+    with pytest.raises(LoralignError, match="two rules would decide about the same slots"):
+        check_combination(replace(made(), rules=made().rules * 2))
+    with pytest.raises(LoralignError, match="its rule switches slots by a trained gate, which this form does not have"):
+        check_combination(replace(made(), form=build("lora").form, init=build("lora").init))  # type: ignore[union-attr]
+
+
+# ------------------------------------------------------------------------------------------------------------ AdaLoRA
+
+
+def test_constant_sensitivity_earns_less_and_less() -> None:
+    mean, spread = [torch.zeros(1, dtype=torch.float64)], [torch.zeros(1, dtype=torch.float64)]
+    one, found = [torch.ones(1, dtype=torch.float64)], {}
+    for n in range(1, 41):
+        sensitivity(one, one, mean, spread, (0.85, 0.85))
+        assert float(mean[0]) == pytest.approx(1 - 0.85**n) and float(spread[0]) == pytest.approx(0.15 * n * 0.85**n)
+        found[n] = float(mean[0] * spread[0])
+    assert found[1] == pytest.approx(0.019125) and found[2] == pytest.approx(0.060148, abs=1e-6)
+    assert found[5] == pytest.approx(0.185123, abs=1e-6) and found[10] == pytest.approx(0.237172, abs=1e-6)
+    assert found[40] == pytest.approx(0.0090, abs=1e-4)
+
+
+def test_the_regulariser_is_a_gradient_and_no_loss() -> None:
+    model = toy(made())
+    tensors = {(s.name, n): getattr(s.layer, f"lora_{n}")["default"].live.detach() for s in sites(model) for n in "AB"}
+    found = Orthogonal(0.3)(tensors)
+    As, Bs = ([v for (_, n), v in tensors.items() if n == side] for side in "AB")
+    want = adalora.regulariser_gradients(As, Bs, 0.3)
+    assert found is not None
+    got = [v for (_, n), v in found.items() if n == "A"] + [v for (_, n), v in found.items() if n == "B"]
+    for g, w in zip(got, want, strict=True):
+        assert torch.allclose(g.double(), w, rtol=1e-6, atol=1e-9)
+    assert Orthogonal(0.0)(tensors) is None
+
+
+def test_at_the_start_only_the_gate_learns() -> None:
+    model = toy(made())
+    backward(model)
+    for site in sites(model):
+        assert not any(getattr(site.layer, f"lora_{n}")["default"].live.grad.any() for n in "AB")
+        assert trained_of(site.layer, "default")["gate"].grad.all()
+        assert site.r == 6 and site.s == 2.0  # alpha/r of the target
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_scores_masks_and_budget_equal_the_oracle(interval: int) -> None:
+    """Every event of a run drops what the oracle drops from the same values and gradients."""
+    recipe, T = made(interval=interval, first=0.1, last=0.3), 30
+    model = toy(recipe)
+    opt = optimizer(model, recipe, 3e-2)
+    driver = drive(model, recipe, opt, T)
+    averages = {s.name: adalora.Averages((0.85, 0.85)) for s in sites(model)}
+    events, regrown, last = [], False, set[tuple[str, int]]()
+    for t in range(T):
+        backward(model, t)
+        opt.step()
+        regrown |= t < 21 and bool(last - zeros(model))
+        moment: Moment = opt.moment(T)
+        if t < T - 9:
+            for name, found in averages.items():
+                keys = [key for key in moment.tensors if key[0] == name]
+                found.observe({k[1]: moment.tensors[k] for k in keys}, {k[1]: moment.grads[k] for k in keys})
+        driver.after_step()
+        if (3 < t < 21 and t % interval == 0) or t == 21:
+            count = 18 - adalora.budget(t, T, 18, 12, 3, 9)
+            want = adalora.dropped({n: found.scores() for n, found in averages.items()}, count)
+            assert zeros(model) == want and len(want) == count, t
+            events.append(t)
+            last = want
+        if t >= 21:
+            assert zeros(model) == last and len(last) == 6, "final"
+    assert regrown, "c = 0 trains: some slot came back between events"
+    assert {step - 1 for step, _ in driver.changes} <= set(events) and driver.changes[-1][0] == 22
+    ranks = {s.name: int((factors(s)[1] != 0).any(0).sum()) for s in sites(model)}
+    assert sum(ranks.values()) == 12
+
+
+def test_equal_ranks_at_start_and_end_do_nothing_wrong() -> None:
+    """PEFT's AdaLoRA fails at its first event (kthvalue of nothing)."""
+    recipe = made(start_ratio=1.0)
+    model = toy(recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    driver = drive(model, recipe, opt, 8)
+    for t in range(8):
+        backward(model, t)
+        opt.step()
+        driver.after_step()
+    assert not zeros(model) and not driver.changes
+
+
+def test_nothing_is_lost_by_saving_between_events(tmp_path: Path) -> None:
+    """Slots that regrew since the last event are in the file; PEFT cuts by the last event's mask. And the loss is the
+    task's alone: training's and evaluation's agree, where PEFT adds the regulariser to both.
+    """
+    recipe = build("adalora", {"interval": 4, "first": 0.0, "orthogonal": 0.5}, r=2, alpha=4.0)
+    assert isinstance(recipe, Recipe)
+    model = adapt(llama(), recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    driver = drive(model, recipe, opt, 20)
+    for step in range(1, 7):
+        model(**batch_for(model)).loss.backward()
+        opt.step()
+        driver.after_step()
+        opt.zero_grad()
+        if step == 5:
+            assert len(zeros(model)) > 3, "event after t = 4"
+    assert not zeros(model), "all have regrown"
+    model.eval()
+    with torch.no_grad():
+        ours = model(**batch_for(model))
+        task = nn.functional.cross_entropy(
+            ours.logits[:, :-1].flatten(0, 1), batch_for(model)["labels"][:, 1:].flatten(), ignore_index=-100
+        )
+    assert abs(float(ours.loss - task)) < 1e-6
+    model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.allclose(stock(**batch_for(model)).logits, ours.logits, atol=1e-5)
+
+
+def test_peft_masks_what_we_mask() -> None:
+    """The same values and gradients, step by step: PEFT's allocator and ours drop the same slots."""
+    T, model = 20, llama()
+    settings = {
+        "init_r": 3,
+        "target_r": 2,
+        "tinit": 2,
+        "tfinal": 6,
+        "deltaT": 3,
+        "total_step": T,
+        "orth_reg_weight": 0.1,
+    }
+    theirs = get_peft_model(model, AdaLoraConfig(**settings, target_modules=["q_proj", "down_proj"], lora_alpha=6))
+    recipe = build(
+        "adalora", {"interval": 3, "first": 0.1, "last": 0.3}, r=2, alpha=4.0, targets=("q_proj", "down_proj")
+    )
+    assert isinstance(recipe, Recipe)
+    ours = adapt(llama(), recipe)
+    opt = optimizer(ours, recipe, 1e-2)
+    driver = drive(ours, recipe, opt, T)
+    for t in range(T):
+        ours(**batch_for(ours, seed=t)).loss.backward()
+        opt.step()
+        _copy_into(theirs, ours)
+        driver.after_step()
+        theirs.base_model.update_and_allocate(t)
+        for site in sites(ours):
+            E = theirs.get_submodule(f"base_model.model.{site.name}").lora_E["default"].detach().flatten()
+            assert torch.equal(E == 0, trained_of(site.layer, "default")["gate"].detach() == 0), (t, site.name)
+        opt.zero_grad()
+    assert sum(int((c != 0).sum()) for c in gates(ours).values()) == 8
+
+
+def _copy_into(theirs: Any, ours: PeftModel) -> None:
+    """Values and gradients."""
+    for site in sites(ours):
+        layer = theirs.get_submodule(f"base_model.model.{site.name}")
+        mine = {"A": site.layer.lora_A["default"].live, "B": site.layer.lora_B["default"].live}  # type: ignore[index, union-attr]
+        for side, p in {**mine, "E": trained_of(site.layer, "default")["gate"]}.items():
+            q = getattr(layer, f"lora_{side}")["default"]
+            q.data = p.detach().clone().view_as(q)
+            q.grad = p.grad.clone().view_as(q)
