@@ -149,7 +149,10 @@ CLASHING: dict[str, tuple[Recipe, Surroundings]] = {
         Surroundings(),
     ),
     "reason: hides the pair (A, B)": (recipe("delta-lora + lora-pro"), Surroundings()),
-    "reason: only one factor trains": (replace(recipe("cora"), transform=BothFactors()), Surroundings()),
+    "reason: only one factor trains, and this optimizer": (
+        replace(recipe("cora"), transform=BothFactors()),
+        Surroundings(),
+    ),
     "reason: which this form does not read": (recipe("lora-ga + delta-lora"), Surroundings()),
     "reason: the model would jump": (replace(recipe("delta-lora"), outer=Links()), Surroundings()),
     "reason: its factors share numbers, and": (
