@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "delta-lora": ("delta-lora", {"wait_steps": 0}),
     "sbora-fa": ("sbora-fa", {}),
     "sbora-fb": ("sbora-fb", {"place": 1}),
+    "prolora": ("prolora", {"share_A": 3, "share_B": 2}),
     "rm-lora + lora-rite": ("rm-lora + lora-rite", {}),
     "lora-ga + lora-pro": ("lora-ga + lora-pro", {"micro_batches": 1}),
     "lora-ga + lora-rite": ("lora-ga + lora-rite", {"micro_batches": 1}),

@@ -17,6 +17,7 @@ from transformers import get_scheduler
 
 import toy
 from loralign import METHODS, LoralignError, Recipe, adapt, build, optimizer, sites
+from loralign.carrier.slot import trained_of
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.combinations import Surroundings, check_combination
 from loralign.train.driver import Driver
@@ -224,13 +225,14 @@ def test_tensors_are_looked_up_at_each_step(name: str) -> None:
     stepper = optimizer(model, made, 1e-2)
     old = [p for g in stepper.param_groups for p in g["params"]]
     for site in sites(model):
-        for side in (site.layer.lora_A, site.layer.lora_B):
-            module = side[site.adapter]  # type: ignore[index]
-            fresh = nn.Parameter(module._parameters["weight"].detach().clone())
-            fresh.requires_grad_(module._parameters["weight"].requires_grad)
+        layer: Any = site.layer
+        homes = [(side[site.adapter]._parameters, "weight") for side in (layer.lora_A, layer.lora_B)]
+        homes += [(getattr(layer, f"lora_{n}")._parameters, site.adapter) for n in trained_of(layer, site.adapter)]
+        for home, key in homes:
+            gone = home[key]
+            home[key] = fresh = nn.Parameter(gone.detach().clone(), requires_grad=gone.requires_grad)
             for g in stepper.param_groups:
-                g["params"] = [fresh if p is module._parameters["weight"] else p for p in g["params"]]
-            module._parameters["weight"] = fresh
+                g["params"] = [fresh if p is gone else p for p in g["params"]]
     before = trained(model)
     for step in range(2):
         advance(model, made, stepper, step)

@@ -164,6 +164,9 @@ CLASHING: dict[str, tuple[Recipe, Surroundings]] = {
         replace(recipe("lora"), transform=BothFactors(), rules=(Allocates(),)),
         Surroundings(),  # type: ignore[arg-type]
     ),
+    "reason: what the init puts there": (replace(recipe("prolora"), init=recipe("cora").init), Surroundings()),
+    "reason: the optimizer's options are for": (recipe("prolora + lora-plus"), Surroundings()),
+    "reason: the rule is about their slots": (recipe("prolora + rm-lora"), Surroundings()),
     "reason: places in W": (replace(recipe("sbora-fa"), rules=(Allocates(),)), Surroundings()),  # type: ignore[arg-type]
     "reason: the learning rates of B and A says nothing": (recipe("sbora-fa + lora-plus"), Surroundings()),
     "reason: a budget of slots runs": (replace(recipe("lora"), rules=(Allocates(),), outer=Links()), Surroundings()),  # type: ignore[arg-type]

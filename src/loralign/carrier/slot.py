@@ -165,6 +165,8 @@ def install(layer: Any, adapter: str, start: Start, form: Form, own: Own, *, cha
     if not isinstance(side_A, nn.Linear) or not isinstance(side_B, nn.Linear) or side_B._parameters["bias"] is not None:
         raise LoralignError(f"{type(layer).__name__} has no plain pair of factors; leave it out of `targets`")
     A, B = start.A.to(side_A.weight), start.B.to(side_B.weight)
+    if not form.facts.stock:  # nobody reads them
+        A, B = torch.zeros_like(A), torch.zeros_like(B)
     with torch.no_grad():
         side_A.weight.copy_(torch.zeros_like(A) if start.twin else A)
         side_B.weight.copy_(torch.zeros_like(B) if start.twin else B)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loralign.maths.draws import keyed_generator
+from loralign.methods.transform.adamw import adamw
 from loralign.types import (
     Directions,
     Live,
@@ -83,6 +84,21 @@ CLASHES: tuple[Clash, ...] = (
         "allocates", "not slots",
         reason="a rule switches slots, and this optimizer does not say what happens to its state then",
         instead="use the transform adamw",
+    ),
+    _clash(
+        "no stock factor", "shaped start",
+        reason="its form trains neither A nor B, so what the init puts there would never be read",
+        instead="take lora's own start",
+    ),
+    _clash(
+        "no stock factor", "other optimizer",
+        reason="its form trains neither A nor B, which are all that the optimizer's options are for",
+        instead="leave the transform and its options out: the form's own tensors step by AdamW",
+    ),
+    _clash(
+        "no stock factor", "rules",
+        reason="its form trains neither A nor B, and the rule is about their slots",
+        instead="leave the rule out",
     ),
     _clash(
         "allocates", "one stock factor",
@@ -189,6 +205,12 @@ def misfit(recipe: Recipe, site: Site) -> str:
             f"rank {site.r} is too small for {recipe.name} at {at}, which trains {least} slots at each step: lower its "
             "`keep`, or raise the rank"
         )
+    if site.r < recipe.form.facts.least_rank:
+        least = recipe.form.facts.least_rank
+        return (
+            f"rank {site.r} is too small for {recipe.name} at {at}, which has {least} ranks of its own kind: lower its "
+            "`unshared`, or raise the rank"
+        )
     return ""
 
 
@@ -215,6 +237,13 @@ def facts(recipe: Recipe) -> frozenset[str]:
             "starts from data": isinstance(recipe.init.needs, TopGradient | Preheated),
             "moves at the start": start.moves,
             "one side trains": any(side != "AB" for side in sides) or len(form.stock) == 1,
+            "no stock factor": not form.stock,
+            "shaped start": start.twin
+            or start.read
+            or start.train != "AB"
+            or not isinstance(recipe.init.needs, Nothing),
+            "other optimizer": recipe.transform != adamw(),
+            "rules": bool(rules),
             "one stock factor": form.stock != "AB",
             "ratio": recipe.transform.lr_ratio != 1.0,
             "computed form": not form.identity,

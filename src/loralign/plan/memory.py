@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,16 +153,17 @@ def _adapted(model: nn.Module, recipe: Recipe, start: Probe) -> tuple[nn.Module,
 
 
 def _state_bytes(recipe: Recipe, start: Probe, found: Sequence[Site], trained: Sequence[nn.Parameter]) -> int:
-    """Optimizer state: what the transform makes of each pair, two fp32 moments of everything else."""
+    """Optimizer state: what the transform makes of each pair's trained factors, two fp32 moments of everything else."""
+    train: Any = "".join(f for f in start.train if f in recipe.form.facts.stock)
     of_pairs, paired = {}, 0
-    for site in found:
+    for site in found if train else ():
         key = (site.r, site.d_in, site.d_out)
         if key not in of_pairs:
-            state = recipe.transform.init(Pair(site.name, *_factors(site), site.s, start.train))
+            state = recipe.transform.init(Pair(site.name, *_factors(site), site.s, train))
             of_pairs[key] = _nbytes([t for t in tree_leaves(state) if isinstance(t, Tensor)])
-        paired += site.r * (site.d_in * ("A" in start.train) + site.d_out * ("B" in start.train))
+        paired += site.r * (site.d_in * ("A" in train) + site.d_out * ("B" in train))
     rest = sum(p.numel() for p in trained) - paired
-    return sum(of_pairs[site.r, site.d_in, site.d_out] for site in found) + 8 * rest
+    return sum(of_pairs[site.r, site.d_in, site.d_out] for site in found if train) + 8 * rest
 
 
 def _factors(site: Site) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from loralign.carrier.sites import sites
-from loralign.carrier.slot import constants_of, live_of, shared_of, trained_of, whole, write
+from loralign.carrier.slot import constants_of, form_of, live_of, shared_of, trained_of, whole, write
 from loralign.carrier.storage import SlotLinear
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.combinations import check_length
@@ -146,9 +146,9 @@ class Driver:
 
 
 def _owned(layer: Any, adapter: str) -> bool:
-    """The form of this layer folds what the adapter's file cannot hand back."""
-    side = layer.lora_A[adapter]
-    return isinstance(side, SlotLinear) and side.owner is not None
+    """The form of this layer folds A and B into what the adapter's file cannot hand back."""
+    side, form = layer.lora_A[adapter], form_of(layer, adapter)
+    return isinstance(side, SlotLinear) and side.owner is not None and form is not None and bool(form.facts.stock)
 
 
 def drive(

@@ -66,13 +66,18 @@ class Facts:
     own_decay: bool = False
     """Weight decay acts on the form's own tensors too."""
 
+    version: int = 1
+    """Of what `factors` makes of stored tensors; a compact file of another version is not read."""
+
+    # of a form or a rule
+    least_rank: int = 1
+    """Fewest slots that it can work with."""
+
     # of a rule
     events: bool = False
     """`step` plans something sooner or later, so somebody must call it after every optimizer step."""
     allocates: bool = False
     """It decides which slots live."""
-    least_rank: int = 1
-    """Fewest slots that it can work with."""
     wait_steps: int | None = None
     """It rests for so many optimizer steps, the name of the option that says so; None: it acts from the first on."""
     freezes: int = 0

@@ -1,0 +1,102 @@
+"""Factors made of one chunk each, repeated with its ranks rotated, beside a few ranks of their own.
+
+    A = [A_0 | R(A_0) | R²(A_0) | …  ; A_u]    R: ranks rotated by s_A = max(⌊r'/m⌋, 1), row k of R(A_0) is row k + s_A
+    B = [B_0 ; R(B_0) ; R²(B_0) ; …  , B_u]    the same on B's columns with s_B = max(⌊r'/n⌋, 1)
+    W_eff = W0 + s·B·A        r' = r − u shared ranks, s = alpha/r
+
+Shapes:  A_0 (r', ⌈d_in/m⌉) · B_0 (⌈d_out/n⌉, r') · A_u (u, d_in) · B_u (d_out, u) · A (r, d_in) · B (d_out, r); the
+         repeated chunks are cut off at d_in and d_out
+Source:  Wang et al., "PRoLoRA: Partial Rotation Empowers More Parameter-Efficient LoRA", arXiv 2402.16902, §3 and
+         appendix A. Official code: Forence1999/PRoLoRA (modules/chunkwise_sharing_LoRA.py).
+Differs: from the paper: rotation in the code's direction (the paper's gives the same update with the ranks in another
+         order; compact files carry `ROTATION`), strides of r − u, not r, and sizes that m or n does not divide, all as
+         the code has them. The unshared ranks come last. All tensors step by AdamW at one learning rate.
+         Start: A_0 and A_u uniform with LoRA's bound 1/√d_in (the paper's rectified start), B_0 = B_u = 0; where
+         m = n = 1 or u = r, LoRA's own numbers.
+Cost:    u·(d_in + d_out) + r'·(⌈d_in/m⌉ + ⌈d_out/n⌉) trained numbers; the products of LoRA at rank r and a copy of the
+         factors, r·(d_in + d_out), in every forward; PEFT's own A and B of rank r are kept beside, at zero.
+Export:  exact.
+Args:    unshared: u, ranks. share_A, share_B: m, n, copies of a chunk.
+Example:
+    >>> import torch
+    >>> from loralign.methods.form.prolora import repeated
+    >>> repeated(torch.arange(4.0)[:, None], 2, 2).tolist()  # rank 4, two copies: rotated by two
+    [[0.0, 2.0], [1.0, 3.0], [2.0, 0.0], [3.0, 1.0]]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loralign.maths.bounds import Count, Place, bounded
+from loralign.maths.operators import Dense
+from loralign.types import Draw, Facts, Live, Operator, Weight
+
+ROTATION = 1
+"""Version of the direction and the strides: copy j is torch.roll(chunk, −j·stride)."""
+
+
+def repeated(chunk: Tensor, copies: int, size: int) -> Tensor:
+    """(r', c) -> (r', size): `copies` of the chunk side by side, each with its ranks rotated further, cut off."""
+    if copies == 1:
+        return chunk
+    stride = max(chunk.shape[0] // copies, 1)
+    return torch.cat([torch.roll(chunk, -j * stride, 0) for j in range(copies)], dim=1)[:, :size]
+
+
+@dataclass(frozen=True)
+class PartialRotation:
+    unshared: int
+    share_A: int
+    share_B: int
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(stock="", tied=True, own_decay=True, least_rank=self.unshared, version=ROTATION)
+
+    def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        d_out, d_in = W.shape
+        u = min(self.unshared, r)
+        shared = r - u
+        A = (2 * torch.rand(r, d_in, generator=draw("init A")) - 1) / d_in**0.5
+        found = {
+            "chunk_A": A[:shared, : math.ceil(d_in / self.share_A)],
+            "chunk_B": torch.zeros(math.ceil(d_out / self.share_B), shared),
+            "own_A": A[shared:],
+            "own_B": torch.zeros(d_out, u),
+        }
+        return {name: value for name, value in found.items() if value.numel()}
+
+    def constants(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        return {}
+
+    def shared(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
+        return ()
+
+    def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
+        sides: dict[str, list[Tensor]] = {"A": [], "B": []}
+        if "chunk_A" in own.own:
+            sides["A"].append(repeated(own.own["chunk_A"], self.share_A, own.A.shape[1]))
+            sides["B"].append(repeated(own.own["chunk_B"].T, self.share_B, own.B.shape[0]).T)
+        if "own_A" in own.own:
+            sides["A"].append(own.own["own_A"])
+            sides["B"].append(own.own["own_B"])
+        return Dense(_joined(sides["A"], 0)), Dense(_joined(sides["B"], 1))
+
+
+def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
+
+
+@bounded
+def partial_rotation(unshared: Place = 1, share_A: Count = 4, share_B: Count = 4) -> PartialRotation:
+    """PRoLoRA."""
+    return PartialRotation(unshared, share_A, share_B)
