@@ -28,11 +28,12 @@ from loralign.methods.transform.lora_pro import (
     zero,
 )
 from loralign.methods.transform.lora_rite import invariant_adam
-from loralign.methods.transform.muon import matrix_sign
+from loralign.methods.transform.muon import matrix_sign, spectral
 from loralign.methods.transform.riemannian import scaled_gradient
 from loralign.optim.pairs import PairOptimizer
 from loralign.types import Ctx, Grad, Group, LoralignError, Pair, SlotChange, State, Train, Transform, WorkFailed
 from oracles import lora_fa, lora_plus, lora_pro, lora_rite, muon, riemannian
+from oracles import spectral as spectral_oracle
 
 EXACT = {"damping": 0.0, "floor": 0.0}
 MAKE: Mapping[str, Callable[[], Transform]] = {
@@ -47,6 +48,8 @@ MAKE: Mapping[str, Callable[[], Transform]] = {
     "riemannian": scaled_gradient,
     "lora-fa": projected_gradient,
     "muon": matrix_sign,
+    "spectral": spectral,
+    "spectral without state": lambda: spectral(0.0),
     "per": lambda: per(A=equivalent_gradient(), B=invariant_adam()),
 }
 B_ONLY = ("lora-fa",)
@@ -449,6 +452,47 @@ def test_muon_equals_its_oracle() -> None:
         close(u.A, slow[0].step(g.A), 1e-9)
         close(u.B, slow[1].step(g.B), 1e-9)
     assert 0.5 < float(torch.linalg.svdvals(u.B)[0]) / (lr * 0.2 * 12**0.5) < 1.3
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_spectral_equals_its_oracle_and_without_momentum_keeps_nothing(momentum: float) -> None:
+    p, transform, lr = pair(), spectral(momentum), 0.1
+    state, slow = [transform.init(p)], (spectral_oracle.Spectral(lr, momentum), spectral_oracle.Spectral(lr, momentum))
+    for t in range(1, 6):
+        g = grads_of(p, normal(12, 10, seed=t))
+        (u,) = step(transform, [p], [g], state, lr=lr, t=t)
+        close(u.A, slow[0].step(g.A), 1e-9)
+        close(u.B, slow[1].step(g.B), 1e-9)
+    assert [bool(st) for st in state[0].values()] == [momentum > 0] * 2
+
+
+def test_spectral_beside_torchs_own_muon() -> None:
+    """The same factors under torch.optim.Muon: as close as its five rounds in bf16, of 2⁻⁸ each, allow."""
+    A, B = torch.nn.Parameter(normal(8, 48).float()), torch.nn.Parameter(normal(40, 8, seed=1).float())
+    given = {"momentum": 0.8, "nesterov": True, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    peer = torch.optim.Muon([A, B], lr=0.1, **given)  # type: ignore[arg-type]
+    p, transform = Pair("w", A.detach().clone(), B.detach().clone(), 1.0, "AB"), spectral()
+    state = [transform.init(p)]
+    for t in range(1, 5):
+        A.grad, B.grad = normal(8, 48, seed=2 * t).float(), normal(40, 8, seed=2 * t + 1).float()
+        before = A.detach().clone(), B.detach().clone()
+        (u,) = step(transform, [p], [Grad(A.grad, B.grad)], state, lr=0.1, t=t)
+        peer.step()
+        for ours, after, was in zip(u, (A, B), before, strict=True):
+            assert ours is not None
+            theirs = after.detach() - was
+            assert (ours - theirs).norm() < 5e-2 * theirs.norm(), t
+
+
+def test_momentum_in_half_precision() -> None:
+    p, g = pair(), grads_of(pair(), normal(12, 10, seed=1))
+    p, g = p._replace(A=p.A.float(), B=p.B.float()), Grad(*(x.float() for x in g if x is not None))
+    half, full = spectral(momentum_dtype="bfloat16"), spectral()
+    states = [half.init(p)], [full.init(p)]
+    assert {x["momentum"].dtype for x in states[0][0].values()} == {torch.bfloat16}
+    for t in range(1, 4):
+        (u,), (v,) = step(half, [p], [g], states[0], t=t), step(full, [p], [g], states[1], t=t)
+        assert (u.A - v.A).norm() < 2e-2 * v.A.norm() and (u.B - v.B).norm() < 2e-2 * v.B.norm()
 
 
 def test_chain_and_per() -> None:

@@ -65,7 +65,7 @@ def inserted(recipe: Recipe, names: Sequence[str]) -> dict[str, tuple[int, float
     ranks = ranks_of(names, recipe.r, recipe.ranks)
     wanted = next((rule.facts.slots for rule in recipe.rules if rule.facts.slots is not None), None)
     slots = ranks if wanted is None else wanted(ranks)
-    return {n: (slots[n], exact_alpha(recipe.scale(recipe.alpha, ranks[n]), slots[n])) for n in names}
+    return {n: (slots[n], exact_alpha(recipe.s(ranks[n]), slots[n])) for n in names}
 
 
 def put_in(model: nn.Module, recipe: Recipe) -> PeftModel:

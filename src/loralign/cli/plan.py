@@ -56,7 +56,7 @@ def planned(file: RunFile, device: str = "auto") -> Planned:
     )
     model = _meta_model(file.model, torch.bfloat16 if bf16 else torch.float32, place)
     numbers = sum(p.numel() for p in model.parameters())
-    s = recipe.scale(recipe.alpha, recipe.r) if isinstance(recipe, Recipe) else 1.0
+    s = recipe.s() if isinstance(recipe, Recipe) else 1.0
     kinds = dict.fromkeys(method(part).export for part in file.method.split("+"))
     export = " + ".join(kind for kind in kinds if kind != "exact") or "exact"
     return Planned(job, step, estimate(model, recipe, step), numbers, t.learning_rate * s, export)

@@ -187,7 +187,7 @@ class Resident:
         common["args"].max_grad_norm = reference.max_grad_norm
         trainer = Trainer(model=model, **common)
         trainer.optimizer_cls_and_kwargs = (
-            lambda: lambda *_, **__: torch.optim.AdamW(groups, trial.lr, weight_decay=decay, fused=True),
+            lambda: lambda *_, **__: (reference.optimizer or adamw)(groups, trial.lr, decay),
             {},
         )
         return trainer
@@ -275,3 +275,8 @@ class Watch(TrainerCallback):
         elif self.report(state.global_step, loss):
             self.pruned = control.should_training_stop = True
         self.paused += time.perf_counter() - self._step_end
+
+
+def adamw(groups: list[dict[str, Any]], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Full fine-tuning's usual optimizer."""
+    return torch.optim.AdamW(groups, lr, weight_decay=weight_decay, fused=True)

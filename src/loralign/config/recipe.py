@@ -136,7 +136,7 @@ def to_job(file: RunFile, hidden_size: int) -> Job:
     recipe, t = to_recipe(file), file.train
     rate, source = t.learning_rate, "given"
     if rate is None:
-        s = recipe.scale(recipe.alpha, recipe.r) if isinstance(recipe, Recipe) else 1.0
+        s = recipe.s() if isinstance(recipe, Recipe) else 1.0
         rate, why = learning_rate(file.method, s, hidden_size)
         source = f"prior of {recipe.name}: {why}"
     given = t.model_dump(exclude={"learning_rate", "epochs", "micro_batch_size", "report_to", "load_best"})

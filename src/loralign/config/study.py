@@ -82,7 +82,7 @@ def to_spec(file: StudyFile, hidden_size: int) -> Spec:
 
 def _arm(arm: ArmSection, file: StudyFile, hidden_size: int) -> Arm:
     recipe = recipe_of(arm, file)
-    s = recipe.scale(recipe.alpha, recipe.r) if isinstance(recipe, Recipe) else 1.0
+    s = recipe.s() if isinstance(recipe, Recipe) else 1.0
     rate, source = learning_rate(arm.method, s, hidden_size)
     lr = arm.lr or float(f"{rate:.2g}")
     given = {key: value for key, value in (("options", arm.options), ("preset", arm.preset)) if value}

@@ -24,6 +24,7 @@ from loralign.config.sections import (
     _Section,
 )
 from loralign.config.yaml_text import override, read_yaml
+from loralign.methods.table import METHODS
 from loralign.types import Full, LoralignError, Recipe
 
 T = TypeVar("T", bound=_Section)
@@ -125,8 +126,8 @@ class StudyFile(_Section):
     """Add plain `lora` and `full` fine-tuning of the same matrices."""
     rank: Rank = 16
     """Rank of every arm."""
-    alpha: Alpha = 32.0
-    """Alpha of every arm; the scale is the method's own."""
+    alpha: Alpha | None = None
+    """Alpha of every arm; omitted: the method's own, 32 for most. The scale is what the method makes of it."""
     targets: str | list[str] = "all-linear"
     """Modules to adapt."""
     exclude: list[str] = Field(default_factory=list)
@@ -205,6 +206,7 @@ def recipe_of(arm: ArmSection, file: StudyFile) -> Recipe | Full:
     }
     if "max_grad_norm" in file.model_fields_set:
         recipe_file["max_grad_norm"] = file.max_grad_norm
-    if arm.method != "full":
+    references = {line.id for line in METHODS.values() if line.reference}
+    if arm.method not in references:
         recipe_file |= {"rank": arm.rank or file.rank, "alpha": arm.alpha or file.alpha}
     return to_recipe(parse(recipe_file, f"arm {arm.name or arm.method}"))

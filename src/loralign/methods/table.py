@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
@@ -26,6 +27,7 @@ from loralign.methods.init.olora import leading_qr
 from loralign.methods.init.pissa import principal_svd
 from loralign.methods.init.sbora import unit_columns, unit_rows
 from loralign.methods.outer.once import once
+from loralign.methods.reference import muon
 from loralign.methods.rule.adalora import sensitivity_budget
 from loralign.methods.rule.delta_lora import snapshot
 from loralign.methods.rule.rm_lora import masked_orthogonal
@@ -34,15 +36,18 @@ from loralign.methods.transform.lora_fa import projected_gradient
 from loralign.methods.transform.lora_plus import ratio_lr
 from loralign.methods.transform.lora_pro import equivalent_gradient
 from loralign.methods.transform.lora_rite import invariant_adam
-from loralign.methods.transform.muon import matrix_sign
+from loralign.methods.transform.muon import matrix_sign, spectral
 from loralign.methods.transform.riemannian import scaled_gradient
 from loralign.types import Full, LoralignError, LrPrior, Method, Recipe, over_rank, over_sqrt_rank
+
+log = logging.getLogger("loralign")
 
 _REGRET = "Schulman 2025, LoRA Without Regret: 5e-4·(2000/hidden)^0.781 at alpha 32, here s = 2"
 _STUDY = "our H100 study, SmolLM2-135M, r 8, 300 steps, one seed"
 _CORA = "our CoRA study on an H100, SmolLM2-135M, r 16, 200 steps, one seed"
 _SBORA = "the authors' scripts: 2e-4 at s 2, hidden 4096"
 _SBORA_READ = "the paper's body could not be read: a reconstruction from the authors' figures, tables and scripts"
+_LAB = "our laboratory, SmolLM2-135M, German, 300 steps, one seed"
 _ASSETS = "our sweep: SmolLM2-135M, r 8, 30 steps"
 
 _LINES = (
@@ -91,8 +96,16 @@ _LINES = (
            LrPrior(2.6e-2, _CORA + ": 3.5e-2 at s 2"), init=kaiming_frozen, transform=projected_gradient),
     Method("riemannian", "gradients preconditioned by the other factor's Gram matrix", "2402.02347", "exact",
            LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2, 1.8e-2 is less steady"), transform=scaled_gradient),
+    Method("full-muon", "full fine-tuning of the same matrices with Muon (reference)", "2502.16982", "none",
+           LrPrior(2e-3, _LAB + ": 2e-3; how it moves with the width is unknown", power=0.0),
+           reference=True, optimizer=muon),
+    Method("spectral", "every direction of wide factors moves equally far", "2502.16982", "exact",
+           LrPrior(1.2e-2, _LAB + ": lr·s = 0.0225 at r 64 (3e-3 at s 8, 4e-3 at s 5.66) and width 576; that it falls "
+                   "with √width is reckoned, not measured", power=0.5),
+           transform=spectral, scale=over_sqrt_rank, fields={"r": 64, "alpha": None, "max_grad_norm": 0.0},
+           presets={"stateless": {"momentum": 0.0}}),
     Method("muon-factors", "orthogonalised momentum on each factor", "2502.16982", "exact",
-           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2"), transform=matrix_sign),
+           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2"), transform=matrix_sign, renamed="spectral"),
     Method("pissa", "start along the weight's principal singular vectors", "2404.02948", "exact at rank 2r",
            LrPrior(2.3e-4, _ASSETS + ": 3e-4 at s 2"), init=principal_svd),
     Method("sbora-fa", "r columns of W train: A is rows of the identity", "2407.05413", "exact", LrPrior(7e-4, _SBORA),
@@ -147,11 +160,14 @@ def build(name: str, options: Mapping[str, Any] | None = None, **fields: Any) ->
     """
     lines = [method(part) for part in name.split("+")]
     label = " + ".join(line.id for line in lines)
+    for line in lines:
+        if line.renamed:
+            log.warning("%s goes with the next release: use %s, which grew out of it", line.id, line.renamed)
     if any(line.reference for line in lines):
         if len(lines) > 1 or options:
             raise LoralignError("`full` trains the matrices themselves: it takes no options and mixes with nothing")
         kept = ("targets", "exclude", "seed", "weight_decay", "max_grad_norm")
-        return Full(name=label, **{k: v for k, v in fields.items() if k in kept})
+        return Full(name=label, optimizer=lines[0].optimizer, **{k: v for k, v in fields.items() if k in kept})
     chosen = {axis: _one(lines, axis, default) for axis, default in _DEFAULTS.items()}
     rules = [rule for line in lines for rule in line.rules]
     unused = dict(options or {})

@@ -223,7 +223,7 @@ def around(surroundings: Surroundings) -> frozenset[str]:
 
 def facts(recipe: Recipe) -> frozenset[str]:
     """The facts of a recipe, in the words of the table."""
-    start = probe(recipe, recipe.scale(recipe.alpha, recipe.r))
+    start = probe(recipe, recipe.s())
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(4)]
     first, second = (recipe.outer.episode(i, _MANY, names) for i in range(2))
     chain = first is not None and first.steps < _MANY and second is not None

@@ -87,7 +87,7 @@ def estimate(
     batch, loss = batch or example_batch(model, step), loss or usual_loss(model, step)
     if isinstance(recipe, Full):
         return _reference(model, recipe, step, batch, loss, weights)
-    start = probe(recipe, recipe.scale(recipe.alpha, recipe.r))
+    start = probe(recipe, recipe.s())
     adapted, found = _adapted(model, recipe, start)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     rank = max(int(effective(site.layer, site.adapter)[0].shape[0]) for site in found)

@@ -37,7 +37,7 @@ def card_of(job: Job, rows: tuple[int, int], fingerprint: str, prompts: Prompts)
 def _options(job: Job) -> dict[str, Any]:
     t, r = job.training, job.recipe
     adapter = {} if isinstance(r, Full) else {
-        "rank": r.r, "alpha": r.alpha, "scale": r.scale(r.alpha, r.r), "dropout": r.dropout
+        "rank": r.r, "alpha": r.r if r.alpha is None else r.alpha, "scale": r.s(), "dropout": r.dropout
     }  # fmt: skip
     said = {"batch size": t.batch_size, "schedule": t.schedule, "warm-up": t.warmup, "seed": job.seed}
     return {**adapter, "targets": r.targets, "weight decay": r.weight_decay, **said}

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from loralign.types.axes import Form, Init, Outer, Rule, Transform
 
 
@@ -30,7 +32,8 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     scale: Callable[[float, int], float] = over_rank
     r: int = 16
-    alpha: float = 32.0
+    alpha: float | None = 32.0
+    """None: it follows the rank of each site, alpha = r."""
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     exclude: tuple[str, ...] = ()
@@ -42,6 +45,11 @@ class Recipe:
     """Global clip; 0 switches it off."""
     name: str = "lora"
 
+    def s(self, r: int | None = None) -> float:
+        """The scale at rank r, None: the recipe's own."""
+        r = self.r if r is None else r
+        return self.scale(float(r) if self.alpha is None else self.alpha, r)
+
 
 @dataclass(frozen=True)
 class Full:
@@ -52,6 +60,8 @@ class Full:
     seed: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None
+    """(groups, lr, weight decay) -> optimizer; None: AdamW."""
     name: str = "full"
 
 
@@ -84,6 +94,10 @@ class Method:
     scale: Callable[[float, int], float] | None = None
     reference: bool = False
     """A fact: no adapter at all, the matrices themselves train."""
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None
+    """Of a reference, see `Full`."""
+    renamed: str = ""
+    """The id that a user should take instead; this one goes with the next release."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `Recipe` that the method sets where the user does not, for instance its own clipping."""
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

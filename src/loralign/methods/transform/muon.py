@@ -1,16 +1,22 @@
 """Momentum on each factor, then its matrix sign: every direction of a factor moves equally far.
 
     m ← μ·m + (1 − μ)·g        n = (1 − μ)·g + μ·m        update = −lr·0.2·√max(rows, columns)·msign(n)
+    μ = 0:  n = g, and nothing is kept
+
+`spectral` is this step on wide factors at s = √r (alpha = r under rsLoRA's scaling), where the rank of each step, not
+the optimizer's state, is what holds LoRA back.
 
 Shapes:  g, m, n like the factor, A (r, d_in) or B (d_out, r)
 Source:  Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024 (kellerjordan.github.io); the
          factor 0.2·√max is Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982, eq. 4. Official code:
          KellerJordan/Muon (muon.py).
-Differs: acts on the factors one by one, not on the product (arXiv 2606.12921 whitens by the other factor, as
-         `lora_rite` does); Newton–Schulz in float32 on the r by r side, there in bf16 on the matrix.
-Cost:    6·r²(d_in + d_out) FLOPs a step; 4 B of state per trained number.
+Differs: the momentum is damped, which has the direction of the undamped one (m ← μ·m + g, n = g + μ·m) and with it
+         the same sign matrix; acts on the factors one by one, not on the product (arXiv 2606.12921 whitens by the
+         other factor, as `lora_rite` does); Newton–Schulz in float32 on the r by r side, there in bf16 on the matrix.
+Cost:    6·r²(d_in + d_out) FLOPs a step; state per trained number: 4 B, 2 B with momentum in bfloat16, none at μ = 0.
 Export:  exact.
-Args:    momentum: μ, 0.95. newton_steps: iterations, 5. lr: in units of Adam's, RMS of an update about 0.2·lr.
+Args:    momentum: μ, 0.95 in Muon, 0.8 in `spectral`, 0: stateless. newton_steps: iterations, 5. momentum_dtype: what m
+         is kept in. lr: in units of Adam's, RMS of an update about 0.2·lr.
          Clipping: no effect beyond the momentum's weighting, the sign has no size.
 Example:
     >>> from loralign.methods.transform.muon import matrix_sign
@@ -22,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,19 +38,23 @@ from loralign.maths.linalg import msign_each
 from loralign.maths.lists import by_shape, kept, stacked
 from loralign.types import Facts, Grad, Group, Pair, Prepared, SlotChange, State
 
+MomentumDtype = Literal["float32", "bfloat16"]
+
 
 @dataclass(frozen=True)
 class MatrixSign:
     momentum: float
     newton_steps: int
+    momentum_dtype: MomentumDtype = "float32"
     facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "gated", "shapes", "slots"}))
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
-        state = {}
-        for factor in pair.train:
+        state: State = {factor: {} for factor in pair.train}
+        for factor in pair.train if self.momentum else ():
             p: Tensor = getattr(pair, factor)
-            dtype = torch.promote_types(p.dtype, torch.float32)
+            half = self.momentum_dtype == "bfloat16"
+            dtype = torch.bfloat16 if half else torch.promote_types(p.dtype, torch.float32)
             state[factor] = {"momentum": torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)}
         return state
 
@@ -57,8 +67,7 @@ class MatrixSign:
         for factor in (f for f in "AB" if getattr(grads[0], f) is not None):
             for at in by_shape(pairs):
                 g = stacked([getattr(grads[k], factor) for k in at])
-                m = kept([state[k][factor] for k in at], "momentum").lerp_(g, 1 - self.momentum)
-                sides.append((factor, at, torch.lerp(g, m, self.momentum)))
+                sides.append((factor, at, self._ahead(g, [state[k][factor] for k in at])))
         small: dict[int, list[int]] = {}
         for i, (_, _, n) in enumerate(sides):
             small.setdefault(min(n.shape[-2:]), []).append(i)
@@ -71,10 +80,21 @@ class MatrixSign:
                     out[k] = Grad(own, out[k].B) if factor == "A" else Grad(out[k].A, own)
         return out
 
+    def _ahead(self, g: Tensor, states: Sequence[dict[str, Tensor]]) -> Tensor:
+        """n of gradients g (n, rows, columns); the momentum is changed in place."""
+        if not self.momentum:
+            return g
+        m = kept(states, "momentum")
+        now = torch.lerp(m.to(g.dtype), g, 1 - self.momentum)
+        m.copy_(now)
+        return torch.lerp(g, now, self.momentum)
+
     def on_slots(self, pair: Pair, state: State, change: SlotChange) -> None:
         """Dead and fresh slots start without momentum."""
         gone = [*change.off, *change.fresh, *(to for to, _ in change.copied)]
         for factor, st in state.items():
+            if not st:
+                continue
             slots = st["momentum"] if factor == "A" else st["momentum"].T
             slots[gone] = 0.0
 
@@ -83,3 +103,9 @@ class MatrixSign:
 def matrix_sign(momentum: Beta = 0.95, newton_steps: Count = 5) -> MatrixSign:
     """A Muon-like step on each factor."""
     return MatrixSign(momentum, newton_steps)
+
+
+@bounded
+def spectral(momentum: Beta = 0.8, newton_steps: Count = 5, momentum_dtype: MomentumDtype = "float32") -> MatrixSign:
+    """The same step with the momentum that wide factors like; momentum 0 keeps no state at all."""
+    return MatrixSign(momentum, newton_steps, momentum_dtype)
