@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from loralign.cli.expand import expand
 from loralign.cli.guard import guarded
 from loralign.cli.run import job_of, progress, replace_text, say
 from loralign.cli.subspace import app as subspace
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 
 app.add_typer(subspace)
+app.command(epilog="Example: loralign expand runs/prolora/compact/compact.safetensors --out plain")(expand)
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Overrides = Annotated[

@@ -1,6 +1,7 @@
 """Export: an ordinary PEFT adapter (or a merged model) from whatever trained, exact or with its loss stated.
 
     peft       rank and scale by site, as stock PEFT reads them; fully trained heads travel along
+               and a compact file of what a form trains, where that is smaller (`compact.py`)
     portable   one rank, scale 1, nothing but lora_A and lora_B: read alike by PEFT, vLLM, llama.cpp, SGLang and TGI
     merged     W0 + B·A in the base's own dtype, a model without adapter
 
@@ -25,6 +26,7 @@ from loralign.carrier.sites import ADAPTER, sites
 from loralign.carrier.slot import LowRankVariant
 from loralign.io.adapter_file import adapter_config, check_supported, other_tensors, trained_modules, write_adapter
 from loralign.io.card import Card, write_card
+from loralign.io.compact import write_compact
 from loralign.io.folder import check_free, fresh_folder
 from loralign.io.layout import Product, Stored, limited, loss, padded, read, rounded, uniform
 from loralign.io.merged import merged_layers, merged_state, write_merged
@@ -123,6 +125,8 @@ def export(
             portable = profile == "portable"
             settings = adapter_config(model, ADAPTER, written.stored, portable=portable, base=base, revision=commit)
             write_adapter(temporary, settings, written.stored, heads, model)
+            if not portable and report.exact and not drop:
+                report = replace(report, compact=write_compact(temporary, found, heads))
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(temporary))
             report = replace(report, traps=tuple(check_portable(temporary)))

@@ -19,6 +19,8 @@ from loralign.types import LoralignError, WorkFailed
 PROBES = Path("verify") / "probes.safetensors"
 """In a sub-folder: SGLang and vLLM read every *.safetensors file of the folder itself."""
 
+COMPACT = Path("compact") / "compact.safetensors"
+
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 _LAST = (ADAPTER_WEIGHTS, "config.json", ADAPTER_CONFIG)
@@ -117,7 +119,7 @@ def _publish(temporary: Path, out: Path) -> None:
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary / path, out / path)
     if ours:  # a former export in another profile must not stay beside this one
-        for pattern in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *_MODEL):
+        for pattern in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, str(COMPACT), *_MODEL):
             for old in out.glob(pattern):
                 if old.relative_to(out) not in new:
                     old.unlink()
