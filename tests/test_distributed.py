@@ -56,6 +56,8 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "lora-ga + lora-rite": {"micro_batches": 2},
     "rm-lora + lora-pro": {},
     "delta-lora": {"wait_steps": 1},
+    "rac-lora": {"links": 3, "frozen": "bernoulli"},
+    "lora-ga + chain-of-lora": {"links": 2, "micro_batches": 2},
 }
 WIDTH, ROWS, STEPS, PAIRS = 10, 8, 3, 4
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from loralign import Recipe, build, peft_config, sites
 from loralign.methods.transform.combine import descend
 from loralign.train.attach import attach
-from loralign.types import Episode, Facts
+from loralign.types import Draw, Episode, Facts
 from toy import llama
 from trainers import toy_trainer
 
@@ -28,7 +28,7 @@ class Links:
 
     facts: ClassVar[Facts] = Facts()
 
-    def episode(self, index: int, total_steps: int, sites: Sequence[str]) -> Episode | None:
+    def episode(self, index: int, total_steps: int, sites: Sequence[str], draw: Draw) -> Episode | None:
         return Episode(index, LENGTH, warm_up_steps=WARM_UP) if index * LENGTH < total_steps else None
 
 

@@ -60,7 +60,7 @@ from loralign.types import Episode, Facts
 @dataclass(frozen=True)
 class Halves:
     facts: ClassVar[Facts] = Facts()
-    def episode(self, index, total_steps, sites):
+    def episode(self, index, total_steps, sites, draw):
         return Episode(index, -(-total_steps // 2), warm_up_steps=1) if index < 2 else None
 
 def halves(): return Halves()

@@ -139,7 +139,7 @@ class Links:
     length: int = 2
     facts: ClassVar[Facts] = Facts()
 
-    def episode(self, index: int, total_steps: int, sites: Sequence[str]) -> Episode | None:
+    def episode(self, index: int, total_steps: int, sites: Sequence[str], draw: Draw) -> Episode | None:
         if index * self.length >= total_steps:
             return None
         return Episode(index, self.length, warm_up_steps=2)

@@ -6,6 +6,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -164,9 +165,22 @@ def weight(site: Site) -> Weight:
     return Weight(site.name, (site.d_out, site.d_in), read)
 
 
-def draw_for(seed: int, name: str) -> Draw:
-    """Keyed randomness of one site."""
-    return lambda purpose, step=0: keyed_generator(seed, purpose, step, name)
+@dataclass(frozen=True)
+class KeyedDraw:
+    """Keyed randomness of one site, or of a run (name "")."""
+
+    seed: int
+    name: str
+    link: int = 0
+
+    def __call__(self, purpose: str, step: int = 0) -> torch.Generator:
+        later = (self.link,) if self.link else ()
+        return keyed_generator(self.seed, purpose, step, self.name, *later)
+
+
+def draw_for(seed: int, name: str = "", link: int = 0) -> Draw:
+    """Keyed randomness of one site, or of a run (name "")."""
+    return KeyedDraw(seed, name, link)
 
 
 def factors(site: Site) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from loralign.carrier.layer import applied, fold_A, fold_B, low_rank, watched
 from loralign.carrier.storage import SlotLinear, axis_of, convert, to_grid
-from loralign.types import Form, Live, LoralignError, Operator, Start
+from loralign.types import Form, Live, LoralignError, Operator, Start, Train
 
 
 class LowRankVariant(LoraVariant):
@@ -35,6 +35,8 @@ class LowRankVariant(LoraVariant):
         self.neighbours = list(neighbours)
         self.links: tuple[int, ...] = ()
         """How many frozen slots each commit left, oldest first."""
+        self.train: Train = "AB"
+        """The factors that train in this link."""
 
     def supports_lora_conversion(self) -> bool:
         return self.form.facts.exact
@@ -155,10 +157,11 @@ def share(model: nn.Module, form: Form) -> dict[str, nn.Parameter]:
     return shared_of(model)
 
 
-def install(layer: Any, adapter: str, start: Start, form: Form, own: Own, *, chain: bool) -> None:
+def install(layer: Any, adapter: str, start: Start, form: Form, own: Own, *, chain: bool, turns: bool = False) -> None:
     """Write one site's start, in place: live factors, twin or chain storage, the form's tensors, the variant.
 
-    chain: live slots may be committed to frozen ones later. Raises LoralignError on layers that have no plain
+    chain: live slots may be committed to frozen ones later. turns: the factor that rests may train in a later link, so
+    it stays in autograd. Raises LoralignError on layers that have no plain
     pair of Linears.
     """
     side_A, side_B = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -179,8 +182,10 @@ def install(layer: Any, adapter: str, start: Start, form: Form, own: Own, *, cha
         convert(side_B, "B", B.new_zeros(B.shape[0], 0), owner)
     _give(layer, adapter, own, A)
     layer.lora_variant[adapter] = LowRankVariant(form, own.shared)
+    layer.lora_variant[adapter].train = start.train
     layer.cast_input_dtype_enabled = _CastForOthers(layer)
-    never = tuple({"A": "lora_A", "B": "lora_B"}[f] for f in "AB" if f not in start.train or f not in form.facts.stock)
+    trains = form.facts.stock if turns else set(start.train) & set(form.facts.stock)
+    never = tuple({"A": "lora_A", "B": "lora_B"}[f] for f in "AB" if f not in trains)
     keep_constant(layer, adapter, never)
 
 
@@ -281,6 +286,7 @@ def commit(layer: Any, adapter: str, fresh: Start) -> None:
         side_B.kind = "T"
     for side, value in ((side_A, fresh.A), (side_B, fresh.B)):
         write(side.live, torch.zeros_like(value) if fresh.twin else value.to(side.frozen))
+    layer.lora_variant[adapter].train = fresh.train
     for name, value in fresh.own.items():
         write(trained_of(layer, adapter)[name], value)
 

@@ -139,8 +139,10 @@ class SlotLinear(nn.Linear):
             sd[key], rest = self.unfold(weight)
             frozen = rest if frozen is None else frozen
         elif weight is not None and frozen is None and self.used and not self.raw:
-            errors.append(f"{key}: no frozen slots in this file, the model has {self.used}")
-            return
+            if self.kind == "T":
+                errors.append(f"{key}: no frozen slots in this file, the model has {self.used}")
+                return
+            frozen = self.unfold(weight)[1]  # a chain before its first knot
         if frozen is not None:  # copied, because DCP loads in place and may hand over self.frozen itself
             self.frozen = frozen.to(self.frozen, copy=True)
         super()._load_from_state_dict(sd, prefix, meta, strict, missing, unexpected, errors)

@@ -58,6 +58,12 @@ def block_of(size: int, length: int, place: int, source: torch.Generator) -> Ten
 
 def haar(rows: int, cols: int, *key: int | str) -> Tensor:
     """(rows, cols), uniform over matrices of orthonormal rows (rows ≤ cols) or columns (rows > cols); float32, CPU."""
-    Q, R = torch.linalg.qr(keyed_normal((max(rows, cols), min(rows, cols)), *key))
+    return orthonormal(rows, cols, keyed_generator(*key))
+
+
+def orthonormal(rows: int, cols: int, generator: torch.Generator) -> Tensor:
+    """As `haar`, from a generator."""
+    normal = torch.randn(max(rows, cols), min(rows, cols), generator=generator, dtype=torch.float32)
+    Q, R = torch.linalg.qr(normal)
     Q = torch.where(R.diagonal() < 0, -Q, Q)  # QR alone is not uniform
     return (Q if rows > cols else Q.T).contiguous()

@@ -25,7 +25,9 @@ from loralign.methods.init.kaiming import kaiming, kaiming_frozen
 from loralign.methods.init.lora_ga import gradient_svd
 from loralign.methods.init.olora import leading_qr
 from loralign.methods.init.pissa import principal_svd
+from loralign.methods.init.rac_lora import random_side
 from loralign.methods.init.sbora import unit_columns, unit_rows
+from loralign.methods.outer.chain import chain_of_links, randomized_links
 from loralign.methods.outer.once import once
 from loralign.methods.reference import muon
 from loralign.methods.rule.adalora import sensitivity_budget
@@ -37,6 +39,7 @@ from loralign.methods.transform.lora_plus import ratio_lr
 from loralign.methods.transform.lora_pro import equivalent_gradient
 from loralign.methods.transform.lora_rite import invariant_adam
 from loralign.methods.transform.muon import matrix_sign, spectral
+from loralign.methods.transform.rac_lora import projected_descent
 from loralign.methods.transform.riemannian import scaled_gradient
 from loralign.types import Full, LoralignError, LrPrior, Method, Recipe, over_rank, over_sqrt_rank
 
@@ -119,6 +122,18 @@ _LINES = (
                                     "share_B": 7}}),
     Method("olora", "start from the weight's QR factorisation", "2406.01775", "exact at rank 2r",
            LrPrior(5e-5, "2602.04998: 0.055 of LoRA's"), init=leading_qr),
+    Method("chain-of-lora", "links of plain LoRA, each fixed before the next", "2401.04151", "exact, rank grows",
+           LrPrior(None, "unknown"), outer=chain_of_links,
+           presets={"paper": {"r": 8, "alpha": 16.0, "links": 3}},
+           unverified="the paper's body could not be read: from a digest and other people's code"),
+    Method("rac-lora", "links with one factor drawn at random and frozen", "2410.08305", "exact, rank grows",
+           LrPrior(None, "unknown"), init=random_side, outer=randomized_links,
+           presets={"paper": {"r": 2, "links": 10, "frozen": "A"}},
+           unverified="the paper's body could not be read: from reviews and code"),
+    Method("rac-lora-exact", "as rac-lora, by projected descent on W", "2410.08305", "exact, rank grows",
+           LrPrior(None, "unknown"), init=random_side, transform=projected_descent, outer=randomized_links,
+           presets={"paper": {"frozen": "A", "link_steps": 1}},
+           unverified="the paper's body could not be read: from reviews"),
 )  # fmt: skip
 
 

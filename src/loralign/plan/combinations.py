@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from loralign.carrier.sites import draw_for
 from loralign.maths.draws import keyed_generator
 from loralign.methods.transform.adamw import adamw
 from loralign.types import (
@@ -225,7 +226,7 @@ def facts(recipe: Recipe) -> frozenset[str]:
     """The facts of a recipe, in the words of the table."""
     start = probe(recipe, recipe.s())
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(4)]
-    first, second = (recipe.outer.episode(i, _MANY, names) for i in range(2))
+    first, second = (recipe.outer.episode(i, _MANY, names, draw) for i in range(2))
     chain = first is not None and first.steps < _MANY and second is not None
     sides = [start.train, *(episode.train for episode in (first, second) if episode is not None)]
     form, transform = recipe.form.facts, recipe.transform.facts
@@ -314,15 +315,14 @@ def probe(recipe: Recipe, s: float) -> Probe:
     return Probe(made.twin, made.train, seen, not made.twin and bool((B @ A).any()))
 
 
-def draw(purpose: str, step: int = 0) -> torch.Generator:
-    """Keyed randomness of planning; nothing of a run depends on it."""
-    return keyed_generator(0, purpose, step, "probe")
+draw = draw_for(0, "probe")
+"""Keyed randomness of planning; nothing of a run depends on it."""
 
 
 def links(recipe: Recipe, total_steps: int, names: Sequence[str]) -> int:
     """How many episodes a run of so many steps has."""
     index, done = 0, 0
-    while done < total_steps and (episode := recipe.outer.episode(index, total_steps, names)) is not None:
+    while done < total_steps and (episode := recipe.outer.episode(index, total_steps, names, draw)) is not None:
         index, done = index + 1, done + episode.steps
     return index
 

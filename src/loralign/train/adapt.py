@@ -162,7 +162,7 @@ def write_start(
 ) -> dict[str, Storage]:
     """moved: the model may start away from W0."""
     found = sites(model)
-    first = recipe.outer.episode(0, 2**31, [site.name for site in found])
+    first = recipe.outer.episode(0, 2**31, [site.name for site in found], draw_for(recipe.seed))
     chain = first is not None and first.steps < 2**31
     shared = share(model.base_model, recipe.form)
     for site in found:
@@ -171,7 +171,7 @@ def write_start(
         if unknown := set(start.own) - set(trained):
             raise LoralignError(f"the init of {recipe.name} sets {min(unknown)!r}, which its form does not train")
         own = Own({**trained, **start.own}, recipe.form.constants(W, site.r, draw), shared)
-        install(site.layer, site.adapter, start, recipe.form, own, chain=chain)
+        install(site.layer, site.adapter, start, recipe.form, own, chain=chain, turns=recipe.init.facts.turns)
     link({site.name: site.layer for site in found}, found[0].adapter, recipe.form)
     for site in found:
         if not moved and not made[site.name].twin and moves(site):

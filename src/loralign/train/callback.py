@@ -156,7 +156,8 @@ class RecipeCallback(TrainerCallback):
         driver = self._driver()
         saved = driver.state()  # on every rank: sharded tensors are gathered
         episode, start = driver.episodes.position
-        stored = {n: replace(s, twin=driver.episodes.twins.get(n, s.twin)) for n, s in self.stored.items()}
+        links = driver.episodes.links()
+        stored = {n: replace(s, twin=links[n].twin, train=links[n].train) for n, s in self.stored.items()}
         complete(args, state, Note(self.recipe.name, state.global_step, stored, episode, start), saved, self.keep)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

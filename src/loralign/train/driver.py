@@ -128,8 +128,8 @@ class Driver:
 
     def _load_site(self, name: str, layer: Any, adapter: str, state: Mapping[str, Tensor]) -> None:
         head = f"live|{name}|"
-        if f"links|{name}" in state:
-            layer.lora_variant[adapter].links = tuple(state[f"links|{name}"].tolist())
+        kept = state.get(f"links|{name}")
+        layer.lora_variant[adapter].links = tuple(kept.tolist()) if kept is not None else ()
         if _owned(layer, adapter):
             for side in "AB":
                 module = getattr(layer, f"lora_{side}")[adapter]

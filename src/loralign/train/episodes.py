@@ -12,21 +12,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 
-from loralign.carrier.sites import sites, sync_config, weight
+from loralign.carrier.sites import draw_for, sites, sync_config, weight
 from loralign.carrier.slot import commit, effective
-from loralign.maths.draws import keyed_generator
 from loralign.optim.pairs import PairOptimizer
-from loralign.types import Directions, Episode, LoralignError, Nothing, Recipe, Site, Start, Weight, WorkFailed
+from loralign.types import Directions, Episode, LoralignError, Nothing, Recipe, Site, Start, Train, Weight, WorkFailed
 
 log = logging.getLogger("loralign")
 
 Gather = Callable[[Episode], Mapping[str, Directions]]
 """Collects what the init of an episode must know, from the model as it is at the knot."""
+
+
+class Link(NamedTuple):
+    """The live link of one site: does it train around a twin, and which factors train."""
+
+    twin: bool
+    train: Train
 
 
 class Episodes:
@@ -38,18 +44,28 @@ class Episodes:
         self.total_steps = 0
         self.current: Episode | None = None
         self.started = 0
-        self.twins: dict[str, bool] = {}
-        """Sites whose storage changed at a knot: does the live link train around a twin?"""
 
     @property
     def position(self) -> tuple[int, int]:
         """(index of the episode, optimizer step at which it began)."""
         return (self.current.index if self.current else 0), self.started
 
+    def links(self) -> dict[str, Link]:
+        """The live link of every site."""
+        found = {}
+        for site in sites(self.model):
+            layer: Any = site.layer
+            twin = getattr(layer.lora_B[site.adapter], "kind", "") == "T"
+            found[site.name] = Link(twin, layer.lora_variant[site.adapter].train)
+        return found
+
+    def _episode(self, index: int) -> Episode | None:
+        return self.recipe.outer.episode(index, self.total_steps, self.names, draw_for(self.recipe.seed))
+
     def begin(self, total_steps: int, optimizer: PairOptimizer, index: int = 0, started: int = 0) -> None:
         """Enter an episode: the first one, or the one in which a stopped run was."""
         self.total_steps, self.started = total_steps, started
-        self.current = self.recipe.outer.episode(index, total_steps, self.names)
+        self.current = self._episode(index)
         if self.current is None:
             raise WorkFailed(f"{self.recipe.name}: the outer loop has no episode {index}")
         self._enter(self.current, optimizer)
@@ -58,8 +74,15 @@ class Episodes:
         unknown = set(episode.sites or ()) - set(self.names)
         if unknown:
             raise LoralignError(f"{self.recipe.name}: an episode trains {min(unknown)}, which is not adapted")
-        optimizer.asleep = set(self.names) - set(episode.sites or self.names)
-        optimizer.trains = {} if episode.train == "AB" else dict.fromkeys(self.names, episode.train)
+        awake = set(self.names) if episode.sites is None else set(episode.sites)
+        optimizer.asleep = set(self.names) - awake
+        optimizer.trains = {}
+        for name, link in self.links().items():
+            both: list[Train] = [f for f in ("A", "B") if f in episode.train and f in link.train]
+            if not both:
+                raise WorkFailed(f"{self.recipe.name}: link {episode.index} trains no factor of {name}")
+            if len(both) == 1:
+                optimizer.trains[name] = both[0]
 
     def lr_factor(self, step: int, course: Callable[[int], float] | None = None) -> float:
         """Factor on the learning rate of step `step` (0-based) for every role: a linear re-warm-up at the start of a
@@ -79,7 +102,7 @@ class Episodes:
         """`step` optimizer steps are done: tie a knot where the episode is over and another one follows."""
         if self.current is None or step - self.started < self.current.steps or step >= self.total_steps:
             return False
-        following = self.recipe.outer.episode(self.current.index + 1, self.total_steps, self.names)
+        following = self._episode(self.current.index + 1)
         if following is None:
             return False
         self._knot(self.current, following, optimizer)
@@ -89,7 +112,7 @@ class Episodes:
 
     @torch.no_grad()
     def _knot(self, done: Episode, following: Episode, optimizer: PairOptimizer) -> None:
-        trained = set(done.sites or self.names)
+        trained = set(self.names if done.sites is None else done.sites)
         init = following.init or self.recipe.init
         evidence: Mapping[str, Directions] = {}
         if not isinstance(init.needs, Nothing):
@@ -106,7 +129,6 @@ class Episodes:
         for site in sites(self.model):
             if site.name in trained:
                 commit(site.layer, site.adapter, fresh[site.name])
-                self.twins[site.name] = fresh[site.name].twin
                 optimizer.dead.pop(site.name, None)
         if following.reset:
             optimizer.forget(trained)
@@ -115,11 +137,7 @@ class Episodes:
 
     def _start(self, site: Site, following: Episode, evidence: Mapping[str, Directions]) -> Start:
         init = following.init or self.recipe.init
-
-        def draw(purpose: str, step: int = 0) -> torch.Generator:
-            return keyed_generator(self.recipe.seed, purpose, following.index, site.name)
-
-        W = _as_it_is(site)
+        draw, W = draw_for(self.recipe.seed, site.name, following.index), _as_it_is(site)
         start = init(W, site.r, site.s, evidence.get(site.name), draw)
         return replace(start, own={**self.recipe.form.trained(W, site.r, draw), **start.own})
 

@@ -33,6 +33,10 @@ class Facts:
     needs_no_dropout: bool = False
     """It is wrong under dropout."""
 
+    # of an init
+    turns: bool = False
+    """The factor that trains may differ from link to link: both stay in autograd, and one rests by a mask."""
+
     # of a transform
     accepts: frozenset[str] = frozenset()
     """"one_sided" pairs, "gated" factors, "bf16" factors, "sharded" factors (parts of them), several "shapes" in a
@@ -272,4 +276,6 @@ class Outer(Protocol):
     @property
     def facts(self) -> Facts: ...
 
-    def episode(self, index: int, total_steps: int, sites: Sequence[str]) -> Episode | None: ...
+    def episode(self, index: int, total_steps: int, sites: Sequence[str], draw: Draw) -> Episode | None:
+        """Link `index` of a run of so many steps, None after the last. draw: keyed by the recipe's seed alone."""
+        ...

@@ -43,7 +43,13 @@ class Site:
 
 
 class Draw(Protocol):
-    """Keyed randomness: the same (seed, purpose, step, module) gives the same generator on every machine and rank."""
+    """Keyed randomness: one (seed, link, purpose, step, module), one generator, on every machine and rank.
+
+    link: which link of a chain the draw is for, 0 for the first and where there is no chain.
+    """
+
+    @property
+    def link(self) -> int: ...
 
     def __call__(self, purpose: str, step: int = 0) -> torch.Generator: ...
 

@@ -10,7 +10,7 @@ Export:  exact.
 Args:    none.
 Example:
     >>> from loralign.methods.outer.once import once
-    >>> once().episode(1, total_steps=100, sites=()) is None
+    >>> once().episode(1, 100, (), None) is None
     True
 """
 
@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loralign.types import Episode, Facts
+from loralign.types import Draw, Episode, Facts
 
 
 @dataclass(frozen=True)
 class Once:
     facts: ClassVar[Facts] = Facts()
 
-    def episode(self, index: int, total_steps: int, sites: Sequence[str]) -> Episode | None:
+    def episode(self, index: int, total_steps: int, sites: Sequence[str], draw: Draw) -> Episode | None:
         return Episode(0, total_steps, reset=False) if index == 0 else None
 
 
