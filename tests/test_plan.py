@@ -36,6 +36,7 @@ from loralign.types import (
     NOTHING,
     Batch,
     Directions,
+    Draw,
     Episode,
     Facts,
     Grad,
@@ -68,7 +69,7 @@ class Links:
 
     facts: ClassVar[Facts] = Facts()
 
-    def episode(self, index: int, total_steps: int, sites: Sequence[str]) -> Episode | None:
+    def episode(self, index: int, total_steps: int, sites: Sequence[str], draw: Draw) -> Episode | None:
         return Episode(index, 5) if index * 5 < total_steps else None
 
 

@@ -25,9 +25,10 @@ def toy_trainer(
     steps: int,
     save_steps: int = 1000,
     model: PreTrainedModel | None = None,
+    held_out: int = 0,
     **args: Any,
 ) -> Trainer:
-    """Batch 4, lr 1e-2, constant schedule, CPU; the model is wrapped by stock PEFT."""
+    """Batch 4, lr 1e-2, constant schedule, CPU; `held_out` rows to evaluate; the model is wrapped by stock PEFT."""
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -42,5 +43,7 @@ def toy_trainer(
         "dataloader_pin_memory": False,
         "seed": 7,
     }
+    judged: Any = rows(held_out) if held_out else None
     wrapped = get_peft_model(model or llama(), config)
-    return Trainer(model=wrapped, args=TrainingArguments(**{**settings, **args}), train_dataset=rows())  # type: ignore[arg-type]
+    arguments = TrainingArguments(**{**settings, **args})
+    return Trainer(model=wrapped, args=arguments, train_dataset=rows(), eval_dataset=judged)  # type: ignore[arg-type]

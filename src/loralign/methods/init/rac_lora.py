@@ -54,7 +54,7 @@ class RandomSide:
     def fits(self, d_out: int, d_in: int, r: int) -> str:
         sides = {"A": d_in, "B": d_out, "smaller": min(d_out, d_in)}
         most = sides.get(self.frozen, min(d_out, d_in))
-        return "" if r <= most else f"it can draw {most} orthonormal slots at most"
+        return "" if r <= most else f"it can start {most} slots at most"
 
     def trains(self, d_out: int, d_in: int, draw: Draw) -> Train:
         """The factor that trains in the link that `draw` is for."""
