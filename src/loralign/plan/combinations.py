@@ -112,7 +112,7 @@ CLASHES: tuple[Clash, ...] = (
         instead="set the learning rate and leave lora-plus out",
     ),
     _clash(
-        "allocates", "chain",
+        "schedule of slots", "chain",
         reason="a budget of slots runs over the whole run, and each link of a chain starts its slots anew",
         instead="train the rank method by itself",
     ),
@@ -256,6 +256,7 @@ def facts(recipe: Recipe) -> frozenset[str]:
             "dropout": recipe.dropout > 0,
             "needs dropout 0": any(part.facts.needs_no_dropout for part in _parts(recipe)),
             "allocates": any(rule.allocates for rule in rules),
+            "schedule of slots": any(rule.allocates and rule.too_short is not None for rule in rules),
             "needs a gate": any(rule.needs_gate for rule in rules),
             "no switch": not form.switches,
             "several allocate": sum(rule.allocates for rule in rules) > 1,
