@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loralign.carrier.sites import draw_for
 from loralign.carrier.slot import form_of, live_of
 from loralign.io.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPACT, fresh_folder, writing
 from loralign.io.layout import Product, uniform
-from loralign.maths.draws import keyed_generator
 from loralign.methods.table import METHODS
 from loralign.types import Form, Live, LoralignError, Site, Weight
 
@@ -148,7 +148,7 @@ def _form(meta: Mapping[str, Any]) -> Form:
 def _live(form: Form, name: str, size: tuple[int, int, int, float], tensors: Mapping[str, Tensor]) -> Live:
     r, d_out, d_in, _ = size
     W = Weight(name, (d_out, d_in), lambda: torch.zeros(d_out, d_in))
-    draw = lambda purpose, step=0: keyed_generator(0, purpose, step)  # noqa: E731
+    draw = draw_for(0, name)
     shapes = {n: t.shape for part in (form.trained, form.constants) for n, t in part(W, r, draw).items()}
     sides = {"A": torch.zeros(r, d_in), "B": torch.zeros(d_out, r)}
     shapes |= {side: sides[side].shape for side in form.facts.stock}
