@@ -33,6 +33,8 @@ class LowRankVariant(LoraVariant):
         self.form = form
         self.shared = shared
         self.neighbours = list(neighbours)
+        self.path: Any = None
+        """What hands inputs from layer to layer (`path.py`); None for forms that stay in their layer."""
         self.links: tuple[int, ...] = ()
         """How many frozen slots each commit left, oldest first."""
         self.train: Train = "AB"
@@ -60,7 +62,10 @@ class LowRankVariant(LoraVariant):
         dropout, s = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         fresh = not watched(module)
         if side_A.__class__ is SlotLinear and side_A.owner is not None:
-            A, B = module.lora_variant[active_adapter].operators(module, active_adapter)
+            variant = module.lora_variant[active_adapter]
+            if variant.path is not None:
+                return variant.path.forward(module, active_adapter, x, result, writable=fresh)
+            A, B = variant.operators(module, active_adapter)
             return applied(result, x, A, B, s, dropout, writable=fresh)
         x = x if dropout.__class__ is nn.Identity else dropout(x)
         A, B = side_A._parameters["weight"], side_B._parameters["weight"]
@@ -212,12 +217,6 @@ def keep_constant(layer: Any, adapter: str, names: tuple[str, ...]) -> None:
         for parameter in getattr(layer, name)[adapter]._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(name not in names)
-
-
-def link(layers: dict[str, Any], adapter: str, form: Form) -> None:
-    """Give cross-layer forms their neighbours; plain references, outside the module tree."""
-    for name, layer in layers.items():
-        layer.lora_variant[adapter].neighbours = [layers[n] for n in form.neighbours(name, list(layers))]
 
 
 def whole(t: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from loralign.methods.form.delta_lora import boosted
 from loralign.methods.form.gated import gated
 from loralign.methods.form.plain import plain
 from loralign.methods.form.prolora import partial_rotation
+from loralign.methods.form.reslora import shortcuts
 from loralign.methods.form.sbora import fixed_A, fixed_B
 from loralign.methods.init.cora import common_basis, common_start
 from loralign.methods.init.gaussian import gaussian
@@ -120,6 +121,10 @@ _LINES = (
            presets={"paper": {"r": 32, "alpha": 16.0, "dropout": 0.1, "unshared": 4, "share_A": 7, "share_B": 7},
                     "paper-small": {"r": 8, "alpha": 16.0, "dropout": 0.1, "unshared": 1, "share_A": 7,
                                     "share_B": 7}}),
+    Method("reslora", "every module adds the adapters of the blocks before it", "2402.18039", "exact, ragged ranks",
+           LrPrior(3.5e-4, "the authors' scripts: 1e-4 at s 2, hidden 4096"), form=shortcuts,
+           presets={"paper": {"r": 4, "alpha": 8.0, "dropout": 0.1, "weight_decay": 0.1}},
+           unverified="the paper's tables could not be read; formulas from a translation and the authors' code"),
     Method("olora", "start from the weight's QR factorisation", "2406.01775", "exact at rank 2r",
            LrPrior(5e-5, "2602.04998: 0.055 of LoRA's"), init=leading_qr),
     Method("chain-of-lora", "links of plain LoRA, each fixed before the next", "2401.04151", "exact, rank grows",

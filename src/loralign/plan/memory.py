@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from loralign.carrier.path import wire
 from loralign.carrier.sites import ADAPTER, put_in, sites, target_weights
-from loralign.carrier.slot import Own, effective, install, link, share
+from loralign.carrier.slot import Own, effective, install, share
 from loralign.plan.combinations import Probe, check_ranks, draw, links, probe, snapshots
 from loralign.plan.trace import Step, example_batch, trace, usual_loss
 from loralign.types import (
@@ -148,7 +149,7 @@ def _adapted(model: nn.Module, recipe: Recipe, start: Probe) -> tuple[nn.Module,
         weight = Weight(site.name, shape, lambda shape=shape: torch.empty(shape, device="meta"))  # type: ignore[misc]
         own = Own(recipe.form.trained(weight, site.r, draw), recipe.form.constants(weight, site.r, draw), shared)
         install(site.layer, site.adapter, Start(*_factors(site), train=start.train), recipe.form, own, chain=False)
-    link({site.name: site.layer for site in found}, ADAPTER, recipe.form)
+    wire(adapted, {site.name: site.layer for site in found}, ADAPTER, recipe.form)
     return adapted, found
 
 

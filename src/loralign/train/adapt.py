@@ -16,8 +16,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from loralign.carrier.path import wire
 from loralign.carrier.sites import draw_for, factors, keep_saving_right, put_in, sites, skipped, weight
-from loralign.carrier.slot import Own, install, link, share, shared_of, trained_of
+from loralign.carrier.slot import Own, install, share, shared_of, trained_of
 from loralign.carrier.slot_check import self_test
 from loralign.evidence import Evidence, Progress, collect, model_loss
 from loralign.optim.pairs import PairOptimizer
@@ -172,7 +173,7 @@ def write_start(
             raise LoralignError(f"the init of {recipe.name} sets {min(unknown)!r}, which its form does not train")
         own = Own({**trained, **start.own}, recipe.form.constants(W, site.r, draw), shared)
         install(site.layer, site.adapter, start, recipe.form, own, chain=chain, turns=recipe.init.facts.turns)
-    link({site.name: site.layer for site in found}, found[0].adapter, recipe.form)
+    wire(model, {site.name: site.layer for site in found}, found[0].adapter, recipe.form)
     for site in found:
         if not moved and not made[site.name].twin and moves(site):
             raise WorkFailed(f"the init of {recipe.name} moves {site.name} away from W0 without a twin")

@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from loralign.carrier.sites import ADAPTER, as_layers, beside, differing_target, peft_config, sites
 from loralign.evidence import Evidence, Progress
 from loralign.maths.draws import keyed_generator
-from loralign.plan.combinations import check_combination, check_length, idle
+from loralign.plan.combinations import Surroundings, check_combination, check_length, idle
 from loralign.train.adapt import carry_on, check_goes_on, gather, is_trained, optimizer, restore_storage, start
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import whole_note
@@ -127,6 +127,8 @@ def _check_sharding(trainer: Any, recipe: Recipe) -> None:
             f"{recipe.name}: DeepSpeed replaces the parameter groups by flat partitions, so the recipe's own optimizer "
             "cannot step; use FSDP2 or DDP"
         )
+    if trainer.is_fsdp_enabled:
+        check_combination(recipe, Surroundings(engine="fsdp"))
     if trainer.is_fsdp_enabled and getattr(getattr(plugins, "fsdp_plugin", None), "fsdp_version", 2) == 1:
         raise LoralignError("FSDP version 1 flattens parameters: set fsdp_version: 2 in the accelerate config")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -61,6 +61,9 @@ class Facts:
     """Entries of A or B are shared: no pairwise transform and no gradient start fits them."""
     cross_layer: bool = False
     """`factors` reads other sites."""
+    path: Literal["", "inputs", "features"] = ""
+    """In training the neighbours' "inputs" x, or "features" A·x, are added to the site's own; `factors` is what is
+    merged and exported."""
     per_slot: frozenset[str] = frozenset()
     """The form's own trained tensors that have one entry per slot, along their first axis."""
     switches: frozenset[str] = frozenset()

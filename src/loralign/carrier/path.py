@@ -1,0 +1,105 @@
+"""What layers hand to later ones within one forward of the model: inputs, or features A·x.
+
+    inputs     x_n ← x_n + x_{n−1}                  (x_n + x_n at the start of a chain)
+    features   A_n·x_n ← A_n·x_n + Σ_k A_{n−k}·x_{n−k}
+
+Held from the start of the model's forward to its end and no longer, so backward keeps what autograd keeps. A layer that
+runs outside of it, as under activation checkpointing, has no inputs of the others, and says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from loralign.carrier.layer import low_rank
+from loralign.carrier.slot import constants_of
+from loralign.carrier.storage import SlotLinear
+from loralign.maths.operators import Dense
+from loralign.types import Form, LoralignError
+
+REFUSED = (
+    "this method hands inputs from layer to layer, which activation checkpointing does not compute again: switch "
+    "gradient_checkpointing off, or use `shortcut: bs`, which needs no inputs of other layers"
+)
+
+
+class Path:
+    """The inputs or features of one forward, by layer."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.seen: dict[int, Tensor] | None = None
+        self.owner: nn.Module | None = None
+        """The outermost of the modules whose forward runs."""
+
+    def open(self, model: nn.Module, args: Any) -> None:
+        """Before the model's forward."""
+        if self.owner is None:
+            if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+                raise LoralignError(REFUSED)
+            self.owner, self.seen = model, {}
+
+    def close(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self.owner is model:
+            self.owner = self.seen = None
+
+    def joined(self, layer: Any, before: list[Any], own: Tensor) -> Tensor:
+        """`own` and what the layers before it left in this forward."""
+        if self.seen is None:
+            raise LoralignError(REFUSED)
+        self.seen[id(layer)] = own
+        found = [self.seen[id(other)] for other in before if id(other) in self.seen]
+        if any(other.shape != own.shape for other in found):
+            raise LoralignError(
+                "this method adds inputs of one layer to another's, and these see different rows (experts, another "
+                "length): use `shortcut: bs`"
+            )
+        if self.kind == "inputs" and not before:
+            found = [own]
+        return own + sum(other.to(own.device) for other in found) if found else own
+
+    def forward(self, layer: Any, adapter: str, x: Tensor, base: Tensor, *, writable: bool) -> Tensor:
+        """base + s·B·A·(joined inputs), or base + s·B·(joined features)."""
+        side_A, side_B = layer.lora_A[adapter], layer.lora_B[adapter]
+        dropout, s, before = layer.lora_dropout[adapter], layer.scaling[adapter], layer.lora_variant[adapter].neighbours
+        if self.kind == "inputs":
+            _note(layer, adapter, x)
+            x = dropout(self.joined(layer, before, x))
+            return low_rank(base, x, side_A.live, side_B.live, s, writable=writable)
+        h = Dense(side_A.live).matmul(dropout(x).to(base.dtype))
+        _note(layer, adapter, h)
+        return Dense(side_B.live).add_to(base, self.joined(layer, before, h), s)
+
+
+@torch.no_grad()
+def _note(layer: Any, adapter: str, value: Tensor) -> None:
+    """Remember the norm of what a training forward saw, the oldest one makes room."""
+    if layer.training:
+        kept = constants_of(layer, adapter)
+        norms, seen = kept["norms"], kept["seen"]
+        norms.index_copy_(0, (seen % norms.numel()).view(1), value.norm().view(1).to(norms))
+        seen.add_(1)
+
+
+def wire(model: PeftModel, layers: dict[str, Any], adapter: str, form: Form) -> None:
+    """Give cross-layer forms their neighbours; plain references, outside the module tree."""
+    path = Path(form.facts.path) if form.facts.path else None
+    if path is not None:
+        for root in (model.base_model, model.get_base_model()):  # `generate` calls the latter alone
+            root.register_forward_pre_hook(path.open)
+            root.register_forward_hook(path.close, always_call=True)
+    for name, layer in layers.items():
+        variant = layer.lora_variant[adapter]
+        variant.neighbours = [layers[n] for n in form.neighbours(name, list(layers))]
+        if path is not None:
+            variant.neighbours = [n for n in variant.neighbours if _size(n, adapter) == _size(layer, adapter)]
+            variant.path = path
+
+
+def _size(layer: Any, adapter: str) -> tuple[int, ...]:
+    A: SlotLinear = layer.lora_A[adapter]
+    return (*A.live.shape, layer.lora_B[adapter].live.shape[0])
