@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from loralign import LoralignError
 from loralign.cli.app import main
 from loralign.compare.identity import arm_settings
+from loralign.compare.report import collect, notes
 from loralign.compare.spec import grid
-from loralign.config.study import to_spec
+from loralign.config.study import load_study, to_specs
 from loralign.config.study_file import StudyFile, parse_study
 from loralign.config.yaml_text import read_yaml
 from loralign.types import Full, Recipe
@@ -33,7 +35,7 @@ def test_references_are_added_and_every_arm_gets_as_many_rates(study: Path) -> N
     for arm in spec.arms:
         rates = [t.lr for t in grid(arm, spec.rates, spec.ratio)]
         assert rates[0] == arm.lr and len(set(rates)) == 3
-        assert max(rates) / min(rates) == pytest.approx(9, rel=0.01)
+        assert max(rates) / min(rates) == pytest.approx(4, rel=0.01)
     alone = load(study, "references=false", "arms=[pissa]")
     assert [a.name for a in alone.arms] == ["pissa"] and not alone.references
 
@@ -102,8 +104,63 @@ def test_rows_that_a_choice_has_seen_are_refused(study: Path) -> None:
     for name in ("train", "valid"):
         with pytest.raises(LoralignError, match="reported on rows that a choice has seen"):
             load(study, f"task.test={study.parent / name}.jsonl")
-    with pytest.raises(LoralignError, match="are the same rows"):
+    with pytest.raises(LoralignError, match=r"every row of `task.valid` stands in `task.train`"):
         load(study, f"task.valid={study.parent}/train.jsonl")
+
+
+def test_a_copy_under_another_name_and_in_another_order_is_refused(study: Path, tmp_path: Path) -> None:
+    rows = (study.parent / "train.jsonl").read_text().splitlines(True)
+    for kept in (rows, rows[::-1], rows[3:9]):
+        (tmp_path / "copy.jsonl").write_text("".join(kept))
+        with pytest.raises(LoralignError, match=r"every row of `task.valid` stands in `task.train`"):
+            load(study, f"task.valid={tmp_path}/copy.jsonl")
+        with pytest.raises(LoralignError, match="reported on rows that a choice has seen"):
+            load(study, f"task.test={tmp_path}/copy.jsonl")
+    new = (study.parent / "valid.jsonl").read_text().splitlines(True)[0]
+    (tmp_path / "copy.jsonl").write_text("".join([*rows[:3], new]))
+    assert load(study, f"task.valid={tmp_path}/copy.jsonl").shared_rows == 0
+
+
+def test_the_baseline_gets_more_seeds_and_families_are_declared(study: Path) -> None:
+    arms = "[lora-ga, {method: pissa, family: starts}]"
+    spec = load(study, f"arms={arms}", "baseline_seeds=null")
+    assert (spec.seeds, spec.baseline_seeds) == (2, 12)
+    assert load(study, "baseline_seeds=null", "seeds=20").baseline_seeds == 20
+    assert [a.family for a in spec.arms] == ["primary", "primary", "primary", "starts"]
+    for wrong in ("{method: pissa, family: control}", "{method: lora, family: starts}"):
+        with pytest.raises(LoralignError, match="`full` alone is the control"):
+            load(study, f"arms=[{wrong}]")
+
+
+def test_a_prior_tuned_on_these_rows_is_told(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = load(study, "arms=[hrp, {method: lora-plus, lr: 1e-3}]")
+    by_name = {a.name: a for a in spec.arms}
+    assert by_name["hrp"].tuned_on[0][0] == "reviews in German (MultiEmo)" and not by_name["lora-plus"].tuned_on
+    assert not any("tuned on this very task" in note for note in notes(spec, {}, collect(spec, {})))
+    same = replace(spec, content={**spec.content, "task.train": by_name["hrp"].tuned_on[0][1]})
+    said = notes(same, {}, collect(same, {}))
+    assert "the rates of hrp are centred where they were tuned on this very task: reviews in German (MultiEmo)" in said
+
+
+def tasks(study: Path, *names: str) -> str:
+    keys = {"kind": "text", "length": 16, **{s: f"{study.parent}/{s}.jsonl" for s in ("train", "valid", "test")}}
+    return (
+        "[" + ", ".join("{" + ", ".join(f"{k}: {v}" for k, v in {"name": n, **keys}.items()) + "}" for n in names) + "]"
+    )
+
+
+def test_several_tasks(study: Path) -> None:
+    first, second = load_study(study, ("task=null", f"tasks={tasks(study, 'reviews', 'poems')}"))
+    assert (first.task_name, second.task_name) == ("reviews", "poems")
+    assert first.output == study.parent / "out" / "reviews" and first.arms == second.arms
+    for change, said in (
+        (f"tasks={tasks(study, 'a')}", "either one `task` or a list of `tasks`"),
+        ("task=null", "either one `task` or a list of `tasks`"),
+    ):
+        with pytest.raises(LoralignError, match=said):
+            load(study, change)
+    with pytest.raises(LoralignError, match="two tasks are called 'a'"):
+        load(study, "task=null", f"tasks={tasks(study, 'a', 'a')}")
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b", "model: x\nmodel: y", "model: [1"])
@@ -115,7 +172,7 @@ def test_no_study(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("compare*.yaml")), ids=lambda p: p.stem)
 def test_examples_parse(path: Path) -> None:
-    spec = to_spec(parse_study(read_yaml(path), path.name), 576)
+    (spec,) = to_specs(parse_study(read_yaml(path), path.name), 576)
     assert [a.name for a in spec.arms][:2] == ["full", "lora"] and len(spec.arms) > 2
 
 
@@ -133,6 +190,6 @@ def test_the_demo_is_such_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
     import compare_demo
 
     monkeypatch.setattr(compare_demo, "write_rows", lambda folder: dict.fromkeys(("train", "valid", "test"), "x.jsonl"))
-    spec = to_spec(parse_study(compare_demo.study(Path("out"))), 384)
+    (spec,) = to_specs(parse_study(compare_demo.study(Path("out"))), 384)
     assert [a.name for a in spec.arms] == ["full", "lora", "lora-ga"]
     assert (spec.rates, spec.seeds, spec.task.head_lr) == (5, 3, 1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -30,6 +31,7 @@ from loralign.compare.runner import Resident
 from loralign.compare.spec import Outcome, Trial
 from loralign.compare.store import Store
 from loralign.compare.study import work
+from loralign.compare.tasks import Rows
 from loralign.types import Full, LoralignError, Recipe, WorkFailed
 from tiny_study import SMALL, load, write_study
 
@@ -95,9 +97,56 @@ def test_evidence_is_counted(tmp_path: Path) -> None:
     plain, informed = (resident.run(trial(arm), never) for arm in ("lora", "lora-ga"))
     assert plain.init_tokens == 0 and informed.init_tokens > 0
     assert plain.step_tokens == informed.step_tokens == 8 * 16
+    assert informed.init_tokens % 16 == 0  # whole rows of 16 tokens
     assert 0 < informed.init_s < informed.seconds[0] < informed.seconds[1] < informed.total_s
     assert (plain.rank, informed.rank) == (4, 8)
     assert (plain.device == "cpu") == (not torch.cuda.is_available())
+
+
+@pytest.mark.parametrize("kind", ["text", "sft"])
+def test_a_start_that_reads_trains_fewer_steps(tmp_path: Path, kind: str) -> None:
+    """In one unit on packed and on padded rows: tokens without padding, of the start and of a mean step alike."""
+    spec = load(write_study(tmp_path, kind, train={**SMALL, "steps": 12, "eval_every": 4, "charge": "steps"}))
+    resident = Resident(spec)
+    rows = resident.task.train
+    step_tokens = 8 * sum(len(row["input_ids"]) for row in rows) / len(rows)
+    plain, informed = (resident.run(trial(arm), never) for arm in ("lora", "lora-ga"))
+    assert plain.steps == (4, 8, 12) and plain.step_tokens == informed.step_tokens == step_tokens
+    paid = math.ceil(informed.init_tokens / step_tokens)
+    assert 0 < paid < 12 and informed.steps[-1] == 12 - paid and len(informed.losses) == len(informed.steps)
+    resident.spec = replace(spec, charge="none")
+    assert resident.run(trial("lora-ga"), never).steps == (4, 8, 12)
+    resident.spec = replace(spec, steps=paid)
+    with pytest.raises(LoralignError, match=r"arm 'lora-ga' at 0.001: its start reads as many tokens as .* steps"):
+        resident.run(trial("lora-ga"), never)
+
+
+def test_what_is_chosen_sees_validation_rows_and_what_is_reported_test_rows(tmp_path: Path) -> None:
+    resident = Resident(load(write_study(tmp_path)))
+    seen = {phase: resident.run(trial("lora", phase=phase), never).losses for phase in ("rate", "seed")}
+    assert seen["rate"] != seen["seed"]
+    resident.task.valid = resident.task.test
+    assert resident.run(trial("lora", phase="rate"), never).losses == seen["seed"]  # else the trial is the same
+    resident.task.test = resident.task.test[:1]
+    assert resident.run(trial("lora"), never).losses != seen["seed"]
+
+
+def test_the_order_of_the_data_follows_the_seed_in_every_arm_alike(tmp_path: Path) -> None:
+    resident = Resident(load(write_study(tmp_path)))
+    kept = resident.task.collate
+    orders: dict[tuple[str, int], list[int]] = {}
+    for arm, seed in (("lora", 0), ("lora", 1), ("full", 0), ("full", 1)):
+        order = orders.setdefault((arm, seed), [])
+        train = {id(row): i for i, row in enumerate(resident.task.train)}
+
+        def collate(rows: Rows, order: list[int] = order, train: dict[int, int] = train) -> dict[str, torch.Tensor]:
+            order += [train[id(row)] for row in rows if id(row) in train]
+            return kept(rows)
+
+        resident.task.collate = collate
+        resident.run(trial(arm, seed=seed), never)
+    assert orders["lora", 0] == orders["full", 0] and orders["lora", 1] == orders["full", 1]
+    assert orders["lora", 0] != orders["lora", 1]
 
 
 def test_running_away_is_an_outcome(tmp_path: Path) -> None:
@@ -203,7 +252,15 @@ def test_a_study_from_start_to_table_and_a_later_arm(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stderr == ""
     assert "[1/" in done.stdout and "lora-ga: " in done.stdout and "accuracy" in done.stdout
     made = {p.name for p in (tmp_path / "out").iterdir()}
-    assert {"results.json", "results.csv", "rates.png", "steps.png", "seconds.png", "study.journal"} <= made
+    assert {
+        "results.json",
+        "results.csv",
+        "results.md",
+        "rates.png",
+        "steps.png",
+        "seconds.png",
+        "study.journal",
+    } <= made
     before = json.loads((tmp_path / "out" / "results.json").read_text())["trials"]
     again = compare(file, "--set", "arms=[lora-ga, pissa]", "--set", "seeds=3")
     assert again.returncode == 0, again.stderr

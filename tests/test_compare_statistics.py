@@ -11,23 +11,12 @@ from typing import Any
 import pytest
 
 from loralign import LoralignError
-from loralign.compare.rates import Rate, Sensitivity, check_equal_trials, choose_rate, edge, sensitivity
-from loralign.compare.report import as_csv, plain, row, sentences, terminal_tables
-from loralign.compare.statistics import (
-    RATE_CHOICE,
-    Curve,
-    Interval,
-    Reach,
-    compare,
-    differences,
-    gap_closed,
-    holm,
-    interval,
-    median_reach,
-    paired_tests,
-    reach,
-    to_target,
-)
+from loralign.compare.curves import Curve, Interval, Reach, interval, loss_at, median_reach, reach, to_target
+from loralign.compare.inference import Sample, sample
+from loralign.compare.rates import Rate, Sensitivity, check_equal_trials, choose_rate, edge, sensitivity, standard_error
+from loralign.compare.report import as_csv, plain, row
+from loralign.compare.statistics import CONTROL, FINAL, compare, families, gap_closed, log_ratios, samples
+from loralign.compare.tables import as_markdown, sentences, terminal_tables
 from loralign.compare.verdict import summarise
 
 INF = math.inf
@@ -49,30 +38,6 @@ def test_interval_is_students() -> None:
     assert 2.0 - found.low == pytest.approx(found.high - 2.0) and 0.0 in found and 5.0 not in found
     assert interval([1.5]) == Interval(1.5, -INF, INF, 1)
     assert math.isnan(interval([]).mean) and interval([]).n == 0
-
-
-def test_paired_test_by_hand() -> None:
-    """d = 0.1, 0.2, 0.3: mean 0.2, sd 0.1; Student's t of 2 degrees of freedom has p = 1 − t/√(2 + t²)."""
-    ((found, p),) = paired_tests([[0.1, 0.2, 0.3]])
-    error = 0.1 * math.sqrt(1 / 3 + RATE_CHOICE)
-    t = 0.2 / error
-    assert p == pytest.approx(1 - t / math.sqrt(2 + t * t))
-    assert found.high - found.mean == pytest.approx(4.30265 * error, rel=1e-5)
-
-
-def test_paired_tests_borrow_the_usual_spread_and_freedom() -> None:
-    """Three arms of 3 seeds: 6 / (1 + 2/4) = 4 degrees of freedom; the quiet arm is judged by the median sd, 0.1."""
-    quiet, usual, loud = [0.2, 0.2, 0.2], [0.1, 0.2, 0.3], [0.0, 0.2, 0.4]
-    found = paired_tests([quiet, usual, loud])
-    widths = [i.high - i.mean for i, _ in found]
-    assert widths[0] == pytest.approx(widths[1]) == pytest.approx(widths[2] / 2)
-    assert widths[1] == pytest.approx(2.77645 * 0.1 * math.sqrt(1 / 3 + RATE_CHOICE), rel=1e-5)
-    assert paired_tests([[0.0, 0.0]])[0][1] == 1.0 and paired_tests([[0.1, 0.1]])[0][1] == 0.0
-
-
-def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.5]) == [1.0, 1.0] and holm([]) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- targets
@@ -114,70 +79,100 @@ def test_times_to_a_target_count_initialisation_and_divergence() -> None:
 # ------------------------------------------------------------------------------------------------- arm against baseline
 
 
-def test_differences_of_final_loss_and_speed() -> None:
+def ends(arm: str, *finals: float) -> list[Curve]:
+    return [curve(arm, seed, 3.0, end) for seed, end in enumerate(finals)]
+
+
+def test_differences_of_speed() -> None:
     """The arm gets everywhere in half of the steps; both end level, so that the level is the end plus its sd, 0."""
     base = [curve("lora", s, 4.0, 3.0, 2.0, 1.0) for s in (0, 1)]
     quick = [curve("x", s, 3.0, 1.0, 1.0, 1.0) for s in (0, 1)]
-    final, steps, seconds = differences(list(zip(quick, base, strict=True)))
-    assert final == [0.0, 0.0]
+    steps, seconds = log_ratios(list(zip(quick, base, strict=True)))
     assert steps == pytest.approx([math.log(20 / 40)] * 2)
     assert seconds == pytest.approx([math.log(12 / 22)] * 2)
-    back = differences(list(zip(base, quick, strict=True)))
-    assert back[1] == pytest.approx([math.log(2)] * 2)  # swapped, only the sign changes
+    back = log_ratios(list(zip(base, quick, strict=True)))
+    assert back[0] == pytest.approx([math.log(2)] * 2)  # swapped, only the sign changes
 
 
-def test_only_common_sound_seeds_are_paired() -> None:
+def test_the_loss_is_straight_between_evaluations() -> None:
+    assert loss_at([10, 20, 30], [4.0, 3.0, 2.0], 25.0) == 2.5
+    assert loss_at([10, 20, 30], [4.0, 3.0, 2.0], 99.0) == 2.0
+
+
+def test_a_sample_holds_what_the_finalists_tell_of_its_spread() -> None:
+    """Two finalists on 3 seeds: variances 1 and 4, 2 degrees of freedom each, beside the reported runs' 0.25 of 2."""
+    found = [
+        Rate("x", 1e-3, 1.0, further=(2.0, 3.0)),
+        Rate("x", 2e-3, 1.0, further=(3.0, 5.0)),
+        Rate("x", 4e-3, 9.0),
+    ]
+    s = samples({"x": ends("x", 1.5, 2.0, 2.5), "alone": ends("alone", 1.0)}, found)
+    assert s == {"x": Sample(2.0, pytest.approx((2 * 0.25 + 2 * 1 + 2 * 4) / 6), 6, 3, 3)}
+    assert samples({"x": ends("x", 1.5, 2.0, 2.5)})["x"] == sample([1.5, 2.0, 2.5])
+
+
+def test_only_sound_seeds_count() -> None:
     base = [curve("lora", s, 2.0 + s, 1.0 + s) for s in range(4)]
     arm = [curve("x", s, 2.0 + s, 0.9 + s, diverged=s == 2) for s in (0, 1, 2, 7)]
     found = compare({"lora": base, "x": arm}, "lora")
-    assert found["x"].final.n == 2 and found["x"].final.mean == pytest.approx(0.1)
-    assert compare({"lora": base, "x": arm[:1]}, "lora") == {}
+    assert found["x"].final.n == 3 and found["x"].final.mean == pytest.approx(2.5 - (0.9 + 1.9 + 7.9) / 3)
+    assert compare({"lora": base, "x": arm[:1]}, "lora") == {} == compare({"lora": base[:1], "x": arm}, "lora")
 
 
-def test_p_values_are_corrected_for_the_number_of_arms() -> None:
-    """All tests of a study together: final loss and speed of every arm."""
-    base = [curve("lora", s, 3.0, 2.0 + d) for s, d in enumerate((0.0, 0.01, -0.01))]
-    ends = {"x": (1.91, 1.9, 1.89), "y": (2.01, 2.0, 2.0), "z": (1.99, 1.97, 2.0)}
-    arms = {name: [curve(name, s, 3.0, end) for s, end in enumerate(losses)] for name, losses in ends.items()}
-    parts = [differences(list(zip(runs, base, strict=True))) for runs in arms.values()]
-    raw = [p for i in (0, 1) for _, p in paired_tests([part[i] for part in parts])]
-    found = compare({"lora": base, **arms}, "lora")
-    assert [c.p[0] for c in found.values()] + [c.p[1] for c in found.values()] == pytest.approx(holm(raw))
-    assert found["x"].p[0] > raw[0]
+def test_who_is_tested_with_whom() -> None:
+    found = families(["full", "lora", "a", "b", "c"], {"c": "later"}, "lora", "full")
+    assert found == {CONTROL: ["full"], "primary": ["a", "b"], "later": ["c"]}
 
 
-def test_gap_closed_by_hand() -> None:
-    base = [curve("lora", s, 3.0, 2.0 + 0.01 * s) for s in range(5)]
-    full = [curve("full", s, 3.0, 1.0 + 0.01 * s) for s in range(5)]
-    half = [curve("x", s, 3.0, 1.5 + 0.01 * s + 0.02 * (s % 2)) for s in range(5)]
-    found = gap_closed(half, base, full)
-    assert found.value == pytest.approx(0.5 - 0.02 * 2 / 5) and found.low is not None and found.high is not None
-    assert found.low < found.value < found.high and found.high - found.low < 0.1
-    assert gap_closed(base, base, full).value == 0.0 and gap_closed(full, base, full).value == 1.0
+def test_what_joins_one_family_changes_no_other() -> None:
+    """To the last bit; joining the same family costs."""
+    arms = {"full": ends("full", 1.5, 1.51, 1.49), "lora": ends("lora", 2.0, 2.02, 1.98, 2.01)}
+    arms |= {"a": ends("a", 1.96, 1.98, 1.97), "b": ends("b", 2.0, 2.01, 1.97)}
+    more = {f"more {i}": ends(f"more {i}", 2.0 + 0.01 * i, 2.02, 1.98) for i in range(6)}
+    before = compare(arms, "lora")
+    apart = compare({**arms, **more}, "lora", family=dict.fromkeys(more, "later"))
+    assert {a: apart[a] for a in before} == before
+    shared = compare({**arms, **more}, "lora")
+    assert shared["a"].p[0] > before["a"].p[0]  # further arms of its own family
+
+
+def test_speed_is_tested_where_finals_tie() -> None:
+    rows = [(4.0, 3.5, 3.0, 2.5, 2.0), (3.0, 2.02, 2.0, 2.0, 2.0), (3.0, 2.0, 1.5, 1.2, 1.0)]
+    noise = (0.0, 0.01, -0.01, 0.005)
+    arms = {
+        name: [curve(name, s, *(x + d for x in row)) for s, d in enumerate(noise)]
+        for name, row in zip(("lora", "soon", "low"), rows, strict=True)
+    }
+    found = compare(arms, "lora")
+    assert found["low"].final_sign == 1 and found["low"].p[1] is None and found["low"].speed_sign == 0
+    assert found["soon"].p[0] > FINAL and found["soon"].speed_sign == 1
+    assert found["soon"].steps.mean < 0.55
+
+
+def fieller(rho: float, a: Sample, b: Sample, r: Sample) -> float:
+    """|x̄ − ρȳ| in its standard errors, the baseline shared by both."""
+    error2 = (1 - rho) ** 2 * b.error2 + a.error2 + rho**2 * r.error2
+    return abs((b.mean - a.mean) - rho * (b.mean - r.mean)) / math.sqrt(error2)
 
 
 def test_fieller_interval_is_the_edge_of_acceptance() -> None:
-    """At each limit ρ, the mean of x − ρy is exactly t standard errors away from 0."""
-    base = [curve("lora", s, 3.0, 2.0 + d) for s, d in enumerate((0.0, 0.03, -0.02, 0.01))]
-    full = [curve("full", s, 3.0, 1.5 + d) for s, d in enumerate((0.01, 0.0, 0.02, -0.01))]
-    arm = [curve("x", s, 3.0, 1.8 + d) for s, d in enumerate((-0.02, 0.02, 0.0, 0.01))]
+    """At each limit ρ, the mean of x − ρy is exactly t standard errors away from 0; all of 1e9 degrees of freedom."""
+    base, full, arm = Sample(2.0, 0.01, 1e9, 12, 3), Sample(1.5, 0.004, 1e9, 3, 3), Sample(1.8, 0.02, 1e9, 3, 3)
     found = gap_closed(arm, base, full)
-    for rho in (found.low, found.high):
-        assert rho is not None
-        z = [(b.final - a.final) - rho * (b.final - f.final) for a, b, f in zip(arm, base, full, strict=True)]
-        mean = sum(z) / 4
-        sd = math.sqrt(sum((v - mean) ** 2 for v in z) / 3)
-        assert abs(mean) == pytest.approx(3.18245 * sd * math.sqrt(1 / 4 + RATE_CHOICE), rel=1e-4)
+    assert found.value == pytest.approx(0.4) and found.low is not None and found.high is not None
+    assert found.low < 0.4 < found.high
+    assert [fieller(rho, arm, base, full) for rho in (found.low, found.high)] == pytest.approx([1.95996] * 2, rel=1e-3)
+    few = gap_closed(Sample(1.8, 0.02, 4, 3, 3), base, full)
+    assert few.high is not None and few.high > found.high
+    assert gap_closed(base, base, full).value == 0.0 and gap_closed(full, base, full).value == 1.0
 
 
 def test_gap_is_undefined_where_there_may_be_none() -> None:
-    base = [curve("lora", s, 3.0, 2.0 + d) for s, d in enumerate((0.0, 0.1, -0.1))]
-    near = [curve("full", s, 3.0, 1.99 - d) for s, d in enumerate((0.0, 0.1, -0.1))]
-    above = [curve("full", s, 3.0, 2.5 + d) for s, d in enumerate((0.0, 0.1, -0.1))]
+    base, near, above = sample([2.0, 2.1, 1.9]), sample([1.99, 1.89, 2.09]), sample([2.9, 2.91, 2.92])
     assert gap_closed(base, base, near).value is None and "holds 0" in gap_closed(base, base, near).reason
-    assert "ends below" in gap_closed(base, base, above).reason
-    assert "no such pair" in gap_closed(base, base, []).reason
-    assert "fewer than two" in gap_closed(base, base, near[:1]).reason
+    still = Sample(2.0, 1e-4, 10, 3, 3)
+    assert "ends below" in gap_closed(still, still, above).reason
+    assert "fewer than two" in gap_closed(base, base, None).reason
 
 
 # --------------------------------------------------------------------------------------------------------------- rates
@@ -196,8 +191,23 @@ def test_choice_and_edges() -> None:
     assert found and found.lr == 1e-3  # of equals the lower one
     assert choose_rate(rates(None, None)) is None
     assert choose_rate([Rate("x", 1e-3, 0.5, pruned=True), Rate("x", 1e-2, 0.9)]) == Rate("x", 1e-2, 0.9)
-    grid = [1e-4, 1e-3, 1e-2]
+    grid = rates(2.0, 1.0, 2.0)
     assert [edge(lr, grid) for lr in (1e-4, 1e-3, 1e-2, None)] == ["low", None, "high", "low"]
+
+
+def test_of_rates_within_one_standard_error_the_lowest() -> None:
+    """Variances 0.01 and 0.03 on 3 seeds: the standard error of a mean is √(0.02/3) = 0.0816."""
+
+    def two(apart: float) -> list[Rate]:
+        low = Rate("x", 1e-3, 1.0 + apart, further=(1.1 + apart, 0.9 + apart))
+        wide = math.sqrt(0.03)
+        return [low, Rate("x", 2e-3, 1.0, further=(1.0 + wide, 1.0 - wide)), Rate("x", 4e-3, 0.5)]
+
+    assert standard_error(two(0.0)[:2]) == pytest.approx(math.sqrt(0.02 / 3))
+    found = [choose_rate(two(apart)) for apart in (0.0, 0.08, 0.083)]
+    assert [f.lr for f in found if f] == [1e-3, 1e-3, 2e-3]  # never the third, which ran on one seed
+    lost = Rate("x", 2e-3, 0.1, further=(0.1, INF))
+    assert choose_rate([two(0.0)[0], lost]) == two(0.0)[0] and choose_rate([lost]) is None
 
 
 def test_sensitivity_by_hand() -> None:
@@ -232,8 +242,7 @@ def test_one_plain_sentence_per_arm() -> None:
     searches = [r for arm in ("full", "lora", "twin", "worse", "wild") for r in rates(2.5, 2.0, 2.5, arm=arm)]
     result = summarise(runs, searches)
     said = dict(text.split(": ", 1) for text in sentences(result) if not text.startswith("  !"))
-    assert said["full"].startswith("better than `lora` by 1.000 (95 % ")
-    assert "reaches the final loss of `lora` in" in said["full"]
+    assert said["full"].startswith("better than `lora` by 1.000 (98 % ")
     assert said["lora"] == "what the other arms are compared with"
     assert said["twin"].startswith("no difference from `lora` within noise (final loss +0.001 ± 0.0")
     assert said["worse"].startswith("worse than `lora` by 0.500")
@@ -249,7 +258,7 @@ def test_the_table_as_csv_and_on_a_terminal() -> None:
     assert float(full["final_high"]) - 1.0 == pytest.approx(4.30265 * 0.01 / math.sqrt(3), rel=1e-4)
     assert float(full["gap_closed"]) == 1.0 and full["peak_gib"] == "1.0" and lora["peak_gib"] == ""
     assert lora["steps_to_full"] == "> 30.0" and lora["metric"] == "accuracy"
-    assert 0 < float(full["p_final"]) < 0.025 and lora["p_final"] == ""
+    assert 0 < float(full["p_final"]) < FINAL and lora["p_final"] == "" and full["family"] == CONTROL
     heads = [[str(c.header) for c in table.columns] for table in terminal_tables(result)]
     assert heads[0] == ["arm", "lr", "final loss", "accuracy", "gap closed", "steps to lora's", "to full's"]
     assert "peak memory" in heads[1] and "exported rank" not in heads[1]
@@ -285,3 +294,15 @@ def test_an_arm_whose_seeds_have_not_run_is_not_called_diverged() -> None:
         == "its rate is found (validation loss 2.0000), none of its seeds has run: nothing is compared yet"
     )
     assert late.lr is not None and not late.steps_to and row(late)["steps_to_lora"] == ""
+
+
+def test_the_table_as_markdown() -> None:
+    runs = [*three("full", 1.0), *three("lora", 2.0), *three("x", 1.5, init_tokens=500, step_tokens=100.0)]
+    lines = as_markdown(summarise(runs)).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| full", "| x", "| lora"]
+    assert " | primary | 0.001 | 30 + 5 | 1.5000 ± " in lines[3] and lines[3].count("|") == lines[0].count("|")
+
+
+def test_a_control_that_fails_is_told() -> None:
+    result = summarise([*three("full", 2.001), *three("lora", 2.0), *three("x", 1.5)])
+    assert "the control fails: `full` is not found better than `lora`, so ties say little" in result.notes

@@ -23,10 +23,12 @@ from loralign import LoralignError, build
 from loralign.compare import store as storing
 from loralign.compare.identity import arm_settings, content_of, shared_rows
 from loralign.compare.live import board, headline, watched
-from loralign.compare.report import collect, repeatable, report, terminal_tables
+from loralign.compare.report import collect, repeatable, report
+from loralign.compare.schedule import rate_trials, seed_trials, wanted
 from loralign.compare.spec import Arm, Budget, Outcome, Spec, TaskSpec, Trial
 from loralign.compare.store import Store
-from loralign.compare.study import no_room, rate_trials, seed_trials, wanted, work
+from loralign.compare.study import no_room, work
+from loralign.compare.tables import terminal_tables
 from loralign.io.content import file_print, model_print
 from loralign.types import Recipe
 
@@ -38,7 +40,8 @@ def arm(name: str, **fields: Any) -> Arm:
 
 
 def spec(folder: Path, *arms: Arm, **changes: Any) -> Spec:
-    fields = {"steps": 4, "eval_every": 2, "rates": 3, "seeds": 2, "extensions": 0, **changes}
+    fields = {"steps": 4, "eval_every": 2, "rates": 3, "seeds": 2, "baseline_seeds": 2}
+    fields |= {"extensions": 0, "choice_seeds": 1, **changes}
     return Spec("toy", TASK, arms or (arm("lora"), arm("pissa")), folder, **fields)
 
 
@@ -121,7 +124,10 @@ def test_options_of_a_closure_count() -> None:
         {"prune": False},
         {"autocast": False},
         {"cpu_threads": 2},
-        {"ratio": 2.0},
+        {"ratio": 3.0},
+        {"charge": "none"},
+        {"choice_seeds": 3},
+        {"finalists": 3},
         {"rates": 5},
         {"content": {"model": "1"}},
         {"content": {"task.valid": "1"}},
@@ -139,7 +145,7 @@ def test_seeds_arms_extensions_and_budgets_may_grow_and_paths_differ(tmp_path: P
     assert work(small, bowl)
     before = Store(small).outcomes()
     moved = tmp_path.rename(tmp_path.parent / "moved")
-    grown = spec(moved, *small.arms, arm("rslora"), seeds=3, extensions=2, budget=Budget(minutes=1))
+    grown = spec(moved, *small.arms, arm("rslora"), seeds=3, baseline_seeds=3, extensions=2, budget=Budget(minutes=1))
     grown = replace(grown, model="elsewhere/toy", task=replace(TASK, train="elsewhere/a.jsonl"))
     ran: list[str] = []
     assert work(grown, lambda t, r: (ran.append(t.key), bowl(t, r))[1])

@@ -12,29 +12,38 @@ import pytest
 
 import warm
 from loralign import LoralignError, build
+from loralign.compare.rates import Rate, edge
+from loralign.compare.report import collect
+from loralign.compare.schedule import hopeless, in_order, rate_trials, should_stop, wanted
 from loralign.compare.spec import Arm, Budget, Outcome, Spec, TaskSpec, Trial
 from loralign.compare.store import Store
-from loralign.compare.study import in_order, rate_trials, should_stop, wanted, work
+from loralign.compare.study import work
 
 TASK = TaskSpec("text", "a", "b", "c")
 
 
 def spec(folder: Path, arms: tuple[str, ...] = ("lora", "pissa"), **changes: object) -> Spec:
     made = tuple(Arm(n, build(n), lr=1e-3) for n in arms)
-    fields: dict[str, object] = {"steps": 4, "eval_every": 2, "rates": 3, "seeds": 2, "extensions": 2, **changes}
+    fields: dict[str, object] = {"steps": 4, "eval_every": 1, "rates": 3, "seeds": 2, "baseline_seeds": 2}
+    fields |= {"extensions": 2, "choice_seeds": 1, **changes}
     return Spec("toy", TASK, made, folder, **fields)  # type: ignore[arg-type]
 
 
-def runner(best: dict[str, int], log: list[str] | None = None, delay: float = 0.0) -> Callable[..., Outcome]:
-    """Loss is a parabola over the grid index with its minimum at `best[arm]`."""
+def runner(
+    best: dict[str, int], log: list[str] | None = None, delay: float = 0.0, wild: tuple[str, ...] = ()
+) -> Callable[..., Outcome]:
+    """Loss is a parabola over the grid index with its minimum at `best[arm]`; trials whose key is in `wild` diverge."""
 
     def run(trial: Trial, report: Callable[[int, float], bool]) -> Outcome:
         if log is not None:
             log.append(trial.key)
         time.sleep(delay)
-        final = 1.0 + 0.1 * (trial.index - best[trial.arm]) ** 2 + 0.001 * trial.seed
-        pruned = report(2, final + 1)
-        return Outcome((2, 4), (0.1, 0.2), (final + 1, final), pruned=pruned, total_s=0.2)
+        final = 1.0 + 0.1 * (trial.index - best[trial.arm]) ** 2 + 0.001 * (trial.seed % 100)
+        losses = (final + 0.3, final + 0.2, final + 0.1, final)
+        for step, loss in enumerate(losses, 1):
+            if report(step, loss):
+                return Outcome(tuple(range(1, step + 1)), (0.1,) * step, losses[:step], pruned=True, total_s=0.2)
+        return Outcome((1, 2, 3, 4), (0.1, 0.2, 0.3, 0.4), losses, diverged=trial.key in wild, total_s=0.2)
 
     return run
 
@@ -99,12 +108,77 @@ def test_two_workers_share_a_study(tmp_path: Path) -> None:
 
 
 def test_hopeless_rates_are_given_up_only_against_their_own_arm(tmp_path: Path) -> None:
-    study = spec(tmp_path, rates=5)
+    """1.4 at every evaluation since half of the steps is above 1.3, the best rate's first evaluation."""
+    study = spec(tmp_path, rates=5, extensions=0)
     work(study, runner({"lora": 0, "pissa": -2}))
     done = Store(study).outcomes()
-    assert done["rate/lora/+2/1000"].pruned and not done["rate/lora/+0/1000"].pruned
-    assert done["rate/lora/+2/1000"].losses  # it still counts
+    given_up = {k for k, o in done.items() if o.pruned}
+    assert given_up == {f"rate/{k}/1000" for k in ("lora/+2", "lora/-2", "pissa/+1", "pissa/+2")}
+    assert done["rate/lora/+2/1000"].steps == (1, 2, 3)  # it still counts
     assert not any(o.pruned for k, o in done.items() if k.startswith("seed"))
+
+
+@pytest.mark.parametrize(
+    ("late", "stops"),
+    [((9.0, 9.0, 9.0), True), ((9.0, 9.0, 1.9), False), ((1.9, 9.0, 9.0), False), ((2.0, 2.0, 2.0), False)],
+)
+def test_a_spike_is_not_hopeless(late: tuple[float, ...], stops: bool) -> None:
+    """At steps 4, 5 and 6 of 8; the only earlier rate had 2.0 at its first evaluation."""
+    whole = Outcome(tuple(range(1, 9)), (0.0,) * 8, (2.0, *(1.0,) * 7))
+    losses = (9.0, 9.0, 9.0, *late)
+    assert hopeless(range(1, 7), losses, 8, [whole]) == stops
+    assert not hopeless(range(1, 6), losses[:5], 8, [whole])  # not before three quarters of the steps
+    assert not hopeless(range(1, 7), losses, 8, [replace(whole, pruned=True)])
+
+
+# ------------------------------------------------------------------------------------------------ the choice of a rate
+
+
+def test_the_best_rates_run_on_further_seeds(tmp_path: Path) -> None:
+    """lora's best two of one seed are 0 and +1 or −1; of equals the lower one."""
+    log: list[str] = []
+    study = spec(tmp_path, ("lora",), choice_seeds=3, finalists=2, baseline_seeds=4)
+    work(study, runner({"lora": 0}, log))
+    assert log[3:7] == [f"rate/lora/{i}/{s}" for i in ("+0", "-1") for s in (1001, 1002)]
+    assert log[7:] == [f"seed/lora/+0/{s}" for s in range(4)]
+
+
+def test_for_a_finalist_that_diverges_the_next_best_runs(tmp_path: Path) -> None:
+    study = spec(tmp_path, ("lora",), choice_seeds=2, finalists=1, extensions=0)
+    log: list[str] = []
+    work(study, runner({"lora": 0}, log, wild=("rate/lora/+0/1001",)))
+    assert [k for k in log if "/1001" in k] == ["rate/lora/+0/1001", "rate/lora/-1/1001"]
+    assert {k for k in log if k.startswith("seed")} == {"seed/lora/-1/0", "seed/lora/-1/1"}
+
+
+def test_the_rates_of_a_study_carry_their_seeds(tmp_path: Path) -> None:
+    study = spec(tmp_path, ("lora",), choice_seeds=3, finalists=2)
+    work(study, runner({"lora": 0}))
+    rates = {r.lr: r for r in collect(study, Store(study).outcomes()).rates}
+    assert rates[1e-3].losses == (1.0, 1.001, 1.002) and len(rates[2e-3].losses) == 1
+
+
+def test_a_chosen_rate_at_the_edge_extends_the_grids(tmp_path: Path) -> None:
+    """On one seed +0 is best; on the further seeds the outermost −1 is better."""
+    study = spec(tmp_path, ("lora",), choice_seeds=2, extensions=1, prune=False)
+    plain = runner({"lora": 0})
+
+    def run(trial: Trial, report: Callable[[int, float], bool]) -> Outcome:
+        o = plain(trial, report)
+        return replace(o, losses=(*o.losses[:-1], 0.1)) if trial.seed == 1001 and trial.index == -1 else o
+
+    work(study, run)
+    done = Store(study).outcomes()
+    assert "rate/lora/-2/1000" in done and rate_trials(study, done)[1] == {}
+
+
+def test_a_best_rate_beside_a_given_up_outermost_one_is_at_an_edge() -> None:
+    grid = [Rate("x", 1e-4, 2.0), Rate("x", 1e-3, 1.5), Rate("x", 1e-2, 1.0), Rate("x", 1e-1, 1.8)]
+    assert edge(1e-2, grid) is None
+    assert edge(1e-2, [*grid[:3], replace(grid[3], pruned=True)]) == "high"
+    assert edge(1e-2, [*grid[:3], replace(grid[3], diverged=True)]) is None
+    assert edge(1e-3, [replace(grid[0], pruned=True), *grid[1:]]) == "low"
+    assert edge(1e-3, [*grid[:3], replace(grid[3], pruned=True)]) is None
 
 
 def test_budget(tmp_path: Path) -> None:
@@ -121,11 +195,11 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 def test_the_order_of_finish_changes_nothing(tmp_path: Path) -> None:
     """The middle rates finish last: what they would have ended was not, and counts as given up all the same."""
     study = spec(tmp_path, ("lora",), rates=5, steps=8, eval_every=2, extensions=0)
-    losses = {0: 1.0, 1: 1.1, -1: 1.2, 2: 1.5, -2: 0.9}
+    losses = {0: 1.0, 1: 5.1, -1: 1.2, 2: 5.5, -2: 0.9}
 
     def run(trial: Trial) -> Outcome:
         final = losses[trial.index]
-        curve = (final + 3, final + 2, final + (0.6 if trial.index == -2 else 0.5), final)
+        curve = (final + 3, final + (5 if trial.index == -2 else 2), final + 0.5, final)
         return Outcome((2, 4, 6, 8), (1, 2, 3, 4), curve, metrics={"accuracy": final}, step_tokens=3.0)
 
     plan = rate_trials(study, {})[0]
@@ -133,11 +207,11 @@ def test_the_order_of_finish_changes_nothing(tmp_path: Path) -> None:
     alone: dict[str, Outcome] = {}  # one worker, in order
     for t in plan:
         o = run(t)
-        for kept, (step, loss) in enumerate(zip(o.steps, o.losses, strict=True), 1):
-            if should_stop(t, step, loss, study, alone):
+        for kept in range(1, len(o.steps) + 1):
+            if should_stop(t, o.steps[:kept], o.losses[:kept], study, alone):
                 o = replace(o, steps=o.steps[:kept], seconds=o.seconds[:kept], losses=o.losses[:kept], pruned=True)
                 break
         alone[t.key] = o
     given_up = {t.index: in_order(study, whole, plan)[t.key].steps for t in plan if alone[t.key].pruned}
-    assert given_up == {-1: (2, 4), 2: (2, 4)}  # not −2: it is below the worst at step 4, and ends best
+    assert given_up == {1: (2, 4, 6), 2: (2, 4, 6)}  # not −2: its spike is over at step 6, and it ends best
     assert in_order(study, whole, plan) == in_order(study, alone, plan)

@@ -13,7 +13,8 @@ from loralign.config.study import load_study
 from tiny_trl import tokenizer, words
 from toy import bert, llama
 
-SMALL = {"steps": 4, "batch_size": 8, "eval_every": 2}
+SMALL = {"steps": 4, "batch_size": 8, "eval_every": 2, "charge": "none"}
+"""Shorter than what lora-ga reads: nothing is charged."""
 
 
 def write_study(folder: Path, kind: str = "text", **changes: Any) -> Path:
@@ -31,8 +32,9 @@ def write_study(folder: Path, kind: str = "text", **changes: Any) -> Path:
         "task": task,
         "arms": ["lora-ga"],
         "rank": 4,
-        "rates": {"count": 3, "extensions": 1},
+        "rates": {"count": 3, "extensions": 1, "seeds": 1},
         "seeds": 2,
+        "baseline_seeds": 2,
         "train": SMALL,
         "output": str(folder / "out"),
     }
@@ -51,4 +53,5 @@ def _row(kind: str, seed: int) -> dict[str, Any]:
 
 
 def load(file: Path, *overrides: str) -> Spec:
-    return load_study(file, overrides)
+    (spec,) = load_study(file, overrides)
+    return spec

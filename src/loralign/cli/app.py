@@ -246,17 +246,17 @@ def compare(
     Interrupted anywhere, the same command goes on where it was. Other machines that see the study's folder share the
     work by `loralign compare STUDY --worker`. Arms, seeds and budgets may be added to a study later.
     """
-    from loralign.cli.compare import run_alone, run_workers, say_result, spec_of, work_as_one_of_many
+    from loralign.cli.compare import run_alone, run_workers, say_results, specs_of, work_as_one_of_many
 
-    spec = spec_of(study, overrides or ())
+    specs = specs_of(study, overrides or (), reading=only_report)
     if worker:
-        work_as_one_of_many(spec)
+        work_as_one_of_many(specs)
         return
     if not only_report and workers > 1:
-        run_workers(study, overrides or (), workers, spec)
+        run_workers(study, overrides or (), workers, specs)
     elif not only_report:
-        run_alone(spec)
-    say_result(spec)
+        run_alone(specs)
+    say_results(specs)
 
 
 @app.command(epilog="Example: loralign methods --json | jq '.[].id'")

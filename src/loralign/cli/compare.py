@@ -23,7 +23,7 @@ PARENT = "LORALIGN_PARENT"
 """In the environment of a worker: the process that started it."""
 
 
-def spec_of(study: Path, overrides: Sequence[str]) -> Spec:
+def specs_of(study: Path, overrides: Sequence[str], *, reading: bool = False) -> tuple[Spec, ...]:
     from loralign.config.study_file import read_study
 
     read_study(study, overrides)  # what is wrong with the file is said before the libraries load
@@ -34,31 +34,36 @@ def spec_of(study: Path, overrides: Sequence[str]) -> Spec:
         raise LoralignError(f'compare needs {error.name}: pip install "loralign[compare]"') from error
     from loralign.config.study import load_study
 
-    return load_study(study, overrides)
+    return load_study(study, overrides, reading=reading)
 
 
 def say(text: str) -> None:
     print(text, flush=True)
 
 
-def run_alone(spec: Spec) -> None:
-    """This process is the only worker here, and shows what is done."""
+def run_alone(specs: Sequence[Spec]) -> None:
+    """This process is the only worker here, and shows what is done, task by task."""
     from loralign.compare.live import watched
 
-    with watched(spec, say):
-        work_here(spec)
+    started = time.monotonic()
+    for spec in specs:
+        with watched(spec, say):
+            work_here(spec, started)
 
 
-def work_as_one_of_many(spec: Spec) -> None:
+def work_as_one_of_many(specs: Sequence[Spec]) -> None:
     """This process works and says what it finished itself."""
     if PARENT in os.environ:
         threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     from loralign.compare.live import line
 
+    started = time.monotonic()
+
     def tell(trial: Trial, outcome: Outcome, number: int, total: int) -> None:
         say(line(trial, outcome, number, total))
 
-    work_here(spec, tell)
+    for spec in specs:
+        work_here(spec, started, tell)
 
 
 def _end_with(parent: int) -> None:
@@ -70,13 +75,14 @@ def _end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def work_here(spec: Spec, on_done: object = None) -> bool:
+def work_here(spec: Spec, started: float, on_done: object = None) -> bool:
     """Work until nothing is left or the budget is spent; True when the study is complete."""
     from loralign.compare.runner import Resident
+    from loralign.compare.schedule import wanted
     from loralign.compare.store import Store
-    from loralign.compare.study import wanted, work
+    from loralign.compare.study import work
 
-    started, done = time.monotonic(), Store(spec).outcomes()
+    done = Store(spec).outcomes()
     if all(t.key in done for t in wanted(spec, done)):
         return True
     log = logging.getLogger("loralign")
@@ -98,26 +104,27 @@ class _Once(logging.Filter):
         return not known
 
 
-def run_workers(study: Path, overrides: Sequence[str], count: int, spec: Spec) -> None:
+def run_workers(study: Path, overrides: Sequence[str], count: int, specs: Sequence[Spec]) -> None:
     """`count` processes on this machine; GPUs are dealt out round robin. A worker that fails fails the command.
 
-    What a worker says goes to `worker-N.log` in the study's folder; here the whole study is shown.
+    What a worker says goes to `worker-N.log` in the (first task's) folder; here the whole study is shown.
     """
     import torch
 
     from loralign.compare.live import watched
     from loralign.compare.study import warn_of_idle_arms
 
-    warn_of_idle_arms(spec)
+    warn_of_idle_arms(specs[0])
     gpus = torch.cuda.device_count()
     command = [sys.executable, "-P", "-m", "loralign", "compare", str(study), "--worker"]  # -P: no modules from here
     command += [part for text in overrides for part in ("--set", text)]
     with ExitStack() as stack:
-        stack.enter_context(watched(spec, say))
+        for spec in specs:
+            stack.enter_context(watched(spec, say))
         logs, workers = [], []
         for i in range(count):
             given = {PARENT: str(os.getpid()), **({"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus > 1 else {})}
-            logs.append(stack.enter_context((spec.output / f"worker-{i + 1}.log").open("w+", encoding="utf-8")))
+            logs.append(stack.enter_context((specs[0].output / f"worker-{i + 1}.log").open("w+", encoding="utf-8")))
             made = subprocess.Popen(command, env={**os.environ, **given}, stdout=logs[-1], stderr=subprocess.STDOUT)
             stack.callback(_end, made)
             workers.append(made)
@@ -145,17 +152,28 @@ def _last_line(log: IO[str]) -> str:
     return lines[-1].removeprefix("loralign: ") if lines else "nothing"
 
 
-def say_result(spec: Spec) -> None:
-    """Write the report and print table and sentences."""
+def say_results(specs: Sequence[Spec]) -> None:
+    """Write the reports, of every task and over all, and print tables and sentences."""
     from rich.console import Console
 
-    from loralign.compare.report import report, sentences, terminal_tables
+    from loralign.compare.overall import over_tasks, overall_table
+    from loralign.compare.report import report
+    from loralign.compare.tables import sentences, terminal_tables
 
-    result = report(spec)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    for table in terminal_tables(result) if result.arms else ():
-        console.print(table)
-    for text in sentences(result):
-        say(text)
-    made = ("results.json", "results.csv", "rates.png", "steps.png", "seconds.png")
+    console = Console() if sys.stdout.isatty() else Console(width=180)
+    for spec in specs:
+        result = report(spec)
+        if spec.task_name:
+            say(f"== {spec.task_name}")
+        for table in terminal_tables(result) if result.arms else ():
+            console.print(table)
+        for text in sentences(result):
+            say(text)
+        _say_files(spec)
+    if len(specs) > 1 and (overall := over_tasks(specs)):
+        console.print(overall_table(overall))
+
+
+def _say_files(spec: Spec) -> None:
+    made = ("results.json", "results.csv", "results.md", "rates.png", "steps.png", "seconds.png")
     say(f"written to {spec.output}: {', '.join(n for n in made if (spec.output / n).exists())}")

@@ -21,8 +21,18 @@ def settings(spec: Spec) -> dict[str, Any]:
     names = ("steps", "batch_size", "micro_batch_size", "eval_every", "schedule", "warmup", "autocast", "cpu_threads")
     train = {f"train.{k}": getattr(spec, k) for k in names}
     train |= {"train.compile": True} if spec.compile else {}
-    rates = {"rates.count": spec.rates, "rates.ratio": spec.ratio, "rates.prune": spec.prune}
+    train["train.charge"] = spec.charge
+    rates = {"rates.count": spec.rates, "rates.ratio": spec.ratio, "rates.give_up": spec.prune}
+    rates |= {"rates.finalists": spec.finalists, "rates.seeds": spec.choice_seeds}
     return {**dict(spec.content), **task, **train, **rates, "rate_seed": spec.rate_seed}
+
+
+def translated(known: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings of a journal in today's words; one from before starts were charged says how it was run instead."""
+    if "train.charge" in known:
+        return known
+    kept = {k: v for k, v in known.items() if k != "rates.prune"}
+    return {**kept, "train.charge": "read", "rates.finalists": 1, "rates.seeds": 1, "rates.give_up": False}
 
 
 def arm_settings(arm: Arm) -> dict[str, Any]:
@@ -39,6 +49,26 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[st
         if old.get(key) != new.get(key):
             return key, old.get(key), new.get(key)
     return None
+
+
+def other_settings(folder: Path, key: str, old: Any, new: Any) -> str:
+    if key == "model" or key in ("task.train", "task.valid", "task.test"):
+        return (
+            f"`{key}` holds something else than when the study in {folder} was started: choose another `output` "
+            "folder, or put the old files back"
+        )
+    return (
+        f"the study in {folder} was started with `{key}` {old}, the file now says {new}: choose another `output` "
+        "folder, or put it back"
+    )
+
+
+def other_arm(arm: Arm, key: str, old: Any, new: Any) -> str:
+    was, now = ("the default" if x is None else x for x in (old, new))
+    return (
+        f"arm {arm.name!r} was started with `{key}` {was}, now it has {now}: give the changed arm a `name` of its own, "
+        "or choose another `output` folder"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
@@ -95,6 +125,13 @@ def shared_rows(spec: Spec) -> int:
     """Lines of the test file that the training or the validation file holds, too; 0 for what is not a file of lines."""
     lines = [_lines(p) for p in (spec.task.train, spec.task.valid, spec.task.test)]
     return sum(line in lines[0] or line in lines[1] for line in lines[2])
+
+
+def copies(name: str, *others: str) -> bool:
+    """Whether a file holds nothing but rows of the others: the same bytes, or lines that all stand there."""
+    own = _lines(name)
+    known = set().union(*(_lines(other) for other in others))
+    return file_print(name) in {file_print(other) for other in others} or (bool(own) and own <= known)
 
 
 def _lines(name: str) -> set[bytes]:

@@ -16,9 +16,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from loralign.compare.spec import Outcome, Spec, Trial
+from loralign.compare.schedule import best_index, in_order, rate_trials, wanted
+from loralign.compare.spec import BASELINE, Outcome, Spec, Trial
 from loralign.compare.store import Store
-from loralign.compare.study import best_index, in_order, rate_trials, wanted
 
 EVERY_S = 2.0
 Running = Mapping[str, tuple[float, int]]
@@ -33,8 +33,8 @@ def board(spec: Spec, done: Mapping[str, Outcome], running: Running) -> Table:
     for head in ("arm", "validation loss by rate", "test loss by seed"):
         made.add_column(head)
     for arm in spec.arms:
-        best = best_index(arm, judged, trials) if searched else None
-        rates = sorted((t for t in trials if t.arm == arm.name), key=lambda t: t.lr)
+        best = best_index(spec, arm, judged, trials) if searched else None
+        rates = sorted((t for t in trials if t.arm == arm.name), key=lambda t: (t.lr, t.seed))
         cells = [f"{t.lr:g} {_cell(t, judged, running, spec.steps, t.index == best)}" for t in rates]
         seeds = [t for t in plan if t.arm == arm.name and t.phase == "seed"]
         here = [done[t.key].losses[-1] for t in seeds if t.key in done and not done[t.key].diverged]
@@ -60,12 +60,17 @@ def end_of(outcome: Outcome) -> str:
     return "given up" if outcome.pruned else f"{outcome.losses[-1]:.4f}"
 
 
+def reported(spec: Spec) -> int:
+    """Runs of phase "seed" when every arm has a rate."""
+    return sum(spec.baseline_seeds if arm.name == BASELINE else spec.seeds for arm in spec.arms)
+
+
 def totals(spec: Spec, done: Mapping[str, Outcome]) -> tuple[int, int, bool]:
     """Trials finished and needed, and whether the search may still add some; its seeds are counted from the start."""
     plan = wanted(spec, done)
     finished = sum(t.key in done for t in plan)
     searching = all(t.phase == "rate" for t in plan)
-    return finished, len(plan) + (len(spec.arms) * spec.seeds if searching else 0), searching
+    return finished, len(plan) + (reported(spec) if searching else 0), searching
 
 
 def headline(spec: Spec, done: Mapping[str, Outcome], running: Running) -> str:

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from loralign.compare.curves import Curve
 from loralign.compare.rates import Rate, choose_rate
-from loralign.compare.statistics import Curve
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 MARKERS = ("^", "D", "v", "P", "X", "p", "h")
@@ -59,12 +59,12 @@ def plot_rates(rates: Sequence[Rate], path: Path, *, baseline: str = "lora", ref
     look = styles(arms, baseline, reference)
     best = {arm: found for arm in arms if (found := choose_rate(r for r in rates if r.arm == arm))}
     axes.set_xscale("log")
-    for arm in sorted(best, key=lambda a: best[a].loss):
+    for arm in sorted(best, key=lambda a: best[a].mean):
         line = sorted((r for r in rates if r.arm == arm and r.finished), key=lambda r: r.lr)
         colour, dash, marker = look[arm].colour, look[arm].dash, look[arm].marker
-        x, y = [r.lr for r in line], [r.loss for r in line]
+        x, y = [r.lr for r in line], [r.mean for r in line]
         axes.plot(x, y, color=colour, linestyle=dash, marker=marker, markersize=5, linewidth=1.5, label=arm)
-        axes.plot(best[arm].lr, best[arm].loss, "o", markersize=12, markerfacecolor="none", markeredgecolor=colour)
+        axes.plot(best[arm].lr, best[arm].mean, "o", markersize=12, markerfacecolor="none", markeredgecolor=colour)
     if best:
         low, top = _between(rates, best)
         axes.set_ylim(low - 0.06 * (top - low) - 1e-9, top + 0.06 * (top - low) + 1e-9)
@@ -75,13 +75,13 @@ def plot_rates(rates: Sequence[Rate], path: Path, *, baseline: str = "lora", ref
 
 def _between(rates: Sequence[Rate], best: dict[str, Rate]) -> tuple[float, float]:
     """Losses to show: three quarters of all and those beside every arm's best, unless they are far away."""
-    losses = sorted(r.loss for r in rates if r.finished)
-    usual = max(losses[(3 * len(losses) - 1) // 4], *(b.loss for b in best.values()), losses[0])
+    losses = sorted(r.mean for r in rates if r.finished)
+    usual = max(losses[(3 * len(losses) - 1) // 4], *(b.mean for b in best.values()), losses[0])
     beside = [usual]
     for arm, found in best.items():
         line = sorted((r for r in rates if r.arm == arm and r.finished), key=lambda r: r.lr)
         at = line.index(found)
-        beside += [r.loss for r in line[max(0, at - 1) : at + 2]]
+        beside += [r.mean for r in line[max(0, at - 1) : at + 2]]
     far = losses[0] + 3 * (usual - losses[0])
     return losses[0], max((b for b in beside if b <= far), default=usual)
 

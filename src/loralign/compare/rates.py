@@ -13,17 +13,27 @@ from loralign.types import LoralignError
 
 @dataclass(frozen=True)
 class Rate:
-    """One trial of the search for an arm's learning rate. loss: the last one on validation rows."""
+    """One rate of an arm. loss: the last one on validation rows; further: the same on a finalist's seeds."""
 
     arm: str
     lr: float
     loss: float
     diverged: bool = False
     pruned: bool = False
+    further: tuple[float, ...] = ()
 
     @property
     def finished(self) -> bool:
-        return not self.diverged and not self.pruned and math.isfinite(self.loss)
+        return not self.diverged and not self.pruned and math.isfinite(self.mean)
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        return (self.loss, *self.further)
+
+    @property
+    def mean(self) -> float:
+        """Over its seeds; infinite where one of them diverged."""
+        return sum(self.losses) / len(self.losses)
 
 
 @dataclass(frozen=True)
@@ -45,17 +55,47 @@ def check_equal_trials(counts: Mapping[str, int]) -> None:
         raise LoralignError(f"arms need the same number of rate trials: {', '.join(odd)}, the others {usual}")
 
 
+def finalists(trials: Iterable[Rate]) -> list[Rate]:
+    """The finished rates on the most seeds."""
+    finished = [t for t in trials if t.finished]
+    most = max((len(t.losses) for t in finished), default=0)
+    return [t for t in finished if len(t.losses) == most]
+
+
 def choose_rate(trials: Iterable[Rate]) -> Rate | None:
-    """The finished, finite trial with the lowest validation loss, of equals the lower rate; None without any."""
-    return min((t for t in trials if t.finished), key=lambda t: (t.loss, t.lr), default=None)
+    """The lowest rate whose mean is within one standard error of the lowest mean; None where none finished.
+
+    Only rates on the most seeds are judged. The standard error is a mean's, from the spread within the rates that are
+    judged, pooled: 0 on one seed, where the lowest loss decides, of equals the lower rate.
+    """
+    judged = finalists(trials)
+    if not judged:
+        return None
+    limit = min(t.mean for t in judged) + standard_error(judged)
+    return min((t for t in judged if t.mean <= limit), key=lambda t: t.lr)
 
 
-def edge(best: float | None, grid: Iterable[float]) -> str | None:
-    """Where the best rate is the first ("low") or last ("high") of its grid, so that a better one may lie outside."""
-    rates = sorted(grid)
-    if best is None or best <= rates[0]:
+def standard_error(judged: Sequence[Rate]) -> float:
+    """Of a mean over k seeds, √(mean variance over rates / k); 0 on one seed."""
+    k = len(judged[0].losses)
+    if k < 2:
+        return 0.0
+    squares = sum(sum((x - t.mean) ** 2 for x in t.losses) / (k - 1) for t in judged)
+    return math.sqrt(squares / len(judged) / k)
+
+
+def edge(best: float | None, grid: Iterable[Rate]) -> str | None:
+    """Where the best rate is the first ("low") or last ("high") of its grid, so that a better one may lie outside.
+
+    An outermost rate that was given up says nothing of its end: the rate beside it counts as outermost, too.
+    """
+    rates = sorted(grid, key=lambda r: r.lr)
+    low, high = 0, len(rates) - 1
+    low += len(rates) > 2 and rates[0].pruned
+    high -= len(rates) > 2 and rates[-1].pruned
+    if best is None or best <= rates[low].lr:
         return "low"
-    return "high" if best >= rates[-1] else None
+    return "high" if best >= rates[high].lr else None
 
 
 def sensitivity(trials: Iterable[Rate], tolerance: float = 0.05) -> Sensitivity | None:
@@ -65,8 +105,8 @@ def sensitivity(trials: Iterable[Rate], tolerance: float = 0.05) -> Sensitivity 
     if best is None:
         return None
     at = ordered.index(best)
-    sides = [_side(ordered[at:], best.loss + tolerance), _side(ordered[at::-1], best.loss + tolerance)]
-    near = [t.loss - best.loss for t in ordered[max(0, at - 1) : at + 2] if t.finished and t is not best]
+    sides = [_side(ordered[at:], best.mean + tolerance), _side(ordered[at::-1], best.mean + tolerance)]
+    near = [t.mean - best.mean for t in ordered[max(0, at - 1) : at + 2] if t.finished and t is not best]
     excess = sum(near) / len(near) if near else None
     return Sensitivity(sum(s[0] for s in sides), any(s[1] for s in sides), excess, tolerance)
 
@@ -78,7 +118,7 @@ def _side(outwards: Sequence[Rate], limit: float) -> tuple[float, bool]:
         if not outer.finished:
             return width, False
         decades = abs(math.log10(outer.lr / inner.lr))
-        if outer.loss > limit:
-            return width + decades * (limit - inner.loss) / (outer.loss - inner.loss), False
+        if outer.mean > limit:
+            return width + decades * (limit - inner.mean) / (outer.mean - inner.mean), False
         width += decades
     return width, True

@@ -1,4 +1,4 @@
-"""Files and words of a study: results.json, results.csv, three pictures, a terminal table and one sentence per arm."""
+"""Files of a study: results.json, results.csv, results.md and three pictures."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
+from loralign.compare.curves import Curve, Interval, loss_at
 from loralign.compare.plots import plot_rates, plot_seconds, plot_steps
 from loralign.compare.rates import Rate
-from loralign.compare.spec import Outcome, Spec
-from loralign.compare.statistics import Curve, Interval
+from loralign.compare.schedule import in_order, rate_trials, rates_of, seed_trials, wanted
+from loralign.compare.spec import Outcome, Spec, Trial
 from loralign.compare.store import Store
-from loralign.compare.study import in_order, rate_trials, seed_trials, wanted
+from loralign.compare.tables import as_markdown, reached
 from loralign.compare.verdict import ArmResult, StudyResult, summarise
 from loralign.io.provenance import environment, write_json, write_text
 
 COLUMNS = (
-    "arm", "verdict", "lr", "seeds", "diverged", "final", "final_low", "final_high", "best", "best_low", "best_high",
-    "metric", "metric_mean", "metric_low", "metric_high", "difference", "difference_low", "difference_high", "p_final",
-    "steps_ratio", "p_steps", "gap_closed", "gap_low", "gap_high", "steps_to_lora", "steps_to_full", "lr_decades",
+    "arm", "family", "verdict", "lr", "steps", "charged_steps", "seeds", "diverged", "final", "final_low", "final_high",
+    "best", "best_low", "best_high", "metric", "metric_mean", "metric_low", "metric_high", "difference",
+    "difference_low", "difference_high", "p_final", "steps_ratio", "p_steps", "shrunken", "shrunken_low",
+    "shrunken_high", "p_better", "gap_closed", "gap_low", "gap_high", "steps_to_lora", "steps_to_full", "lr_decades",
     "trainable", "exported_rank", "init_tokens", "peak_gib", "init_s", "step_s", "seconds_to_lora", "seconds_to_full",
     "flags",
 )  # fmt: skip
@@ -53,34 +51,47 @@ def collect(spec: Spec, done: Mapping[str, Outcome]) -> Finished:
     """Finished outcomes as the statistics take them."""
     trials, edges = rate_trials(spec, done)
     here = [t for t in trials if t.key in done]
+    found = in_order(spec, done, trials)
+    rates = [rate for arm in spec.arms for rate in rates_of(spec, arm, found, here)]
     if len(here) < len(trials):
-        return Finished([], [_rate(t.arm, t.lr, done[t.key]) for t in here], {}, len(trials) - len(here), dict(done))
-    found = {**done, **in_order(spec, done, trials)}
+        return Finished([], rates, {}, len(trials) - len(here), found)
     seeds = [t for t in seed_trials(spec, found, trials) if t.key in found]
-    curves = [_curve(t.arm, t.lr, t.seed, found[t.key]) for t in seeds]
-    return Finished(curves, [_rate(t.arm, t.lr, found[t.key]) for t in trials], edges, 0, found)
+    lowest = {t.arm: _lowest_step(spec, t, trials, found) for t in seeds}
+    curves = [_curve(spec, t, lowest[t.arm], found[t.key]) for t in seeds]
+    return Finished(curves, rates, edges, 0, found)
 
 
-def _rate(arm: str, lr: float, o: Outcome) -> Rate:
-    return Rate(arm, lr, o.losses[-1] if o.losses else math.inf, o.diverged, o.pruned)
+def _lowest_step(spec: Spec, chosen: Trial, trials: Sequence[Trial], done: Mapping[str, Outcome]) -> int:
+    """The evaluation with the lowest mean validation loss at an arm's chosen rate."""
+    runs = [done[t.key] for t in trials if (t.arm, t.index) == (chosen.arm, chosen.index)]
+    runs = [o for o in runs if not o.diverged]
+    last = min(len(o.losses) for o in runs)
+    means = [sum(o.losses[i] for o in runs) / len(runs) for i in range(last)]
+    return runs[0].steps[means.index(min(means))]
 
 
-def _curve(arm: str, lr: float, seed: int, o: Outcome) -> Curve:
-    losses = o.losses or (math.inf,)
-    return Curve(
-        arm, lr, seed, o.steps or (0,), o.seconds or (0.0,), losses, final=losses[-1], best=min(losses),
+def _curve(spec: Spec, t: Trial, lowest: int, o: Outcome) -> Curve:
+    losses, steps = o.losses or (math.inf,), o.steps or (0,)
+    made = Curve(
+        t.arm, t.lr, t.seed, steps, o.seconds or (0.0,), losses, final=losses[-1], best=loss_at(steps, losses, lowest),
         init_s=o.init_s, init_tokens=o.init_tokens, peak_bytes=o.peak_bytes, step_s=o.step_s, trainable=o.trainable,
         exported_rank=o.rank, diverged=o.diverged, step_tokens=o.step_tokens, metrics=dict(o.metrics),
     )  # fmt: skip
+    if spec.charge == "none" or not made.sound:
+        return made
+    return replace(made, final=loss_at(made.charged_steps, losses, spec.steps))
 
 
 def report(spec: Spec) -> StudyResult:
     """Write everything that the finished trials allow into the study's folder."""
     done = Store(spec).outcomes()
     found = collect(spec, done)
-    result = summarise(found.curves, found.rates) if not found.missing else StudyResult((), {}, ())
+    result = StudyResult((), {}, ())
+    if not found.missing:
+        result = summarise(found.curves, found.rates, family={arm.name: arm.family for arm in spec.arms})
     result = replace(result, notes=(*notes(spec, done, found), *result.notes))
     out = spec.output
+    write_text(out / "results.md", as_markdown(result))
     write_text(out / "results.csv", as_csv([row(arm) for arm in result.arms]))
     body = {"result": plain(result), "edges": found.edges, "study": dict(spec.source), "timing": timing(done)}
     trials = {key: plain(found.trials[key]) for key in sorted(found.trials)}
@@ -107,6 +118,7 @@ def notes(spec: Spec, done: Mapping[str, Outcome], found: Finished) -> list[str]
         said.append(
             f"the seeds are unfinished, {len(seeds) - left} of {len(seeds)} trials are done; run again to go on"
         )
+    said += [text for text in (charging(spec, found.curves), _tuned_here(spec)) if text]
     if not spec.references:
         said.append("`lora` and `full` were not added (`references: false`)")
     if spec.shared_rows:
@@ -117,15 +129,40 @@ def notes(spec: Spec, done: Mapping[str, Outcome], found: Finished) -> list[str]
     return said
 
 
+def charging(spec: Spec, curves: Sequence[Curve]) -> str:
+    """How what a start reads was paid for, where an arm's does and it was not by training fewer steps."""
+    read = sorted({f"{c.arm} ({c.ahead:.0f})" for c in curves if c.ahead})
+    if not read or spec.charge == "steps":
+        return ""
+    if spec.charge == "none":
+        return f"same steps for every arm: what a start read is not charged, in steps: {', '.join(read)}"
+    return (
+        "the starts' tokens are charged by reading the final loss at the step where they are paid for; the schedule "
+        f"went on to the last step, which is hard on them, in steps: {', '.join(read)}"
+    )
+
+
+def _tuned_here(spec: Spec) -> str:
+    here = {
+        arm.name: name for arm in spec.arms for name, rows in arm.tuned_on if rows == spec.content.get("task.train")
+    }
+    if not here:
+        return ""
+    task = next(iter(here.values()))
+    return f"the rates of {', '.join(here)} are centred where they were tuned on this very task: {task}"
+
+
 def row(arm: ArmResult) -> dict[str, Any]:
     """One line of results.csv."""
     metric, measured = next(iter(arm.metrics.items()), ("", None))
-    c, peak = arm.comparison, arm.costs.get("peak_bytes")
+    c, e, peak = arm.comparison, arm.effect, arm.costs.get("peak_bytes")
+    shrunken = (e.mean, e.low, e.high, e.better) if e else (None,) * 4
     figures = (
-        arm.arm, arm.kind, arm.lr, arm.seeds, arm.diverged, *_bounds(arm.final), *_bounds(arm.best), metric,
-        *_bounds(measured), *_bounds(c.final if c else None), c.p[0] if c else None, c.steps.mean if c else None,
-        c.p[1] if c else None, arm.gap.value, arm.gap.low, arm.gap.high, reached(arm.steps_to.get("lora")),
-        reached(arm.steps_to.get("full")), arm.sensitivity.decades if arm.sensitivity else None,
+        arm.arm, arm.family, arm.kind, arm.lr, arm.steps, arm.charged_steps, arm.seeds, arm.diverged,
+        *_bounds(arm.final), *_bounds(arm.best), metric, *_bounds(measured), *_bounds(c.final if c else None),
+        c.p[0] if c else None, c.steps.mean if c else None, c.p[1] if c else None, *shrunken, arm.gap.value,
+        arm.gap.low, arm.gap.high, reached(arm.steps_to.get("lora")), reached(arm.steps_to.get("full")),
+        arm.sensitivity.decades if arm.sensitivity else None,
         *(arm.costs.get(k) for k in ("trainable", "exported_rank", "init_tokens")), peak / 2**30 if peak else None,
         *(arm.costs.get(k) for k in ("init_s", "step_s")), reached(arm.seconds_to.get("lora")),
         reached(arm.seconds_to.get("full")), "; ".join(arm.flags),
@@ -138,13 +175,6 @@ def _bounds(x: Interval | None) -> tuple[float | None, float | None, float | Non
     if x is None or not x.n:
         return None, None, None
     return x.mean, *((x.low, x.high) if x.n > 1 else (None, None))
-
-
-def reached(time: Any) -> str:
-    """A time, or "> bound" where it was not reached."""
-    if time is None:
-        return ""
-    return f"{time.value:.1f}" if time.reached else f"> {time.value:.1f}"
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -175,71 +205,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def terminal_tables(result: StudyResult) -> list[Table]:
-    """What people read first: results, then costs; columns in which no arm has anything are left out."""
-    metrics = list(dict.fromkeys(name for arm in result.arms for name in arm.metrics))
-    heads = ("arm", "lr", "final loss", *metrics, "gap closed", "steps to lora's", "to full's")
-    results = [_results(arm, metrics) for arm in result.arms]
-    costs = [_costs(arm) for arm in result.arms]
-    title = "Loss on test rows at each arm's own best rate; ± 95 % over seeds"
-    return [
-        _table(title, heads, results),
-        _table("Costs", ("arm", "parameters", "exported rank", "peak memory", "init", "step"), costs),
-    ]
-
-
-def _table(title: str, heads: Sequence[str], lines: Sequence[tuple[str, ...]]) -> Table:
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    shown = [i for i in range(len(heads)) if any(line[i] not in ("", "–") for line in lines)]
-    for i in shown:
-        made.add_column(heads[i], justify="right" if i else "left", no_wrap=True)
-    for line in lines:
-        made.add_row(*(Text(line[i]) for i in shown))  # no markup: an arm may be called [a]
-    return made
-
-
-def _results(arm: ArmResult, metrics: Sequence[str]) -> tuple[str, ...]:
-    return (
-        arm.arm,
-        f"{arm.lr:g}" if arm.lr else "–",
-        spread(arm.final),
-        *(spread(arm.metrics[name], 3) if name in arm.metrics else "–" for name in metrics),
-        "–" if arm.gap.value is None else f"{arm.gap.value:.0%}",
-        reached(arm.steps_to.get("lora")),
-        reached(arm.steps_to.get("full")),
-    )
-
-
-def _costs(arm: ArmResult) -> tuple[str, ...]:
-    costs = arm.costs
-    return (
-        arm.arm,
-        _count(costs["trainable"]) if costs else "–",
-        f"{costs['exported_rank']:.0f}" if costs.get("exported_rank") else "–",
-        f"{costs['peak_bytes'] / 2**30:.1f} GiB" if costs.get("peak_bytes") else "–",
-        f"{costs['init_s']:.1f} s" if costs else "–",
-        f"{1000 * costs['step_s']:.0f} ms" if costs else "–",
-    )
-
-
-def _count(n: float) -> str:
-    return f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n / 1e3:.1f} k"
-
-
-def spread(x: Interval, decimals: int = 4) -> str:
-    if x.n == 0:
-        return "–"
-    return f"{x.mean:.{decimals}f}" + (f" ± {(x.high - x.low) / 2:.{decimals}f}" if x.n > 1 else "")
-
-
-def sentences(result: StudyResult) -> list[str]:
-    """One plain sentence per arm, its flags, then notes about the whole."""
-    said = []
-    for arm in result.arms:
-        said += [f"{arm.arm}: {arm.sentence}", *(f"  ! {flag}" for flag in arm.flags)]
-    return [*said, *(f"note: {note}" for note in result.notes)]
 
 
 def repeatable(folder: Path) -> dict[str, Any]:

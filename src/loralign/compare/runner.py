@@ -7,6 +7,7 @@ trial's outcome depends on (spec, arm, rate, seed) alone and not on what ran bef
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -155,7 +156,6 @@ class Resident:
             seed=trial.seed,
             data_seed=trial.seed,
             remove_unused_columns=False,
-            include_num_input_tokens_seen="all",
         )
         args._n_gpu = min(1, args.n_gpu)  # one trial, one GPU; the Trainer would spread it over all that it sees
         common: dict[str, Any] = {"args": args, "train_dataset": self.task.train}
@@ -166,7 +166,9 @@ class Resident:
         recipe = replace(arm.recipe, seed=trial.seed)
         self.adapted = put_in(model, recipe)
         trainer = Trainer(model=self.adapted, **common)
-        return trainer, attach(trainer, recipe, rest_lr=spec.task.head_lr).spent.tokens
+        spent = attach(trainer, recipe, rest_lr=spec.task.head_lr).spent.tokens
+        args.max_steps = left_after(spent, self.task.tokens_per_row * spec.batch_size, spec)
+        return trainer, spent
 
     def _held_out(self, trial: Trial) -> Rows:
         """Test rows for what is reported, validation rows for what is chosen."""
@@ -195,7 +197,6 @@ class Resident:
     def _outcome(self, watch: Watch, started: float) -> Outcome:
         cuda, is_adapter = self.device == "cuda", self.adapted is not self.task.model
         found = [] if watch.diverged or not is_adapter else [factors(s)[0].shape[0] for s in sites(self.adapted)]
-        last = watch.steps[-1] if watch.steps else 0
         return Outcome(
             steps=tuple(watch.steps),
             seconds=tuple(watch.seconds),
@@ -205,7 +206,7 @@ class Resident:
             pruned=watch.pruned,
             init_s=watch.init_s,
             init_tokens=watch.init_tokens,
-            step_tokens=watch.tokens / last if last else 0.0,
+            step_tokens=self.task.tokens_per_row * self.spec.batch_size,
             step_s=watch.step_s,
             total_s=time.perf_counter() - started,
             between_s=self.teardown_s + watch.begun - started,
@@ -225,9 +226,20 @@ class Resident:
             torch.cuda.empty_cache()
 
 
+def left_after(tokens: int, step_tokens: float, spec: Spec) -> int:
+    """Steps that a start leaves of a trial: steps − ⌈tokens / step_tokens⌉ where they are charged as steps."""
+    left = spec.steps - math.ceil(tokens / step_tokens) if spec.charge == "steps" else spec.steps
+    if left < 1:
+        raise LoralignError(
+            f"its start reads as many tokens as {tokens / step_tokens:.0f} steps, the trial has {spec.steps}: raise "
+            "`train.steps`, or set `train.charge: none`"
+        )
+    return left
+
+
 _NOT_METRICS = frozenset(
     {"eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
-    | {"epoch", "num_input_tokens_seen"}
+    | {"epoch"}
 )
 
 
@@ -242,7 +254,7 @@ class Watch(TrainerCallback):
         self.metrics: dict[str, float] = {}
         self.diverged = self.pruned = False
         self.init_s = self.warm_s = self.paused = 0.0
-        self.init_tokens = self.tokens = 0
+        self.init_tokens = 0
         self.note = ""
         self.begun = self._step_end = started
         """When the first step began, when the last one ended."""
@@ -268,7 +280,6 @@ class Watch(TrainerCallback):
         self.seconds.append(self._step_end - self.started - self.paused)
         self.losses.append(loss)
         self.metrics = {k.removeprefix("eval_"): float(v) for k, v in metrics.items() if k not in _NOT_METRICS}
-        self.tokens = int(state.num_input_tokens_seen)
         if not abs(loss) < float("inf"):
             self.diverged, self.note = True, f"loss {loss} at step {state.global_step}"
             control.should_training_stop = True

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from loralign.types import Full, Recipe
 
 Phase = Literal["rate", "seed"]
+Charge = Literal["steps", "read", "none"]
+BASELINE, REFERENCE = "lora", "full"
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,10 @@ class Arm:
     lr: float
     """Centre of the grid (the method's prior)."""
     lr_source: str = "given"
+    tuned_on: tuple[tuple[str, str], ...] = ()
+    """Tasks on which the centre was tuned: name and fingerprint of the training rows; a study on these says so."""
+    family: str = "primary"
+    """Arms that are tested together; each family has its own level, so that no arm weakens one of another family."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """Options and preset as the study file has them, plain data."""
 
@@ -66,13 +72,23 @@ class Spec:
     warmup: float = 0.03
     rates: int = 5
     """Learning rates per arm, the same for all."""
-    ratio: float = 3.0
+    ratio: float = 2.0
     """Between neighbouring rates."""
     extensions: int = 3
     """How often one rate may be added to every arm because some arm's best lies at its edge."""
+    finalists: int = 2
+    """Of every arm's rates, so many run on further seeds before one is chosen."""
+    choice_seeds: int = 3
+    """Seeds on which the finalists are judged, the search's own among them."""
     seeds: int = 5
+    """Reported seeds of an arm, 0 … seeds−1."""
+    baseline_seeds: int = 5
+    """Of `lora`, which every arm is compared with."""
     rate_seed: int = 1000
-    """The one seed on which rates are chosen; the reported seeds are 0 … seeds−1."""
+    """The seed of the search; the finalists' further ones follow it."""
+    charge: Charge = "steps"
+    """What becomes of the tokens that a start reads: an arm trains that many fewer steps, or is read at the step where
+    they are paid for although it trained on, or they are not charged, which is then said."""
     prune: bool = True
     autocast: bool = True
     """bf16 autocast on GPUs over an fp32 base, the same for every arm."""
@@ -86,6 +102,10 @@ class Spec:
     source: Mapping[str, Any] = field(default_factory=dict)
     content: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints of model and data (`identity.content_of`); a study goes on with the same ones only."""
+    reading: bool = False
+    """Nothing will run, the journal is only read."""
+    task_name: str = ""
+    """Of a study of several tasks."""
     shared_rows: int = 0
     """Rows of the test file that stand in the training or validation file, too."""
 
@@ -110,8 +130,8 @@ class Outcome:
     """What a trial measured. losses: on validation rows (phase rate) or test rows (phase seed), lower is better.
 
     seconds: since the trial's start, init included, evaluations not. init_tokens: read by evidence or preheating;
-    step_tokens: by one optimizer step, mean. step_s: median over the stretches between evaluations. peak_bytes: of a
-    GPU, 0 on a CPU. device: what the trial ran on.
+    step_tokens: by one optimizer step, the mean over the training rows; padding counts in neither. step_s: median over
+    the stretches between evaluations. peak_bytes: of a GPU, 0 on a CPU. device: what the trial ran on.
     """
 
     steps: tuple[int, ...]

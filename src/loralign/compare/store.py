@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -29,9 +30,16 @@ from optuna.exceptions import OptunaError
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from loralign.compare.identity import arm_settings, first_difference, settings
+from loralign.compare.identity import (
+    arm_settings,
+    first_difference,
+    other_arm,
+    other_settings,
+    settings,
+    translated,
+)
 from loralign.compare.journal import JOURNAL, damaged, opened, outcome_of, study_id, wrong_in
-from loralign.compare.spec import Arm, Outcome, Spec, Trial
+from loralign.compare.spec import Outcome, Spec, Trial
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
@@ -59,6 +67,9 @@ class Store:
     def _bind(self, spec: Spec) -> None:
         """Keep the settings of a new study and of new arms; refuse others than those that trials have run with."""
         known = self._journal.get_study_user_attrs(self._study)
+        if spec.reading:
+            self._check(spec, known)
+            return
         wanted = {"settings": settings(spec), **{f"arm {arm.name}": arm_settings(arm) for arm in spec.arms}}
         for key, value in wanted.items():
             if key not in known:
@@ -66,16 +77,21 @@ class Store:
         known = self._journal.get_study_user_attrs(self._study)
         if odd := [key for key in wanted if not isinstance(known[key], Mapping)]:
             raise LoralignError(damaged(self._path, f"in its {odd[0]}"))
-        different = first_difference(known["settings"], wanted["settings"])
-        if different:
-            raise LoralignError(_other_settings(spec.output, *different))
+        self._check(spec, known)
         begun = {arm_of(t.user_attrs["key"]) for t in self._trials() if "key" in t.user_attrs}
         for arm in spec.arms:
             changed = first_difference(known[f"arm {arm.name}"], wanted[f"arm {arm.name}"])
             if changed and arm.name in begun:
-                raise LoralignError(_other_arm(arm, *changed))
+                raise LoralignError(other_arm(arm, *changed))
             if changed:
                 self._journal.set_study_user_attr(self._study, f"arm {arm.name}", wanted[f"arm {arm.name}"])
+
+    def _check(self, spec: Spec, known: Mapping[str, Any]) -> None:
+        """The settings are those that the journal was begun with."""
+        if not isinstance(known.get("settings"), Mapping):
+            raise LoralignError(damaged(self._path, "in its settings"))
+        if different := first_difference(translated(known["settings"]), settings(spec)):
+            raise LoralignError(other_settings(spec.output, *different))
 
     def _trials(self) -> list[FrozenTrial]:
         found: list[FrozenTrial] = self._journal.get_all_trials(self._study, deepcopy=False)
@@ -193,7 +209,17 @@ class Claim:
             log.debug("a trial was taken over by another worker: %s", error)
 
 
-# --------------------------------------------------------------------------------------------------- who, and refusals
+def begun_with(folder: Path) -> dict[str, Any]:
+    """What a journal was begun with: "settings", "arm …", and the "rates tried" of the arm that tried most."""
+    journal = opened(folder)
+    study = study_id(journal, folder / JOURNAL)
+    keys = [t.user_attrs.get("key") for t in journal.get_all_trials(study, deepcopy=False)]
+    rates = {key.rsplit("/", 1)[0] for key in keys if isinstance(key, str) and key.startswith("rate/")}
+    tried = Counter(rate.rsplit("/", 1)[0] for rate in rates)
+    return {**journal.get_study_user_attrs(study), "rates tried": max(tried.values(), default=0)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- who
 
 
 def _machine() -> str:
@@ -217,23 +243,3 @@ def _process_lives(pid: int, born: float) -> bool:
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _other_settings(folder: Path, key: str, old: Any, new: Any) -> str:
-    if key == "model" or key in ("task.train", "task.valid", "task.test"):
-        return (
-            f"`{key}` holds something else than when the study in {folder} was started: choose another `output` "
-            "folder, or put the old files back"
-        )
-    return (
-        f"the study in {folder} was started with `{key}` {old}, the file now says {new}: choose another `output` "
-        "folder, or put it back"
-    )
-
-
-def _other_arm(arm: Arm, key: str, old: Any, new: Any) -> str:
-    was, now = ("the default" if x is None else x for x in (old, new))
-    return (
-        f"arm {arm.name!r} was started with `{key}` {was}, now it has {now}: give the changed arm a `name` of its own, "
-        "or choose another `output` folder"
-    )

@@ -36,6 +36,11 @@ class Prepared:
     metrics: Callable[[Any], dict[str, float]] | None
     head: tuple[str, ...] = ()
 
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean over the training rows, padding not counted: the unit in which starts and steps are charged."""
+        return sum(len(row["input_ids"]) for row in self.train) / len(self.train)
+
     def head_modules(self) -> list[nn.Linear]:
         return [m for name in self.head for m in self.model.get_submodule(name).modules() if isinstance(m, nn.Linear)]
 

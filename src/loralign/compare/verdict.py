@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from loralign.compare.curves import Curve, Interval, Reach, interval, to_target
+from loralign.compare.hierarchy import Effect, effects
+from loralign.compare.inference import moderated
 from loralign.compare.rates import Rate, Sensitivity, check_equal_trials, choose_rate, edge, sensitivity
-from loralign.compare.statistics import (
-    Comparison,
-    Curve,
-    Gap,
-    Interval,
-    Reach,
-    compare,
-    gap_closed,
-    interval,
-    to_target,
-)
+from loralign.compare.statistics import CONTROL, FINAL, PRIMARY, Comparison, Gap, compare, gap_closed, samples
 
 Kind = Literal["baseline", "better", "worse", "sooner", "later", "no difference", "unstable", "untested"]
 FEW_SEEDS = 3
+LEVEL = f"{100 * (1 - FINAL):.0f} %"
+"""Of the intervals of differences, for a whole family together."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,13 @@ class ArmResult:
     costs: Mapping[str, float]
     metrics: Mapping[str, Interval] = field(default_factory=dict)
     """At the end, over seeds that did not diverge."""
+    family: str = PRIMARY
+    effect: Effect | None = None
+    """baseline − arm, shrunken (`hierarchy.py`); none for the control."""
+    steps: int = 0
+    """Trained."""
+    charged_steps: float = 0.0
+    """What its start read, in steps."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,12 @@ class StudyResult:
 
 
 def summarise(
-    curves: Sequence[Curve], rates: Sequence[Rate] = (), *, baseline: str = "lora", reference: str = "full"
+    curves: Sequence[Curve],
+    rates: Sequence[Rate] = (),
+    *,
+    family: Mapping[str, str] | None = None,
+    baseline: str = "lora",
+    reference: str = "full",
 ) -> StudyResult:
     """Everything that a report prints. LoralignError when the arms did not get the same number of rate trials."""
     names = list(dict.fromkeys([r.arm for r in rates] + [c.arm for c in curves]))
@@ -68,19 +75,36 @@ def summarise(
     arms = {n: [c for c in curves if c.arm == n] for n in names}
     finals = {n: interval([c.final for c in own if c.sound]) for n, own in arms.items()}
     targets = {n: finals[n].mean for n in (baseline, reference) if n in finals and finals[n].n}
-    comparisons = compare(arms, baseline) if baseline in arms else {}
+    comparisons = compare(arms, baseline, rates=rates, family=family, reference=reference)
+    raw = samples(arms, rates)
+    quiet = dict(zip(raw, moderated(list(raw.values())), strict=True))
+    shrunken = effects([{n: s for n, s in quiet.items() if n != reference}], baseline)
     results = []
     for n in names:
-        gap = gap_closed(arms[n], arms.get(baseline, []), arms.get(reference, []))
-        results.append(_arm_result(n, arms[n], trials[n], finals[n], targets, gap, comparisons.get(n), baseline))
+        gap = gap_closed(quiet.get(n), quiet.get(baseline), quiet.get(reference))
+        result = _arm_result(n, arms[n], trials[n], finals[n], targets, gap, comparisons.get(n), baseline)
+        group = CONTROL if n == reference else (family or {}).get(n, PRIMARY)
+        results.append(replace(result, family=group, effect=shrunken.get(n)))
+    return StudyResult(tuple(results), targets, tuple(_notes(arms, targets, comparisons, baseline, reference)))
+
+
+def _notes(
+    arms: Mapping[str, Sequence[Curve]],
+    targets: Mapping[str, float],
+    comparisons: Mapping[str, Comparison],
+    baseline: str,
+    reference: str,
+) -> list[str]:
     notes = []
     if baseline not in targets:
         notes.append(f"no finished `{baseline}` arm: nothing is tested")
     if reference not in targets:
         notes.append(f"no finished `{reference}` arm: the gap to it is unknown")
-    if len({len(own) for own in arms.values() if own}) > 1:
+    elif reference in comparisons and comparisons[reference].final_sign <= 0:
+        notes.append(f"the control fails: `{reference}` is not found better than `{baseline}`, so ties say little")
+    if len({len(own) for arm, own in arms.items() if own and arm != baseline}) > 1:
         notes.append("the arms do not have the same number of seeds: the study is unfinished")
-    return StudyResult(tuple(results), targets, tuple(notes))
+    return notes
 
 
 def _arm_result(
@@ -101,7 +125,7 @@ def _arm_result(
         arm=name,
         kind=kind,
         sentence=_sentence(kind, curves, comparison, f"`{baseline}`", best),
-        flags=tuple(_flags(curves, rates, comparison)),
+        flags=tuple(_flags(curves, rates)),
         lr=best.lr if best else (curves[0].lr if curves else None),
         seeds=len(curves),
         diverged=diverged,
@@ -114,6 +138,8 @@ def _arm_result(
         comparison=comparison,
         costs=_costs(curves),
         metrics=_metrics(curves),
+        steps=max((c.steps[-1] for c in curves), default=0),
+        charged_steps=max((c.ahead for c in curves), default=0.0),
     )
 
 
@@ -139,7 +165,7 @@ def _sentence(
         return "what the other arms are compared with"
     if not curves and best is not None:
         return (
-            f"its rate is found (validation loss {best.loss:.4f}), none of its seeds has run: nothing is compared yet"
+            f"its rate is found (validation loss {best.mean:.4f}), none of its seeds has run: nothing is compared yet"
         )
     if not curves:
         return "no learning rate finished: every trial diverged or was given up"
@@ -147,7 +173,7 @@ def _sentence(
         lost = sum(not c.sound for c in curves)
         return f"diverged on {lost} of {len(curves)} seeds at its best rate: nothing is claimed for it"
     if comparison is None:
-        return f"fewer than two seeds in common with {base}: not tested"
+        return f"it or {base} has fewer than two seeds: not tested"
     parts = [_about_final(comparison, base), _about_speed(comparison, base)]
     return "; ".join(part for part in parts if part)
 
@@ -157,8 +183,9 @@ def _about_final(c: Comparison, base: str) -> str:
     half = c.final.high - c.final.mean
     if c.final_sign:
         n = max(_decimals(abs(c.final.mean)), _decimals(half))
-        size = f"{base} by {abs(c.final.mean):.{n}f} (95 % {low:.{n}f} … {high:.{n}f})"
-        return f"{'better' if c.final_sign > 0 else 'worse'} than {size}"
+        inside = 0.0 not in c.final
+        bounds = f" ({LEVEL} {low:.{n}f} … {high:.{n}f})" if inside else f" (± {half:.{n}f})"
+        return f"{'better' if c.final_sign > 0 else 'worse'} than {base} by {abs(c.final.mean):.{n}f}{bounds}"
     noise = f"{-c.final.mean:+.{_decimals(half)}f} ± {half:.{_decimals(half)}f}"
     if c.speed_sign:
         return f"ends level with {base} within noise ({noise})"
@@ -169,12 +196,7 @@ def _about_speed(c: Comparison, base: str) -> str:
     if not c.speed_sign:
         return ""
     share = f"{100 * c.steps.mean:.0f} % of its steps (95 % {100 * c.steps.low:.0f} … {100 * c.steps.high:.0f} %)"
-    clock = f"{100 * c.seconds.mean:.0f} % of its seconds"
-    if c.speed_sign < 0:
-        return f"for the same loss as {base} it needs {share} and {clock}"
-    if c.final_sign < 0:
-        return f"is where it ends sooner than {base}, in {share} and {clock}"
-    return f"reaches the final loss of {base} in {share} and {clock}"
+    return f"for the same loss as {base} it needs {share} and {100 * c.seconds.mean:.0f} % of its seconds"
 
 
 def _decimals(x: float) -> int:
@@ -182,21 +204,19 @@ def _decimals(x: float) -> int:
     return 3 if x == 0 or not math.isfinite(x) else min(9, max(3, 1 - math.floor(math.log10(abs(x)))))
 
 
-def _flags(curves: Sequence[Curve], rates: Sequence[Rate], comparison: Comparison | None) -> list[str]:
+def _flags(curves: Sequence[Curve], rates: Sequence[Rate]) -> list[str]:
     flags = []
     best = choose_rate(rates)
-    side = edge(best.lr if best else None, [r.lr for r in rates]) if rates else None
+    side = edge(best.lr if best else None, rates) if rates else None
     if best and side:
-        flags.append(f"best rate {best.lr:g} is at the {side} edge of its grid: a better one may lie outside")
+        outermost = max(rates, key=lambda r: r.lr) if side == "high" else min(rates, key=lambda r: r.lr)
+        beside = "" if outermost.lr == best.lr else ", beside a rate that was given up"
+        flags.append(f"best rate {best.lr:g} is at the {side} edge of its grid{beside}: a better one may lie outside")
     lost = sum(not c.sound for c in curves)
     if lost:
         flags.append(f"diverged on {lost} of {len(curves)} seeds")
     if 0 < len(curves) < FEW_SEEDS:
         flags.append(f"fewer than {FEW_SEEDS} seeds")
-    if comparison and comparison.final.n < len(curves) - lost:
-        flags.append(f"tested on {comparison.final.n} of {len(curves)} seeds: the baseline lacks the others")
-    if comparison and not comparison.final_sign and 0.0 not in comparison.final:
-        flags.append("its 95 % interval leaves 0 out, but not after correction for the number of tests")
     return flags
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -29,6 +30,7 @@ from loralign.types import Full, LoralignError, Recipe
 
 T = TypeVar("T", bound=_Section)
 REFERENCES = ("full", "lora")
+PRIMARY = "primary"
 
 
 def _one_word(text: str) -> str:
@@ -55,6 +57,11 @@ class TaskSection(_Section):
     """Learning rate of a fresh classification head, the same for every arm."""
 
 
+class NamedTaskSection(TaskSection):
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    """Of the task's folder in `output`, and in the tables."""
+
+
 class ArmSection(_Section):
     method: Name
     """Method id or mix."""
@@ -70,17 +77,26 @@ class ArmSection(_Section):
     """Alpha, where it differs from the study's."""
     lr: Rate | None = None
     """Centre of the learning-rate grid; omitted: the method's prior."""
+    family: Annotated[str, Field(min_length=1)] = PRIMARY
+    """Arms that are tested together. Mixes, ablations and later arms belong into another than `primary`: each family
+    has its own level, and what joins one weakens no arm of another. `full` is the control, `lora` the baseline."""
 
 
 class RatesSection(_Section):
     count: Annotated[int, Field(ge=1, le=15)] = 5
     """Rates per arm, the same for all."""
-    ratio: Annotated[float, Field(gt=1, le=10)] = 3.0
+    ratio: Annotated[float, Field(gt=1, le=10)] = 2.0
     """Between neighbouring rates; 2 to 3 is usual."""
+    finalists: Annotated[int, Field(ge=1, le=5)] = 2
+    """Of every arm's rates, so many run on further seeds before one is chosen."""
+    seeds: Annotated[int, Field(ge=1, le=20)] = 3
+    """Seeds on which the finalists are judged, the search's own among them; of rates within one standard error of the
+    best mean the lowest is taken. 1: the search decides alone."""
     extensions: Annotated[int, Field(ge=0, le=6)] = 3
     """How often one rate may be added to every arm while some arm's best lies at its edge."""
     prune: bool = True
-    """Give a rate up past half of its steps when it is worse than every finished rate of its own arm was then."""
+    """Give a rate up past three quarters of its steps when, since half of them, it never was below the first evaluation
+    of a finished rate of its own arm."""
 
 
 class StudyTrainSection(_Section):
@@ -92,6 +108,9 @@ class StudyTrainSection(_Section):
     """Rows per forward, a divisor of batch_size; omitted: batch_size."""
     eval_every: Count = 25
     """Optimizer steps between evaluations."""
+    charge: Literal["steps", "none"] = "steps"
+    """What a start reads (evidence, a preheat): steps: the arm trains that many fewer; none: all arms train the same
+    steps, and every table says so."""
     schedule: Schedule = "cosine"
     """Learning-rate schedule."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
@@ -118,8 +137,10 @@ class StudyFile(_Section):
 
     model: Source
     """Folder or hub id of the base model."""
-    task: TaskSection
+    task: TaskSection | None = None
     """What is learned."""
+    tasks: list[NamedTaskSection] = Field(default_factory=list)
+    """Several tasks instead of one: rates and seeds for each, effects over all of them."""
     arms: Annotated[list[str | ArmSection], Field(max_length=100)]
     """Methods to compare."""
     references: bool = True
@@ -140,6 +161,8 @@ class StudyFile(_Section):
     """The learning-rate search."""
     seeds: Annotated[int, Field(ge=2, le=50)] = 5
     """Fresh seeds at the best rate."""
+    baseline_seeds: Annotated[int, Field(ge=2, le=200)] | None = None
+    """Of `lora`, with which every arm is compared; omitted: 12, or `seeds` where they are more."""
     train: StudyTrainSection = StudyTrainSection()
     """Every trial's training."""
     budget: BudgetSection = BudgetSection()
@@ -155,7 +178,7 @@ def read_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyFile:
         override(content, text)
     file = parse_study(content, Path(path).name)
     for arm in file.arms:
-        recipe_of(arm_section(arm), file)
+        recipe_of(arm_section(arm), file, _tasks(file)[0])
     return file
 
 
@@ -176,11 +199,23 @@ def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
     t = file.train
     if t.micro_batch_size and t.batch_size % t.micro_batch_size:
         raise LoralignError(f"{name}: `train.batch_size` is no multiple of `train.micro_batch_size`")
-    if t.compile and file.task.kind != "text":
+    if bool(file.task) == bool(file.tasks):
+        raise LoralignError(f"{name}: a study has either one `task` or a list of `tasks`")
+    if doubled := _doubled(task.name for task in file.tasks):
+        raise LoralignError(f"{name}: two tasks are called {doubled!r}: give one of them another `name`")
+    if t.compile and any(task.kind != "text" for task in _tasks(file)):
         raise LoralignError(f"{name}: `train.compile` needs rows of one length, as task text has: leave it out")
     if t.steps % t.eval_every:
         raise LoralignError(f"{name}: `train.steps` {t.steps} is no multiple of `train.eval_every` {t.eval_every}")
     return file
+
+
+def _tasks(file: StudyFile) -> list[TaskSection]:
+    return [file.task] if file.task else [*file.tasks]
+
+
+def _doubled(names: Iterable[str]) -> str | None:
+    return next((name for name, n in Counter(names).items() if n > 1), None)
 
 
 def _validated(section: type[T], content: Mapping[str, Any], name: str, kind: str) -> T:
@@ -191,7 +226,7 @@ def _validated(section: type[T], content: Mapping[str, Any], name: str, kind: st
         raise LoralignError(f"{name}: {said}") from error
 
 
-def recipe_of(arm: ArmSection, file: StudyFile) -> Recipe | Full:
+def recipe_of(arm: ArmSection, file: StudyFile, task: TaskSection) -> Recipe | Full:
     """One arm by way of a recipe file, so that the same checks and sentences apply."""
     recipe_file: dict[str, Any] = {
         "model": file.model,
@@ -201,7 +236,7 @@ def recipe_of(arm: ArmSection, file: StudyFile) -> Recipe | Full:
         "targets": file.targets,
         "exclude": file.exclude,
         "weight_decay": file.weight_decay,
-        "data": {"train": file.task.train},
+        "data": {"train": task.train},
         "output": file.output,
     }
     if "max_grad_norm" in file.model_fields_set:

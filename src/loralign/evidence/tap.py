@@ -56,12 +56,17 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def token_count(batch: Batch) -> int:
-    """Tokens that are not padding; rows where there are no tokens."""
-    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return int(mask.sum())
-    if isinstance(ids, Tensor):
-        return ids.numel()
+    """Tokens that are not padding; rows where there are no tokens.
+
+    A batch of pairs (ORPO: chosen_…, rejected_…) is the sum of its sequences; prompt_… is a part of these.
+    """
+    tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and not k.startswith("prompt_")}
+    masks = [v for k, v in tensors.items() if k.endswith("attention_mask") and v.dim() == 2]
+    if masks:
+        return sum(int(m.sum()) for m in masks)
+    ids = [v for k, v in tensors.items() if k.endswith("input_ids")]
+    if ids:
+        return sum(v.numel() for v in ids)
     return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
 
 

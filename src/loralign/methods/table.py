@@ -52,7 +52,9 @@ _CORA = "our CoRA study on an H100, SmolLM2-135M, r 16, 200 steps, one seed"
 _SBORA = "the authors' scripts: 2e-4 at s 2, hidden 4096"
 _SBORA_READ = "the paper's body could not be read: a reconstruction from the authors' figures, tables and scripts"
 _LAB = "our laboratory, SmolLM2-135M, German, 300 steps, one seed"
-_ASSETS = "our sweep: SmolLM2-135M, r 8, 30 steps"
+_ASSETS = "our sweep: SmolLM2-135M, r 8, 30 steps; its task was not recorded"
+_GERMAN = ("reviews in German (MultiEmo)", "75866f7c82a2555c081ca3ee")
+_ITALIAN = ("reviews in Italian (MultiEmo)", "5b59b4098c2bca9baf30994f")
 
 _LINES = (
     Method("lora", "plain LoRA", "2106.09685", "exact", LrPrior(1e-3, _REGRET)),
@@ -64,42 +66,44 @@ _LINES = (
            presets={"paper": {"r": 8, "alpha": 16.0, "gamma": 16.0},
                     "paper-llama": {"r": 8, "alpha": 16.0, "gamma": 64.0}}),
     Method("hrp", "start along the main directions of a short high-rank run", "2502.07739", "exact",
-           LrPrior(3e-3, _STUDY + ": 4e-3 at s 2"), init=high_rank_preheat,
+           LrPrior(3e-3, _STUDY + ": 4e-3 at s 2", tuned_on=_GERMAN), init=high_rank_preheat,
            presets={"paper": {"rank": 128, "kappa": 1.0}},
            unverified="the paper's body could not be read: a reconstruction from its abstracts"),
     Method("hrp-sketch", "as hrp, from accumulated gradients without a step", "2502.07739", "exact",
-           LrPrior(3e-3, _STUDY + ": 4e-3 at s 2"), init=high_rank_sketch,
+           LrPrior(3e-3, _STUDY + ": 4e-3 at s 2", tuned_on=_GERMAN), init=high_rank_sketch,
            unverified="the paper's body could not be read: a cheap variant of its reconstruction"),
     Method("cora", "one factor frozen at directions that several models share", "2409.02119", "exact",
-           LrPrior(2.9e-3, _CORA + ": 3.9e-3 at s 2"), init=common_basis,
+           LrPrior(2.9e-3, _CORA + ": 3.9e-3 at s 2", tuned_on=_ITALIAN), init=common_basis,
            presets={"paper": {"side": "left"}},
            unverified="the paper's body could not be read: a reconstruction from its abstract"),
     Method("cora-init", "one factor started at directions that several models share", "2409.02119", "exact",
-           LrPrior(2.9e-3, _CORA + ": 3.9e-3 at s 2"), init=common_start,
+           LrPrior(2.9e-3, _CORA + ": 3.9e-3 at s 2", tuned_on=_ITALIAN), init=common_start,
            presets={"paper": {"side": "left"}},
            unverified="the paper's body could not be read: a reconstruction from its abstract"),
     Method("lora-plus", "B learns faster than A", "2402.12354", "exact",
-           LrPrior(7.6e-4, _STUDY + ": 1e-3 at s 2, ratio 16"), transform=ratio_lr),
+           LrPrior(7.6e-4, _STUDY + ": 1e-3 at s 2, ratio 16", tuned_on=_GERMAN), transform=ratio_lr),
     Method("lora-pro", "steps of the product as close to full fine-tuning's as rank r allows", "2407.18242", "exact",
-           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2; 2.1e-3, full fine-tuning's, for moments: full"),
+           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2; 2.1e-3, full fine-tuning's, for moments: full", tuned_on=_GERMAN),
            transform=equivalent_gradient,
            presets={"paper": {"r": 8, "alpha": 16.0, "moments": "full"}}),
     Method("lora-rite", "adaptive steps that do not depend on how the product is split", "2410.20625", "exact",
-           LrPrior(1.6e-3, _STUDY + ": 2.1e-3 at s 2"), transform=invariant_adam,
+           LrPrior(1.6e-3, _STUDY + ": 2.1e-3 at s 2", tuned_on=_GERMAN), transform=invariant_adam,
            fields={"max_grad_norm": 0.0}),  # its own clip does not depend on how the product is split
     Method("rm-lora", "orthogonality regulariser and a random slot mask", "2407.12074", "exact",
-           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2"), rules=(masked_orthogonal,)),
+           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2", tuned_on=_GERMAN), rules=(masked_orthogonal,)),
     Method("delta-lora", "the base follows the product's changes, as r frozen slots", "2309.02411", "exact at rank 2r",
-           LrPrior(1.5e-3, _STUDY + ": 2e-3 at s 2, wait_steps 50"), form=boosted, rules=(snapshot,)),
+           LrPrior(1.5e-3, _STUDY + ": 2e-3 at s 2, wait_steps 50", tuned_on=_GERMAN), form=boosted, rules=(snapshot,)),
     Method("adalora", "fewer slots over time: those stay that matter steadily to the loss", "2303.10512",
            "exact, ragged ranks", LrPrior(7.9e-4, "AdaLoRA's script for BART-large: 5e-4 at s 2.67, hidden 1024"),
            init=gaussian, form=gated, rules=(sensitivity_budget,),
            presets={"paper": {"r": 8, "alpha": 21.3, "first": 0.1, "last": 0.3, "interval": 100, "orthogonal": 0.1}},
            unverified="the paper's text was not at hand: its equations as its official code has them"),
     Method("lora-fa", "A frozen at random, B follows the projected gradient", "2308.03303", "exact",
-           LrPrior(2.6e-2, _CORA + ": 3.5e-2 at s 2"), init=kaiming_frozen, transform=projected_gradient),
+           LrPrior(2.6e-2, _CORA + ": 3.5e-2 at s 2", tuned_on=_ITALIAN),
+           init=kaiming_frozen, transform=projected_gradient),
     Method("riemannian", "gradients preconditioned by the other factor's Gram matrix", "2402.02347", "exact",
-           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2, 1.8e-2 is less steady"), transform=scaled_gradient),
+           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2, 1.8e-2 is less steady", tuned_on=_GERMAN),
+           transform=scaled_gradient),
     Method("full-muon", "full fine-tuning of the same matrices with Muon (reference)", "2502.16982", "none",
            LrPrior(2e-3, _LAB + ": 2e-3; how it moves with the width is unknown", power=0.0),
            reference=True, optimizer=muon),
@@ -109,7 +113,7 @@ _LINES = (
            transform=spectral, scale=over_sqrt_rank, fields={"r": 64, "alpha": None, "max_grad_norm": 0.0},
            presets={"stateless": {"momentum": 0.0}}),
     Method("muon-factors", "orthogonalised momentum on each factor", "2502.16982", "exact",
-           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2"), transform=matrix_sign, renamed="spectral"),
+           LrPrior(4.5e-3, _STUDY + ": 6e-3 at s 2", tuned_on=_GERMAN), transform=matrix_sign, renamed="spectral"),
     Method("pissa", "start along the weight's principal singular vectors", "2404.02948", "exact at rank 2r",
            LrPrior(2.3e-4, _ASSETS + ": 3e-4 at s 2"), init=principal_svd),
     Method("sbora-fa", "r columns of W train: A is rows of the identity", "2407.05413", "exact", LrPrior(7e-4, _SBORA),
@@ -217,6 +221,12 @@ def _one(lines: Sequence[Method], axis: str, default: Callable[..., Any]) -> Cal
 def _call(factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     taken = {k: v for k, v in options.items() if k in inspect.signature(factory).parameters}
     return factory(**taken)
+
+
+def tuned_on(name: str) -> tuple[tuple[str, str], ...]:
+    """Task and fingerprint of its training rows for every prior of a method or mix that was tuned where we know."""
+    found = (method(part).prior.tuned_on for part in name.split("+"))
+    return tuple(dict.fromkeys(task for task in found if task))
 
 
 def learning_rate(name: str, s: float, hidden: int) -> tuple[float, str]:

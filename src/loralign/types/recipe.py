@@ -75,6 +75,8 @@ class LrPrior:
     lr_s: float | None
     source: str
     power: float = 0.781
+    tuned_on: tuple[str, str] | None = None
+    """The task it was tuned on and the fingerprint of its training rows, where known: a study on these rows says so."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,83 @@
+"""Several tasks of one study: every arm's effect over all of them, and its difference on each."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from loralign.compare.hierarchy import Effect, effects
+from loralign.compare.inference import moderated
+from loralign.compare.report import collect
+from loralign.compare.spec import BASELINE, REFERENCE, Spec
+from loralign.compare.statistics import samples
+from loralign.compare.store import Store
+from loralign.io.provenance import write_json, write_text
+
+
+@dataclass(frozen=True)
+class Overall:
+    """One arm over tasks. differences: final loss, arm − baseline, by task; effect: baseline − arm, shrunken; none for
+    the control, which is no draw from the arms."""
+
+    arm: str
+    differences: Mapping[str, float]
+    effect: Effect | None
+
+
+def over_tasks(specs: Sequence[Spec]) -> list[Overall]:
+    """Written to overall.csv and overall.json beside the tasks' folders; empty for fewer than two tasks with seeds."""
+    tasks = {}
+    for spec in specs:
+        found = collect(spec, Store(spec).outcomes())
+        arms = {arm.name: [c for c in found.curves if c.arm == arm.name] for arm in spec.arms}
+        raw = samples(arms, found.rates)
+        if BASELINE in raw and len(raw) > 1:
+            tasks[spec.task_name] = dict(zip(raw, moderated(list(raw.values())), strict=True))
+    if len(tasks) < 2:
+        return []
+    shrunken = effects([{a: s for a, s in t.items() if a != REFERENCE} for t in tasks.values()], BASELINE)
+    names = dict.fromkeys(a for t in tasks.values() for a in t if a != BASELINE)
+    lines = [
+        Overall(a, {n: t[a].mean - t[BASELINE].mean for n, t in tasks.items() if a in t}, shrunken.get(a))
+        for a in names
+    ]
+    folder = specs[0].output.parent
+    write_text(folder / "overall.csv", _csv(lines, list(tasks)))
+    write_json(folder / "overall.json", {line.arm: _body(line) for line in lines})
+    return lines
+
+
+def _body(line: Overall) -> dict[str, object]:
+    e = line.effect
+    return {"differences": dict(line.differences), "effect": e and [e.mean, e.low, e.high], "better": e and e.better}
+
+
+def _csv(lines: Sequence[Overall], tasks: Sequence[str]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["arm", *tasks, "shrunken", "shrunken_low", "shrunken_high", "p_better"])
+    for line in lines:
+        e = line.effect
+        writer.writerow(
+            [line.arm, *(line.differences.get(t) for t in tasks), *((e.mean, e.low, e.high, e.better) if e else ())]
+        )
+    return text.getvalue()
+
+
+def overall_table(lines: Sequence[Overall]) -> Table:
+    tasks = list(dict.fromkeys(t for line in lines for t in line.differences))
+    made = Table(title="Over all tasks: final loss against lora's", title_justify="left", box=box.SIMPLE_HEAD)
+    for head in ("arm", *tasks, "shrunken, 95 %", "P(better)"):
+        made.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
+    for line in lines:
+        cells = [f"{line.differences[t]:+.4f}" if t in line.differences else "–" for t in tasks]
+        e = line.effect
+        shrunken = f"{-e.mean:+.4f} ({-e.high:+.4f} … {-e.low:+.4f})" if e else "–"
+        made.add_row(Text(line.arm), *cells, shrunken, f"{e.better:.2f}" if e else "–")
+    return made

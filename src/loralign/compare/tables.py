@@ -1,0 +1,123 @@
+"""Tables and sentences of a study's result: for a terminal, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from loralign.compare.curves import Interval
+from loralign.compare.verdict import LEVEL, ArmResult, StudyResult
+
+
+def reached(time: Any) -> str:
+    """A time, or "> bound" where it was not reached."""
+    if time is None:
+        return ""
+    return f"{time.value:.1f}" if time.reached else f"> {time.value:.1f}"
+
+
+def terminal_tables(result: StudyResult) -> list[Table]:
+    """What people read first: results, then costs; columns in which no arm has anything are left out."""
+    metrics = list(dict.fromkeys(name for arm in result.arms for name in arm.metrics))
+    heads = ("arm", "lr", "final loss", *metrics, "shrunken", "P(better)", "gap closed", "steps to lora's", "to full's")
+    results = [_results(arm, metrics) for arm in result.arms]
+    costs = [_costs(arm) for arm in result.arms]
+    title = "Loss on test rows at each arm's own best rate; ± 95 % over seeds"
+    unequal = next((f"; {n.split(':')[0]}" for n in result.notes if n.startswith(("same steps", "the starts"))), "")
+    return [
+        _table(title + unequal, heads, results),
+        _table("Costs", ("arm", "parameters", "exported rank", "peak memory", "init", "step"), costs),
+    ]
+
+
+def _table(title: str, heads: Sequence[str], lines: Sequence[tuple[str, ...]]) -> Table:
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    shown = [i for i in range(len(heads)) if any(line[i] not in ("", "–") for line in lines)]
+    for i in shown:
+        made.add_column(heads[i], justify="right" if i else "left", no_wrap=True)
+    for line in lines:
+        made.add_row(*(Text(line[i]) for i in shown))  # no markup: an arm may be called [a]
+    return made
+
+
+def _results(arm: ArmResult, metrics: Sequence[str]) -> tuple[str, ...]:
+    return (
+        arm.arm,
+        f"{arm.lr:g}" if arm.lr else "–",
+        spread(arm.final),
+        *(spread(arm.metrics[name], 3) if name in arm.metrics else "–" for name in metrics),
+        f"{-arm.effect.mean:+.3f} ({-arm.effect.high:+.3f} … {-arm.effect.low:+.3f})" if arm.effect else "–",
+        f"{arm.effect.better:.2f}" if arm.effect else "–",
+        "–" if arm.gap.value is None else f"{arm.gap.value:.0%}",
+        reached(arm.steps_to.get("lora")),
+        reached(arm.steps_to.get("full")),
+    )
+
+
+def _costs(arm: ArmResult) -> tuple[str, ...]:
+    costs = arm.costs
+    return (
+        arm.arm,
+        _count(costs["trainable"]) if costs else "–",
+        f"{costs['exported_rank']:.0f}" if costs.get("exported_rank") else "–",
+        f"{costs['peak_bytes'] / 2**30:.1f} GiB" if costs.get("peak_bytes") else "–",
+        f"{costs['init_s']:.1f} s" if costs else "–",
+        f"{1000 * costs['step_s']:.0f} ms" if costs else "–",
+    )
+
+
+def _count(n: float) -> str:
+    return f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n / 1e3:.1f} k"
+
+
+def spread(x: Interval, decimals: int = 4) -> str:
+    if x.n == 0:
+        return "–"
+    return f"{x.mean:.{decimals}f}" + (f" ± {(x.high - x.low) / 2:.{decimals}f}" if x.n > 1 else "")
+
+
+def sentences(result: StudyResult) -> list[str]:
+    """One plain sentence per arm, its flags, then notes about the whole."""
+    said = []
+    for arm in result.arms:
+        said += [f"{arm.arm}: {arm.sentence}", *(f"  ! {flag}" for flag in arm.flags)]
+    return [*said, *(f"note: {note}" for note in result.notes)]
+
+
+def as_markdown(result: StudyResult) -> str:
+    """The table of results.md, from the lowest final loss to the highest, and what must be said of it."""
+    heads = (
+        "arm",
+        "family",
+        "rate",
+        "steps",
+        "test loss, ± 95 %",
+        "gap to `full` closed",
+        "shrunken, 95 %",
+        "P(better)",
+        "against `lora`",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for arm in sorted(result.arms, key=lambda a: (a.final.n == 0, a.final.mean)):
+        gap, e = arm.gap, arm.effect
+        closed = "–" if gap.value is None else f"{gap.value:.0%}"
+        if gap.low is not None and gap.high is not None and gap.low < gap.high:
+            closed += f" ({gap.low:.0%} … {gap.high:.0%})"
+        shrunken = f"{-e.mean:+.3f} ({-e.high:+.3f} … {-e.low:+.3f})" if e else "–"
+        paid = f" + {arm.charged_steps:.0f}" if arm.charged_steps else ""
+        cells = (
+            arm.arm, arm.family if arm.kind != "baseline" else "baseline", f"{arm.lr:g}" if arm.lr else "–",
+            f"{arm.steps}{paid}", spread(arm.final), closed, shrunken, f"{e.better:.2f}" if e else "–", arm.sentence,
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Intervals of differences: {LEVEL} for a whole family together. "
+        "Steps: trained + charged for what the start read.",
+    ]
+    lines += [f"- {arm.arm}: {flag}" for arm in result.arms for flag in arm.flags]
+    return "\n".join([*lines, *(f"- note: {note}" for note in result.notes)]) + "\n"
