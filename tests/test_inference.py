@@ -132,6 +132,18 @@ def test_paired_by_hand() -> None:
     assert [p for _, p in paired([sample([0.0, 0.0])])] == [1.0] and paired([sample([0.1, 0.1])])[0][1] == 0.0
 
 
+def test_paired_samples_keep_their_own_freedom() -> None:
+    """Three arms of 3 seeds: the quiet one is judged by the moderated variance, the loud one by its own, all by 2."""
+    quiet, usual, loud = [0.2, 0.21, 0.19], [0.1, 0.2, 0.3], [-0.2, 0.2, 0.6]
+    found = paired([sample(x) for x in (quiet, usual, loud)])
+    errors = [error for error, _ in found]
+    assert errors[0] > 1.5 * 0.01 * math.sqrt(1 / 3 + RATE_CHOICE)
+    assert errors[2] == pytest.approx(0.4 * math.sqrt(1 / 3 + RATE_CHOICE))
+    for error, p in found:
+        t = 0.2 / error
+        assert p == pytest.approx(1 - t / math.sqrt(2 + t * t))
+
+
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.5]) == [1.0, 1.0] and holm([]) == []

@@ -156,9 +156,14 @@ def _step_down(seen: Array, null: Array) -> Array:
 
 
 def paired(differences: Sequence[Sample]) -> list[tuple[float, float]]:
-    """t's error and two-sided p of mean 0 for samples of differences within seeds, variances moderated."""
+    """t's error and two-sided p of mean 0 for samples of differences within seeds.
+
+    All of them hold the same runs of the baseline, so many arms know no more of its spread than one: each keeps its own
+    degrees of freedom, and its own variance where the moderated one is smaller.
+    """
     found = []
-    for d in moderated(differences):
+    for own, quiet in zip(differences, moderated(differences), strict=True):
+        d = replace(own, variance=max(own.variance, quiet.variance))
         error = math.sqrt(d.error2)
         p = 2 * float(stdtr(d.df, -abs(d.mean) / error)) if error else float(d.mean == 0)
         found.append((error, p))

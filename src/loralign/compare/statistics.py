@@ -8,7 +8,7 @@ study file declares; `full` is the control, a family of its own that shows wheth
 
 T(ℓ) is the first step with loss ≤ ℓ, σ the standard deviation of a final loss over seeds. Both arms come to ℓ_s, so
 nothing is censored, and swapping the arms only changes the signs; σ keeps a flat end from turning noise into time.
-q is of runs with the same seed (same data order), tested by a moderated t against 0 where the final losses tie,
+q is of runs with the same seed (same data order), tested by a paired t against 0 where the final losses tie,
 corrected by Holm within the family.
 
 Variances are moderated over the baseline, the control, the primary arms and the family's own: what joins another
