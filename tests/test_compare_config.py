@@ -11,9 +11,11 @@ import pytest
 
 from loralign import LoralignError
 from loralign.cli.app import main
+from loralign.compare.begun import as_begun
 from loralign.compare.identity import arm_settings
 from loralign.compare.report import collect, notes
 from loralign.compare.spec import grid
+from loralign.compare.store import Store
 from loralign.config.study import load_study, to_specs
 from loralign.config.study_file import StudyFile, parse_study
 from loralign.config.yaml_text import read_yaml
@@ -132,7 +134,7 @@ def test_the_baseline_gets_more_seeds_and_families_are_declared(study: Path) -> 
             load(study, f"arms=[{wrong}]")
 
 
-def test_a_prior_tuned_on_these_rows_is_told(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prior_tuned_on_these_rows_is_told(study: Path, tmp_path: Path) -> None:
     spec = load(study, "arms=[hrp, {method: lora-plus, lr: 1e-3}]")
     by_name = {a.name: a for a in spec.arms}
     assert by_name["hrp"].tuned_on[0][0] == "reviews in German (MultiEmo)" and not by_name["lora-plus"].tuned_on
@@ -140,6 +142,11 @@ def test_a_prior_tuned_on_these_rows_is_told(study: Path, monkeypatch: pytest.Mo
     same = replace(spec, content={**spec.content, "task.train": by_name["hrp"].tuned_on[0][1]})
     said = notes(same, {}, collect(same, {}))
     assert "the rates of hrp are centred where they were tuned on this very task: reviews in German (MultiEmo)" in said
+    here = replace(spec, output=tmp_path)
+    Store(here)
+    assert (
+        as_begun(replace(here, arms=tuple(replace(a, tuned_on=()) for a in here.arms)), reading=True).arms == here.arms
+    )
 
 
 def tasks(study: Path, *names: str) -> str:
@@ -193,4 +200,4 @@ def test_the_demo_is_such_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_demo, "write_rows", lambda folder: dict.fromkeys(("train", "valid", "test"), "x.jsonl"))
     (spec,) = to_specs(parse_study(compare_demo.study(Path("out"))), 384)
     assert [a.name for a in spec.arms] == ["full", "lora", "lora-ga"]
-    assert (spec.rates, spec.seeds, spec.task.head_lr) == (5, 3, 1e-3)
+    assert (spec.rates, spec.seeds, spec.task.head_lr) == (4, 3, 1e-3)

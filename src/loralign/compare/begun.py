@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from loralign.compare.identity import translated
-from loralign.compare.spec import Spec
+from loralign.compare.spec import Arm, Spec
 from loralign.compare.store import JOURNAL, begun_with
 from loralign.types import LoralignError
 
@@ -46,5 +46,10 @@ def _under_old_rules(spec: Spec, old: Mapping[str, Any], known: Mapping[str, Any
 def _as_recorded(spec: Spec, known: Mapping[str, Any]) -> Spec:
     names = ("model", "task.train", "task.valid", "task.test")
     content = {k: v for k, v in known.get("settings", {}).items() if k in names}
-    arms = [replace(arm, lr=known.get(f"arm {arm.name}", {}).get("lr", arm.lr)) for arm in spec.arms]
-    return replace(spec, content=content, arms=tuple(arms), reading=True)
+    return replace(spec, content=content, arms=tuple(_arm(arm, known) for arm in spec.arms), reading=True)
+
+
+def _arm(arm: Arm, known: Mapping[str, Any]) -> Arm:
+    """With the centre of its grid, and what was known of it then: priors change."""
+    tuned = known.get(f"tuned {arm.name}", {}).items()
+    return replace(arm, lr=known.get(f"arm {arm.name}", {}).get("lr", arm.lr), tuned_on=tuple(tuned))

@@ -71,6 +71,9 @@ class Store:
             self._check(spec, known)
             return
         wanted = {"settings": settings(spec), **{f"arm {arm.name}": arm_settings(arm) for arm in spec.arms}}
+        for arm in spec.arms:  # kept for the report, bound to nothing: what is known of a prior changes
+            if f"tuned {arm.name}" not in known:
+                self._journal.set_study_user_attr(self._study, f"tuned {arm.name}", dict(arm.tuned_on))
         for key, value in wanted.items():
             if key not in known:
                 self._journal.set_study_user_attr(self._study, key, value)
