@@ -16,10 +16,12 @@ from loralign import LoralignError, Recipe, adapt, build, drive, factors, optimi
 from loralign.carrier.slot import trained_of
 from loralign.maths.budget import Window, cubic_budget, cubic_pruned, lowest, narrowed, widened, window
 from loralign.methods.rule.adalora import Orthogonal, sensitivity
+from loralign.methods.rule.dynamic_rank import Variance
+from loralign.methods.rule.dynamic_rank import shares as component_shares
 from loralign.plan.combinations import check_combination, check_length, idle
 from loralign.train.attach import attach
-from loralign.types import Moment, WorkFailed
-from oracles import adalora
+from loralign.types import Ctx, Moment, WorkFailed
+from oracles import adalora, dynamic_rank_lora, sora
 from toy import batch_for, llama
 from trainers import toy_trainer
 
@@ -289,3 +291,120 @@ def _copy_into(theirs: Any, ours: PeftModel) -> None:
             q = getattr(layer, f"lora_{side}")["default"]
             q.data = p.detach().clone().view_as(q)
             q.grad = p.grad.clone().view_as(q)
+
+
+# -------------------------------------------------------------------------------------------------- dynamic-rank LoRA
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_shares_of_components_are_closed_forms() -> None:
+    A, B, c = normal(5, 9), normal(7, 5, seed=1), normal(5, seed=2)
+    found = component_shares(A, B, c)
+    assert found.tolist() == pytest.approx(dynamic_rank_lora.shares(A, B, c), rel=1e-9)
+    assert float(found.sum()) >= 1
+    assert torch.allclose(component_shares(3 * A, B, -2 * c), found)
+    assert component_shares(A, B, 0 * c).tolist() == [0.0] * 5
+    Q, P = torch.linalg.qr(normal(9, 5))[0].T, torch.linalg.qr(normal(7, 5, seed=3))[0]
+    assert float(component_shares(Q, P, c).square().sum()) == pytest.approx(1)
+    w = Window(150, 500, 100, 1000)
+    assert all(120 - cubic_pruned(t, w, 120, 80) == dynamic_rank_lora.pruned(t, 1000, 120, 80) for t in range(501))
+
+
+def test_the_variance_is_a_gradient_that_ends_with_the_pruning() -> None:
+    recipe = made("dynamic-rank-lora")
+    (rule,) = recipe.rules
+    As, Bs = [normal(3, 8), normal(4, 6)], [normal(5, 3, seed=1), normal(9, 4, seed=2)]
+    tensors = {(f"w{k}", n): X for k in range(2) for n, X in (("A", As[k]), ("B", Bs[k]))}
+    want = dynamic_rank_lora.variance_gradients(As, Bs, 0.1)
+
+    def ctx(step: int) -> Ctx:
+        return Ctx(0.1, 0.1, step, None, 100)  # type: ignore[arg-type]
+
+    found = rule.penalty({}, tensors, ctx(51))
+    assert found is not None
+    for g, w in zip([found[f"w{k}", n] for n in "AB" for k in range(2)], want, strict=True):
+        assert torch.allclose(g, w, rtol=1e-9)
+    assert rule.penalty({}, tensors, ctx(52)) is None
+    assert not any(g.abs().max() > 1e-12 for g in Variance(0.1)({("w", "A"): torch.ones(2, 5)}).values())  # type: ignore[union-attr]
+
+
+def test_dynamic_rank_drops_what_the_oracle_drops() -> None:
+    recipe, T = made("dynamic-rank-lora", interval=2), 24
+    model = toy(recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    driver = drive(model, recipe, opt, T)
+    averages = {s.name: [0.0] * 6 for s in sites(model)}
+    for t in range(T):
+        backward(model, t)
+        opt.step()
+        for site in sites(model):
+            values = opt.moment(T).tensors
+            now = dynamic_rank_lora.shares(*(values[site.name, n] for n in ("A", "B", "gate")))
+            if t < 12:
+                averages[site.name] = [0.9 * a + 0.1 * b for a, b in zip(averages[site.name], now, strict=True)]
+        driver.after_step()
+        if t in (6, 8, 10, 12):
+            w = window(T, 0.15, 0.5, 2)
+            count = int((18 - 12) * ((t - 4) / 8) ** 3)
+            assert (w.start, w.stop) == (4, 12) and zeros(model) == adalora.dropped(averages, count), t
+        if t > 12:
+            assert len(zeros(model)) == 6
+
+
+# --------------------------------------------------------------------------------------------------------------- SoRA
+
+
+def test_soft_threshold_of_gates_equals_the_oracle() -> None:
+    recipe = made("sora", threshold=4e-3)
+    model = toy(recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    before = gates(model)["one"]
+    assert 0.3 < float(torch.cat(list(gates(model).values())).std()) < 2  # N(0, 1)
+    driver = drive(model, recipe, opt, 12)
+    slopes = []
+    for t in range(12):
+        backward(model, t)
+        slopes.append(trained_of(sites(model)[0].layer, "default")["gate"].grad.clone())  # type: ignore[union-attr]
+        opt.step()
+        driver.after_step()
+        if t == 0:  # B = 0: no gradient, gates move by the threshold alone
+            assert not slopes[0].any()
+            want = torch.tensor([sora.soft(float(g), 4e-3) for g in before], dtype=torch.float64)
+            assert torch.allclose(gates(model)["one"], want, atol=1e-7)
+    for j in range(4):
+        course = sora.adam_then_soft(float(before[j]), [float(s[j]) for s in slopes], 1e-2, 4e-3)
+        assert float(gates(model)["one"][j]) == pytest.approx(course[-1], rel=1e-5)
+    assert [sora.soft(x, 0.1) for x in (0.15, -0.25, 0.05)] == pytest.approx([0.05, -0.15, 0.0])
+
+
+def test_without_a_threshold_sora_is_a_gated_lora() -> None:
+    runs = []
+    for rules in (made("sora", threshold=0.0).rules, ()):
+        recipe = replace(made("sora"), rules=rules)
+        model = toy(recipe)
+        opt = optimizer(model, recipe, 1e-2)
+        driver = drive(model, recipe, opt, 4)
+        for t in range(4):
+            backward(model, t)
+            opt.step()
+            driver.after_step()
+        runs.append(gates(model))
+    assert all(torch.equal(runs[0][n], runs[1][n]) for n in runs[0])
+
+
+def test_gradient_descent_with_the_threshold_finds_the_sparse_minimum() -> None:
+    """½(g − a)² + λ|g| is least at T_λ(a): steps η with threshold η·λ get there."""
+    for a in (1.3, 0.2, -0.7):
+        g = 1.0
+        for _ in range(400):
+            g = sora.soft(g - 0.1 * (g - a), 0.1 * 0.5)
+        assert g == pytest.approx(sora.soft(a, 0.5), abs=1e-6)
+
+
+def test_the_l1_option_adds_its_gradient() -> None:
+    (rule,) = made("sora", l1=3.0).rules
+    found = rule.penalty({}, {("a", "gate"): torch.tensor([2.0, -1.0, 0.0]), ("a", "A"): torch.ones(3, 2)}, None)  # type: ignore[arg-type]
+    assert found is not None and list(found) == [("a", "gate")] and found["a", "gate"].tolist() == [1.0, -1.0, 0.0]

@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from loralign.methods.form.delta_lora import boosted
-from loralign.methods.form.gated import gated
+from loralign.methods.form.gated import gated, normal_gated
 from loralign.methods.form.plain import plain
 from loralign.methods.form.prolora import partial_rotation
 from loralign.methods.form.reslora import shortcuts
@@ -23,6 +23,7 @@ from loralign.methods.init.cora import common_basis, common_start
 from loralign.methods.init.gaussian import gaussian
 from loralign.methods.init.hrp import high_rank_preheat, high_rank_sketch
 from loralign.methods.init.kaiming import kaiming, kaiming_frozen
+from loralign.methods.init.kaiming_both import kaiming_both
 from loralign.methods.init.lora_ga import gradient_svd
 from loralign.methods.init.olora import leading_qr
 from loralign.methods.init.pissa import principal_svd
@@ -33,7 +34,9 @@ from loralign.methods.outer.once import once
 from loralign.methods.reference import muon
 from loralign.methods.rule.adalora import sensitivity_budget
 from loralign.methods.rule.delta_lora import snapshot
+from loralign.methods.rule.dynamic_rank import component_budget
 from loralign.methods.rule.rm_lora import masked_orthogonal
+from loralign.methods.rule.sora import soft_threshold
 from loralign.methods.transform.adamw import adamw
 from loralign.methods.transform.lora_fa import projected_gradient
 from loralign.methods.transform.lora_plus import ratio_lr
@@ -98,6 +101,16 @@ _LINES = (
            init=gaussian, form=gated, rules=(sensitivity_budget,),
            presets={"paper": {"r": 8, "alpha": 21.3, "first": 0.1, "last": 0.3, "interval": 100, "orthogonal": 0.1}},
            unverified="the paper's text was not at hand: its equations as its official code has them"),
+    Method("dynamic-rank-lora", "fewer slots over time: those stay that are large within their module", "2405.17357",
+           "exact, ragged ranks", LrPrior(None, "unknown"),
+           init=kaiming_both, form=gated, rules=(component_budget,),
+           presets={"paper": {"r": 8, "alpha": 5.33, "first": 0.15, "last": 0.5, "interval": 100, "variance": 0.1}},
+           unverified="the paper's text was not at hand: equations as its code and third parties have them"),
+    Method("sora", "gates shrink at each step, slots whose gate reaches zero are gone", "2311.11696",
+           "exact, ragged ranks", LrPrior(3.8e-4, "SoRA's script for STS-B: 8e-4 at s 1 (as its default), hidden 768"),
+           form=normal_gated, rules=(soft_threshold,),
+           presets={"paper": {"r": 8, "alpha": 8.0, "threshold": 3e-4}},
+           unverified="the paper's body was not at hand: its operator as abstract, README and code have it"),
     Method("lora-fa", "A frozen at random, B follows the projected gradient", "2308.03303", "exact",
            LrPrior(2.6e-2, _CORA + ": 3.5e-2 at s 2", tuned_on=_ITALIAN),
            init=kaiming_frozen, transform=projected_gradient),

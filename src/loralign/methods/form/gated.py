@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loralign.maths.bounds import Positive, bounded
 from loralign.maths.operators import Dense
 from loralign.types import Draw, Facts, Live, Operator, Weight
 
@@ -61,6 +62,10 @@ def _zeros(r: int, draw: Draw) -> Tensor:
     return torch.zeros(r)
 
 
+def _normal(r: int, draw: Draw) -> Tensor:
+    return torch.randn(r, generator=draw("gate"))
+
+
 def _same(c: Tensor) -> Tensor:
     return c
 
@@ -79,3 +84,14 @@ _GATE = frozenset({"gate"})
 def gated() -> Gated:
     """A gate that starts at zero: AdaLoRA's singular values, dynamic-rank LoRA's."""
     return Gated(Facts(gated=True, commits=True, per_slot=_GATE, switches=_GATE, own_decay=True), _zeros, _same)
+
+
+def normal_gated() -> Gated:
+    """A gate drawn from N(0, 1), without weight decay: SoRA's."""
+    return Gated(Facts(gated=True, commits=True, per_slot=_GATE, switches=_GATE), _normal, _same)
+
+
+@bounded
+def beam(tau: Positive = 0.05) -> Gated:
+    """BeamLoRA's shares of r, which sum to r."""
+    return Gated(Facts(gated=True, commits=True, per_slot=_GATE, own_decay=True), _zeros, _Beam(tau))
