@@ -3,17 +3,21 @@
     python benchmarks/bench_step.py --device cpu
     python benchmarks/bench_step.py --device cuda --shapes 1b 8b --json out.json
     python benchmarks/bench_step.py --device cuda --shapes 135m --compiled      beside a study's compiled blocks
+    python benchmarks/bench_step.py --shapes wide --repeats 3 --methods sbora-fa sbora-fb prolora reslora
     python benchmarks/bench_step.py --shapes host --repeats 30      the host's time alone, on the CPU: many tiny layers
 
 A step is forward, backward, clip, optimizer, zero_grad on the same tokens. PEFT: stock layers, fp32 adapters (its
 default), torch's fused AdamW and clip_grad_norm_; on CUDA a bf16 base under bf16 autocast, as `bf16=True` gives. Ours:
 the same model and autocast, `loralign.adapt` and `loralign.optimizer`. Floor: the frozen model with input gradients.
+--methods: further arms beside `lora`, with their own options' defaults at the same rank; /lora compares with ours.
 `host` is in bf16 on the CPU too and takes the layer that small outputs have on a GPU; "one node" is the other one.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import gc
 import json
 import time
@@ -28,7 +32,7 @@ import transformers
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loralign import Recipe, adapt, build, optimizer, peft_config
+from loralign import METHODS, Recipe, adapt, build, optimizer, peft_config
 from loralign.carrier.layer import as_on
 from loralign.compare.compiled import blocks
 
@@ -43,6 +47,11 @@ SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens
         {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 30, "num_attention_heads": 3},
         1,
         4,
+    ),
+    "wide": (
+        {"hidden_size": 4096, "intermediate_size": 4096, "num_hidden_layers": 5, "num_attention_heads": 32},
+        1,
+        256,
     ),
     "135m": (
         {
@@ -84,7 +93,20 @@ def half(shape: str, device: str) -> bool:
     return device == "cuda" or shape == "host"
 
 
-def base_model(shape: str, device: str) -> LlamaForCausalLM:
+def base_model(shape: str, device: str) -> Any:
+    """A model of its own; on the CPU, where all kinds are in memory at once, they share the frozen weights."""
+    if device != "cpu":
+        return fresh_model(shape, device)
+    model = one_model(shape)
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+@functools.cache
+def one_model(shape: str) -> LlamaForCausalLM:
+    return fresh_model(shape, "cpu")
+
+
+def fresh_model(shape: str, device: str) -> LlamaForCausalLM:
     config = LlamaConfig(vocab_size=8192 if device == "cpu" else 32000, use_cache=False, **SHAPES[shape][0])
     torch.manual_seed(0)
     with torch.device(device):
@@ -98,7 +120,7 @@ def base_model(shape: str, device: str) -> LlamaForCausalLM:
 def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], None]:
     """A closure that runs one whole step of one kind."""
     model: Any = base_model(shape, device)
-    recipe = build("lora", r=16, alpha=32, dropout=dropout)
+    recipe = build(kind if kind in METHODS else "lora", r=16, alpha=32, dropout=dropout)
     assert isinstance(recipe, Recipe)
     ids = torch.randint(0, 8000, SHAPES[shape][1:], device=device)
     opt: Any = None
@@ -195,6 +217,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--compiled", action="store_true", help="also with the model's blocks compiled, as studies do")
+    parser.add_argument("--methods", nargs="+", default=[], choices=tuple(METHODS), help="further arms")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.device == "cpu":
@@ -204,16 +227,19 @@ def main() -> None:
     results = {}
     for shape in shapes:
         more = ["one node"] if shape == "host" else []
-        results[shape] = measure([*kinds, *more], shape, args.device, args.repeats, args.dropout)
+        results[shape] = measure([*kinds, *args.methods, *more], shape, args.device, args.repeats, args.dropout)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     if args.json:
         args.json.write_text(json.dumps({"versions": versions, "device": args.device, "results": results}, indent=1))
-    print(f"{'shape':8}{'kind':10}{'ms':>10}{'/floor':>8}{'/peft':>8}{'peak GiB':>10}{'/peft':>8}")
+    print(f"{'shape':8}{'kind':10}{'ms':>10}{'/floor':>8}{'/peft':>8}{'/lora':>8}{'peak GiB':>10}{'/peft':>8}")
     for shape, rows in results.items():
         for kind, row in rows.items():
             over, beside = row["ms"] / rows["floor"]["ms"], row["ms"] / rows["peft"]["ms"]
+            ours = row["ms"] / rows["loralign"]["ms"]
             memory = row["peak_gib"] / rows["peft"]["peak_gib"]
-            print(f"{shape:8}{kind:10}{row['ms']:10.1f}{over:8.3f}{beside:8.3f}{row['peak_gib']:10.3f}{memory:8.3f}")
+            print(
+                f"{shape:8}{kind:10}{row['ms']:10.1f}{over:8.3f}{beside:8.3f}{ours:8.3f}{row['peak_gib']:10.3f}{memory:8.3f}"
+            )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -133,6 +134,11 @@ def test_contract(family: str, name: str, tmp_path: Path, sources: Sources) -> N
     model.save_pretrained(tmp_path)
     stock = PeftModel.from_pretrained(FAMILIES[family](), tmp_path).eval()
     assert gap(output(stock), after) < 1e-6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")  # live and frozen slots stand apart in the state
+        model.save_pretrained(tmp_path / "gathered")
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "gathered"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     model.merge_adapter(safe_merge=True)
     assert gap(output(model), after) < 2e-6
     model.unmerge_adapter()

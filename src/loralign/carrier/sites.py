@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from loralign.carrier.abilities import modules_to_save, task_type
+from loralign.carrier.gathered import fold_gathered
 from loralign.carrier.slot import effective, is_adapted, whole
 from loralign.carrier.storage import SlotLinear
 from loralign.carrier.targets import PREFIX, anchored, by_weight, chosen, ranks_of, strangers
@@ -236,17 +237,7 @@ def _save_folded(model: Any, save_directory: str, *args: Any, **kwargs: Any) -> 
     state = dict(model.state_dict() if given is None else given)
     for adapter in model.peft_config:
         sync_config(model, adapter)
-        for name, layer in model.named_modules():
-            if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
-                continue
-            for side in ("lora_A", "lora_B"):
-                module, key = getattr(layer, side)[adapter], f"{name}.{side}.{adapter}"
-                if not isinstance(module, SlotLinear) or f"{key}.frozen" not in state:
-                    continue  # folded already
-                if isinstance(state[f"{key}.weight"], DTensor):
-                    raise LoralignError("sharded model: pass state_dict=accelerator.get_state_dict(model)")
-                frozen = state.pop(f"{key}.frozen").to(state[f"{key}.weight"].device)
-                state[f"{key}.weight"] = module.folded(state[f"{key}.weight"], frozen)
+        fold_gathered(model, adapter, state)
     return type(model).save_pretrained(model, save_directory, *args, state_dict=state, **kwargs)
 
 
