@@ -1,0 +1,84 @@
+"""A study of several tasks, with made-up outcomes: one table for each and one over all, through the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from loralign.cli.app import main
+from loralign.compare.spec import Outcome, Trial
+from loralign.compare.study import work
+from loralign.config.study import load_study
+from loralign.evidence.tap import token_count
+from tiny_study import write_study
+
+
+def runner(gain: float, level: float) -> Callable[[Trial, Callable[[int, float], bool]], Outcome]:
+    """lora-ga ends `gain` lower than lora, full 1 lower; seeds differ by 0.01."""
+
+    def run(trial: Trial, report: Callable[[int, float], bool]) -> Outcome:
+        ends = {"lora": 0.0, "full": -1.0, "lora-ga": -gain}
+        final = level + ends[trial.arm] + 0.01 * (trial.seed % 3) + 0.1 * trial.index**2
+        return Outcome((2, 4), (0.1, 0.2), (final + 1, final), step_tokens=128.0)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    split = {s: f"{folder}/{s}.jsonl" for s in ("train", "valid", "test")}
+    tasks = [{"name": n, "kind": "text", "length": 16, **split} for n in ("reviews", "poems")]
+    file = write_study(folder, tasks=tasks, seeds=3, baseline_seeds=6)
+    file.write_text(
+        "".join(line for line in file.read_text().splitlines(True) if "task:" not in line), encoding="utf-8"
+    )
+    text = file.read_text()
+    start = text.index("  kind: text\n")
+    file.write_text(text[:start] + text[text.index("arms:") :], encoding="utf-8")
+    for spec, gain, level in zip(load_study(file), (0.3, 0.2), (3.0, 2.0), strict=True):
+        assert work(spec, runner(gain, level))
+    return file
+
+
+def test_tables_of_each_task_and_over_all(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (study.parent / "model" / "config.json").unlink()  # a report needs no model
+    monkeypatch.setattr("sys.argv", ["loralign", "compare", str(study), "--report"])
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert "== reviews" in said and "== poems" in said and "Over all tasks: final loss against lora's" in said
+    out = study.parent / "out"
+    for task in ("reviews", "poems"):
+        assert {"results.csv", "results.md", "results.json", "study.journal"} <= {
+            p.name for p in (out / task).iterdir()
+        }
+    lines = {line["arm"]: line for line in csv.DictReader((out / "overall.csv").open(encoding="utf-8"))}
+    assert float(lines["lora-ga"]["reviews"]) == pytest.approx(-0.3, abs=0.006)
+    assert float(lines["lora-ga"]["poems"]) == pytest.approx(-0.2, abs=0.006)
+    body = json.loads((out / "overall.json").read_text(encoding="utf-8"))
+    assert 0 < body["lora-ga"]["effect"][0] < 0.3 and 0.5 < body["lora-ga"]["better"] <= 1
+    assert body["full"]["effect"] is None and lines["full"]["shrunken"] == ""
+
+
+def test_nothing_to_report_is_said(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["loralign", "compare", str(study), "--report", "--set", "output=nowhere"])
+    assert main() == 2
+    assert "run it first, without --report" in capsys.readouterr().err
+
+
+def test_pairs_of_sequences_are_counted_as_what_the_model_reads() -> None:
+    """ORPO: chosen and rejected hold the prompt, so that is not counted a third time."""
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    pairs = {f"{k}_attention_mask": mask for k in ("chosen", "rejected", "prompt")}
+    assert token_count({**pairs, "chosen_input_ids": torch.ones(2, 4)}) == 10
+    assert token_count({"input_ids": torch.ones(2, 4), "attention_mask": mask}) == 5
+    assert token_count({"input_ids": torch.ones(2, 4)}) == 8
