@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from loralign.cli.app import main
 from loralign.compare.spec import Outcome, Trial
@@ -35,12 +37,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     split = {s: f"{folder}/{s}.jsonl" for s in ("train", "valid", "test")}
     tasks = [{"name": n, "kind": "text", "length": 16, **split} for n in ("reviews", "poems")]
     file = write_study(folder, tasks=tasks, seeds=3, baseline_seeds=6)
-    file.write_text(
-        "".join(line for line in file.read_text().splitlines(True) if "task:" not in line), encoding="utf-8"
-    )
-    text = file.read_text()
-    start = text.index("  kind: text\n")
-    file.write_text(text[:start] + text[text.index("arms:") :], encoding="utf-8")
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    del content["task"]
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
     for spec, gain, level in zip(load_study(file), (0.3, 0.2), (3.0, 2.0), strict=True):
         assert work(spec, runner(gain, level))
     return file
@@ -59,7 +58,9 @@ def test_tables_of_each_task_and_over_all(
         assert {"results.csv", "results.md", "results.json", "study.journal"} <= {
             p.name for p in (out / task).iterdir()
         }
-    lines = {line["arm"]: line for line in csv.DictReader((out / "overall.csv").open(encoding="utf-8"))}
+    lines = {
+        line["arm"]: line for line in csv.DictReader(io.StringIO((out / "overall.csv").read_text(encoding="utf-8")))
+    }
     assert float(lines["lora-ga"]["reviews"]) == pytest.approx(-0.3, abs=0.006)
     assert float(lines["lora-ga"]["poems"]) == pytest.approx(-0.2, abs=0.006)
     body = json.loads((out / "overall.json").read_text(encoding="utf-8"))

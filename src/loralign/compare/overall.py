@@ -64,9 +64,8 @@ def _csv(lines: Sequence[Overall], tasks: Sequence[str]) -> str:
     writer.writerow(["arm", *tasks, "shrunken", "shrunken_low", "shrunken_high", "p_better"])
     for line in lines:
         e = line.effect
-        writer.writerow(
-            [line.arm, *(line.differences.get(t) for t in tasks), *((e.mean, e.low, e.high, e.better) if e else ())]
-        )
+        shrunken = (e.mean, e.low, e.high, e.better) if e else ("",) * 4
+        writer.writerow([line.arm, *(line.differences.get(t) for t in tasks), *shrunken])
     return text.getvalue()
 
 
