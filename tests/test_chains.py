@@ -361,6 +361,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora-rite": ("chain-of-lora + lora-rite", {"links": 3}),
     "lora-pro": ("chain-of-lora + lora-pro", {"links": 3}),
     "rm-lora": ("chain-of-lora + rm-lora", {"links": 3}),
+    "xgblora": ("xgblora", {"link_steps": 2, "choice": "uniform"}),
 }
 
 
@@ -377,7 +378,9 @@ def test_a_run_stopped_before_at_and_after_a_knot_goes_on_bit_exactly(case: str,
     """Knots after steps 2 and 4. LoRA-GA reads the gradient again at each."""
     model, callback = run(tmp_path / "whole", case)
     ranks = {factors(site)[0].shape[0] for site in sites(model)}
-    assert ranks == {18 if case == "lora-ga" else 9} and callback.driver.episodes.position == (2, 4)
+    most = 18 if case == "lora-ga" else 9
+    assert ranks == {most} if case != "xgblora" else len(ranks) == 2
+    assert callback.driver.episodes.position == (2, 4)
     for step in (3, 4, 5) if case in ("chain-of-lora", "rac-lora bernoulli", "lora-ga") else (4,):
         again, _ = run(tmp_path / f"from-{step}", case, tmp_path / "whole" / f"checkpoint-{step}")
         want, found = model.state_dict(), again.state_dict()

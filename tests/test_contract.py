@@ -40,7 +40,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 EVERYWHERE = ("lora", "lora-ga", "pissa")
 PROFILES: tuple[Literal["peft"], Literal["portable"]] = ("peft", "portable")
-OPTIONS: dict[str, dict[str, Any]] = {"delta-lora": {"wait_steps": 0}, "hrp": {"rank": 6, "steps": 3}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "xgblora": {"fraction": 1.0, "link_steps": 2},
+    "delta-lora": {"wait_steps": 0},
+    "hrp": {"rank": 6, "steps": 3},
+}
 """So that they act within three steps, and start within a second."""
 
 

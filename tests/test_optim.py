@@ -28,7 +28,11 @@ ADAPTERS = [m.id for m in METHODS.values() if not m.reference]
 TRANSFORMS = [m.id for m in METHODS.values() if m.transform is not None]
 ELEMENTWISE = [n for n in ADAPTERS if "elementwise" in build(n).transform.facts.accepts]  # type: ignore[union-attr]
 PAIRWISE = [n for n in ADAPTERS if n not in ELEMENTWISE]
-OPTIONS: dict[str, dict[str, Any]] = {"delta-lora": {"wait_steps": 1}, "hrp": {"rank": 6, "steps": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "xgblora": {"fraction": 1.0, "link_steps": 2},
+    "delta-lora": {"wait_steps": 1},
+    "hrp": {"rank": 6, "steps": 2},
+}
 
 
 def recipe(name: str, options: dict[str, Any] | None = None, **fields: Any) -> Recipe:

@@ -28,7 +28,7 @@ from loralign.io.adapter_file import adapter_config, check_supported, other_tens
 from loralign.io.card import Card, write_card
 from loralign.io.compact import write_compact
 from loralign.io.folder import check_free, fresh_folder
-from loralign.io.layout import Product, Stored, limited, loss, padded, read, rounded, uniform
+from loralign.io.layout import Product, Stored, grown, limited, loss, padded, read, rounded, uniform
 from loralign.io.merged import merged_layers, merged_state, write_merged
 from loralign.io.portable import check_portable, needed_max_lora_rank, serving_note
 from loralign.io.probes import (
@@ -100,7 +100,7 @@ def export(
     if folder.is_dir() and _is_base(model, folder):
         raise LoralignError(f"{folder} holds the base model itself: name another folder")
     check_free(folder, overwrite=overwrite)
-    products = read(found, drop or {})
+    found, products = grown(found, read(found, drop or {}))
     kept, truncation = limited(products, max_rank)
     report = ExportReport(
         profile=profile,

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from loralign.carrier.sites import exact_alpha, factors
+from loralign.carrier.slot import live_of
 from loralign.maths.linalg import product_norm, truncate
 from loralign.types import LoralignError, Site, WorkFailed
 
@@ -75,6 +76,20 @@ def read(found: Sequence[Site], drop: Mapping[str, Sequence[int]]) -> dict[str, 
             raise WorkFailed(f"{site.name} holds NaN or infinite values: the run has diverged, lower the learning rate")
         products[site.name] = _without(site.name, Product(A, B), drop.get(site.name, ()))
     return products
+
+
+def grown(found: Sequence[Site], products: Mapping[str, Product]) -> tuple[list[Site], dict[str, Product]]:
+    """Of a chain that has committed links: without its empty slots, and without sites that no link trained."""
+    if not any(live_of(site.layer, site.adapter).links for site in found):
+        return list(found), dict(products)
+    kept = {}
+    for name, (A, B) in products.items():
+        used = A.any(dim=1) & B.any(dim=0)
+        if bool(used.any()):
+            kept[name] = Product(A[used], B[:, used])
+    if not kept:
+        return list(found), dict(products)
+    return [site for site in found if site.name in kept], kept
 
 
 def _without(name: str, product: Product, slots: Sequence[int]) -> Product:

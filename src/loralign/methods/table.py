@@ -29,8 +29,9 @@ from loralign.methods.init.olora import leading_qr
 from loralign.methods.init.pissa import principal_svd
 from loralign.methods.init.rac_lora import random_side
 from loralign.methods.init.sbora import unit_columns, unit_rows
-from loralign.methods.outer.chain import chain_of_links, randomized_links
+from loralign.methods.outer.chain import chain_of_links, randomized_links, restarts
 from loralign.methods.outer.once import once
+from loralign.methods.outer.xgblora import boosters
 from loralign.methods.reference import muon
 from loralign.methods.rule.adalora import sensitivity_budget
 from loralign.methods.rule.delta_lora import snapshot
@@ -156,6 +157,14 @@ _LINES = (
            LrPrior(None, "unknown"), init=random_side, transform=projected_descent, outer=randomized_links,
            presets={"paper": {"frozen": "A", "link_steps": 1}},
            unverified="the paper's body could not be read: from reviews"),
+    Method("xgblora", "boosters of rank 1, each at a random part of the layers", "2410.19694", "exact, ragged ranks",
+           LrPrior(None, "unknown"), outer=boosters, fields={"r": 1, "alpha": 16.0},
+           presets={"paper": {"r": 1, "choice": "uniform", "fraction": 11 / 32}},
+           unverified="the paper's body could not be read: from its abstract, reviews and other people's code"),
+    Method("relora", "links of many steps with warm-ups of their own (baseline)", "2307.05695", "exact, rank grows",
+           LrPrior(None, "unknown"), outer=restarts,
+           presets={"paper": {"r": 128, "alpha": 32.0, "dropout": 0.1, "link_steps": 1000}},
+           unverified="the optimizer state is cleared at a knot, where the code prunes it"),
 )  # fmt: skip
 
 

@@ -73,6 +73,14 @@ def chain_of_links(
 
 
 @bounded
+def restarts(
+    link_steps: LinkSteps = 1000, warm_up_steps: Steps = 100, reset: bool = True, restart: bool = False
+) -> Links:
+    """ReLoRA: links of many steps, each of which warms up to the schedule again (the jagged schedule)."""
+    return Links(1, link_steps, warm_up_steps, reset, restart)
+
+
+@bounded
 def randomized_links(
     links: Count = 10, link_steps: LinkSteps | None = None, warm_up_steps: Steps | None = None, reset: bool = True
 ) -> Links:
