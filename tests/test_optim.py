@@ -29,7 +29,7 @@ TRANSFORMS = [m.id for m in METHODS.values() if m.transform is not None]
 ELEMENTWISE = [n for n in ADAPTERS if "elementwise" in build(n).transform.facts.accepts]  # type: ignore[union-attr]
 PAIRWISE = [n for n in ADAPTERS if n not in ELEMENTWISE]
 OPTIONS: dict[str, dict[str, Any]] = {
-    "xgblora": {"fraction": 1.0, "link_steps": 2},
+    "xgblora": {"fraction": 1.0},
     "delta-lora": {"wait_steps": 1},
     "hrp": {"rank": 6, "steps": 2},
 }
