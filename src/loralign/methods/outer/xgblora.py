@@ -6,8 +6,8 @@ Shapes:  none.
 Source:  Zhang et al., "Less is More: Extreme Gradient Boost Rank-1 Adaption for Efficient Finetuning of LLMs", arXiv
          2410.19694. Official code: none found.
 Differs: W is never written: boosters become frozen slots, so the result is a plain adapter of ragged ranks; modules
-         that no booster trained are left out of the export. The penalty λ(‖A‖² + ‖B‖²) is weight decay's, not in here. The
-         deal (every layer once per cycle) is ours; "uniform" is the paper's. Shrinkage is 1, as in the paper.
+         that no booster trained are left out of the export. The penalty λ(‖A‖² + ‖B‖²) is weight decay's, not in here.
+         The deal (every layer once per cycle) is ours; "uniform" is the paper's. Shrinkage is 1, as in the paper.
 Unverified: the paper's body could not be read; link length, rate and alpha are unknown: from reviews and other people's
          code.
 Cost:    optimizer state and moments of L_s layers only; the backward pass still reaches the lowest of them.
