@@ -103,7 +103,7 @@ def _cases(bases: dict[str, Path]) -> dict[str, tuple[PeftModel, list[tuple[str,
 class OneStep:
     facts: ClassVar[Facts] = Facts()
 
-    def episode(self, index: int, total_steps: int, sites: Any) -> Episode | None:
+    def episode(self, index: int, total_steps: int, sites: Any, draw: Any) -> Episode | None:
         return Episode(index, 1)
 
 
