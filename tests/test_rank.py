@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loralign import LoralignError, Recipe, adapt, build, drive, factors, optimizer, peft_config, sites
 from loralign.carrier.slot import trained_of
+from loralign.io.export import export
 from loralign.maths.budget import Window, cubic_budget, cubic_pruned, lowest, narrowed, widened, window
 from loralign.methods.rule.adalora import Orthogonal, sensitivity
 from loralign.methods.rule.dynamic_rank import Variance
@@ -408,3 +409,34 @@ def test_the_l1_option_adds_its_gradient() -> None:
     (rule,) = made("sora", l1=3.0).rules
     found = rule.penalty({}, {("a", "gate"): torch.tensor([2.0, -1.0, 0.0]), ("a", "A"): torch.ones(3, 2)}, None)  # type: ignore[arg-type]
     assert found is not None and list(found) == [("a", "gate")] and found["a", "gate"].tolist() == [1.0, -1.0, 0.0]
+
+
+# ------------------------------------------------------------------------------------------------------------- exports
+
+
+@pytest.mark.parametrize("profile", ["peft", "portable"])
+def test_ranks_by_module_reload_and_empty_modules_are_left_out(profile: Any, tmp_path: Path) -> None:
+    recipe = build("adalora", r=2, alpha=4.0)
+    assert isinstance(recipe, Recipe)
+    model = adapt(llama(), recipe)
+    first, second, *rest = sites(model)
+    with torch.no_grad():
+        for k, site in enumerate([first, second, *rest]):
+            gate = trained_of(site.layer, site.adapter)["gate"]
+            gate.fill_(float(k))
+            gate[: k % 3] = 0.0
+    with torch.no_grad():
+        before = model.eval()(**batch_for(model)).logits
+        with model.disable_adapter():
+            base = model(**batch_for(model)).logits
+    report = export(model, tmp_path / "out", profile=profile, base_id="toy", probes=batch_for(model))
+    stock = PeftModel.from_pretrained(llama(), tmp_path / "out").eval()
+    with torch.no_grad():
+        after = stock(**batch_for(stock)).logits
+    assert (after - before).norm() < 1e-6 * before.norm() and (before - base).norm() > 1e-4 * base.norm()
+    ranks = {s.name: s.r for s in sites(stock)}
+    if profile == "portable":
+        assert set(ranks.values()) == {3} and report.exact
+    else:  # the first module's gates are all zero
+        assert first.name not in ranks and ranks == {s.name: 3 - (k + 1) % 3 for k, s in enumerate([second, *rest])}
+        assert {s.s for s in sites(stock)} == {2.0}

@@ -28,7 +28,19 @@ from loralign.io.adapter_file import adapter_config, check_supported, other_tens
 from loralign.io.card import Card, write_card
 from loralign.io.compact import write_compact
 from loralign.io.folder import check_free, fresh_folder
-from loralign.io.layout import Product, Stored, grown, limited, loss, padded, read, rounded, uniform
+from loralign.io.layout import (
+    Product,
+    Stored,
+    empty_slots,
+    grown,
+    inhabited,
+    limited,
+    loss,
+    padded,
+    read,
+    rounded,
+    uniform,
+)
 from loralign.io.merged import merged_layers, merged_state, write_merged
 from loralign.io.portable import check_portable, needed_max_lora_rank, serving_note
 from loralign.io.probes import (
@@ -76,7 +88,8 @@ def export(
         base_id: hub id of the base for the config; default: what the model was loaded from, never a local path.
         revision: commit of the base; default: the one that was loaded, where Transformers knows it.
         max_rank: truncate sites above this rank; the error is reported, per site and in total.
-        drop: slots to leave out by site (positions in the folded factors); each must be zero.
+        drop: slots to leave out by site (positions in the folded factors); each must be zero. None: those that a rule
+            left dead or switched off; a module that has no other is left out (profile portable: padded).
         power_of_two: profile portable pads the rank to the next power of two.
         probes: a batch that the model takes, for `verify`; None: drawn inputs.
         card: facts for the model card; what the export knows itself is filled in.
@@ -100,7 +113,7 @@ def export(
     if folder.is_dir() and _is_base(model, folder):
         raise LoralignError(f"{folder} holds the base model itself: name another folder")
     check_free(folder, overwrite=overwrite)
-    found, products = grown(found, read(found, drop or {}))
+    found, products = grown(found, read(found, empty_slots(found) if drop is None else drop))
     kept, truncation = limited(products, max_rank)
     report = ExportReport(
         profile=profile,
@@ -166,6 +179,7 @@ def _adapter(
     power_of_two: bool,
 ) -> _Written:
     portable = report.profile == "portable"
+    products = products if portable else inhabited(products)
     scales = {site.name: site.s for site in found}
     stored = padded(products, power_of_two=power_of_two) if portable else uniform(products, scales)
     rounding = None
@@ -182,7 +196,12 @@ def _adapter(
         exact=report.method_exact and report.truncation is None and rounding is None,
         rounding=rounding,
     )
-    layers = {site.name: low_rank_layer(site, *stored[site.name][:2], stored[site.name].scale) for site in found}
+    layers = {
+        site.name: low_rank_layer(site, *stored[site.name][:2], stored[site.name].scale)
+        if site.name in stored
+        else base_layer(site)
+        for site in found
+    }
     return _Written(report, layers, stored, {})
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from loralign.carrier.sites import exact_alpha, factors
-from loralign.carrier.slot import live_of
+from loralign.carrier.slot import form_of, live_of
 from loralign.maths.linalg import product_norm, truncate
 from loralign.types import LoralignError, Site, WorkFailed
 
@@ -90,6 +90,26 @@ def grown(found: Sequence[Site], products: Mapping[str, Product]) -> tuple[list[
     if not kept:
         return list(found), dict(products)
     return [site for site in found if site.name in kept], kept
+
+
+def empty_slots(found: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+    """Slots that rules have left dead (row and column zero) or switched off (a gate of the form is zero), by site."""
+    empty = {}
+    for site in found:
+        A, B = factors(site)
+        if isinstance(A, DTensor) or isinstance(B, DTensor):
+            continue  # `read` refuses it
+        form = form_of(site.layer, site.adapter)
+        off = ~B.any(0) if form is not None and form.facts.switches else ~B.any(0) & ~A.any(1)
+        if bool(off.any()):
+            empty[site.name] = tuple(off.nonzero().flatten().tolist())
+    return empty
+
+
+def inhabited(products: Mapping[str, Product]) -> dict[str, Product]:
+    """The sites that have a slot that is not zero; the first one where there is none."""
+    kept = {n: p for n, p in products.items() if p.A.shape[0] > 1 or bool(p.A.any()) or bool(p.B.any())}
+    return kept or dict(list(products.items())[:1])
 
 
 def _without(name: str, product: Product, slots: Sequence[int]) -> Product:
