@@ -23,11 +23,13 @@ import toy
 import warm
 from assets import asset, needs
 from loralign import METHODS, Recipe, adapt, build, drive, factors, optimizer, peft_config, sites
+from loralign.evidence import model_loss
 from loralign.io.export import export
 from loralign.io.verify import VerifyJob, verify_many
 from loralign.plan.combinations import facts
 from loralign.train.attach import attach
-from loralign.types import CommonSubspace, TopGradient
+from loralign.train.validation import validation_loss
+from loralign.types import CommonSubspace, TopGradient, Validation
 from toy import batch_for
 from toy_sources import SHARED, adapters, planted
 from trainers import toy_trainer
@@ -44,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "xgblora": {"fraction": 1.0, "link_steps": 2},
     "delta-lora": {"wait_steps": 0},
     "hrp": {"rank": 6, "steps": 3},
+    "allocating-lora": {"rounds": 1},
 }
 """So that they act within three steps, and start within a second."""
 
@@ -95,9 +98,15 @@ def gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def judged(model: Any, made: Recipe) -> Any:
+    """Losses on a batch of its own, for rules that decide by them."""
+    wants = any(isinstance(rule.needs, Validation) for rule in made.rules)
+    return validation_loss(model, [batch_for(model, seed=9)], model_loss) if wants else None
+
+
 def train(model: Any, made: Recipe, steps: int, lr: float = 3e-3) -> Any:
     opt = optimizer(model, made, lr)
-    driver = drive(model, made, opt, steps)
+    driver = drive(model, made, opt, steps, observe=judged(model, made))
     model.train()
     for _ in range(steps):
         model(**batch_for(model)).loss.backward()
@@ -183,7 +192,7 @@ def test_stop_and_resume_is_bit_exact(name: str, tmp_path: Path, sources: Source
     for folder, seed, resume in (("whole", 11, None), ("resumed", other, tmp_path / "whole" / "checkpoint-3")):
         made = recipe(name, sources(name, "llama"), dropout=_dropout(name, 0.1), seed=seed)
         trainer = toy_trainer(tmp_path / folder, peft_config(made, toy.llama()), steps=6, save_steps=3)
-        attach(trainer, made, resume_from=resume)
+        attach(trainer, made, resume_from=resume, validation=[batch_for(toy.llama(), seed=9)])
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         states.append({n: p.detach().clone() for n, p in trainer.model.state_dict().items()})
     assert states[0].keys() == states[1].keys()

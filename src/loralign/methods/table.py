@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from loralign.methods.form.delta_lora import boosted
-from loralign.methods.form.gated import gated, normal_gated
+from loralign.methods.form.gated import beam, gated, normal_gated
 from loralign.methods.form.plain import plain
 from loralign.methods.form.prolora import partial_rotation
 from loralign.methods.form.reslora import shortcuts
@@ -34,6 +34,8 @@ from loralign.methods.outer.once import once
 from loralign.methods.outer.xgblora import boosters
 from loralign.methods.reference import muon
 from loralign.methods.rule.adalora import sensitivity_budget
+from loralign.methods.rule.allocating_lora import allocate
+from loralign.methods.rule.beamlora import beam_copies
 from loralign.methods.rule.delta_lora import snapshot
 from loralign.methods.rule.dynamic_rank import component_budget
 from loralign.methods.rule.rm_lora import masked_orthogonal
@@ -112,6 +114,15 @@ _LINES = (
            form=normal_gated, rules=(soft_threshold,),
            presets={"paper": {"r": 8, "alpha": 8.0, "threshold": 3e-4}},
            unverified="the paper's body was not at hand: its operator as abstract, README and code have it"),
+    Method("beamlora", "light slots are overwritten by copies of what heavy ones were", "2502.13604", "exact",
+           LrPrior(1.05e-3, "BeamLoRA's script: 3e-4 at s 2, hidden 4096 (LLaMA-2-7B)"),
+           form=beam, rules=(beam_copies,),
+           presets={"paper": {"r": 64, "alpha": 128.0, "dropout": 0.05, "interval": 3000}},
+           unverified="the paper's body was not at hand: its law and actions as its code has them"),
+    Method("allocating-lora", "slots move to modules that the validation loss would rather have", "2403.16187",
+           "exact, ragged ranks", LrPrior(None, "unknown"), rules=(allocate,),
+           presets={"paper": {"r": 8, "rounds": 8, "first": 0.1, "every": 0.025, "rows": 32}},
+           unverified="the number of slots per round is inferred from the paper's parameter counts"),
     Method("lora-fa", "A frozen at random, B follows the projected gradient", "2308.03303", "exact",
            LrPrior(2.6e-2, _CORA + ": 3.5e-2 at s 2", tuned_on=_ITALIAN),
            init=kaiming_frozen, transform=projected_gradient),

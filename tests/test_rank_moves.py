@@ -1,0 +1,221 @@
+"""Rules that move slots at a constant budget: BeamLoRA's copies, ALoRA's allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loralign import LoralignError, Recipe, adapt, build, drive, optimizer, sites
+from loralign.carrier.slot import live_of, trained_of
+from loralign.methods.form.gated import beam
+from loralign.methods.rule.allocating_lora import spread
+from loralign.methods.rule.beamlora import beyond, threshold
+from loralign.plan.combinations import check_combination, check_length
+from loralign.types import Live, Moment
+from oracles import allocating_lora, beamlora
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(6, 6, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
+        return out
+
+
+def made(name: str, **options: Any) -> Recipe:
+    recipe = build(name, options, r=4, alpha=8.0, targets=("one", "two", "three"), max_grad_norm=0.0)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def net(recipe: Recipe) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return adapt(Net(), recipe).double()
+
+
+def backward(model: Any, t: int = 0) -> None:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+    for p in model.parameters():
+        p.grad = None
+    (model(x) - x.flip(1).sin()).square().mean().backward()
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------------------ BeamLoRA
+
+
+def test_the_threshold_and_the_cut_equal_the_oracle() -> None:
+    values = [threshold(t, 1.0, 0.95) for t in (0, 0.25, 0.5, 0.75, 1, 2)]
+    assert values == pytest.approx([0.95, 0.9573, 0.975, 0.9927, 1, 1], abs=1e-4)
+    assert values == pytest.approx([beamlora.p(t, 1.0) for t in (0, 0.25, 0.5, 0.75, 1, 2)])
+    for seed in range(20):
+        phi = {name: normal(5, seed=seed + k).exp() for k, name in enumerate("xyz")}
+        got = {(n, j) for n, at in beyond(phi, 0.9).items() for j in at}
+        assert got == beamlora.overwritten({n: v.tolist() for n, v in phi.items()}, 0.9)
+    assert sum(map(len, beyond({"a": torch.ones(100)}, 0.95).values())) == 5
+    assert beyond({"a": torch.ones(100)}, 1.0) == {}
+
+
+def test_beams_sum_to_r_and_start_as_plain_lora() -> None:
+    own = Live(normal(4, 3), normal(5, 4), normal(0, 3), normal(5, 0), {"gate": normal(4, seed=1) / 20})
+    B = beam(0.05).factors(own, ())[1].dense()
+    phi = B[0] / own.B[0]
+    assert phi.tolist() == pytest.approx(beamlora.shares(own.own["gate"].tolist(), 0.05)) and (phi > 0).all()
+    assert float(phi.sum()) == pytest.approx(4)
+    shifted = beam(0.05).factors(own._replace(own={"gate": own.own["gate"] + 3}), ())[1].dense()
+    assert torch.allclose(B, shifted)
+    still = beam(0.05).factors(own._replace(own={"gate": torch.zeros(4, dtype=torch.float64)}), ())[1].dense()
+    assert torch.equal(still, own.B)
+
+
+def test_an_event_copies_what_donors_were_and_touches_nothing_else() -> None:
+    recipe = made("beamlora", interval=6, keep=0.5, until=1.0)
+    model = net(recipe)
+    opt = optimizer(model, recipe, 3e-2)
+    driver = drive(model, recipe, opt, 18)
+    then: dict[str, tuple[Tensor, Tensor]] = {}
+    events = 0
+    for t in range(1, 19):
+        backward(model, t)
+        opt.step()
+        before = {s.name: _values(s) for s in sites(model)}
+        v_before = {s.name: opt.state[_A(s)]["exp_avg_sq"].clone() for s in sites(model)}
+        driver.after_step()
+        if t % 6 == 4:
+            then = {name: (A, B) for name, (A, B, _) in before.items()}
+        for site in sites(model):
+            A, B, c = _values(site)
+            A0, B0, c0 = before[site.name]
+            moved = (A != A0).any(1).nonzero().flatten().tolist()
+            if t not in (6, 12):
+                assert not moved
+                continue
+            phi = torch.softmax(c0 / 0.05, 0)
+            for low in moved:
+                donors = [d for d in range(4) if torch.equal(A[low], then[site.name][0][d])]
+                assert len(donors) == 1 and torch.equal(B[:, low], then[site.name][1][:, donors[0]])
+                assert phi[donors[0]] >= phi[low] and c[low] == c[donors[0]] and donors[0] not in moved
+                assert not opt.state[_A(site)]["exp_avg"][low].any(), "m of a copied slot starts anew"
+            rest = [j for j in range(4) if j not in moved]
+            assert torch.equal(A[rest], A0[rest]) and torch.equal(B[:, rest], B0[:, rest]) and len(moved) <= 2
+            assert torch.equal(opt.state[_A(site)]["exp_avg_sq"][rest], v_before[site.name][rest])
+            if moved:
+                assert not opt.state[trained_of(site.layer, "default")["gate"]]["exp_avg"].any()
+            events += len(moved)
+    assert events > 0
+
+
+def _A(site: Any) -> Any:
+    return live_of(site.layer, site.adapter).A
+
+
+def _values(site: Any) -> tuple[Tensor, Tensor, Tensor]:
+    live = live_of(site.layer, site.adapter)
+    return live.A.detach().clone(), live.B.detach().clone(), live.own["gate"].detach().clone()
+
+
+def test_a_run_without_an_event_is_refused() -> None:
+    check_length(made("beamlora", interval=6), 12)
+    with pytest.raises(LoralignError, match="its first event comes after step 6"):
+        check_length(made("beamlora", interval=6), 11)
+    with pytest.raises(LoralignError, match="8 rounds"):
+        check_length(made("allocating-lora"), 8)
+
+
+# --------------------------------------------------------------------------------------------------------------- ALoRA
+
+
+def test_new_slots_are_spread_evenly() -> None:
+    assert spread(8, {"a": 0.1, "b": 0.3, "c": 0.2}) == {"a": 2, "b": 3, "c": 3}
+    assert spread(2, {"a": 0.1, "b": 0.3, "c": 0.2}) == {"a": 0, "b": 1, "c": 1}
+
+
+def test_the_least_important_slots_die_and_others_are_born_without_moving_the_function() -> None:
+    """Three linear maps side by side, whose slots' importance is known by forming every model."""
+    recipe = replace(made("allocating-lora", rounds=1, moved=1), targets=("one", "two", "three"))
+    (rule,) = recipe.rules
+    model = net(recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    x, y = normal(7, 6), normal(7, 6, seed=1)
+    base = model.get_base_model()
+    weights = {s.name: base.get_submodule(s.name).base_layer.weight.detach() for s in sites(model)}
+    with torch.no_grad():
+        for k, site in enumerate(sites(model)):
+            live_of(site.layer, "default").B.copy_(normal(6, 5, seed=20 + k) / 4)
+
+    def loss(masks: Mapping[str, Tensor]) -> float:
+        """The sum over the modules of ½‖y − (W0 + Σ u)x‖²."""
+        return sum(_half(weights[n] + _sum(parts[n], masks, n), x, y) for n in weights)
+
+    driver = drive(model, recipe, opt, 10, observe=lambda: {"loss": loss})
+    assert all(mask.tolist() == [False] * 4 + [True] for mask in opt.dead.values()), "one spare slot waits"
+    parts = {
+        s.name: [
+            s.s * torch.outer(live_of(s.layer, "default").B[:, j], live_of(s.layer, "default").A[j]).detach()
+            for j in range(4)
+        ]
+        for s in sites(model)
+    }
+    held = {n: _half(weights[n] + sum(parts[n]), x, y) - _half(weights[n], x, y) for n in weights}
+    want = {
+        n: [v + sum(held.values()) - held[n] for v in allocating_lora.importance(weights[n], parts[n], x, y)]
+        for n in weights
+    }
+    state, plan = rule.step({}, replace(opt.moment(10, loss=loss), step=1))
+    assert not state and plan is not None
+    lowest = min((value, n, j) for n, found in want.items() for j, value in enumerate(found))
+    off, on = plan
+    assert (off.site, off.slots) == (lowest[1], (lowest[2],))  # type: ignore[union-attr]
+    means = {n: sum(found) / 4 for n, found in want.items() if n != lowest[1]}
+    assert on.site == max(means, key=means.__getitem__) and on.slots == (4,)  # type: ignore[union-attr]
+    backward(model)
+    opt.step()
+    driver.after_step()
+    live = {n: int((~mask).sum()) for n, mask in opt.dead.items()}
+    assert sum(live.values()) == 12 and sorted(live.values()) == [3, 4, 5]
+
+
+def _half(W: Tensor, x: Tensor, y: Tensor) -> float:
+    return 0.5 * float((y - x @ W.T).square().sum())
+
+
+def _sum(parts: list[Tensor], masks: Mapping[str, Tensor], name: str) -> Tensor:
+    return torch.stack([u for j, u in enumerate(parts) if bool(masks[name][j])] or [0 * parts[0]]).sum(0)
+
+
+def test_a_subsample_is_drawn_and_the_same_everywhere() -> None:
+    recipe = made("allocating-lora", rounds=1, scored=5)
+    model = net(recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    calls: list[int] = []
+
+    def loss(masks: Mapping[str, Tensor]) -> float:
+        calls.append(int(sum(m.sum() for m in masks.values())))
+        return float(calls[-1])
+
+    drive(model, recipe, opt, 10, observe=lambda: {"loss": loss})
+    moment: Moment = replace(opt.moment(10, loss=loss), step=1)
+    (rule,) = recipe.rules
+    first, again = rule.step({}, moment)[1], rule.step({}, moment)[1]
+    assert first == again and calls == [11, 1] * 10
+    with pytest.raises(LoralignError, match="none were given"):
+        rule.step({}, replace(opt.moment(10), step=1))
+
+
+def test_they_go_with_what_they_may() -> None:
+    check_combination(made("allocating-lora + lora-pro"))
+    check_combination(made("allocating-lora + lora-rite"))
+    with pytest.raises(LoralignError, match="a trained gate stands between"):
+        check_combination(made("beamlora + lora-rite"))
