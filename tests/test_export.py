@@ -303,7 +303,7 @@ def test_rank_limit_without_loss_and_refusals() -> None:
         limited({"x": Product(A, B)}, 0)
 
 
-def test_dead_slots_are_dropped_only_on_request(tmp_path: Path) -> None:
+def test_slots_that_are_zero_in_one_factor_are_dropped_on_request_and_dead_ones_always(tmp_path: Path) -> None:
     model = trained(toy.llama(), recipe("lora", r=4))
     q, k = sites(model)[:2]
     with torch.no_grad():
@@ -311,7 +311,11 @@ def test_dead_slots_are_dropped_only_on_request(tmp_path: Path) -> None:
         k.layer.lora_B["default"].weight.zero_()
     assert set(export(model, tmp_path / "all", base_id="x/y").ranks.values()) == {4}
     report = export(model, tmp_path / "some", base_id="x/y", drop={q.name: (1, 2), k.name: range(4)})
-    assert (report.ranks[q.name], report.ranks[k.name], report.exact) == (2, 1, True)
+    assert (report.ranks[q.name], report.exact) == (2, True) and k.name not in report.ranks
+    with torch.no_grad():
+        q.layer.lora_A["default"].weight[1] = 0
+    dead = export(model, tmp_path / "dead", base_id="x/y")
+    assert (dead.ranks[q.name], dead.ranks[k.name], dead.exact) == (3, 4, True)
     with pytest.raises(LoralignError, match="not zero"):
         export(model, tmp_path / "no", base_id="x/y", drop={q.name: (0,)})
     with pytest.raises(LoralignError, match="no adapted site"):
