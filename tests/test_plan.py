@@ -27,8 +27,8 @@ from loralign.plan.combinations import (
     draw,
     facts,
     idle,
-    links,
 )
+from loralign.plan.course import links
 from loralign.plan.memory import Estimate, estimate
 from loralign.plan.trace import LiveBytes, Step, example_batch, usual_loss
 from loralign.train.attach import attach
@@ -384,6 +384,22 @@ def test_a_chain_grows_by_a_link() -> None:
     found, plain = planned(chain, Step(2, 8, total_steps=15)), planned(recipe("lora", r=4))
     assert found.export_rank == 12
     assert found.adapter_bytes == 3 * plain.adapter_bytes
+
+
+def test_boosters_cost_the_state_of_the_layers_that_train_and_the_slots_of_those_that_did() -> None:
+    """Two layers, dealt out: three of four boosters are committed by the end, of one site two at most."""
+    boosters = recipe("xgblora", r=4, alpha=32.0, options={"fraction": 0.5, "link_steps": 5})
+    found, plain = planned(boosters, Step(2, 8, total_steps=20)), planned(recipe("lora", r=4))
+    assert found.optimizer_bytes == plain.optimizer_bytes // 2 and found.trainable == plain.trainable
+    assert found.export_rank == 8 and found.adapter_bytes == plain.adapter_bytes * 5 // 2
+
+
+@pytest.mark.parametrize("frozen", ["smaller", "A", "alternate"])
+def test_what_trains_of_a_random_side_is_counted_by_the_shape(frozen: str) -> None:
+    made = recipe("rac-lora", r=4, options={"frozen": frozen})
+    model = adapt(toy.llama(), made)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert planned(made).trainable == trained
 
 
 @pytest.mark.parametrize(("steps", "rank"), [(0, 8), (9, 4), (10, 4), (11, 8)])

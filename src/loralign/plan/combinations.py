@@ -290,27 +290,27 @@ class Probe:
     """Without a twin, the form's factors of its values have a product."""
 
 
-def probe(recipe: Recipe, s: float) -> Probe:
-    """Call an init and a form on a random (48, 40) matrix with made-up evidence; an init that refuses it counts as
-    plain."""
+def probe(recipe: Recipe, s: float, shape: tuple[int, int] = (48, 40)) -> Probe:
+    """Call an init and a form on a random matrix with made-up evidence; an init that refuses it counts as plain."""
+    d_out, d_in = shape
     init, made_up = recipe.init, keyed_generator(0, "plan", 0, "probe")
     reads: list[bool] = []
 
     def read() -> Tensor:
         reads.append(True)
-        return torch.randn(48, 40, generator=made_up)
+        return torch.randn(shape, generator=made_up)
 
-    left, right = (torch.linalg.qr(torch.randn(d, 16, generator=made_up))[0] for d in (48, 40))
+    left, right = (torch.linalg.qr(torch.randn(d, 16, generator=made_up))[0] for d in shape)
     values = torch.arange(16.0, 0.0, -1.0)
     evidence = None if isinstance(init.needs, Nothing) else Directions(left, values, right)
-    W = Weight("model.layers.0.probe", (48, 40), read)
+    W = Weight("model.layers.0.probe", shape, read)
     try:
         made = init(W, 2, s, evidence, draw)
     except LoralignError:
-        made = Start(torch.zeros(2, 40), torch.zeros(48, 2))
+        made = Start(torch.zeros(2, d_in), torch.zeros(d_out, 2))
     seen = bool(reads)
     own = {**recipe.form.trained(W, 2, draw), **made.own, **recipe.form.constants(W, 2, draw)}
-    none = torch.zeros(0, 40), torch.zeros(48, 0)
+    none = torch.zeros(0, d_in), torch.zeros(d_out, 0)
     live = Live(made.A, made.B, *none, own, dict(recipe.form.shared()))
     A, B = (factor.dense() for factor in recipe.form.factors(live, ()))
     return Probe(made.twin, made.train, seen, not made.twin and bool((B @ A).any()))
@@ -318,14 +318,6 @@ def probe(recipe: Recipe, s: float) -> Probe:
 
 draw = draw_for(0, "probe")
 """Keyed randomness of planning; nothing of a run depends on it."""
-
-
-def links(recipe: Recipe, total_steps: int, names: Sequence[str]) -> int:
-    """How many episodes a run of so many steps has."""
-    index, done = 0, 0
-    while done < total_steps and (episode := recipe.outer.episode(index, total_steps, names, draw)) is not None:
-        index, done = index + 1, done + episode.steps
-    return index
 
 
 def idle(recipe: Recipe, total_steps: int | None) -> str:

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from loralign.carrier.path import wire
 from loralign.carrier.sites import ADAPTER, put_in, sites, target_weights
 from loralign.carrier.slot import Own, effective, install, share
-from loralign.plan.combinations import Probe, check_ranks, draw, links, probe, snapshots
+from loralign.plan.combinations import Probe, check_ranks, draw, probe, snapshots
+from loralign.plan.course import commits, course, sides, trained_by
 from loralign.plan.trace import Step, example_batch, trace, usual_loss
 from loralign.types import (
     Activations,
@@ -89,13 +90,17 @@ def estimate(
     if isinstance(recipe, Full):
         return _reference(model, recipe, step, batch, loss, weights)
     start = probe(recipe, recipe.s())
-    adapted, found = _adapted(model, recipe, start)
+    adapted, found = _adapted(model, recipe)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     rank = max(int(effective(site.layer, site.adapter)[0].shape[0]) for site in found)
-    static, state = _nbytes(_tensors(adapted)), _state_bytes(recipe, start, found, trained)
-    episodes = links(recipe, step.total_steps, [site.name for site in found]) if step.total_steps else 1
-    slots = (2 if start.twin else 1) * episodes + snapshots(recipe, step.total_steps)
-    frozen = (slots - 1) * sum(4 * s.r * (s.d_in + s.d_out) for s in found)
+    static, state = _nbytes(_tensors(adapted)), _state_bytes(recipe, found, trained, step.total_steps)
+    names = [site.name for site in found]
+    episodes = course(recipe, step.total_steps, names)
+    committed, last = commits(episodes, names), trained_by(episodes[-1], names)
+    each, extra = 2 if start.twin else 1, snapshots(recipe, step.total_steps)
+    slots = {name: each * (1 + committed[name]) + extra for name in names}
+    written = {name: slots[name] - each * (name not in last and committed[name] > 0) for name in names}
+    frozen = sum((slots[s.name] - 1) * 4 * s.r * (s.d_in + s.d_out) for s in found)
     moment = trace(adapted, step, batch, loss) - static
     return Estimate(
         trainable=sum(p.numel() for p in trained),
@@ -107,7 +112,7 @@ def estimate(
         evidence_bytes=evidence_bytes(recipe.init.needs, found),
         init_seconds=init_seconds(recipe, start, found, numel, step),
         sites=len(found),
-        export_rank=rank * slots,
+        export_rank=rank * max(written.values()),
     )
 
 
@@ -137,34 +142,44 @@ def _nbytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _adapted(model: nn.Module, recipe: Recipe, start: Probe) -> tuple[nn.Module, list[Site]]:
+def _adapted(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, list[Site]]:
     """The model with the recipe's sites and form, on the meta device. A twin's frozen slots are left out: they cost
     their own bytes and no activation."""
     adapted = put_in(model, recipe)
     found = sites(adapted)
     check_ranks(recipe, found)
-    shared = share(adapted.base_model, recipe.form)
+    shared, train, turns = share(adapted.base_model, recipe.form), sides(recipe, found), recipe.init.facts.turns
     for site in found:
         shape = (site.d_out, site.d_in)
         weight = Weight(site.name, shape, lambda shape=shape: torch.empty(shape, device="meta"))  # type: ignore[misc]
         own = Own(recipe.form.trained(weight, site.r, draw), recipe.form.constants(weight, site.r, draw), shared)
-        install(site.layer, site.adapter, Start(*_factors(site), train=start.train), recipe.form, own, chain=False)
+        start = Start(*_factors(site), train=train[site.name])
+        install(site.layer, site.adapter, start, recipe.form, own, chain=False, turns=turns)
     wire(adapted, {site.name: site.layer for site in found}, ADAPTER, recipe.form)
     return adapted, found
 
 
-def _state_bytes(recipe: Recipe, start: Probe, found: Sequence[Site], trained: Sequence[nn.Parameter]) -> int:
-    """Optimizer state: what the transform makes of each pair's trained factors, two fp32 moments of everything else."""
-    train: Any = "".join(f for f in start.train if f in recipe.form.facts.stock)
-    of_pairs, paired = {}, 0
-    for site in found if train else ():
-        key = (site.r, site.d_in, site.d_out)
-        if key not in of_pairs:
-            state = recipe.transform.init(Pair(site.name, *_factors(site), site.s, train))
-            of_pairs[key] = _nbytes([t for t in tree_leaves(state) if isinstance(t, Tensor)])
-        paired += site.r * (site.d_in * ("A" in train) + site.d_out * ("B" in train))
+def _state_bytes(
+    recipe: Recipe, found: Sequence[Site], trained: Sequence[nn.Parameter], total_steps: int | None
+) -> int:
+    """Optimizer state of the link that has most: what the transform makes of each awake pair's trained factors, and two
+    fp32 moments of everything else."""
+    train, names = sides(recipe, found), [site.name for site in found]
+    of_pairs: dict[str, int] = {}
+    known: dict[Any, int] = {}
+    paired = 0
+    for site in found:
+        side: Any = "".join(f for f in train[site.name] if f in recipe.form.facts.stock)
+        key = (site.r, site.d_in, site.d_out, side)
+        if side and key not in known:
+            state = recipe.transform.init(Pair(site.name, *_factors(site), site.s, side))
+            known[key] = _nbytes([t for t in tree_leaves(state) if isinstance(t, Tensor)])
+        of_pairs[site.name] = known.get(key, 0)
+        both = "AB" if recipe.init.facts.turns else side
+        paired += site.r * (site.d_in * ("A" in both) + site.d_out * ("B" in both))
     rest = sum(p.numel() for p in trained) - paired
-    return sum(of_pairs[site.r, site.d_in, site.d_out] for site in found if train) + 8 * rest
+    awake = [trained_by(episode, names) for episode in course(recipe, total_steps, names)]
+    return max(sum(of_pairs[name] for name in part) for part in awake) + 8 * rest
 
 
 def _factors(site: Site) -> tuple[Tensor, Tensor]:
