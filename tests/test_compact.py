@@ -23,8 +23,9 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "sbora-fa": ("sbora-fa", {"place": 1}, 0.5),
     "sbora-fb": ("sbora-fb", {}, 0.5),
     "prolora": ("prolora", {"unshared": 1, "share_A": 7, "share_B": 7}, 1 / 8 + 7 / 8 / 7),
+    "reslora": ("reslora", {}, 2 / 3),
 }
-"""Last: the share of plain LoRA's trained numbers at this rank, r = 8, u = 1, square matrices."""
+"""Last: the share of the plain file's numbers; r = 8, u = 1, square matrices, two layers (reslora: ranks r and 2r)."""
 PLAIN = ("adapter_model.safetensors", "adapter_config.json")
 
 

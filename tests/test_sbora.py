@@ -110,6 +110,16 @@ def test_picking_equals_multiplying(shape: tuple[int, ...]) -> None:
         assert bool((fixed == 1).all())  # a view is left alone
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiler_takes_a_layer_as_one_graph(name: str) -> None:
+    model, _, _ = one_layer(recipe(name))
+    x, layer = batch()[0], model.base_model.model[0]
+    for p in (layer.lora_A["default"].live, layer.lora_B["default"].live):
+        p.data.normal_(generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-12, atol=1e-12)
+
+
 def trained(name: str, options: dict[str, Any] | None = None, steps: int = 3, **fields: Any) -> Any:
     made = recipe(name, options, **fields)
     model = adapt(toy.llama(), made)

@@ -186,7 +186,7 @@ def applied(
         if isinstance(A, Dense) and isinstance(B, Dense):
             return low_rank(base, x, A.M, B.M, s, writable=writable)
         h = A.matmul(_as(x, base.dtype))
-    return B.add_to(base, h, s, writable=writable and _writable(base) and not torch.compiler.is_compiling())
+    return B.add_to(base, h, s, writable=writable and not torch.compiler.is_compiling() and _writable(base))
 
 
 class _Tap(torch.autograd.Function):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,11 @@ def named_form(form: Form) -> tuple[str, dict[str, Any]] | None:
             continue
         names = list(inspect.signature(line.form).parameters)
         args = {name: getattr(form, name) for name in names if hasattr(form, name)}
-        if len(args) == len(names) and line.form(**args) == form:
-            return line.id, args
+        if len(args) < len(names):
+            continue
+        with suppress(LoralignError):  # another form's field of the same name may be no argument of this one
+            if line.form(**args) == form:
+                return line.id, args
     return None
 
 

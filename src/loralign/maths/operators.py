@@ -30,7 +30,7 @@ class Dense:
 
     def add_to(self, base: Tensor, x: Tensor, s: float, *, writable: bool = False) -> Tensor:
         add = base.add_ if writable else base.add
-        return add(self.matmul(x.to(base.dtype)), alpha=s)
+        return add(self.matmul(s * x.to(base.dtype)))  # s on the small side, forward and backward
 
     def dense(self) -> Tensor:
         return self.M
@@ -52,7 +52,7 @@ class Gather:
 
     def add_to(self, base: Tensor, x: Tensor, s: float, *, writable: bool = False) -> Tensor:
         add = base.add_ if writable else base.add
-        return add(self.matmul(x.to(base.dtype)), alpha=s)
+        return add(self.matmul(s * x.to(base.dtype)))  # s on the small side, forward and backward
 
     def dense(self) -> Tensor:
         return torch.nn.functional.one_hot(self.index.long(), self.size).float()
