@@ -351,6 +351,35 @@ def test_a_factor_at_rest_has_no_gradient_no_state_and_does_not_decay(frozen: st
     assert all(d.any() for d in deltas(model))
 
 
+@pytest.mark.parametrize("name", ["chain-of-lora", "pissa + chain-of-lora"])
+def test_links_are_cut_to_their_best_slots_and_the_loss_is_said(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Two committed slots stay at each knot, beside the two of a live twin."""
+    model, opt, driver = begun(made(name, {"links": 3, "keep_slots": 2}, r=2, max_grad_norm=0.0), 3)
+    site, width = sites(model)[0], 4 if name.startswith("pissa") else 2
+    for step in range(3):
+        one_step(model, opt, driver, step)
+        assert live_of(site.layer, "default").A0.shape[0] == width
+    assert set(driver.episodes.lost) == {1, 2}
+    assert "which loses" in caplog.text and driver.episodes.lost[2] > 0
+
+
+def test_a_cut_is_the_best_of_its_rank() -> None:
+    model, opt, driver = begun(made("chain-of-lora", {"links": 2, "keep_slots": 2}), 2, lr=3e-2)
+    model.train()
+    model(**batch_for(model)).loss.backward()
+    opt.step()
+    full = deltas(model)
+    driver.after_step()
+    lost = whole = 0.0
+    for site, before in zip(sites(model), full, strict=True):
+        A, B = factors(site)
+        S = torch.linalg.svdvals(before.double())
+        off = (before - B @ A).double().norm()
+        assert float(off) == pytest.approx(float(S[2:].norm()), rel=1e-3, abs=1e-5)
+        lost, whole = lost + float(off / site.s) ** 2, whole + float(S.norm() / site.s) ** 2
+    assert driver.episodes.lost[1] == pytest.approx((lost / whole) ** 0.5, rel=1e-3) and lost > 0
+
+
 # --------------------------------------------------------------------------------------------------------- whole runs
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -361,6 +390,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora-rite": ("chain-of-lora + lora-rite", {"links": 3}),
     "lora-pro": ("chain-of-lora + lora-pro", {"links": 3}),
     "rm-lora": ("chain-of-lora + rm-lora", {"links": 3}),
+    "keep_slots": ("chain-of-lora", {"links": 3, "keep_slots": 2}),
     "xgblora": ("xgblora", {"link_steps": 2, "choice": "uniform"}),
 }
 
@@ -378,7 +408,7 @@ def test_a_run_stopped_before_at_and_after_a_knot_goes_on_bit_exactly(case: str,
     """Knots after steps 2 and 4. LoRA-GA reads the gradient again at each."""
     model, callback = run(tmp_path / "whole", case)
     ranks = {factors(site)[0].shape[0] for site in sites(model)}
-    most = 18 if case == "lora-ga" else 9
+    most = {"lora-ga": 18, "keep_slots": 5}.get(case, 9)
     assert ranks == {most} if case != "xgblora" else len(ranks) == 2
     assert callback.driver.episodes.position == (2, 4)
     for step in (3, 4, 5) if case in ("chain-of-lora", "rac-lora bernoulli", "lora-ga") else (4,):

@@ -386,6 +386,12 @@ def test_a_chain_grows_by_a_link() -> None:
     assert found.adapter_bytes == 3 * plain.adapter_bytes
 
 
+def test_a_chain_that_is_cut_grows_no_further() -> None:
+    found = planned(recipe("chain-of-lora", r=4, options={"links": 10, "keep_slots": 6}), Step(2, 8, total_steps=40))
+    plain = planned(recipe("lora", r=4))
+    assert found.export_rank == 10 and found.adapter_bytes == plain.adapter_bytes * 10 // 4
+
+
 def test_boosters_cost_the_state_of_the_layers_that_train_and_the_slots_of_those_that_did() -> None:
     """Two layers, dealt out: three of four boosters are committed by the end, of one site two at most."""
     boosters = recipe("xgblora", r=4, alpha=32.0, options={"fraction": 0.5, "link_steps": 5})

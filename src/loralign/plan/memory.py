@@ -92,15 +92,16 @@ def estimate(
     start = probe(recipe, recipe.s())
     adapted, found = _adapted(model, recipe)
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    rank = max(int(effective(site.layer, site.adapter)[0].shape[0]) for site in found)
+    ranks = {site.name: int(effective(site.layer, site.adapter)[0].shape[0]) for site in found}
     static, state = _nbytes(_tensors(adapted)), _state_bytes(recipe, found, trained, step.total_steps)
     names = [site.name for site in found]
     episodes = course(recipe, step.total_steps, names)
     committed, last = commits(episodes, names), trained_by(episodes[-1], names)
     each, extra = 2 if start.twin else 1, snapshots(recipe, step.total_steps)
-    slots = {name: each * (1 + committed[name]) + extra for name in names}
-    written = {name: slots[name] - each * (name not in last and committed[name] > 0) for name in names}
-    frozen = sum((slots[s.name] - 1) * 4 * s.r * (s.d_in + s.d_out) for s in found)
+    most = episodes[-1].keep_slots
+    held = {name: min(each * committed[name] * R, most or 2**31) + extra * R for name, R in ranks.items()}
+    live = {name: each * R * (name in last or not held[name]) for name, R in ranks.items()}
+    frozen = sum(((each - 1) * s.r + held[s.name]) * 4 * (s.d_in + s.d_out) for s in found)
     moment = trace(adapted, step, batch, loss) - static
     return Estimate(
         trainable=sum(p.numel() for p in trained),
@@ -112,7 +113,7 @@ def estimate(
         evidence_bytes=evidence_bytes(recipe.init.needs, found),
         init_seconds=init_seconds(recipe, start, found, numel, step),
         sites=len(found),
-        export_rank=rank * max(written.values()),
+        export_rank=max(held[name] + live[name] for name in names),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 
+from loralign.carrier.compress import compress
 from loralign.carrier.sites import draw_for, sites, sync_config, weight
 from loralign.carrier.slot import commit, effective
 from loralign.optim.pairs import PairOptimizer
@@ -44,6 +45,8 @@ class Episodes:
         self.total_steps = 0
         self.current: Episode | None = None
         self.started = 0
+        self.lost: dict[int, float] = {}
+        """Share of the committed update that a cut to `keep_slots` lost at the start of an episode."""
 
     @property
     def position(self) -> tuple[int, int]:
@@ -132,8 +135,20 @@ class Episodes:
                 optimizer.dead.pop(site.name, None)
         if following.reset:
             optimizer.forget(trained)
+        if following.keep_slots is not None:
+            self._compress(following.index, following.keep_slots)
         sync_config(self.model)
         log.info("%s: episode %d begins, %d sites committed", self.recipe.name, following.index, len(trained))
+
+    def _compress(self, index: int, most: int) -> None:
+        """Frozen slots become the best `most` of each site; what that loses is said, per knot."""
+        norms = [compress(site.layer, site.adapter, most) for site in sites(self.model)]
+        lost, whole = (sum(n * n for n in side) ** 0.5 for side in zip(*norms, strict=True))
+        self.lost[index] = lost / whole if whole else 0.0
+        if lost:
+            how = logging.WARNING if self.lost[index] > 0.01 else logging.INFO
+            said = "%s: before episode %d the links were cut to %d slots per site, which loses %.2g of their update"
+            log.log(how, said, self.recipe.name, index, most, self.lost[index])
 
     def _start(self, site: Site, following: Episode, evidence: Mapping[str, Directions]) -> Start:
         init = following.init or self.recipe.init

@@ -259,7 +259,7 @@ class Episode:
     index: 0-based. steps: optimizer steps of the link. sites: names that train, None for all. train: the trained
     factors. init: of this link's live slots, None: the recipe's. reset: clear the optimizer state of what trains at
     its start. warm_up_steps: learning-rate re-warm-up. restart: the schedule starts again and runs its whole course
-    in this link.
+    in this link. keep_slots: at its start, frozen slots of each site become the best so many; None: all stay.
     """
 
     index: int
@@ -270,6 +270,7 @@ class Episode:
     reset: bool = True
     warm_up_steps: int = 0
     restart: bool = False
+    keep_slots: int | None = None
 
 
 @runtime_checkable

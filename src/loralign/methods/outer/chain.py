@@ -12,10 +12,11 @@ Differs: W is never written: links become frozen slots beside it, in float32. Th
          end). The rank stays the same in all links (Chain of LoRA also lowers it).
 Unverified: the papers' bodies could not be read; from digests, reviews and code.
 Cost:    per step that of the live link, and frozen slots: 2·r·(d_in + d_out) FLOPs per token and link.
-Export:  exact, rank r·links.
+Export:  exact, rank r·links, or r + keep_slots at most.
 Args:    links: equal parts of the run. link_steps: optimizer steps of a link, instead of links. warm_up_steps: of the
          learning rate in every link but the first; None: 5 % of the link, 1 to 100. reset: clear the optimizer state.
-         restart: the schedule runs its whole course in every link.
+         restart: the schedule runs its whole course in every link. keep_slots: at every knot what was committed is cut
+         to the best so many slots per module (lossy: the loss is said); None: all stay.
 Example:
     >>> from loralign.methods.outer.chain import chain_of_links
     >>> [chain_of_links(links=3).episode(k, 10, (), None).steps for k in range(3)]
@@ -43,6 +44,7 @@ class Links:
     warm_up_steps: int | None
     reset: bool
     restart: bool
+    keep_slots: int | None
     facts: ClassVar[Facts] = Facts()
 
     def episode(self, index: int, total_steps: int, sites: Sequence[str], draw: Draw) -> Episode | None:
@@ -50,7 +52,14 @@ class Links:
         if begin >= end:
             return None
         warm_up = max(1, min(100, (end - begin) // 20)) if self.warm_up_steps is None else self.warm_up_steps
-        return Episode(index, end - begin, reset=self.reset, warm_up_steps=warm_up, restart=self.restart)
+        return Episode(
+            index,
+            end - begin,
+            reset=self.reset,
+            warm_up_steps=warm_up,
+            restart=self.restart,
+            keep_slots=self.keep_slots,
+        )
 
     def bounds(self, index: int, total_steps: int) -> tuple[int, int]:
         """The steps before which link `index` begins and ends; equal after the last one."""
@@ -67,22 +76,31 @@ def chain_of_links(
     warm_up_steps: Steps | None = None,
     reset: bool = True,
     restart: bool = False,
+    keep_slots: Count | None = None,
 ) -> Links:
     """Chain of LoRA."""
-    return Links(links, link_steps, warm_up_steps, reset, restart)
+    return Links(links, link_steps, warm_up_steps, reset, restart, keep_slots)
 
 
 @bounded
 def restarts(
-    link_steps: LinkSteps = 1000, warm_up_steps: Steps = 100, reset: bool = True, restart: bool = False
+    link_steps: LinkSteps = 1000,
+    warm_up_steps: Steps = 100,
+    reset: bool = True,
+    restart: bool = False,
+    keep_slots: Count | None = None,
 ) -> Links:
     """ReLoRA: links of many steps, each of which warms up to the schedule again (the jagged schedule)."""
-    return Links(1, link_steps, warm_up_steps, reset, restart)
+    return Links(1, link_steps, warm_up_steps, reset, restart, keep_slots)
 
 
 @bounded
 def randomized_links(
-    links: Count = 10, link_steps: LinkSteps | None = None, warm_up_steps: Steps | None = None, reset: bool = True
+    links: Count = 10,
+    link_steps: LinkSteps | None = None,
+    warm_up_steps: Steps | None = None,
+    reset: bool = True,
+    keep_slots: Count | None = None,
 ) -> Links:
     """RAC-LoRA's chain: more and shorter links, because each one sees a part of the space."""
-    return Links(links, link_steps, warm_up_steps, reset, restart=False)
+    return Links(links, link_steps, warm_up_steps, reset, False, keep_slots)

@@ -14,7 +14,8 @@ Cost:    optimizer state and moments of L_s layers only; the backward pass still
 Export:  exact, rank of a module = number of boosters that trained it.
 Args:    fraction: L_s/L. link_steps: optimizer steps of a booster; None: a hundredth of the run, 50 at least. choice:
          "deal": a shuffled pack of layers dealt out L_s at a time, the last hand of a cycle may be smaller; "uniform":
-         L_s layers drawn anew each time. warm_up_steps: of the rate in every booster but the first.
+         L_s layers drawn anew each time. warm_up_steps: of the rate in every booster but the first. keep_slots: at every knot what was
+         committed is cut to the best so many slots per module (lossy: the loss is said); None: all stay.
 Example:
     >>> import torch
     >>> from loralign.methods.outer.xgblora import boosters
@@ -34,7 +35,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from annotated_types import Interval
 
-from loralign.maths.bounds import Steps, bounded
+from loralign.maths.bounds import Count, Steps, bounded
 from loralign.methods.outer.chain import LinkSteps
 from loralign.types import Draw, Episode, Facts
 
@@ -48,6 +49,7 @@ class Boosters:
     link_steps: int | None
     choice: Choice
     warm_up_steps: int
+    keep_slots: int | None
     facts: ClassVar[Facts] = Facts()
 
     def episode(self, index: int, total_steps: int, sites: Sequence[str], draw: Draw) -> Episode | None:
@@ -59,7 +61,7 @@ class Boosters:
         part = self._part(index, len(layers), draw)
         chosen = {name for k in part for name in list(layers.values())[k]}
         names = tuple(name for name in sites if name in chosen)
-        return Episode(index, end - begin, sites=names, warm_up_steps=self.warm_up_steps)
+        return Episode(index, end - begin, sites=names, warm_up_steps=self.warm_up_steps, keep_slots=self.keep_slots)
 
     def _part(self, index: int, layers: int, draw: Draw) -> list[int]:
         """Positions of the layers that booster `index` trains."""
@@ -83,7 +85,11 @@ def layers_of(sites: Sequence[str]) -> dict[str, list[str]]:
 
 @bounded
 def boosters(
-    fraction: Fraction = 1 / 3, link_steps: LinkSteps | None = None, choice: Choice = "deal", warm_up_steps: Steps = 0
+    fraction: Fraction = 1 / 3,
+    link_steps: LinkSteps | None = None,
+    choice: Choice = "deal",
+    warm_up_steps: Steps = 0,
+    keep_slots: Count | None = None,
 ) -> Boosters:
     """XGBLoRA."""
-    return Boosters(fraction, link_steps, choice, warm_up_steps)
+    return Boosters(fraction, link_steps, choice, warm_up_steps, keep_slots)
