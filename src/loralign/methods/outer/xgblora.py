@@ -14,8 +14,8 @@ Cost:    optimizer state and moments of L_s layers only; the backward pass still
 Export:  exact, rank of a module = number of boosters that trained it.
 Args:    fraction: L_s/L. link_steps: optimizer steps of a booster; None: a hundredth of the run, 50 at least. choice:
          "deal": a shuffled pack of layers dealt out L_s at a time, the last hand of a cycle may be smaller; "uniform":
-         L_s layers drawn anew each time. warm_up_steps: of the rate in every booster but the first. keep_slots: at every knot what was
-         committed is cut to the best so many slots per module (lossy: the loss is said); None: all stay.
+         L_s layers drawn anew each time. warm_up_steps: of the rate in every booster but the first. keep_slots: at
+         every knot what was committed is cut to the best so many slots per module (lossy: the loss is said); None: all.
 Example:
     >>> import torch
     >>> from loralign.methods.outer.xgblora import boosters
