@@ -47,6 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "delta-lora": {"wait_steps": 0},
     "hrp": {"rank": 6, "steps": 3},
     "allocating-lora": {"rounds": 1},
+    "prilora": {"interval": 2},
 }
 """So that they act within three steps, and start within a second."""
 

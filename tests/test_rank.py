@@ -440,3 +440,16 @@ def test_ranks_by_module_reload_and_empty_modules_are_left_out(profile: Any, tmp
     else:  # the first module's gates are all zero
         assert first.name not in ranks and ranks == {s.name: 3 - (k + 1) % 3 for k, s in enumerate([second, *rest])}
         assert {s.s for s in sites(stock)} == {2.0}
+
+
+def test_the_log_says_what_became_of_the_budget(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = build("adalora", r=2, alpha=4.0)
+    assert isinstance(recipe, Recipe)
+    trainer = toy_trainer(tmp_path, peft_config(recipe, llama()), steps=6)
+    callback = attach(trainer, recipe)
+    with caplog.at_level("INFO", "loralign"):
+        trainer.train()
+    assert "adalora: budget 42 → 28 slots: " in caplog.text and "of 14 modules alive" in caplog.text
+    course = [sum(ranks.values()) for _, ranks in callback.ranks]
+    assert [step for step, _ in callback.ranks] == [1, 2, 3, 4, 5, 6] and course[-1] == 28 and course[0] > 28
+    assert [entry["slots"] for entry in trainer.state.log_history if "slots" in entry] == course

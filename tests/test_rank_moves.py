@@ -15,9 +15,11 @@ from loralign.carrier.slot import live_of, trained_of
 from loralign.methods.form.gated import beam
 from loralign.methods.rule.allocating_lora import spread
 from loralign.methods.rule.beamlora import beyond, threshold
+from loralign.methods.rule.prilora import least, ranks_by_depth
 from loralign.plan.combinations import check_combination, check_length
 from loralign.types import Live, Moment
-from oracles import allocating_lora, beamlora
+from oracles import allocating_lora, beamlora, prilora
+from toy import batch_for, llama
 
 
 class Net(nn.Module):
@@ -219,3 +221,57 @@ def test_they_go_with_what_they_may() -> None:
     check_combination(made("allocating-lora + lora-rite"))
     with pytest.raises(LoralignError, match="a trained gate stands between"):
         check_combination(made("beamlora + lora-rite"))
+
+
+# ------------------------------------------------------------------------------------------------------------- PRILoRA
+
+
+def test_ranks_grow_with_depth() -> None:
+    assert ranks_by_depth(12, 4, 12) == prilora.ranks(12, 4, 12) == [4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11, 12]
+    assert ranks_by_depth(32, 4, 12) == prilora.ranks(32, 4, 12) and sum(ranks_by_depth(32, 4, 12)) == 256
+    recipe = build("prilora", r=4, alpha=8.0)
+    assert isinstance(recipe, Recipe)
+    found = {s.name: (s.r, s.s) for s in sites(adapt(llama(), recipe))}
+    assert all(v == ((2 if ".0." in n else 6), 2.0) for n, v in found.items())
+
+
+def test_pruning_follows_the_inputs_of_the_tokens_that_learn() -> None:
+    """Inputs of every step, padding left out, against the oracle; evaluation counts nothing; exact counts per row."""
+    recipe = build("prilora", {"interval": 3}, r=4, alpha=8.0, targets=("v_proj",))
+    assert isinstance(recipe, Recipe)
+    model: Any = adapt(llama(), recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    driver = drive(model, recipe, opt, 9)
+    name = sites(model)[0].name
+    seen: list[Tensor] = []
+    layer = model.get_submodule(f"base_model.model.{name}")
+    layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().flatten(0, 1)) if m.training else None)
+    for t in range(1, 4):
+        model.eval()
+        with torch.no_grad():
+            model(**batch_for(model, seed=77))
+        model.train()
+        for half in (0, 1):  # two micro-batches
+            model(**batch_for(model, seed=2 * t + half)).loss.backward()
+        opt.step()
+        A = _A(sites(model)[0]).detach().clone()
+        driver.after_step()
+        opt.zero_grad()
+    learn = torch.ones(4, 12, dtype=torch.bool)
+    learn[-1, 8:] = False  # padding, and the last token, which predicts it
+    learn[:, -1] = False  # nothing is predicted from the last one
+    steps = [torch.cat([X[learn.flatten()] for X in seen[k : k + 2]]) for k in (0, 2, 4)]
+    norms = opt.rule_states[0][f"norm|{name}"]
+    assert norms.tolist() == pytest.approx(prilora.norms(steps), rel=1e-4)
+    want = prilora.pruned(A, norms.tolist(), 0.5)
+    now = _A(sites(model)[0])
+    assert [set((row == 0).nonzero().flatten().tolist()) for row in now] == want
+    assert torch.equal(now[now != 0], A[now != 0])
+
+
+def test_importance_at_its_special_points() -> None:
+    A = normal(3, 8)
+    assert torch.equal(least(A, torch.ones(8).double(), 0.25), least(A, torch.full((8,), 3.0).double(), 0.25))
+    assert least(torch.ones(2, 4), torch.tensor([3.0, 1.0, 2.0, 4.0]), 0.5).tolist() == [[False, True, True, False]] * 2
+    n = prilora.norms([torch.ones(1, 1)] * 5)[0]
+    assert n == pytest.approx(1 - 0.9**5)

@@ -38,6 +38,7 @@ from loralign.methods.rule.allocating_lora import allocate
 from loralign.methods.rule.beamlora import beam_copies
 from loralign.methods.rule.delta_lora import snapshot
 from loralign.methods.rule.dynamic_rank import component_budget
+from loralign.methods.rule.prilora import depth_and_pruning
 from loralign.methods.rule.rm_lora import masked_orthogonal
 from loralign.methods.rule.sora import soft_threshold
 from loralign.methods.transform.adamw import adamw
@@ -123,6 +124,10 @@ _LINES = (
            "exact, ragged ranks", LrPrior(None, "unknown"), rules=(allocate,),
            presets={"paper": {"r": 8, "rounds": 8, "first": 0.1, "every": 0.025, "rows": 32}},
            unverified="the number of slots per round is inferred from the paper's parameter counts"),
+    Method("prilora", "ranks grow with depth, unimportant entries of A become zero now and then", "2401.11316",
+           "exact, ragged ranks", LrPrior(None, "unknown"), rules=(depth_and_pruning,),
+           presets={"paper": {"r": 8, "first_share": 0.5, "last_share": 1.5, "interval": 40, "pruned": 0.5}},
+           unverified="the paper's body could not be read: constants and the comparison within a row are provisional"),
     Method("lora-fa", "A frozen at random, B follows the projected gradient", "2308.03303", "exact",
            LrPrior(2.6e-2, _CORA + ": 3.5e-2 at s 2", tuned_on=_ITALIAN),
            init=kaiming_frozen, transform=projected_gradient),

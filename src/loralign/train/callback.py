@@ -58,6 +58,8 @@ class RecipeCallback(TrainerCallback):
         self.optimizer: PairOptimizer | None = None
         self.driver: Driver | None = None
         self.unreached: set[str] = set(stored)
+        self.ranks: list[tuple[int, dict[str, int]]] = []
+        """(step, slots that live by site) at every entry of the log, where a rule decides about slots."""
         self.course: Callable[[int], float] | None = None
         """The learning-rate schedule's factor by step, where it is one."""
 
@@ -123,7 +125,8 @@ class RecipeCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = self._own()
         if optimizer.steps_here == self.steps_seen:
-            return  # skipped by the scaler of fp16: a gradient overflowed
+            self._driver().skipped_step()  # by the scaler of fp16: a gradient overflowed
+            return
         self.steps_seen = optimizer.steps_here
         self.unreached -= optimizer.reached
         if self.steps_seen == 1:
@@ -151,6 +154,10 @@ class RecipeCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs and self.optimizer is not None:
             logs["grad_norm"] = self.optimizer.grad_norm
+            if self._driver().allocates:
+                ranks = self._driver().ranks()
+                logs["slots"] = sum(ranks.values())
+                self.ranks.append((state.global_step, ranks))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         driver = self._driver()
@@ -166,5 +173,8 @@ class RecipeCallback(TrainerCallback):
             sync_config(self.model)
         if idle(self.recipe, state.global_step) and not idle(self.recipe, state.max_steps):
             log.info("%s: stopped after step %d, before its rule acted", self.recipe.name, state.global_step)
+        self._driver().close()
+        if self._driver().allocates:
+            log.info("%s: %s", self.recipe.name, self._driver().summary())
         if self.unreached and self.steps_seen:
             log.warning("%d adapted modules never got a gradient: %s", len(self.unreached), sorted(self.unreached)[:5])

@@ -17,11 +17,12 @@ from torch import Tensor
 from loralign.carrier.sites import sites
 from loralign.carrier.slot import constants_of, form_of, live_of, shared_of, trained_of, whole, write
 from loralign.carrier.storage import SlotLinear
+from loralign.evidence.inputs import InputTap
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.combinations import check_length
 from loralign.train.episodes import Episodes, Gather
 from loralign.train.events import Stage, agreed, apply_plan
-from loralign.types import LoralignError, Prox, Recipe, WorkFailed
+from loralign.types import Inputs, LoralignError, Prox, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
 
@@ -44,6 +45,8 @@ class Driver:
         self.recipe, self.model, self.optimizer = recipe, model, optimizer
         self.episodes = Episodes(recipe, model, gather)
         self.observe = observe or dict
+        wants_inputs = any(isinstance(rule.needs, Inputs) for rule in recipe.rules)
+        self.inputs = InputTap(list(optimizer.sites.values())) if wants_inputs else None
         self.step, self.total_steps = 0, 0
         self.changes: list[tuple[int, int]] = []
         """(step, sites) of every plan that was carried out in this process."""
@@ -73,14 +76,48 @@ class Driver:
         self.end_step(self.step + 1)
         self.before_step()
 
+    def skipped_step(self) -> None:
+        """The optimizer took no step (a gradient overflowed): what was seen for it is forgotten."""
+        if self.inputs is not None:
+            self.inputs.taken()
+
+    def close(self) -> None:
+        """The run is over: take hooks off the model."""
+        if self.inputs is not None:
+            self.inputs.remove()
+
+    def ranks(self) -> dict[str, int]:
+        """Slots by site that are neither dead nor unborn, nor switched off by a gate that is zero."""
+        found = {}
+        for site in sites(self.model):
+            form, own = form_of(site.layer, site.adapter), trained_of(site.layer, site.adapter)
+            on = ~self.optimizer.dead.get(site.name, torch.zeros(site.r, dtype=torch.bool))
+            for name in form.facts.switches if form is not None else ():
+                on = on & whole(own[name].detach()).ne(0).cpu()
+            found[site.name] = int(on.sum())
+        return found
+
+    @property
+    def allocates(self) -> bool:
+        return any(rule.facts.allocates for rule in self.recipe.rules)
+
+    def summary(self) -> str:
+        """What became of the budget of slots."""
+        ranks, started = self.ranks(), sum(shape.r for shape in self.optimizer.shapes)
+        alive = sum(r > 0 for r in ranks.values())
+        return f"budget {started} → {sum(ranks.values())} slots: {alive} of {len(ranks)} modules alive"
+
     def end_step(self, step: int) -> None:
         self.step = step
         self.episodes.after_step(step, self.optimizer)
 
     def _rules_act(self, step: int) -> None:
+        seen = dict(self.observe())
+        if self.inputs is not None:
+            seen["inputs"] = self.inputs.taken()
         for i, rule in enumerate(self.recipe.rules):
             state = self.optimizer.rule_states[i]
-            state, plan = rule.step(state, self.optimizer.moment(self.total_steps, **self.observe()))
+            state, plan = rule.step(state, self.optimizer.moment(self.total_steps, **seen))
             self.optimizer.rule_states[i] = state
             if rule.facts.events and (verbs := agreed(plan)):
                 stage = Stage(self.model, self.optimizer, state, self.recipe.seed, step)

@@ -1,0 +1,56 @@
+"""Σx² of every site's input features over the micro-batches of an optimizer step, for rules that weigh by them.
+
+x is staged in forward and counted in backward, so that gradient checkpointing, which runs forward twice, counts once,
+and evaluations count nothing. Rows without a gradient (padding) are left out. Sums are over all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loralign.carrier.layer import first_input, tap
+from loralign.types import Site
+
+
+class InputTap:
+    """Hooks on the sites' layers; `taken` hands out what was seen since the last call."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sums = {site.name: torch.zeros(site.d_in + 1, dtype=torch.float64) for site in sites}
+        """Σx² by feature, then the number of rows."""
+        self.hooks = [site.layer.register_forward_hook(self._hook(site.name), with_kwargs=True) for site in sites]
+
+    def _hook(self, name: str) -> Any:
+        def seen(delta: Tensor, x: Tensor) -> None:
+            rows = x.detach().reshape(-1, x.shape[-1])
+            used = delta.reshape(len(rows), -1).ne(0).any(1)
+            squares = rows.to(torch.promote_types(rows.dtype, torch.float32)).square() * used[:, None]
+            found = torch.cat([squares.double().sum(0), used.sum()[None].double()])
+            self.sums[name] = self.sums[name].to(found.device) + found
+
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+            if not (layer.training and torch.is_grad_enabled() and y.requires_grad):
+                return None
+            return tap(y, first_input(args, kwargs), y.new_zeros(()), seen)
+
+        return hook
+
+    def taken(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{site: (Σx² (d_in,), rows)}, summed over all processes; the sums start again."""
+        found = {}
+        for name, total in self.sums.items():
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                total = total.cuda() if dist.get_backend() == "nccl" else total
+                dist.all_reduce(total)
+            found[name] = (total[:-1].clone(), total[-1].clone())
+            self.sums[name] = torch.zeros_like(total)
+        return found
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()

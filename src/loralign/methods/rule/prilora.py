@@ -1,0 +1,141 @@
+"""Ranks grow linearly with depth; every few steps the least important entries of A become zero, and train on.
+
+    r_l = r_s + (r_f − r_s)(l − 1)/(L − 1), l = 1…L from the input         r_s, r_f: shares of the recipe's rank, mean r
+    n̄_k ← 0.9·n̄_k + 0.1·‖X_k‖₂ (over the tokens of a step)     importance of A_jk: |A_jk|·n̄_k
+    every `interval` steps: the ρ·d_in lowest entries of each row of A ← 0
+
+Shapes:  A (r_l, d_in) · X (tokens, d_in), the input of the module · n̄ (d_in,)
+Source:  Benedek & Wolf, "PRILoRA: Pruned and Rank-Increasing Low-Rank Adaptation", arXiv 2401.11316. Official code: an
+         archive at the ACL Anthology that could not be read.
+Differs: s is that of the recipe's rank at every depth (alpha/r_l would make early layers stronger). Ranks are rounded
+         half up. Tokens without a gradient at the
+         module (padding, mostly) are not counted. Inputs before dropout.
+Unverified: the paper's body could not be read. 0.9 and 0.1, 40 steps, ρ = 0.5 and the comparison within a row are
+         provisional.
+Cost:    one reduction over the tokens of each module and micro-batch; a sort of A at every event.
+Export:  exact; ranks differ by layer, known at the start.
+Args:    first_share, last_share: r_s/r and r_f/r, 0.5 and 1.5. interval: optimizer steps, 40. pruned: ρ, 0.5.
+Example:
+    >>> from loralign.methods.rule.prilora import ranks_by_depth
+    >>> ranks_by_depth(12, 4.0, 12.0)
+    [4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11, 12]
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loralign.maths.bounds import Count, Positive, Share, bounded
+from loralign.types import (
+    Ctx,
+    Elements,
+    Facts,
+    Inputs,
+    LoralignError,
+    Moment,
+    Named,
+    Plan,
+    RuleNeed,
+    RuleState,
+    SiteShape,
+)
+
+DECAY = 0.9
+INPUTS = Inputs()
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+def ranks_by_depth(layers: int, first: float, last: float) -> list[int]:
+    """r_l of l = 1…L, at least 1, rounded half up."""
+    if layers == 1:
+        return [max(1, math.floor((first + last) / 2 + 0.5))]
+    step = (last - first) / (layers - 1)
+    return [max(1, math.floor(first + step * k + 0.5 + 1e-9)) for k in range(layers)]
+
+
+def least(A: Tensor, norms: Tensor, share: float) -> Tensor:
+    """True at the round(share·d_in) entries of each row whose |A|·n̄ is lowest."""
+    count = round(share * A.shape[1])
+    order = (A.abs() * norms).argsort(dim=1, stable=True)
+    return torch.zeros_like(A, dtype=torch.bool).scatter_(1, order[:, :count], True)
+
+
+@dataclass(frozen=True)
+class DepthAndPruning:
+    first_share: float
+    last_share: float
+    interval: int
+    pruned: float
+    needs: RuleNeed = INPUTS
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(events=True, allocates=True, slots=self.slots, too_short=self.too_short)
+
+    def slots(self, ranks: Mapping[str, int]) -> Mapping[str, int]:
+        """By the number in the module's name, per stack; a module without one keeps the recipe's rank."""
+        places = {name: found for name in ranks if (found := _LAYER.search(name))}
+        stacks: dict[str, set[int]] = {}
+        for name, found in places.items():
+            stacks.setdefault(name[: found.start()], set()).add(int(found.group(1)))
+        made = dict(ranks)
+        for name, found in places.items():
+            layers = sorted(stacks[name[: found.start()]])
+            course = ranks_by_depth(len(layers), self.first_share * ranks[name], self.last_share * ranks[name])
+            made[name] = course[layers.index(int(found.group(1)))]
+        return made
+
+    def too_short(self, total_steps: int) -> str:
+        if total_steps > self.interval:
+            return ""
+        return (
+            f"it prunes after every {self.interval} steps, and the run has {total_steps} optimizer steps: train longer "
+            "or lower `options.interval`"
+        )
+
+    def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
+        """n̄ starts at zero, with the first observation."""
+        return {}
+
+    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        return None
+
+    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        return None
+
+    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        return None
+
+    def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
+        if moment.step == 0:
+            return state, None
+        if moment.inputs is None:
+            raise LoralignError("prilora weighs entries by the modules' inputs, and nobody collects them")
+        for name, (squares, _) in moment.inputs.items():
+            now = squares.sqrt()
+            known = state.get(f"norm|{name}")
+            before = torch.zeros_like(now) if known is None else known.to(now)
+            state[f"norm|{name}"] = DECAY * before + (1 - DECAY) * now
+        if moment.step % self.interval:
+            return state, None
+        plan = []
+        for site in moment.sites:
+            if f"norm|{site.name}" in state:
+                A = moment.tensors[site.name, "A"]
+                state[f"mask|{site.name}"] = least(A, state[f"norm|{site.name}"].to(A), self.pruned)
+                plan.append(Elements(site.name, "A", f"mask|{site.name}"))
+        return state, tuple(plan)
+
+
+@bounded
+def depth_and_pruning(
+    first_share: Positive = 0.5, last_share: Positive = 1.5, interval: Count = 40, pruned: Share = 0.5
+) -> DepthAndPruning:
+    """PRILoRA's ranks and pruning."""
+    return DepthAndPruning(first_share, last_share, interval, pruned)
