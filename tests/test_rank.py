@@ -452,4 +452,3 @@ def test_the_log_says_what_became_of_the_budget(tmp_path: Path, caplog: pytest.L
     assert "adalora: budget 42 → 28 slots: " in caplog.text and "of 14 modules alive" in caplog.text
     course = [sum(ranks.values()) for _, ranks in callback.ranks]
     assert [step for step, _ in callback.ranks] == [1, 2, 3, 4, 5, 6] and course[-1] == 28 and course[0] > 28
-    assert [entry["slots"] for entry in trainer.state.log_history if "slots" in entry] == course
