@@ -50,6 +50,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "reslora": ("reslora", {}),
     "prolora": ("prolora", {"share_A": 3, "share_B": 2}),
     "rm-lora + lora-rite": ("rm-lora + lora-rite", {}),
+    "adalora": ("adalora", {}),
+    "dynamic-rank-lora": ("dynamic-rank-lora", {"last": 0.3}),
+    "sora": ("sora", {"threshold": 0.5}),
+    "beamlora": ("beamlora", {"interval": 1, "keep": 0.5, "until": 2.0}),
+    "prilora": ("prilora", {"interval": 2}),
     "lora-ga + lora-pro": ("lora-ga + lora-pro", {"micro_batches": 1}),
     "lora-ga + lora-rite": ("lora-ga + lora-rite", {"micro_batches": 1}),
 }

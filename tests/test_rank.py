@@ -452,3 +452,58 @@ def test_the_log_says_what_became_of_the_budget(tmp_path: Path, caplog: pytest.L
     assert "adalora: budget 42 → 28 slots: " in caplog.text and "of 14 modules alive" in caplog.text
     course = [sum(ranks.values()) for _, ranks in callback.ranks]
     assert [step for step, _ in callback.ranks] == [1, 2, 3, 4, 5, 6] and course[-1] == 28 and course[0] > 28
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "adalora": {"interval": 3, "first": 0.0},
+    "dynamic-rank-lora": {"interval": 3, "first": 0.0, "last": 0.3},
+    "sora": {"threshold": 0.02},
+    "beamlora": {"interval": 4, "keep": 0.6, "until": 2.0},
+    "prilora": {"interval": 4},
+}
+
+
+def _run(folder: Path, name: str, steps: int, resume: Path | None, **args: Any) -> Any:
+    recipe = build(name, RESUMED[name], r=2, alpha=4.0, targets=("q_proj", "down_proj"))
+    assert isinstance(recipe, Recipe)
+    trainer = toy_trainer(folder, peft_config(recipe, llama()), steps=steps, **args)
+    callback = attach(trainer, recipe, resume_from=resume)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer.model, callback
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_stopped_before_at_and_after_an_event_and_resumed_is_the_same_run(name: str, tmp_path: Path) -> None:
+    """Averages, masks and snapshots come back; the budget counts from its own start (PEFT's counts the cut layers, and
+    prunes too much).
+    """
+    whole, callback = _run(tmp_path / "whole", name, 10, None, save_steps=1)
+    assert callback.driver.changes
+    want = {n: p.detach().clone() for n, p in whole.named_parameters() if "lora_" in n}
+    for step in (3, 4, 5):
+        model, again = _run(tmp_path / f"from-{step}", name, 10, tmp_path / "whole" / f"checkpoint-{step}")
+        got = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+        assert all(torch.equal(got[n], p) for n, p in want.items()), step
+        assert again.driver.ranks() == callback.driver.ranks()
+        states = again.optimizer.rule_states[0], callback.optimizer.rule_states[0]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_a_skipped_step_is_not_observed(tmp_path: Path) -> None:
+    """As fp16's scaler does: the trainer says that a step is over, the optimizer took none."""
+    recipe = build("adalora", r=2, alpha=4.0, targets=("q_proj",))
+    assert isinstance(recipe, Recipe)
+    trainer = toy_trainer(tmp_path, peft_config(recipe, llama()), steps=4)
+    callback = attach(trainer, recipe)
+    trainer.train()
+    assert callback.optimizer is not None
+    before = {k: v.clone() for k, v in callback.optimizer.rule_states[0].items()}
+    kept = gates(trainer.model)
+    for p in trainer.model.parameters():
+        p.grad = torch.full_like(p, float("inf")) if p.requires_grad else None
+    callback.on_optimizer_step(trainer.args, trainer.state, trainer.control)
+    assert all(torch.equal(before[k], v) for k, v in callback.optimizer.rule_states[0].items())
+    assert all(torch.equal(kept[n], c) for n, c in gates(trainer.model).items())

@@ -136,7 +136,7 @@ class PairOptimizer(torch.optim.Optimizer):
                 "no pair of the adapter received a gradient, so nothing was trained: "
                 "is the loss computed from the adapted model?"
             )
-        own_grads = {key: p.grad for key, p in own.items() if p.grad is not None}
+        own_grads = self._own_grads(own)
         grads, own_grads = self._masked(grads, own_grads, pairs, own, [rule.grad_mask for rule in self.rules], ctx)
         try:
             updates = self._decayed(self._transformed(pairs, grads, live), live)
@@ -185,7 +185,7 @@ class PairOptimizer(torch.optim.Optimizer):
 
     def _penalise(self, live: Live, own: Own, pairs: Sequence[Pair], ctx: Ctx) -> None:
         for rule, state in zip(self.rules, self.rule_states, strict=True):
-            penalty = rule.penalty(state, named(pairs, own), ctx) or {}
+            penalty = rule.penalty(state, LateMapping(lambda: named(pairs, self._full(own))), ctx) or {}
             found = [((own[key] if key in own else live[key[0]][key[1]]).grad, extra) for key, extra in penalty.items()]
             todo = [(grad, extra) for grad, extra in found if grad is not None]
             if todo:
@@ -202,7 +202,7 @@ class PairOptimizer(torch.optim.Optimizer):
     ) -> tuple[dict[str, Grad], dict[tuple[str, str], Tensor]]:
         """Values times masks, one product for all tensors of a shape."""
         states = [*self.rule_states, *({} for _ in range(len(masks) - len(self.rule_states)))]
-        tensors = LateMapping(lambda: named(pairs, own))
+        tensors = LateMapping(lambda: named(pairs, self._full(own)))
         found = [mask for make, st in zip(masks, states, strict=True) if (mask := make(st, tensors, ctx)) is not None]
         if not found:
             return grads, dict(own_grads)
@@ -294,8 +294,17 @@ class PairOptimizer(torch.optim.Optimizer):
         group = next((g for g in self.param_groups if g["role"] == "form"), None)
         if group is None or not grads:
             return {}
-        made = adamw_updates([own[key] for key in grads], list(grads.values()), self.state, group, self.lr_factor)
+        ps = [own[key] for key in grads]
+        values = list(self._full({key: own[key].data for key in grads}).values())
+        made = adamw_updates(ps, list(grads.values()), self.state, group, self.lr_factor, values)
         return dict(zip(grads, made, strict=True))
+
+    def _own_grads(self, own: Own) -> dict[tuple[str, str], Tensor]:
+        return self._full({key: p.grad for key, p in own.items() if p.grad is not None})
+
+    def _full(self, own: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
+        """A form's own tensors, whole where somebody needs whole ones."""
+        return dict(own) if self.elementwise else dict(zip(own, wholes(list(own.values())), strict=True))
 
     def _step_rest(self) -> None:
         for group in self.param_groups:
@@ -312,8 +321,7 @@ class PairOptimizer(torch.optim.Optimizer):
         """
         live, own = live_pairs(self.param_groups), live_own(self.param_groups)
         tensors = LateMapping(lambda: named(self.values.pairs(live, {}), {k: _whole(p) for k, p in own.items()}))
-        own_grads = {key: p.grad for key, p in own.items() if p.grad is not None}
-        grads = LateMapping(lambda: named_grads(self.values.grads(live, live), own_grads))
+        grads = LateMapping(lambda: named_grads(self.values.grads(live, live), self._own_grads(own)))
         dead = {n: frozenset(mask.nonzero().flatten().tolist()) for n, mask in self.dead.items()}
         ctx = self._ctx()
         return Moment(ctx.step, total_steps, self.shapes, tensors, grads, dead, ctx.draw, **seen)
