@@ -32,7 +32,6 @@ from loralign.io.layout import (
     Product,
     Stored,
     empty_slots,
-    grown,
     inhabited,
     limited,
     loss,
@@ -113,7 +112,7 @@ def export(
     if folder.is_dir() and _is_base(model, folder):
         raise LoralignError(f"{folder} holds the base model itself: name another folder")
     check_free(folder, overwrite=overwrite)
-    found, products = grown(found, read(found, empty_slots(found) if drop is None else drop))
+    products = read(found, empty_slots(found) if drop is None else drop)
     kept, truncation = limited(products, max_rank)
     report = ExportReport(
         profile=profile,

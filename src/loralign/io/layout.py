@@ -78,29 +78,17 @@ def read(found: Sequence[Site], drop: Mapping[str, Sequence[int]]) -> dict[str, 
     return products
 
 
-def grown(found: Sequence[Site], products: Mapping[str, Product]) -> tuple[list[Site], dict[str, Product]]:
-    """Of a chain that has committed links: without its empty slots, and without sites that no link trained."""
-    if not any(live_of(site.layer, site.adapter).links for site in found):
-        return list(found), dict(products)
-    kept = {}
-    for name, (A, B) in products.items():
-        used = A.any(dim=1) & B.any(dim=0)
-        if bool(used.any()):
-            kept[name] = Product(A[used], B[:, used])
-    if not kept:
-        return list(found), dict(products)
-    return [site for site in found if site.name in kept], kept
-
-
 def empty_slots(found: Sequence[Site]) -> dict[str, tuple[int, ...]]:
-    """Slots that rules have left dead (row and column zero) or switched off (a gate of the form is zero), by site."""
-    empty = {}
+    """Slots that rules have left dead (row and column zero) or switched off (a gate of the form is zero), by site; of a
+    chain that has committed links, also those that start from zero and never trained."""
+    empty, chain = {}, any(live_of(site.layer, site.adapter).links for site in found)
     for site in found:
         A, B = factors(site)
         if isinstance(A, DTensor) or isinstance(B, DTensor):
             continue  # `read` refuses it
         form = form_of(site.layer, site.adapter)
         off = ~B.any(0) if form is not None and form.facts.switches else ~B.any(0) & ~A.any(1)
+        off = off | ~B.any(0) | ~A.any(1) if chain else off
         if bool(off.any()):
             empty[site.name] = tuple(off.nonzero().flatten().tolist())
     return empty
