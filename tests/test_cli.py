@@ -232,6 +232,19 @@ def test_plan_warns_of_a_run_that_ends_before_its_method_acts() -> None:
         assert [text.startswith(str(said)) for text in warnings] == [True] * bool(said)
 
 
+def test_a_rule_that_decides_by_validation_rows_gets_its_own(tmp_path: Path) -> None:
+    """They are no rows of the training; `plan` says how many forwards they cost; the exported ranks are ragged."""
+    method = ["method=allocating-lora", "options={rounds: 1, rows: 2, scored: 6}", f"output={tmp_path / 'out'}"]
+    words = [word for o in method for word in ("--set", o)]
+    planned = run("plan", "r.yaml", *words)
+    assert planned.code == 0 and "about 12 forwards of its validation rows" in planned.out, planned.err
+    done = run("train", "r.yaml", *words)
+    assert done.code == 0, done.err
+    assert "slots: " in done.err and "modules alive" in done.err
+    many = run("train", "r.yaml", *words, "--set", "options={rounds: 1, rows: 5000}", "--set", "output=none")
+    assert many.code == 2 and "keeps 5000 rows apart to decide by" in assert_one_sentence(many)
+
+
 def test_methods_doctor_schema_version() -> None:
     table = run("methods")
     assert table.code == 0

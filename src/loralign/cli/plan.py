@@ -113,7 +113,16 @@ def warnings(found: Planned) -> list[str]:
     """What the run would do without a mistake in it, but hardly on purpose."""
     recipe = found.job.recipe
     said = idle(recipe, found.step.total_steps) if isinstance(recipe, Recipe) else ""
-    return [said] if said else []
+    if not isinstance(recipe, Recipe):
+        return []
+    slots = found.estimate.sites * recipe.r
+    more = [
+        f"{recipe.name}: about {forwards(slots):,} forwards of its validation rows in the whole run; fewer with "
+        "`options.scored` or `options.rounds`"
+        for forwards in (rule.facts.forwards for rule in recipe.rules)
+        if forwards is not None
+    ]
+    return [*([said] if said else []), *more]
 
 
 def _where(step: Step) -> str:

@@ -54,6 +54,7 @@ from loralign.train.journal import Journal
 from loralign.train.model import dtype_of, load
 from loralign.train.record import card_of, describe
 from loralign.train.tokens import name_ends, tokens
+from loralign.train.validation import apart, batches
 from loralign.types import CommonSubspace, Full, LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
@@ -195,6 +196,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     if job.data.packing:
         check_packing(model)
     train, held_out, prompts = tokens(job, tokenizer)
+    train, deciding = apart(train, recipe)
     name_ends(model, tokenizer, prompts)
     if args.max_steps < 0:
         check_schedule(args, max(1, math.ceil(len(train) * args.num_train_epochs / job.training.batch_size)))
@@ -207,7 +209,11 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     check_whole(trainer)
     if isinstance(recipe, Recipe):
         check_exportable(trainer.model)
-        callback = attach(trainer, recipe, resume_from=resume_from, cache=job.cache, progress=progress)
+        size, device = trainer.args.per_device_train_batch_size, trainer.args.device
+        judges = None if deciding is None else batches(deciding, trainer.data_collator, size, device)
+        callback = attach(
+            trainer, recipe, resume_from=resume_from, cache=job.cache, progress=progress, validation=judges
+        )
         journal.note_evidence(callback.evidence)
         if resume_from is None:
             check_start(

@@ -11,7 +11,30 @@ from torch import Tensor
 
 from loralign.carrier.sites import sites
 from loralign.carrier.slot import whole, write
-from loralign.types import Batch, Loss
+from loralign.maths.draws import keyed_generator
+from loralign.types import Batch, LoralignError, Loss, Recipe, Validation
+
+
+def apart(train: Any, recipe: Any) -> tuple[Any, Any]:
+    """(training rows, rows for the recipe's rule to decide by or None), drawn by the seed: no row is in both."""
+    rules = recipe.rules if isinstance(recipe, Recipe) else ()
+    count = max((rule.needs.rows for rule in rules if isinstance(rule.needs, Validation)), default=0)
+    if not count:
+        return train, None
+    if len(train) < 2 * count:
+        raise LoralignError(
+            f"{recipe.name} keeps {count} rows apart to decide by, and there are {len(train)}: lower `options.rows` "
+            "or give more rows"
+        )
+    order = torch.randperm(len(train), generator=keyed_generator(recipe.seed, "validation rows")).tolist()
+    return train.select(sorted(order[count:])), train.select(sorted(order[:count]))
+
+
+def batches(rows: Any, collate: Callable[[list[Any]], Batch], size: int, device: torch.device) -> list[Batch]:
+    """The rows as the model takes them, `size` at a time."""
+    found = [rows[k] for k in range(len(rows))]
+    made = [collate(found[k : k + size]) for k in range(0, len(found), size)]
+    return [{key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()} for batch in made]
 
 
 def validation_loss(model: PeftModel, batches: Sequence[Batch], loss: Loss) -> Callable[[], Mapping[str, Any]]:

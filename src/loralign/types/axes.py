@@ -93,6 +93,8 @@ class Facts:
     """It switches slots by a gate of the form, named "gate"."""
     slots: Callable[[Mapping[str, int]], Mapping[str, int]] | None = None
     """{module: the recipe's rank} -> {module: slots to insert}; s stays that of the recipe's rank. None: as many."""
+    forwards: Callable[[int], int] | None = None
+    """slots at the start -> forwards of the validation rows in the whole run."""
     too_short: Callable[[int], str] | None = None
     """(optimizer steps of the run) -> why its schedule cannot act in them, with the mend; "" where it can."""
 

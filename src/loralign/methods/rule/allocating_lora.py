@@ -71,10 +71,14 @@ class Allocate:
 
     @property
     def facts(self) -> Facts:
-        return Facts(events=True, allocates=True, slots=self.slots, too_short=self.too_short)
+        return Facts(events=True, allocates=True, slots=self.slots, too_short=self.too_short, forwards=self.forwards)
 
     def slots(self, ranks: Mapping[str, int]) -> Mapping[str, int]:
         return {name: r + self.rounds for name, r in ranks.items()}
+
+    def forwards(self, slots: int) -> int:
+        """The number of live slots stays."""
+        return 2 * self.rounds * min(slots, self.scored or slots)
 
     def steps(self, total_steps: int) -> list[int]:
         """After which optimizer steps a round is held."""
