@@ -18,7 +18,7 @@ import toy
 from loralign import LoralignError, Recipe, adapt, attach, build, drive, optimizer, peft_config, sites
 from loralign.carrier.slot import constants_of, effective, live_of
 from loralign.io.export import export
-from loralign.methods.form.reslora import kind, shortcuts
+from loralign.methods.form.reslora import WINDOW, kind, shortcuts
 from loralign.plan.combinations import Surroundings, check_combination
 from oracles import reslora
 from toy import batch_for
@@ -113,6 +113,15 @@ def test_a_merge_follows_the_norms_that_training_saw(shortcut: str) -> None:
         factor = reslora.merged_factor(shortcut, span, n, norms.tolist())
         torch.testing.assert_close(A_n, A[n])
         torch.testing.assert_close(B_n, factor * B[n], rtol=1e-6, atol=0)
+
+
+def test_the_oldest_norm_makes_room() -> None:
+    model = deep("is")
+    for k in range(WINDOW + 3):
+        model((k + 1.0) * rows())
+    kept = constants_of(sites(model)[0].layer, "default")
+    want = rows().norm() * torch.tensor([*range(WINDOW + 1, WINDOW + 4), *range(4, WINDOW + 1)], dtype=torch.float64)
+    torch.testing.assert_close(kept["norms"].double(), want, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("shortcut", ["is", "ms"])
