@@ -171,6 +171,7 @@ _LINES = (
            unverified="the paper's body could not be read: from reviews and code"),
     Method("rac-lora-exact", "as rac-lora, by projected descent on W", "2410.08305", "exact, rank grows",
            LrPrior(None, "unknown"), init=random_side, transform=projected_descent, outer=randomized_links,
+           fields={"max_grad_norm": 0.0},  # a clipped step is not the exact one
            presets={"paper": {"frozen": "A", "link_steps": 1}},
            unverified="the paper's body could not be read: from reviews"),
     Method("xgblora", "boosters of rank 1, each at a random part of the layers", "2410.19694", "exact, ragged ranks",

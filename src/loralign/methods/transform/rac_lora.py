@@ -10,7 +10,7 @@ Differs: none known. Steps after the first of a link go on from the product as i
 Unverified: the paper's body could not be read; from reviews.
 Cost:    2·r²·(d_in + d_out) FLOPs a step, no optimizer state.
 Export:  exact.
-Args:    none. Its rate is that of plain gradient descent on W, 1/L. Clipping: of the free factor's gradient.
+Args:    none. Its rate is that of plain gradient descent on W, 1/L. Clipping: none, it would not be the exact step.
 Example:
     >>> from loralign.methods.transform.rac_lora import projected_descent
     >>> projected_descent().init(None)
