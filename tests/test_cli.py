@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import AdaLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from assets import asset, needs
 from cli_world import Done, assert_one_sentence, bytes_of, run, run_process, world_in
@@ -243,6 +246,20 @@ def test_a_rule_that_decides_by_validation_rows_gets_its_own(tmp_path: Path) -> 
     assert "slots: " in done.err and "modules alive" in done.err
     many = run("train", "r.yaml", *words, "--set", "options={rounds: 1, rows: 5000}", "--set", "output=none")
     assert many.code == 2 and "keeps 5000 rows apart to decide by" in assert_one_sentence(many)
+
+
+def test_export_takes_an_adapter_of_pefts_adalora(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
+    settings = {"init_r": 2, "target_r": 1, "total_step": 9, "lora_alpha": 4}
+    theirs: Any = get_peft_model(base, AdaLoraConfig(**settings, target_modules=["q_proj"]))
+    for name, p in theirs.named_parameters():
+        if "lora_E" in name:
+            p.data.copy_(torch.tensor([[30.0], [0.0]]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    done = run("export", tmp_path / "theirs", "--base", "base", "--out", tmp_path / "plain")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "plain" / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 1
+    assert run("verify", tmp_path / "plain", "--base", "base").code == 0
 
 
 def test_methods_doctor_schema_version() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loralign import LoralignError, Recipe, adapt, build, drive, factors, optimizer, peft_config, sites
 from loralign.carrier.slot import trained_of
+from loralign.io.adalora import is_adalora, write_plain
 from loralign.io.export import export
 from loralign.maths.budget import Window, cubic_budget, cubic_pruned, lowest, narrowed, widened, window
 from loralign.methods.rule.adalora import Orthogonal, sensitivity
@@ -281,6 +282,31 @@ def test_peft_masks_what_we_mask() -> None:
             assert torch.equal(E == 0, trained_of(site.layer, "default")["gate"].detach() == 0), (t, site.name)
         opt.zero_grad()
     assert sum(int((c != 0).sum()) for c in gates(ours).values()) == 8
+
+
+def test_an_adapter_of_pefts_adalora_becomes_plain_lora(tmp_path: Path) -> None:
+    """Its own rank pattern cuts the tensors, one module has lost every slot; PEFT refuses to convert it."""
+    targets = ["q_proj", "down_proj"]
+    budget = {"init_r": 3, "target_r": 1, "tinit": 0, "tfinal": 1, "deltaT": 1, "total_step": 4}
+    theirs: Any = get_peft_model(llama(), AdaLoraConfig(**budget, target_modules=targets, lora_alpha=6))  # type: ignore[arg-type]
+    modules = [m for m in theirs.modules() if hasattr(m, "lora_E") and "default" in getattr(m, "lora_E", {})]
+    with torch.no_grad():
+        for k, module in enumerate(modules):
+            module.lora_E["default"].copy_(torch.tensor([[0.0], [k * 1.0], [-k * 2.0]]))
+    with torch.no_grad():
+        want = theirs.eval()(**batch_for(theirs)).logits
+    theirs.save_pretrained(tmp_path / "adalora")
+    assert is_adalora(tmp_path / "adalora")
+    (tmp_path / "plain").mkdir()
+    write_plain(tmp_path / "adalora", tmp_path / "plain")
+    stock = PeftModel.from_pretrained(llama(), tmp_path / "plain").eval()
+    with torch.no_grad():
+        got = stock(**batch_for(stock)).logits
+    assert (got - want).norm() < 1e-6 * want.norm() and len(sites(stock)) == len(modules) - 1 == 3
+    assert {s.r for s in sites(stock)} == {2}
+    (tmp_path / "adalora" / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(LoralignError, match="no whole AdaLoRA adapter"):
+        write_plain(tmp_path / "adalora", tmp_path / "plain")
 
 
 def _copy_into(theirs: Any, ours: PeftModel) -> None:

@@ -6,6 +6,7 @@ stops at the tokens that end an answer in training.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from loralign.data.prompt import Chat, Plain, chat_of
 from loralign.data.read import read_rows
 from loralign.data.rows import rows_format, to_trl
 from loralign.evidence import Progress
+from loralign.io.adalora import is_adalora, write_plain
 from loralign.io.card import read_card
 from loralign.train.model import load, loading
 from loralign.types import LoralignError, WorkFailed
@@ -35,6 +37,11 @@ def open_adapter(folder: Path, base: str | None = None) -> tuple[Any, PreTrained
     A tokenizer, or a chat template, beside the adapter goes before the base's own.
     Raises LoralignError for whatever `verify` would refuse in the folder: nothing is filled in, unpickled or fetched.
     """
+    if is_adalora(folder):
+        with tempfile.TemporaryDirectory() as plain:
+            write_plain(folder, Path(plain))
+            model, tokenizer = open_adapter(Path(plain), base)
+        return model, _own(folder, tokenizer)
     with _as_input():
         config = read_config(folder)
         check_loadable(config, folder)
