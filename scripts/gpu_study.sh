@@ -14,12 +14,13 @@ study="${STUDY:-records/2026-11-26-h100-study/study.yaml}"
 out="${OUT:-runs/h100-study}"
 model=$("$python" scripts/assets.py smollm2)
 rows=$("$python" scripts/assets.py multiemo de)
-mkdir -p "$out/rows"
+cut="$out-rows"
+mkdir -p "$out" "$cut"
 journal="$(dirname "$study")/study.journal"
 [ -e "$out/study.journal" ] || { [ -e "$journal" ] && cp "$journal" "$out/study.journal"; } || true
 # All training rows; validation and test rows enough for about 512 and 1,024 blocks of 128 tokens.
-cp "$rows/train.jsonl" "$out/rows/train.jsonl"
-head -n 220 "$rows/valid.jsonl" >"$out/rows/valid.jsonl"
-head -n 440 "$rows/test.jsonl" >"$out/rows/test.jsonl"
+cp "$rows/train.jsonl" "$cut/train.jsonl"
+head -n 220 "$rows/valid.jsonl" >"$cut/valid.jsonl"
+head -n 440 "$rows/test.jsonl" >"$cut/test.jsonl"
 exec "$python" -m loralign compare "$study" "$@" --set model="$model" --set output="$out" \
-  --set task.train="$out/rows/train.jsonl" --set task.valid="$out/rows/valid.jsonl" --set task.test="$out/rows/test.jsonl"
+  --set task.train="$cut/train.jsonl" --set task.valid="$cut/valid.jsonl" --set task.test="$cut/test.jsonl"
