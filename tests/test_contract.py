@@ -169,7 +169,7 @@ def test_every_export_reloads_in_a_clean_process(
         base = toy.llama()
         made = recipe(name, sources(name, "llama"))
         model = adapt(base, made, [batch_for(base)] * 3)
-        train(model, made, 3)
+        train(model, made, 3, lr=1e-2)  # a gate that starts at zero moves far enough to be told from nothing
         for profile in PROFILES:
             out = tmp_path / f"{name}-{profile}"
             export(model, out, profile=profile, base_id="toy", probes=batch_for(base))
@@ -180,7 +180,7 @@ def test_every_export_reloads_in_a_clean_process(
     reports = verify_many(jobs)
     assert [r.line() for r in reports if not r.passed] == []
     for report in reports:
-        assert report.relative < 1e-5 < 1e-4 < report.effect, report.folder
+        assert report.relative < 1e-5 < 1e-3 < report.effect, report.folder
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
