@@ -26,7 +26,7 @@ def is_adalora(folder: Path) -> bool:
     """Whether PEFT's AdaLoRA wrote this folder."""
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.get("peft_type") == "ADALORA"
 
