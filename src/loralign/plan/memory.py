@@ -109,7 +109,7 @@ def estimate(
         adapter_bytes=static - weights + frozen,
         optimizer_bytes=state,
         activation_bytes=moment,
-        peak_bytes=static + frozen + state + max(moment, _step_bytes(recipe, trained)),
+        peak_bytes=static + frozen + state + max(moment, _step_bytes(recipe, trained, start.twin)),
         evidence_bytes=evidence_bytes(recipe.init.needs, found),
         init_seconds=init_seconds(recipe, start, found, numel, step),
         sites=len(found),
@@ -117,9 +117,10 @@ def estimate(
     )
 
 
-def _step_bytes(recipe: Recipe, trained: Sequence[nn.Parameter]) -> int:
-    """Gradients, and what the optimizer's step holds beside them at its fullest moment."""
-    return int((1 + recipe.transform.facts.transient) * _nbytes(trained))
+def _step_bytes(recipe: Recipe, trained: Sequence[nn.Parameter], twin: bool) -> int:
+    """Gradients, updates, and what the optimizer's step holds beside them at its fullest moment; a twin's sums."""
+    facts = (recipe.transform.facts, *(rule.facts for rule in recipe.rules))
+    return int((2 + twin + sum(one.transient for one in facts)) * _nbytes(trained))
 
 
 def _reference(model: nn.Module, recipe: Full, step: Step, batch: Batch, loss: Loss, weights: int) -> Estimate:

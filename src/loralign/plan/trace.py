@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,12 +51,16 @@ class Step:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations return, while they live. Works on real tensors too."""
+    """Counts the bytes of all storages that operations return, while they live. Works on real tensors too.
 
-    def __init__(self) -> None:
+    there: tensors of before, which do not count.
+    """
+
+    def __init__(self, there: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
+        self._there = {t.untyped_storage()._cdata for t in there}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -67,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _note(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
+        if key in self._alive or key in self._there:
             return
 
         def gone(_: Any) -> None:

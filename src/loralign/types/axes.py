@@ -43,8 +43,9 @@ class Facts:
     group, "slots" that change (`on_slots` knows what to do); "elementwise": every number steps by itself."""
     global_scalars: bool = False
     """`prepare` returns scalars that all groups must have before any `update`; else groups are released one by one."""
-    transient: float = 2.0
-    """Bytes of a step at its fullest moment over the bytes of the trained factors, updates included; measured."""
+    transient: float = 0.0
+    """Bytes of a step at its fullest moment beside the updates themselves, over the bytes of the trained factors; of a
+    rule too. Measured (`tests/test_optim_memory.py`); `plan` counts with it."""
 
     # of a form
     stock: str = "AB"

@@ -91,7 +91,7 @@ class MaskedOrthogonal:
 
     @property
     def facts(self) -> Facts:
-        return Facts(least_rank=self.keep or 1)
+        return Facts(least_rank=self.keep or 1, transient=1.0)
 
     def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
         """Nothing: the draws are keyed."""

@@ -37,7 +37,7 @@ from loralign.types import Facts, Grad, Group, Pair, Prepared, SlotChange, State
 class Projected:
     """Gradients of B to b; keeps nothing."""
 
-    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "shapes", "slots"}))
+    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "shapes", "slots"}), transient=1.0)
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:

@@ -162,7 +162,7 @@ class Adjusted:
     choose: Choice
     damping: float
     floor: float
-    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "shapes", "slots"}))
+    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "shapes", "slots"}), transient=3.0)
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
@@ -194,7 +194,7 @@ class FullMoments:
     floor: float
     betas: tuple[float, float]
     eps: float
-    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "slots"}))
+    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "slots"}), transient=4.5)
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:

@@ -123,7 +123,9 @@ class InvariantAdam:
     eps: float
     clip: float
     escape: float
-    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "shapes", "slots"}), global_scalars=True)
+    facts: ClassVar[Facts] = Facts(
+        accepts=frozenset({"one_sided", "shapes", "slots"}), global_scalars=True, transient=2.0
+    )
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:

@@ -46,7 +46,7 @@ class MatrixSign:
     momentum: float
     newton_steps: int
     momentum_dtype: MomentumDtype = "float32"
-    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "gated", "shapes", "slots"}))
+    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "gated", "shapes", "slots"}), transient=2.6)
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:

@@ -32,7 +32,7 @@ from loralign.types import Facts, Grad, Group, Pair, Prepared, SlotChange, State
 
 @dataclass(frozen=True)
 class ProjectedDescent:
-    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "slots"}))
+    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "slots"}), transient=0.5)
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:

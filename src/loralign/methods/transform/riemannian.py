@@ -39,7 +39,7 @@ class Scaled:
     """Gradients to preconditioned gradients; keeps nothing."""
 
     damping: float
-    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "shapes", "slots"}))
+    facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "shapes", "slots"}), transient=1.5)
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
