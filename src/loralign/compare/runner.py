@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from loralign.carrier.sites import factors, put_in, sites, target_weights
+from loralign.compare.captured import CapturedTrainer, Record, cuda_graph
 from loralign.compare.compiled import compiled, warm
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.compare.study import warn_of_idle_arms
@@ -38,13 +39,15 @@ Report = Callable[[int, float], bool]
 class Resident:
     """The state that trials share.
 
-    With `spec.compile` a GPU runs compiled blocks (`compiled.py`); a CPU never does, there it does not pay.
+    A GPU replays recorded steps (`captured.py`), of compiled blocks with `spec.compile` (`compiled.py`); a CPU runs
+    them as they are.
     """
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.compile = spec.compile and self.device == "cuda"
+        self.record: Record | None = cuda_graph if spec.capture and self.device == "cuda" else None
         if self.device == "cpu":
             torch.set_num_threads(spec.cpu_threads)
         self.task: Prepared = prepare_task(spec, self.device)
@@ -119,6 +122,8 @@ class Resident:
         watch.init_s = time.perf_counter() - watch.started
         try:
             with compiled(self.task.model) if self.compile else nullcontext():
+                if self.record:
+                    trainer.record_steps(self.task.model, self.record)
                 if self.compile:
                     warm(trainer, self.adapted, self.task, self._held_out(trial))
                     watch.warm_s = watch.paused = time.perf_counter() - watch.started - watch.init_s
@@ -133,7 +138,7 @@ class Resident:
         tensors = [t for p in trained for t in (p, p.grad) if t is not None]
         return all(bool(torch.isfinite(t).all()) for t in tensors)
 
-    def _trainer(self, arm: Arm, trial: Trial, folder: str, watch: Watch) -> tuple[Trainer, int]:
+    def _trainer(self, arm: Arm, trial: Trial, folder: str, watch: Watch) -> tuple[CapturedTrainer, int]:
         spec, model = self.spec, self.task.model
         args = TrainingArguments(
             output_dir=folder,
@@ -148,6 +153,7 @@ class Resident:
             eval_steps=spec.eval_every,
             save_strategy="no",
             logging_strategy="no",
+            logging_nan_inf_filter=False,  # it would read every step's loss; what diverged is found by its evaluations
             report_to=[],
             bf16=self.device == "cuda" and spec.autocast,
             use_cpu=self.device == "cpu",
@@ -165,7 +171,7 @@ class Resident:
             return self._full(arm.recipe, trial, common), 0
         recipe = replace(arm.recipe, seed=trial.seed)
         self.adapted = put_in(model, recipe)
-        trainer = Trainer(model=self.adapted, **common)
+        trainer = CapturedTrainer(model=self.adapted, **common)
         spent = attach(trainer, recipe, rest_lr=spec.task.head_lr).spent.tokens
         args.max_steps = left_after(spent, self.task.tokens_per_row * spec.batch_size, spec)
         return trainer, spent
@@ -174,7 +180,7 @@ class Resident:
         """Test rows for what is reported, validation rows for what is chosen."""
         return self.task.test if trial.phase == "seed" else self.task.valid
 
-    def _full(self, reference: Full, trial: Trial, common: dict[str, Any]) -> Trainer:
+    def _full(self, reference: Full, trial: Trial, common: dict[str, Any]) -> CapturedTrainer:
         model = self.task.model
         wanted = {id(p) for p in target_weights(model, reference).values()}
         head = {id(p) for p in self.task.head_parameters()}
@@ -187,7 +193,7 @@ class Resident:
               for p in self.task.head_parameters()),
         ]  # fmt: skip
         common["args"].max_grad_norm = reference.max_grad_norm
-        trainer = Trainer(model=model, **common)
+        trainer = CapturedTrainer(model=model, **common)
         trainer.optimizer_cls_and_kwargs = (
             lambda: lambda *_, **__: (reference.optimizer or adamw)(groups, trial.lr, decay),
             {},

@@ -94,6 +94,8 @@ class Spec:
     """bf16 autocast on GPUs over an fp32 base, the same for every arm."""
     compile: bool = False
     """Run compiled blocks on GPUs; rows must be of one length."""
+    capture: bool = True
+    """Replay recorded steps on GPUs."""
     cpu_threads: int = 1
     """Of a worker on a CPU. Sums depend on it to the last bit, so it belongs to the study and not to the machine."""
     references: bool = True

@@ -97,9 +97,14 @@ def _text(spec: Spec, device: str) -> Prepared:
             raise LoralignError(f"{Path(path).name} holds less than one block of {n} tokens: lower `length`")
         return [{"input_ids": block, "labels": block} for block in cut]
 
+    # Transformers makes no mask for such rows, but one while a step is recorded, which would be compiled then
+    given, mask = spec.compile and spec.capture and device == "cuda", torch.ones(spec.task.length, spec.task.length)
+    mask = mask.tril().bool()[None, None]
+
     def collate(rows: Rows) -> dict[str, Tensor]:
         ids = torch.stack([row["input_ids"] for row in rows])
-        return {"input_ids": ids, "labels": ids.clone()}
+        batch = {"input_ids": ids, "labels": ids.clone()}
+        return {**batch, "attention_mask": mask.expand(len(rows), 1, -1, -1)} if given else batch
 
     train, valid, test = (blocks(p) for p in (spec.task.train, spec.task.valid, spec.task.test))
     return Prepared(model, train, valid, test, collate, None)
@@ -134,11 +139,19 @@ def _classify(spec: Spec, device: str) -> Prepared:
     head = tuple(n for n in ("classifier", "score") if hasattr(model, n))
 
     def collate(rows: Rows) -> dict[str, Tensor]:
-        batch = tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
+        ids = [row["input_ids"] for row in rows]
+        width = common_width(max(map(len, ids)), spec.task.length, device)
+        batch = tokenizer.pad({"input_ids": ids}, padding="max_length", max_length=width, return_tensors="pt")
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
     train, valid, test = splits
     return Prepared(model.to(device), train, valid, test, collate, accuracy, head)
+
+
+def common_width(longest: int, most: int, device: str) -> int:
+    """What a batch is padded to. On a GPU one of four widths, so that few shapes of a step are recorded."""
+    part = 1 if device == "cpu" else -(-most // 4)
+    return max(longest, min(most, -(-longest // part) * part))
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -158,10 +171,11 @@ def _sft(spec: Spec, device: str) -> Prepared:
 
     def collate(batch: Rows) -> dict[str, Tensor]:
         def padded(key: str, fill: int) -> Tensor:
-            parts = [torch.tensor(row[key]) for row in batch]
-            return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
+            parts = [torch.tensor([*row[key], *[fill] * (width - len(row[key]))]) for row in batch]
+            return torch.stack(parts)
 
         lengths = torch.tensor([len(row["input_ids"]) for row in batch])
+        width = common_width(int(lengths.max()), spec.task.length, device)
         ids = padded("input_ids", pad or 0)
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", IGNORED)}

@@ -109,6 +109,7 @@ def to_spec(file: StudyFile, task: TaskSection, hidden_size: int) -> Spec:
         prune=r.prune,
         autocast=t.autocast,
         compile=t.compile,
+        capture=t.capture,
         cpu_threads=t.cpu_threads,
         references=file.references,
         budget=Budget(**file.budget.model_dump()),

@@ -21,8 +21,8 @@ class InputTap:
     """Hooks on the sites' layers; `taken` hands out what was seen since the last call."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
-        self.sums = {site.name: torch.zeros(site.d_in + 1, dtype=torch.float64) for site in sites}
-        """Σx² by feature, then the number of rows."""
+        self.sums = {site.name: _zeros(site) for site in sites}
+        """Σx² by feature, then the number of rows; changed in place, so that a recorded step adds to them too."""
         self.hooks = [site.layer.register_forward_hook(self._hook(site.name), with_kwargs=True) for site in sites]
 
     def _hook(self, name: str) -> Any:
@@ -30,8 +30,8 @@ class InputTap:
             rows = x.detach().reshape(-1, x.shape[-1])
             used = delta.reshape(len(rows), -1).ne(0).any(1)
             squares = rows.to(torch.promote_types(rows.dtype, torch.float32)).square() * used[:, None]
-            found = torch.cat([squares.double().sum(0), used.sum()[None].double()])
-            self.sums[name] = self.sums[name].to(found.device) + found
+            self.sums[name] = self.sums[name].to(squares.device)
+            self.sums[name].add_(torch.cat([squares.double().sum(0), used.sum()[None].double()]))
 
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
             if not (layer.training and torch.is_grad_enabled() and y.requires_grad):
@@ -44,13 +44,18 @@ class InputTap:
         """{site: (Σx² (d_in,), rows)}, summed over all processes; the sums start again."""
         found = {}
         for name, total in self.sums.items():
+            seen = total.clone()
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                total = total.cuda() if dist.get_backend() == "nccl" else total
-                dist.all_reduce(total)
-            found[name] = (total[:-1].clone(), total[-1].clone())
-            self.sums[name] = torch.zeros_like(total)
+                dist.all_reduce(seen)
+            found[name] = (seen[:-1], seen[-1])
+            total.zero_()
         return found
 
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+def _zeros(site: Site) -> Tensor:
+    device = next(site.layer.parameters()).device
+    return torch.zeros(site.d_in + 1, dtype=torch.float64, device=device)

@@ -1,0 +1,173 @@
+"""A trial's steps as CUDA graphs: forward and backward of one shape are recorded once and replayed from then on.
+
+A small model's step is thousands of kernels that a GPU runs faster than a host can name them. Of every shape the first
+step runs as it is, the second is recorded, later ones are copied into its inputs and replayed. What is between them,
+the optimizer, rules and knots, runs as ever. A recording holds addresses: where a tensor of the model is another one
+than it was (a chain's knot), it is made afresh. What cannot be recorded, because the host looks at a number in the
+middle of a step, runs as it is, and that is said once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from loralign.carrier.abilities import drops_layers
+
+log = logging.getLogger("loralign")
+Outputs = Sequence[Tensor | None]
+Record = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], None]]]
+"""(work) -> (its outputs, what computes them again from what its inputs hold then)."""
+
+MOST = 8
+"""Shapes that are recorded, of training and evaluation each: every recording keeps its activations."""
+
+
+def cuda_graph(work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+    """Record the work, which is not executed; replaying it fills the outputs."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = work()
+    return outputs, graph.replay
+
+
+class Wiring:
+    """Which tensors a model holds, to notice that one of them was replaced, freed, frozen or thawed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        holders = [held for m in model.modules() for held in (m._parameters, m._buffers)]
+        self.seen = [
+            (held, name, t, t.data_ptr(), t.requires_grad)
+            for held in holders
+            for name, t in held.items()
+            if t is not None
+        ]
+
+    def holds(self) -> bool:
+        return all(
+            held.get(name) is t and t.data_ptr() == at and t.requires_grad == trained
+            for held, name, t, at, trained in self.seen
+        )
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Static inputs, static outputs, and what computes the ones from the others."""
+
+    wiring: Wiring
+    inputs: Mapping[str, Tensor]
+    outputs: Outputs
+    replay: Callable[[], None]
+
+
+class Recorder:
+    """Runs work on batches: as it is, recorded or replayed."""
+
+    def __init__(self, model: nn.Module, record: Record) -> None:
+        self.model, self.record = model, record
+        self.recordings: dict[Any, Recording | None] = {}
+        """By kind and shapes; None: seen once."""
+        self.refused = ""
+        """Why nothing is recorded any more."""
+
+    def run(self, kind: str, work: Callable[[Mapping[str, Any]], Outputs], batch: Mapping[str, Any]) -> Outputs:
+        """work(batch); outputs that were replayed are overwritten by the next run of the same shape."""
+        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+        key = (kind, *((k, v.shape, v.dtype) if isinstance(v, Tensor) else (k, v) for k, v in batch.items()))
+        known = self.recordings.get(key)
+        if known is not None and not known.wiring.holds():
+            self.recordings = {k: r for k, r in self.recordings.items() if r is None or r.wiring.holds()}
+            known = None
+        if self.refused or (known is None and self._first(key)):
+            return work(batch)
+        if known is None:
+            known = self._recorded(kind, work, batch, tensors)
+            if known is None:
+                return work(batch)
+            self.recordings[key] = known
+        for name, value in tensors.items():
+            known.inputs[name].copy_(value)
+        known.replay()
+        return known.outputs
+
+    def _first(self, key: Any) -> bool:
+        """Whether this shape was never seen, or is one too many."""
+        if key in self.recordings:
+            return False
+        if sum(k[0] == key[0] for k in self.recordings) < MOST:
+            self.recordings[key] = None
+        return True
+
+    def _recorded(
+        self, kind: str, work: Callable[[Mapping[str, Any]], Outputs], batch: Mapping[str, Any], tensors: Any
+    ) -> Recording | None:
+        inputs = {name: value.clone() for name, value in tensors.items()}
+        wiring = Wiring(self.model)
+        try:
+            outputs, replay = self.record(lambda: work({**batch, **inputs}))
+        except (RuntimeError, torch.AcceleratorError) as error:
+            self.refused = str(error).splitlines()[0][:120]
+            log.warning(
+                "steps run one kernel at a time, because the %s step cannot be recorded: %s", kind, self.refused
+            )
+            return None
+        return Recording(wiring, inputs, outputs, replay)
+
+
+class CapturedTrainer(Trainer):
+    """A Trainer whose forward and backward are recorded, once `record_steps` is called."""
+
+    recorder: Recorder | None = None
+
+    def record_steps(self, model: nn.Module, record: Record) -> None:
+        """From the next step on; a model that skips layers by chance runs as it is."""
+        if not drops_layers(model):
+            self.recorder = Recorder(model, record)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if self.recorder is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        before = [p.grad for p in trained]
+        plain = super().training_step
+
+        def work(batch: Mapping[str, Any]) -> Outputs:
+            for p in trained:
+                p.grad = None
+            given = dict(batch)
+            loss = plain(model, given, given.pop(COUNT))
+            return [loss, *(p.grad for p in trained)]
+
+        loss, *grads = self.recorder.run("training", work, {**self._prepare_inputs(inputs), COUNT: num_items_in_batch})
+        several = self.args.gradient_accumulation_steps > 1  # else the next replay may overwrite them
+        for p, grad, earlier in zip(trained, grads, before, strict=True):
+            p.grad = (grad.clone() if several else grad) if grad is not None else None
+            if earlier is not None:
+                p.grad = earlier if p.grad is None else p.grad.add_(earlier)
+        assert loss is not None
+        return loss.clone()
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        if self.recorder is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        batch, plain = self._prepare_inputs(inputs), super().prediction_step
+
+        def work(given: Mapping[str, Any]) -> Outputs:
+            loss, logits, _ = plain(model, dict(given), prediction_loss_only, ignore_keys)
+            return [loss, logits if isinstance(logits, Tensor) else None]
+
+        found = self.recorder.run(f"evaluation {prediction_loss_only}", work, batch)
+        loss, logits = (None if t is None else t.clone() for t in found)
+        return loss, logits, None if prediction_loss_only else batch["labels"]
+
+
+COUNT = "loralign's number of items"
+"""The key under which the Trainer's number of items travels with a batch."""

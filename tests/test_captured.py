@@ -1,0 +1,116 @@
+"""Recorded steps of trials, with a recording that a CPU can replay: the work again, into the same output tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from loralign.compare.captured import MOST, Outputs, Recorder
+from loralign.compare.runner import Resident
+from test_compare_run import never, on_a_cpu, timeless, trial
+from tiny_study import SMALL, load, write_study
+
+
+def again(work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+    """As a CUDA graph does it: nothing runs while it is recorded, outputs have one address."""
+    outputs: list[Any] = []
+
+    def replay() -> None:
+        made = work()
+        if not outputs:
+            outputs[:] = [None if t is None else t.detach().clone() for t in made]
+        for kept, t in zip(outputs, made, strict=True):
+            if kept is not None and t is not None:
+                kept.copy_(t.detach())
+
+    return outputs, replay
+
+
+class Counted:
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+        outputs, replay = again(work)
+        self.recorded += 1
+
+        def counted() -> None:
+            self.replayed += 1
+            replay()
+
+        return outputs, counted
+
+
+@on_a_cpu
+@pytest.mark.parametrize(
+    ("arm", "options", "micro"),
+    [
+        ("full", {}, 8),
+        ("lora", {}, 2),
+        ("prilora", {"interval": 2}, 4),
+        ("chain-of-lora", {"links": 2}, 8),
+    ],
+    ids=["full", "micro-batches", "inputs", "knot"],
+)
+def test_replayed_steps_are_the_steps(arm: str, options: dict[str, Any], micro: int, tmp_path: Path) -> None:
+    train = {**SMALL, "steps": 8, "eval_every": 4, "micro_batch_size": micro}
+    arms = [] if arm in ("full", "lora") else [{"method": arm, "options": options}]
+    resident = Resident(load(write_study(tmp_path, arms=arms, train=train)))
+    plain = resident.run(trial(arm), never)
+    resident.record = counted = Counted()
+    recorded = resident.run(trial(arm), never)
+    assert timeless(recorded) == timeless(plain)
+    assert counted.recorded >= 2 and counted.replayed > 4
+
+
+@on_a_cpu
+def test_what_cannot_be_recorded_runs_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    resident = Resident(load(write_study(tmp_path)))
+    plain = resident.run(trial("lora"), never)
+
+    def broken(work: Callable[[], Outputs]) -> Any:
+        work()
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    resident.record = broken
+    assert timeless(resident.run(trial("lora"), never)) == timeless(plain)
+    said = [r.getMessage() for r in caplog.records if "cannot be recorded" in r.getMessage()]
+    assert len(said) == 1 and said[0].endswith("operation not permitted when stream is capturing")
+
+
+def test_a_recording_is_made_afresh_where_a_tensor_was_replaced_or_frozen() -> None:
+    model, counted = nn.Linear(2, 2), Counted()
+    model.register_buffer("frozen", torch.zeros(2))
+    recorder = Recorder(model, counted)
+
+    def work(batch: Any) -> Outputs:
+        return [model(batch["x"]) + model.frozen]
+
+    def run() -> torch.Tensor:
+        (y,) = recorder.run("training", work, {"x": torch.ones(1, 2)})
+        assert y is not None
+        return y.clone()
+
+    first = [run() for _ in range(4)]
+    assert all(torch.equal(first[0], y) for y in first) and (counted.recorded, counted.replayed) == (1, 3)
+    model.frozen = torch.ones(2)
+    assert torch.equal(run(), first[0] + 1) and torch.equal(run(), first[0] + 1)
+    assert torch.equal(run(), first[0] + 1) and counted.recorded == 2
+    model.weight.requires_grad_(False)
+    for _ in range(3):
+        run()
+    assert counted.recorded == 3
+
+
+def test_shapes_beyond_the_most_are_not_recorded() -> None:
+    counted, model = Counted(), nn.Linear(2, 2)
+    recorder = Recorder(model, counted)
+    for _ in range(2):
+        for rows in range(1, MOST + 4):
+            recorder.run("training", lambda batch: [model(batch["x"])], {"x": torch.ones(rows, 2)})
+    assert counted.recorded == MOST
