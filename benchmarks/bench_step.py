@@ -9,7 +9,9 @@
 A step is forward, backward, clip, optimizer, zero_grad on the same tokens. PEFT: stock layers, fp32 adapters (its
 default), torch's fused AdamW and clip_grad_norm_; on CUDA a bf16 base under bf16 autocast, as `bf16=True` gives. Ours:
 the same model and autocast, `loralign.adapt` and `loralign.optimizer`. Floor: the frozen model with input gradients.
---methods: further arms beside `lora`, with their own options' defaults at the same rank; /lora compares with ours.
+--methods: further arms beside `lora`, with their own options' defaults at the same rank, or as NAME:RANK; /lora
+compares with ours. --compiled: blocks compiled, the floor's too; "recorded": forward and backward are one CUDA graph,
+of compiled blocks as well.
 `host` is in bf16 on the CPU too and takes the layer that small outputs have on a GPU; "one node" is the other one.
 """
 
@@ -120,11 +122,18 @@ def fresh_model(shape: str, device: str) -> LlamaForCausalLM:
 def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], None]:
     """A closure that runs one whole step of one kind."""
     model: Any = base_model(shape, device)
-    recipe = build(kind if kind in METHODS else "lora", r=16, alpha=32, dropout=dropout)
+    name, _, rank = kind.partition(":")
+    r = int(rank or 16)
+    scale: dict[str, Any] = {} if name == "spectral" else {"alpha": 2 * r}
+    recipe = build(name if name in METHODS else "lora", r=r, dropout=dropout, **scale)
     assert isinstance(recipe, Recipe)
     ids = torch.randint(0, 8000, SHAPES[shape][1:], device=device)
+    rows, length = SHAPES[shape][1:]
+    mask = (
+        torch.ones(length, length, device=device).tril().bool().expand(rows, 1, -1, -1) if "recorded" in kind else None
+    )
     opt: Any = None
-    if kind == "floor":
+    if kind.endswith("floor"):
         model.requires_grad_(False)
         model.enable_input_require_grads()
     elif kind == "peft":
@@ -135,23 +144,38 @@ def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], 
     else:
         model = adapt(model, recipe)
         opt = optimizer(model, recipe, 1e-4)
-        if kind == "compiled":
-            for block in blocks(model):
-                block.compile(dynamic=False)
     model.train()
+    if "compiled" in kind:
+        for block in blocks(model):
+            block.compile(dynamic=False)
     like = "cuda" if shape == "host" and kind != "one node" else device
 
-    def step() -> None:
+    def both() -> None:
         with as_on(like), torch.autocast(device, torch.bfloat16) if half(shape, device) else nullcontext():
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(input_ids=ids, labels=ids, attention_mask=mask).loss
         loss.backward()
+
+    run = recorded(both) if "recorded" in kind else both
+
+    def step() -> None:
+        run()
         if opt is not None:
             if kind == "peft":
                 torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
             opt.step()
-            opt.zero_grad()
+            opt.zero_grad(set_to_none="recorded" not in kind)
 
     return step
+
+
+def recorded(both: Callable[[], None]) -> Callable[[], None]:
+    """Forward and backward as one CUDA graph; gradients stay where they are and are overwritten by every replay."""
+    both()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        both()
+    return graph.replay
 
 
 def seconds(step: Callable[[], None], device: str) -> float:
@@ -217,13 +241,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--compiled", action="store_true", help="also with the model's blocks compiled, as studies do")
-    parser.add_argument("--methods", nargs="+", default=[], choices=tuple(METHODS), help="further arms")
+    parser.add_argument("--methods", nargs="+", default=[], help="further arms: NAME or NAME:RANK")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(1)
     shapes = args.shapes or (["small"] if args.device == "cpu" else ["1b", "8b"])
-    kinds = ["floor", "peft", "loralign", *(["compiled"] if args.compiled else [])]
+    kinds = ["floor", "peft", "loralign", *(["compiled floor", "compiled"] if args.compiled else [])]
+    kinds += ["recorded", "recorded compiled"] if args.compiled and args.device == "cuda" else []
     results = {}
     for shape in shapes:
         more = ["one node"] if shape == "host" else []
@@ -231,14 +256,14 @@ def main() -> None:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     if args.json:
         args.json.write_text(json.dumps({"versions": versions, "device": args.device, "results": results}, indent=1))
-    print(f"{'shape':8}{'kind':10}{'ms':>10}{'/floor':>8}{'/peft':>8}{'/lora':>8}{'peak GiB':>10}{'/peft':>8}")
+    print(f"{'shape':8}{'kind':20}{'ms':>10}{'/floor':>8}{'/peft':>8}{'/lora':>8}{'peak GiB':>10}{'/peft':>8}")
     for shape, rows in results.items():
         for kind, row in rows.items():
             over, beside = row["ms"] / rows["floor"]["ms"], row["ms"] / rows["peft"]["ms"]
             ours = row["ms"] / rows["loralign"]["ms"]
             memory = row["peak_gib"] / rows["peft"]["peak_gib"]
             print(
-                f"{shape:8}{kind:10}{row['ms']:10.1f}{over:8.3f}{beside:8.3f}{ours:8.3f}{row['peak_gib']:10.3f}{memory:8.3f}"
+                f"{shape:8}{kind:20}{row['ms']:10.1f}{over:8.3f}{beside:8.3f}{ours:8.3f}{row['peak_gib']:10.3f}{memory:8.3f}"
             )
 
 
