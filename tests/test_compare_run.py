@@ -157,6 +157,13 @@ def test_running_away_is_an_outcome(tmp_path: Path) -> None:
     assert not resident.run(trial("lora"), never).diverged  # the next trial is sound
 
 
+def test_what_became_of_the_slots_is_noted(tmp_path: Path) -> None:
+    arm = {"method": "adalora", "options": {"first": 0.0}}
+    resident = Resident(load(write_study(tmp_path, arms=[arm])))
+    assert resident.run(trial("lora"), never).note == ""
+    assert re.fullmatch(r"budget 84 → 56 slots: \d+ of 14 modules alive", resident.run(trial("adalora"), never).note)
+
+
 def test_any_other_failure_is_an_error_that_names_the_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def idle(*args: object, **kwargs: object) -> None:
         raise WorkFailed("it did not act")

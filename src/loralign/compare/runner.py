@@ -164,17 +164,17 @@ class Resident:
             remove_unused_columns=False,
         )
         args._n_gpu = min(1, args.n_gpu)  # one trial, one GPU; the Trainer would spread it over all that it sees
-        common: dict[str, Any] = {"args": args, "train_dataset": self.task.train}
-        common |= {"eval_dataset": self._held_out(trial)}
+        common: dict[str, Any] = {"args": args, "train_dataset": self.task.train, "eval_dataset": self._held_out(trial)}
         common |= {"data_collator": self.task.collate, "compute_metrics": self.task.metrics, "callbacks": [watch]}
         if isinstance(arm.recipe, Full):
             return self._full(arm.recipe, trial, common), 0
         recipe = replace(arm.recipe, seed=trial.seed)
         self.adapted = put_in(model, recipe)
         trainer = CapturedTrainer(model=self.adapted, **common)
-        spent = attach(trainer, recipe, rest_lr=spec.task.head_lr).spent.tokens
-        args.max_steps = left_after(spent, self.task.tokens_per_row * spec.batch_size, spec)
-        return trainer, spent
+        attached = attach(trainer, recipe, rest_lr=spec.task.head_lr)
+        watch.said = attached.summary
+        args.max_steps = left_after(attached.spent.tokens, self.task.tokens_per_row * spec.batch_size, spec)
+        return trainer, attached.spent.tokens
 
     def _held_out(self, trial: Trial) -> Rows:
         """Test rows for what is reported, validation rows for what is chosen."""
@@ -220,7 +220,7 @@ class Resident:
             trainable=sum(p.numel() for p in self.adapted.parameters() if p.requires_grad),
             rank=max(found, default=0),
             device=torch.cuda.get_device_name() if cuda else "cpu",
-            note=watch.note,
+            note=watch.note or watch.said(),
         )
 
     def _unload(self) -> None:
@@ -262,6 +262,7 @@ class Watch(TrainerCallback):
         self.init_s = self.warm_s = self.paused = 0.0
         self.init_tokens = 0
         self.note = ""
+        self.said: Callable[[], str] = str  # what became of the slots, where a rule decides about them
         self.begun = self._step_end = started
         """When the first step began, when the last one ended."""
 

@@ -74,6 +74,10 @@ class RecipeCallback(TrainerCallback):
         assert self.driver is not None
         return self.driver
 
+    def summary(self) -> str:
+        """What became of the budget of slots, where a rule decides about it and the run has begun."""
+        return self.driver.summary() if self.driver is not None and self.driver.allocates else ""
+
     def _own(self) -> PairOptimizer:
         if self.optimizer is None:
             raise WorkFailed("the trainer did not build its optimizer from the recipe: was one passed by `optimizers`?")
@@ -174,7 +178,7 @@ class RecipeCallback(TrainerCallback):
         if idle(self.recipe, state.global_step) and not idle(self.recipe, state.max_steps):
             log.info("%s: stopped after step %d, before its rule acted", self.recipe.name, state.global_step)
         self._driver().close()
-        if self._driver().allocates:
-            log.info("%s: %s", self.recipe.name, self._driver().summary())
+        if said := self.summary():
+            log.info("%s: %s", self.recipe.name, said)
         if self.unreached and self.steps_seen:
             log.warning("%d adapted modules never got a gradient: %s", len(self.unreached), sorted(self.unreached)[:5])
