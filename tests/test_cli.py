@@ -412,7 +412,7 @@ BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
     "unknown command": (["tran"], r"No such command 'tran'.*train"),
     "unknown choice": (
         ["export", "out", "--out", "x", "--profile", "foo"],
-        "'foo' is not one of 'peft', 'portable', 'm",
+        "'foo' is not one of 'peft', 'portable', 'g",
     ),
     "no number": (
         ["eval", "out", "--data", "rows.jsonl", "--limit", "x"],

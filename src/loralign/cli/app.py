@@ -45,6 +45,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")
 class Profile(StrEnum):
     peft = "peft"
     portable = "portable"
+    gguf = "gguf"
     merged = "merged"
 
 
@@ -139,7 +140,8 @@ def export(
     folder: Folder,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     profile: Annotated[
-        Profile, typer.Option(help="peft; portable: for vLLM, llama.cpp; merged: no adapter.")
+        Profile,
+        typer.Option(help="peft; portable: for vLLM; gguf: for llama.cpp, Ollama; merged: no adapter."),
     ] = Profile.peft,
     base: Base = None,
     dtype: Annotated[Store | None, typer.Option(help="Of the stored factors; default: float32.")] = None,

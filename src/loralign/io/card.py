@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from loralign.io.folder import CARD, writing
+from loralign.io.folder import CARD, GGUF, writing
 from loralign.io.provenance import versions, write_text
 from loralign.io.public import is_local, scrub
 from loralign.io.report import ExportReport
@@ -97,7 +97,8 @@ def _suffix(card: Card) -> str:
 
 def _front(card: Card) -> str:
     base, merged, suffix = _base(card), _merged(card), _suffix(card)
-    front: dict[str, Any] = {"library_name": "transformers" if merged else "peft"}
+    gguf = card.export is not None and card.export.profile == "gguf"
+    front: dict[str, Any] = {"library_name": "transformers" if merged else "gguf" if gguf else "peft"}
     if suffix:
         front["pipeline_tag"] = _PIPELINES[suffix]
     front["base_model"] = base
@@ -123,6 +124,9 @@ def _title(card: Card) -> str:
 def _use(card: Card) -> str:
     suffix = _suffix(card)
     auto = _AUTO.get(suffix, f"AutoModel{suffix}" if suffix else "AutoModel")
+    if card.export is not None and card.export.profile == "gguf":
+        code = f"# FROM: {_base(card)} as GGUF\nFROM BASE.gguf\nADAPTER ./{GGUF}"
+        return f"## Use\n\nA Modelfile for `ollama create`:\n\n```\n{code}\n```" + _asking(card)
     if _merged(card):
         code = f'from transformers import {auto}\nmodel = {auto}.from_pretrained("path/to/this/folder")'
     else:

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,12 @@ def _by_path(path: Path) -> Any:
 
 
 stored = _by_path(Path(__file__).parents[1] / "carrier" / "stored.py")
+gguf_file = _by_path(Path(__file__).with_name("gguf_reader.py"))
 BadInput, Broken = stored.BadInput, stored.Broken
 shown, first_line = stored.shown, stored.first_line
 
 PROBES = Path("verify") / "probes.safetensors"
+WEIGHTS = (".safetensors", ".gguf")
 LOOSEST = 3e-2
 """No export of loralign allows more."""
 SHARE = 0.1
@@ -62,7 +65,7 @@ def read_probes(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
         there = False
     if not there:
         raise BadInput(f"{shown(folder)} is no folder: name the one that export wrote")
-    if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json", gguf_file.NAME)):
         raise BadInput(f"{shown(folder)} is no adapter folder (no adapter_config.json): name the one that export wrote")
     if not (folder / PROBES).is_file():
         raise BadInput(
@@ -86,14 +89,14 @@ def wrong_field(how: Any) -> str:
     precisions = ("float32", "float16", "bfloat16")
     files, settings = how["weights"], how.get("settings", {})
     fine = {
-        "profile": how["profile"] in ("peft", "portable", "merged"),
+        "profile": how["profile"] in ("peft", "portable", "gguf", "merged"),
         "base_dtype": how["base_dtype"] in precisions,
         "dtype": how["dtype"] in precisions,
         "kept": isinstance(how["kept"], int) and how["kept"] >= 1,
         "tolerance": 0 < how["tolerance"] <= LOOSEST,
         "effect": 0 <= how["effect"] < math.inf,
         "lost": 0 <= how["lost"] < math.inf,
-        "weights": isinstance(files, dict) and all(n == Path(n).name and n.endswith(".safetensors") for n in files),
+        "weights": isinstance(files, dict) and all(n == Path(n).name and n.endswith(WEIGHTS) for n in files),
         "settings": isinstance(settings, dict) and set(settings) <= {"adapter_config.json", "config.json"},
     }
     wrong = [key for key, right in fine.items() if not right]
@@ -201,15 +204,38 @@ def opened(folder: Path, base: str | None, how: dict[str, Any], device: str) -> 
     """Name of what was loaded, and the model."""
     if how["profile"] == "merged":
         return str(folder), load_base(str(folder), None, how, device)
+    if how["profile"] == "gguf":
+        return opened_gguf(folder, base, how, device)
     config = stored.read_config(folder)
     tensors = stored.read_tensors(folder, config)
-    source = base or config.get("base_model_name_or_path")
-    if not source:
+    source = base or named(config.get("base_model_name_or_path"), folder)
+    model = load_base(source, None if base else config.get("revision"), how, device)
+    return source, stored.load_adapter(model, folder, config, tensors)
+
+
+def opened_gguf(folder: Path, base: str | None, how: dict[str, Any], device: str) -> tuple[str, Any]:
+    """A file of llama.cpp, written back as stock PEFT's adapter and loaded as such."""
+    path = folder / gguf_file.NAME
+    try:
+        fields = gguf_file.Fields(path)
+        source = base or named(fields.base, folder)
+        model = load_base(source, None if base else fields.revision, how, device)
+        with tempfile.TemporaryDirectory(prefix="loralign-gguf-") as room:
+            gguf_file.write_as_peft(fields, model, Path(room))
+            config = stored.read_config(Path(room))
+            return source, stored.load_adapter(model, Path(room), config, stored.read_tensors(Path(room), config))
+    except ImportError as error:
+        raise BadInput(f"{shown(path)} is read by the package gguf: pip install 'loralign[gguf]'") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise Broken(f"{shown(path)} is damaged ({first_line(error)}): export again") from error
+
+
+def named(base: Any, folder: Path) -> str:
+    if not isinstance(base, str) or not base:
         raise BadInput(
             f"{shown(folder)} does not say which base model it belongs to: name it with --base (in Python base=…)"
         )
-    model = load_base(source, None if base else config.get("revision"), how, device)
-    return source, stored.load_adapter(model, folder, config, tensors)
+    return base
 
 
 def judged(folder: Path, how: dict[str, Any], figures: dict[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
     peft       rank and scale by site, as stock PEFT reads them; fully trained heads travel along
                and a compact file of what a form trains, where that is smaller (`compact.py`)
     portable   one rank, scale 1, nothing but lora_A and lora_B: read alike by PEFT, vLLM, llama.cpp, SGLang and TGI
+    gguf       the same as one file in llama.cpp's own format, for it and Ollama
     merged     W0 + B·A in the base's own dtype, a model without adapter
 
 Only `factors(site)` is read, so twins, chains and forms export by the same lines. The folder holds the adapter, a model
@@ -11,7 +12,6 @@ card and `verify/probes.safetensors` (inputs and logits of this process), from w
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +28,7 @@ from loralign.io.adapter_file import adapter_config, check_supported, other_tens
 from loralign.io.card import Card, write_card
 from loralign.io.compact import write_compact
 from loralign.io.folder import check_free, fresh_folder
+from loralign.io.gguf_adapter import gguf_names, write_gguf
 from loralign.io.layout import (
     Product,
     Stored,
@@ -35,6 +36,7 @@ from loralign.io.layout import (
     inhabited,
     limited,
     loss,
+    one_alpha,
     padded,
     read,
     rounded,
@@ -55,13 +57,13 @@ from loralign.io.probes import (
     record,
     write_probes,
 )
-from loralign.io.public import is_local, make_public
+from loralign.io.public import base_name, make_public
 from loralign.io.report import ExportReport as ExportReport
 from loralign.types import LoralignError, Site, WorkFailed
 
 log = logging.getLogger("loralign")
 
-Profile = Literal["peft", "portable", "merged"]
+Profile = Literal["peft", "portable", "gguf", "merged"]
 
 
 def export(
@@ -103,12 +105,11 @@ def export(
     check_exportable(model)
     base, commit = base_name(model, base_id, revision)
     heads = other_tensors(model, ADAPTER)
-    if profile == "portable" and heads:
-        names = sorted({k.removeprefix("base_model.model.").rsplit(".", 1)[0] for k in heads})
-        raise LoralignError(
-            f"{', '.join(names)} was trained in full (modules_to_save), which vLLM refuses and llama.cpp aborts on: "
-            "use profile peft or merged"
-        )
+    if power_of_two and profile in ("peft", "gguf"):
+        raise LoralignError(f"only profile portable pads ranks: leave the power of two out of profile {profile}")
+    if profile in ("portable", "gguf"):
+        _refuse_heads(heads)
+    names = gguf_names(model, found) if profile == "gguf" else {}
     if folder.is_dir() and _is_base(model, folder):
         raise LoralignError(f"{folder} holds the base model itself: name another folder")
     check_free(folder, overwrite=overwrite)
@@ -132,16 +133,18 @@ def export(
     report, how, computed = _measured(model, found, inputs, written)
     with fresh_folder(folder, overwrite=overwrite) as temporary:
         if profile == "merged":
-            write_merged(temporary, model, written.state, tokenizer)
+            write_merged(temporary, model, written.state)
+        elif profile == "gguf":
+            write_gguf(temporary, model, written.stored, names, report)
         else:
             portable = profile == "portable"
             settings = adapter_config(model, ADAPTER, written.stored, portable=portable, base=base, revision=commit)
             write_adapter(temporary, settings, written.stored, heads, model)
             if not portable and report.exact and not drop:
                 report = replace(report, compact=write_compact(temporary, found, heads))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(temporary))
             report = replace(report, traps=tuple(check_portable(temporary)))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary))
         make_public(temporary)
         write_probes(temporary, inputs, computed, how)
         write_card(temporary, replace(card or Card(base), base=base, revision=commit, export=report))
@@ -151,6 +154,16 @@ def export(
         if lost is not None and lost.total > 0.01:
             log.warning("%s: %s changes the update by %.1f %%", folder.name, what, 100 * lost.total)
     return report
+
+
+def _refuse_heads(heads: Mapping[str, Tensor]) -> None:
+    """No server reads modules that trained whole."""
+    if heads:
+        names = sorted({k.removeprefix("base_model.model.").rsplit(".", 1)[0] for k in heads})
+        raise LoralignError(
+            f"{', '.join(names)} was trained in full (modules_to_save), which vLLM refuses and llama.cpp aborts on: "
+            "use profile peft or merged"
+        )
 
 
 def check_exportable(model: PeftModel) -> None:
@@ -178,9 +191,12 @@ def _adapter(
     power_of_two: bool,
 ) -> _Written:
     portable = report.profile == "portable"
-    products = products if portable else inhabited(products)
     scales = {site.name: site.s for site in found}
-    stored = padded(products, power_of_two=power_of_two) if portable else uniform(products, scales)
+    if portable:
+        stored = padded(products, power_of_two=power_of_two)
+    else:
+        stored = (one_alpha if report.profile == "gguf" else uniform)(inhabited(products), scales)
+    products = {n: products[n] for n in stored}
     rounding = None
     if dtype is not None and dtype != torch.float32:
         stored = rounded(stored, dtype)
@@ -268,32 +284,3 @@ def _is_base(model: PeftModel, folder: Path) -> bool:
     """Whether this folder is the one that the base was loaded from."""
     base: Any = model.get_base_model()
     return bool(base.name_or_path) and Path(base.name_or_path).is_dir() and folder.samefile(base.name_or_path)
-
-
-def base_name(model: PeftModel, base_id: str | None, revision: str | None) -> tuple[str, str | None]:
-    """The name under which others find the base, and its commit: a hub id wherever one is known, never a local path.
-
-    A folder of the Hugging Face cache says both; any other local folder gives its config's `_name_or_path` if that is
-    no path, else its own name.
-    """
-    base: Any = model.get_base_model()
-    name = base_id or base.name_or_path
-    commit = revision or getattr(base.config, "_commit_hash", None)
-    if not name:
-        raise LoralignError("the base model has no name (it was built from a config): pass base_id")
-    if not is_local(name):
-        return name, commit
-    path = Path(name).expanduser().resolve()
-    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-        return path.parent.parent.name.removeprefix("models--").replace("--", "/"), revision or path.name
-    if path.is_file():
-        path = path.parent
-    said = _config_name(path)
-    return (said if said and not is_local(said) else path.name), revision
-
-
-def _config_name(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path", ""))
-    except (OSError, ValueError):
-        return ""

@@ -21,9 +21,11 @@ PROBES = Path("verify") / "probes.safetensors"
 
 COMPACT = Path("compact") / "compact.safetensors"
 
+GGUF = "adapter.gguf"
+
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
-_LAST = (ADAPTER_WEIGHTS, "config.json", ADAPTER_CONFIG)
+_LAST = (ADAPTER_WEIGHTS, GGUF, "config.json", ADAPTER_CONFIG)
 
 
 def is_ours(folder: Path) -> bool:
@@ -119,7 +121,7 @@ def _publish(temporary: Path, out: Path) -> None:
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary / path, out / path)
     if ours:  # a former export in another profile must not stay beside this one
-        for pattern in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, str(COMPACT), *_MODEL):
+        for pattern in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, GGUF, str(COMPACT), *_MODEL):
             for old in out.glob(pattern):
                 if old.relative_to(out) not in new:
                     old.unlink()

@@ -3,6 +3,7 @@
     product   ΔW = B·A                      as trained, fp32, scale folded into B
     stored    ΔW = alpha/R · B'·A'          R rows of A', the scale of stock PEFT
     uniform   one s for all sites, alpha_m = s·R_m: right in PEFT and in servers that read r and lora_alpha only
+    one_alpha one alpha for all sites, scale alpha/R_m: right in readers that know no other alpha (llama.cpp)
     padded    s = 1, every site zero-padded to one rank: right wherever the tensors are read at all
 
 Shapes:  A (R, d_in) · B (d_out, R)
@@ -133,6 +134,15 @@ def uniform(products: Mapping[str, Product], scales: Mapping[str, float]) -> dic
     """One scale for all sites, the commonest of training: A as it is, B' = B/s, alpha = s·R."""
     s = Counter(scales.values()).most_common(1)[0][0]
     return {n: Stored(A, B / s, exact_alpha(s, A.shape[0])) for n, (A, B) in products.items()}
+
+
+def one_alpha(products: Mapping[str, Product], scales: Mapping[str, float]) -> dict[str, Stored]:
+    """One alpha, with which the commonest rank has the commonest scale of training: A as it is, B' = B·R/alpha."""
+    (s, _), (R, _) = (
+        Counter(x).most_common(1)[0] for x in (scales.values(), [p.A.shape[0] for p in products.values()])
+    )
+    alpha = float(torch.tensor(s * R, dtype=torch.float32))  # as such files hold it
+    return {n: Stored(A, B / (alpha / A.shape[0]), alpha) for n, (A, B) in products.items()}
 
 
 def padded(products: Mapping[str, Product], *, power_of_two: bool) -> dict[str, Stored]:

@@ -133,16 +133,14 @@ def merged_layers(found: Sequence[Site], state: Mapping[str, Tensor]) -> dict[st
     return {site.name: merged(site) for site in found}
 
 
-def write_merged(folder: Path, model: PeftModel, state: Mapping[str, Tensor], tokenizer: Any | None) -> None:
-    """The model's own `save_pretrained`, with its tokenizer; then shapes are read back."""
+def write_merged(folder: Path, model: PeftModel, state: Mapping[str, Tensor]) -> None:
+    """The model's own `save_pretrained`; then shapes are read back."""
     base: Any = model.get_base_model()
     marked = getattr(base, "hf_quantizer", None) is not None  # also after GGUF, whose layers are plain
     saver = skeleton(base) if marked or is_quantised(base) else base
     if saver is not base and base.can_generate():
         saver.generation_config = base.generation_config
     saver.save_pretrained(str(folder), state_dict=dict(state))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
     written = 0
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -285,9 +285,9 @@ def record(
 
 def write_probes(folder: Path, inputs: Mapping[str, Tensor], out: Mapping[str, Tensor], how: Recorded) -> None:
     """out: logits, and expected and base where they are needed."""
-    sums = {path.name: digest(path) for path in sorted(folder.glob("*.safetensors"))}
-    configs = [folder / ("config.json" if how.profile == "merged" else ADAPTER_CONFIG)]
-    how = replace(how, weights=sums, settings={path.name: digest(path) for path in configs})
+    sums = {path.name: digest(path) for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])}
+    config = folder / ("config.json" if how.profile == "merged" else ADAPTER_CONFIG)
+    how = replace(how, weights=sums, settings={config.name: digest(config)} if config.is_file() else {})
     (folder / PROBES).parent.mkdir(parents=True, exist_ok=True)
     tensors = {**{f"input.{k}": v for k, v in inputs.items()}, **out}
     save_file(tensors, folder / PROBES, metadata={"loralign": json.dumps(asdict(how), default=str)})

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
+from loralign.types import LoralignError
+
 HIDDEN = "hidden"
 _SECRET_KEY = re.compile(
     r"(^|[_\-. ])(token|secret|api_?key|passw(or)?d|passphrase|credential|auth|(private|access|secret)_?key)s?$"
@@ -126,3 +128,32 @@ def make_public(folder: Path) -> None:
             fields = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(fields.get(key), str) and is_local(fields[key]):
                 path.write_text(json.dumps({**fields, key: last_part(fields[key])}, indent=2) + "\n", encoding="utf-8")
+
+
+def base_name(model: Any, base_id: str | None, revision: str | None) -> tuple[str, str | None]:
+    """The name under which others find the base, and its commit: a hub id wherever one is known, never a local path.
+
+    A folder of the Hugging Face cache says both; any other local folder gives its config's `_name_or_path` if that is
+    no path, else its own name.
+    """
+    base: Any = model.get_base_model()
+    name = base_id or base.name_or_path
+    commit = revision or getattr(base.config, "_commit_hash", None)
+    if not name:
+        raise LoralignError("the base model has no name (it was built from a config): pass base_id")
+    if not is_local(name):
+        return name, commit
+    path = Path(name).expanduser().resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/"), revision or path.name
+    if path.is_file():
+        path = path.parent
+    said = _config_name(path)
+    return (said if said and not is_local(said) else path.name), revision
+
+
+def _config_name(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path", ""))
+    except (OSError, ValueError):
+        return ""

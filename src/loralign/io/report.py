@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from loralign.io.folder import COMPACT
+from loralign.io.folder import COMPACT, GGUF
 from loralign.io.layout import Loss
 from loralign.io.portable import serving_note
 from loralign.io.probes import Difference
+
+_NOTES = {
+    "portable": serving_note,
+    "gguf": lambda rank: f"`llama-server -m BASE.gguf --lora {GGUF}`, or `ADAPTER ./{GGUF}` in Ollama's Modelfile",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class ExportReport:
                 f"Logits on the probes differ from the trained model's by at most {d.largest:.1e} "
                 f"({d.mean:.1e} on average, {d.relative:.1e} relative), the top choice agrees in {d.top1:.1%}."
             )
-        return said + ([f"To serve it – {serving_note(self.rank)}."] if self.profile == "portable" else [])
+        return said + ([f"To serve it – {_NOTES[self.profile](self.rank)}."] if self.profile in _NOTES else [])
 
 
 def _loss_line(what: str, loss: Loss) -> str:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -123,5 +124,7 @@ def _reference(base: Path | str) -> str:
 
 
 def _import_paths() -> list[str]:
-    """Where the four packages are, for interpreters that find them by PYTHONPATH only (which -I ignores)."""
-    return sorted({str(Path(str(m.__file__)).parents[1]) for m in (torch, transformers, peft, safetensors)})
+    """Where the packages are, for interpreters that find them by PYTHONPATH only (which -I ignores)."""
+    files = [m.__file__ for m in (torch, transformers, peft, safetensors)]
+    optional = find_spec("gguf")
+    return sorted({str(Path(str(file)).parents[1]) for file in (*files, *([optional.origin] if optional else []))})
