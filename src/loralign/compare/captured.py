@@ -48,6 +48,7 @@ class Wiring:
             for name, t in held.items()
             if t is not None
         ]
+        self.trained: list[Tensor] = list({id(t): t for *_, t, _, trained in self.seen if trained}.values())
 
     def holds(self) -> bool:
         return all(
@@ -60,7 +61,6 @@ class Wiring:
 class Recording:
     """Static inputs, static outputs, and what computes the ones from the others."""
 
-    wiring: Wiring
     inputs: Mapping[str, Tensor]
     outputs: Outputs
     replay: Callable[[], None]
@@ -71,26 +71,29 @@ class Recorder:
 
     def __init__(self, model: nn.Module, record: Record) -> None:
         self.model, self.record = model, record
+        self.wiring = Wiring(model)
         self.recordings: dict[Any, Recording | None] = {}
         """By kind and shapes; None: seen once."""
         self.refused = ""
         """Why nothing is recorded any more."""
 
+    def trained(self) -> list[Tensor]:
+        """What trains now; where the model was changed, everything is recorded afresh."""
+        if not self.wiring.holds():
+            self.wiring, self.recordings = Wiring(self.model), {}
+        return self.wiring.trained
+
     def run(self, kind: str, work: Callable[[Mapping[str, Any]], Outputs], batch: Mapping[str, Any]) -> Outputs:
         """work(batch); outputs that were replayed are overwritten by the next run of the same shape."""
+        self.trained()
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
         key = (kind, *((k, v.shape, v.dtype) if isinstance(v, Tensor) else (k, v) for k, v in batch.items()))
-        known = self.recordings.get(key)
-        if known is not None and not known.wiring.holds():
-            self.recordings = {k: r for k, r in self.recordings.items() if r is None or r.wiring.holds()}
-            known = None
-        if self.refused or (known is None and self._first(key)):
+        if self.refused or self._first(key):
             return work(batch)
+        known = self.recordings.get(key) or self._recorded(kind, work, batch, tensors)
         if known is None:
-            known = self._recorded(kind, work, batch, tensors)
-            if known is None:
-                return work(batch)
-            self.recordings[key] = known
+            return work(batch)
+        self.recordings[key] = known
         for name, value in tensors.items():
             known.inputs[name].copy_(value)
         known.replay()
@@ -108,7 +111,6 @@ class Recorder:
         self, kind: str, work: Callable[[Mapping[str, Any]], Outputs], batch: Mapping[str, Any], tensors: Any
     ) -> Recording | None:
         inputs = {name: value.clone() for name, value in tensors.items()}
-        wiring = Wiring(self.model)
         try:
             outputs, replay = self.record(lambda: work({**batch, **inputs}))
         except (RuntimeError, torch.AcceleratorError) as error:
@@ -117,11 +119,13 @@ class Recorder:
                 "steps run one kernel at a time, because the %s step cannot be recorded: %s", kind, self.refused
             )
             return None
-        return Recording(wiring, inputs, outputs, replay)
+        return Recording(inputs, outputs, replay)
 
 
 class CapturedTrainer(Trainer):
-    """A Trainer whose forward and backward are recorded, once `record_steps` is called."""
+    """A Trainer whose forward and backward are recorded, once `record_steps` is called.
+
+    What the Trainer computes for its log alone is left out."""
 
     recorder: Recorder | None = None
 
@@ -133,7 +137,7 @@ class CapturedTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self.recorder is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = self.recorder.trained()
         before = [p.grad for p in trained]
         plain = super().training_step
 
@@ -152,6 +156,14 @@ class CapturedTrainer(Trainer):
                 p.grad = earlier if p.grad is None else p.grad.add_(earlier)
         assert loss is not None
         return loss.clone()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the Trainer would go through all modules at every step, for what no trial reports."""
+        return 0
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As little: what clips has its own norm, and a trial logs none."""
+        return grad_norm
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
