@@ -104,7 +104,7 @@ def _text(spec: Spec, device: str) -> Prepared:
     def collate(rows: Rows) -> dict[str, Tensor]:
         ids = torch.stack([row["input_ids"] for row in rows])
         batch = {"input_ids": ids, "labels": ids.clone()}
-        return {**batch, "attention_mask": mask.expand(len(rows), 1, -1, -1)} if given else batch
+        return {**batch, "attention_mask": mask.expand(len(rows), 1, -1, -1).contiguous()} if given else batch
 
     train, valid, test = (blocks(p) for p in (spec.task.train, spec.task.valid, spec.task.test))
     return Prepared(model, train, valid, test, collate, None)
