@@ -74,8 +74,8 @@ class Recorder:
         self.wiring = Wiring(model)
         self.recordings: dict[Any, Recording | None] = {}
         """By kind and shapes; None: seen once."""
-        self.refused = ""
-        """Why nothing is recorded any more."""
+        self.refused: set[str] = set()
+        """Kinds that are not recorded any more."""
 
     def trained(self) -> list[Tensor]:
         """What trains now; where the model was changed, everything is recorded afresh."""
@@ -88,7 +88,7 @@ class Recorder:
         self.trained()
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
         key = (kind, *((k, v.shape, v.dtype) if isinstance(v, Tensor) else (k, v) for k, v in batch.items()))
-        if self.refused or self._first(key):
+        if kind in self.refused or self._first(key):
             return work(batch)
         known = self.recordings.get(key) or self._recorded(kind, work, batch, tensors)
         if known is None:
@@ -114,10 +114,9 @@ class Recorder:
         try:
             outputs, replay = self.record(lambda: work({**batch, **inputs}))
         except (RuntimeError, torch.AcceleratorError) as error:
-            self.refused = str(error).splitlines()[0][:120]
-            log.warning(
-                "steps run one kernel at a time, because the %s step cannot be recorded: %s", kind, self.refused
-            )
+            self.refused.add(kind)
+            why = str(error).splitlines()[0][:120]
+            log.warning("%s runs one kernel at a time, because its step cannot be recorded: %s", kind, why)
             return None
         return Recording(inputs, outputs, replay)
 
@@ -176,7 +175,7 @@ class CapturedTrainer(Trainer):
             loss, logits, _ = plain(model, dict(given), prediction_loss_only, ignore_keys)
             return [loss, logits if isinstance(logits, Tensor) else None]
 
-        found = self.recorder.run(f"evaluation {prediction_loss_only}", work, batch)
+        found = self.recorder.run("evaluation", work, batch)
         loss, logits = (None if t is None else t.clone() for t in found)
         return loss, logits, None if prediction_loss_only else batch["labels"]
 

@@ -61,5 +61,6 @@ def warm(trainer: Trainer, model: nn.Module, task: Prepared, held_out: Sequence[
         model.eval()
         for rows in (held_out[:size], held_out[len(held_out) - rest :]):
             if rows:
-                trainer.prediction_step(model, task.collate(list(rows)), prediction_loss_only=True)
+                with trainer.accelerator.autocast():  # the Trainer wraps the model in it when it trains, not before
+                    trainer.prediction_step(model, task.collate(list(rows)), prediction_loss_only=True)
     model.train(was_training)

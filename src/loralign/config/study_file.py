@@ -120,7 +120,7 @@ class StudyTrainSection(_Section):
     compile: bool = False
     """Compile the model's blocks on GPUs, once per worker; for task text, whose rows have one length."""
     capture: bool = True
-    """Record a step on GPUs as one CUDA graph and replay it; what cannot be recorded runs as it is, and that is said."""
+    """Record a step on GPUs as one CUDA graph and replay it; what cannot be recorded runs as it is, which is said."""
     cpu_threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """Threads of a worker on a CPU; results depend on it in the last bits, on the number of workers they do not."""
 
