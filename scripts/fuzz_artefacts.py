@@ -129,6 +129,76 @@ def base(draw: random.Random, number: int) -> Input:
     return Input(["init", "r.yaml", "--set", f"model={folder}"], bad)
 
 
+BASE_VALUES: dict[str, list[Any]] = {
+    "num_hidden_layers": [3, 0, -1, 10**7, "x", None, 1.5],
+    "hidden_size": [32, 0, -16, 10**9, "x"],
+    "vocab_size": [65, 0, -1, 10**12],
+    "num_attention_heads": [0, 3, 10**6],
+    "num_key_value_heads": [0, 3],
+    "head_dim": [0, 7, 10**6],
+    "intermediate_size": [0, 33, 10**9],
+    "attention_dropout": [2.0, -1, "x"],
+    "rms_norm_eps": ["x", -1e9],
+    "hidden_act": ["foo", 3],
+    "model_type": ["foo", "bert", "t5", 3, None],
+    "architectures": [["Foo"], [], 3],
+    "is_encoder_decoder": [True],
+    "dtype": ["float8", 3, "float16"],
+    "pad_token_id": [999, -5, "x"],
+    "eos_token_id": [[1, 2], 10**9, "x"],
+    "rope_parameters": [{"rope_type": "foo"}, {"rope_type": "linear", "factor": 0.0}, 3],
+    "quantization_config": [{"quant_method": "foo"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, 3],
+    "auto_map": [{"AutoConfig": "x.Y"}],
+    "max_position_embeddings": [0, 2, -1],
+}
+TEMPLATES = (
+    "{% for i in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    "{{ messages[99]['content'] }}",
+    "{{ 1 / 0 }}",
+    "{% for m in",
+    "{{ raise_exception('no') }}",
+    "{{ messages }}",
+    "",
+    "fixed text",
+    "{{ 'x' * 99999999999 }}",
+    "{% include 'a' %}",
+    "{{ ''.__class__.__mro__ }}",
+    "{% for m in messages %}{{ m.content | nothing }}{% endfor %}",
+    "{{ bos_token * 3 }}",
+    "{% for m in messages %}{{ m['content'][::-1] }}{% endfor %}",
+    "{{ messages | tojson }}",
+    "{{ none.x }}",
+    "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",
+    "{% set x = range(10**9) | list %}",
+    "\ud800",
+)
+
+WHOLE = ("{{ messages }}", "{{ messages | tojson }}")
+"""Odd, but nothing is lost in them."""
+
+
+def base_config(draw: random.Random, number: int) -> Input:
+    """A model folder whose config has one field of another value."""
+    folder = Path(shutil.copytree("base", CASE / "base"))
+    pairs = [(key, value) for key, values in BASE_VALUES.items() for value in values]
+    key, value = pairs[number % len(pairs)]
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write(folder / "config.json", json.dumps({**held, key: value}))
+    call = ["plan", "init", "train"][number // len(pairs) % 3]
+    return Input([call, "r.yaml", "--set", f"model={folder}"], None)
+
+
+def template(draw: random.Random, number: int) -> Input:
+    """A chat template that does not end, fails, or loses what the turns say."""
+    folder = Path(shutil.copytree("base", CASE / "base"))
+    write(folder / "chat_template.jinja", TEMPLATES[number % len(TEMPLATES)])
+    turns = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8"}]
+    write(CASE / "turns.jsonl", "\n".join([json.dumps({"messages": turns})] * 4))
+    bad = None if TEMPLATES[number % len(TEMPLATES)] in WHOLE else True
+    return Input(["train", "r.yaml", "--set", f"model={folder}", "--set", "data={train: case/turns.jsonl}"], bad)
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -266,6 +336,8 @@ def journal(draw: random.Random, number: int) -> Input:
 ARTEFACTS = (
     Kind("adapter", 160, adapter),
     Kind("base model", 40, base),
+    Kind("base config", 2 * sum(map(len, BASE_VALUES.values())), base_config),
+    Kind("template", len(TEMPLATES), template),
     Kind("checkpoint", 40, checkpoint),
     Kind("beside checkpoints", 12, neighbour),
     Kind("basis file", 60, basis),

@@ -44,7 +44,7 @@ arms: [lora-ga]
 rank: 4
 rates: {count: 2, extensions: 0}
 seeds: 2
-train: {steps: 2, batch_size: 8, eval_every: 2}
+train: {steps: 2, batch_size: 8, eval_every: 2, charge: none}
 output: case/study
 """
 KEPT = ["--set", "method=lora-ga", "--set", "options={micro_batches: 2}", "--set", "cache=case/kept"]

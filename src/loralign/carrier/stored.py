@@ -14,11 +14,9 @@ import hashlib
 import json
 import math
 import re
-import signal
-import threading
+import runpy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+within = runpy.run_path(str(Path(__file__).parents[1] / "maths" / "deadline.py"))["within"]  # also without the package
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MATCHING_S = 5.0  # for a pattern over all modules of a model
+MOST = {**dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 10_000), "vocab_size": 10**8}
 MEND = "copy or export the adapter again"
 
 
@@ -134,7 +135,7 @@ def check_patterns(config: Mapping[str, Any], names: list[str], folder: Path) ->
     wild = [p for p in patterns_of(config) if not re.fullmatch(r"[\w.\\^$-]*", p)]
     for pattern in wild:
         said = f"{shown(folder / CONFIG)} holds {short(pattern)}, which takes for ever to match: name modules instead"
-        with within(MATCHING_S, said):
+        with within(MATCHING_S, Broken(said)):
             found = [name for name in names if re.match(rf"(.*\.)?({pattern})$", name)]
             found += [name for name in names if re.fullmatch(pattern, name)]
 
@@ -183,7 +184,7 @@ def _check_pair(name: str, shapes: Mapping[str, tuple[int, ...]], config: Mappin
 def rank_of(config: Mapping[str, Any], module: str) -> int:
     """The rank that PEFT gives a module."""
     pattern = config.get("rank_pattern") or {}
-    with within(MATCHING_S, f"the patterns of {CONFIG} take for ever to match: name modules instead"):
+    with within(MATCHING_S, Broken(f"the patterns of {CONFIG} take for ever to match: name modules instead")):
         return int(pattern.get(get_pattern_key(pattern, module), config["r"]))
 
 
@@ -202,6 +203,19 @@ def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------- on a model
+
+
+def check_base(config: Any) -> None:
+    """Raise where the config of a base says what no model has: more layers or words than could be gone through in the
+    time that anybody waits, a dropout that is no share."""
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for key, value in inner.to_dict().items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        share = key.endswith(("dropout", "pdrop", "dropout_prob"))
+        if number and (not 0 <= value <= 1 if share else value > MOST.get(key, math.inf)):
+            raise BadInput(
+                f"its config.json says `{key}` {short(value)}, which no model has; download or copy it again"
+            )
 
 
 def load_adapter(model: Any, folder: Path, config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Any:
@@ -264,25 +278,6 @@ _FREE = ("base_model_name_or_path", "revision", "inference_mode", "_name_or_path
 
 def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def within(seconds: float, said: str) -> Iterator[None]:
-    """Raise Broken(said) where the block takes longer; in the main thread, where alarms arrive."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
-        yield
-        return
-
-    def ring(number: int, frame: Any) -> None:
-        raise Broken(said)
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def is_file(path: Path) -> bool:

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from loralign.carrier.stored import check_base
 from loralign.config.recipe import RunFile, to_job
 from loralign.evidence.subspace import check_sources
 from loralign.methods.table import method
 from loralign.plan.combinations import check_combination, idle
 from loralign.plan.memory import Estimate, estimate
-from loralign.plan.trace import Step
+from loralign.plan.trace import Step, example_batch
 from loralign.train.job import Job
 from loralign.train.model import hidden_size, loading
-from loralign.types import CommonSubspace, Recipe
+from loralign.types import CommonSubspace, LoralignError, Recipe
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def planned(file: RunFile, device: str = "auto") -> Planned:
         total_steps=t.steps,
     )
     model = _meta_model(file.model, torch.bfloat16 if bf16 else torch.float32, place)
+    _check_computes(model, step, file.model)
     numbers = sum(p.numel() for p in model.parameters())
     s = recipe.s() if isinstance(recipe, Recipe) else 1.0
     kinds = dict.fromkeys(method(part).export for part in file.method.split("+"))
@@ -68,7 +70,18 @@ def _meta_model(name: str, dtype: torch.dtype, place: dict[str, Any]) -> Any:
     where = path.parent if gguf else path if path.is_dir() else name
     with loading(name), torch.device("meta"):
         config = AutoConfig.from_pretrained(str(where), **place, **gguf)
+        check_base(config)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=place["trust_remote_code"])
+
+
+def _check_computes(model: Any, step: Step, name: str) -> None:
+    """Raise where the untouched model cannot do what its config describes."""
+    try:
+        with torch.no_grad():
+            model(**example_batch(model, step))
+    except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+        said = f"the model {name!r} cannot compute as its config.json describes it ({str(error).splitlines()[0][:100]})"
+        raise LoralignError(f"{said}; download or copy it again") from error
 
 
 def as_data(found: Planned) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loralign.data.table import Row
 from loralign.data.turns import Turn
+from loralign.maths.deadline import within
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
@@ -24,8 +25,14 @@ CHATML = """\
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
-REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template, or the interpreter under it, raises for turns that it can't take."""
+
+RENDERING_S = 10.0  # for one conversation
+_ENDLESS = (
+    f"the chat template takes more than {RENDERING_S:.0f} s for one conversation: put one that ends into the tokenizer "
+    "(chat_template.jinja)"
+)
 
 _ASKED = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Uno."}]
 _CALLED = {"name": "look", "arguments": {"what": "house"}}
@@ -129,7 +136,8 @@ class Chat:
             raise ValueError(f"`chat_template_kwargs` may not hold {clash[0]}")
         shown = [self._shown(turn) for turn in turns]
         tools = row.get("tools") or None
-        text: str = self.tokenizer.apply_chat_template(shown, tools=tools, tokenize=False, **options, **extra)
+        with within(RENDERING_S, LoralignError(_ENDLESS)):
+            text: str = self.tokenizer.apply_chat_template(shown, tools=tools, tokenize=False, **options, **extra)
         return text
 
     def _shown(self, turn: Turn) -> Turn:
@@ -152,8 +160,9 @@ class Chat:
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
     """The chat template with the form of turns that it renders, found by trying."""
     chat = Chat(tokenizer)
-    if not chat._tried(_ASKED, "Uno.") and replace(chat, parts=True)._tried(_ASKED, "Uno."):
-        chat = replace(chat, parts=True)
+    if not chat._tried(_ASKED, "Uno."):
+        text = replace(chat, parts=True)._tried(_ASKED, "Uno.")
+        chat = replace(chat, parts=bool(text) and "'type'" not in text)  # a list of Python is no rendering
     for json_arguments in (False, True):
         tried = replace(chat, json_arguments=json_arguments)
         text = tried._tried(_calling(_CALLED), "house", tools=_TOOLS)

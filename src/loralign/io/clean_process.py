@@ -110,6 +110,7 @@ def load_base(source: str, revision: str | None, how: dict[str, Any], device: st
         options["gguf_file"], source = os.path.basename(source), os.path.dirname(source)
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
+        stored.check_base(config)
     except Exception as error:
         said = first_line(error)[:80]
         raise BadInput(

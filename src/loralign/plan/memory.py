@@ -147,7 +147,8 @@ def _nbytes(tensors: Sequence[Tensor]) -> int:
 def _adapted(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, list[Site]]:
     """The model with the recipe's sites and form, on the meta device. A twin's frozen slots are left out: they cost
     their own bytes and no activation."""
-    adapted = put_in(model, recipe)
+    with torch.device("meta"):  # PEFT would draw every factor on the CPU first
+        adapted = put_in(model, recipe)
     found = sites(adapted)
     check_ranks(recipe, found)
     shared, train, turns = share(adapted.base_model, recipe.form), sides(recipe, found), recipe.init.facts.turns

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from loralign.carrier.abilities import width
 from loralign.carrier.slot import is_adapted
-from loralign.carrier.stored import out_of_memory
+from loralign.carrier.stored import BadInput, check_base, out_of_memory
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
@@ -32,9 +32,15 @@ def load(
     where, extra = _source(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **extra}
     with loading(name):
+        check_base(AutoConfig.from_pretrained(where, **options))
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype_of(precision), use_safetensors=True, **options)
+        model, told = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype_of(precision), use_safetensors=True, output_loading_info=True, **options
+        )
+        _check_whole(told)
     as_plain(model)
+    if model.config.is_encoder_decoder:
+        raise LoralignError(f"cannot load the model {name!r}: its config.json says that it is no causal language model")
     if is_adapted(model):
         raise LoralignError(f"{name!r} is an adapter, not a base model: give the base model in `model`")
     if tokenizer.pad_token is None:
@@ -42,6 +48,15 @@ def load(
     if torch.cuda.is_available():
         model.to("cuda")
     return model, tokenizer
+
+
+def _check_whole(told: dict[str, Any]) -> None:
+    """Raise where the file lacks weights that the config asks for: Transformers would draw them at random."""
+    if missing := sorted(told["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise BadInput(f"its files lack {missing[0]}{more}, which its config.json asks for; download or copy it again")
+    if left := sorted(told["unexpected_keys"]):
+        log.warning("%d weights of the model's files are not asked for by its config.json: %s …", len(left), left[0])
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:
@@ -95,6 +110,7 @@ def hidden_size(name: str, *, revision: str | None = None, trust_remote_code: bo
     where, extra = _source(name)
     with loading(name):
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code, **extra)
+        check_base(config)
     return width(config) or 2000
 
 
@@ -113,9 +129,15 @@ def loading(name: str) -> Iterator[None]:
 
 def _why(error: Exception) -> str:
     text = str(error).strip()
-    said = text.split("\n")[0].split(". ")[0].rstrip(".")
+    if isinstance(error, BadInput):
+        return text
+    if isinstance(error, KeyError):
+        return f"Transformers does not know {text}; check its config.json"
+    said = " ".join(text.split("\n")[: 2 if text.split("\n")[0].endswith(":") else 1]).split(". ")[0].rstrip(".")
     if isinstance(error, SafetensorError):
         return f"its weights are damaged ({said}); download or copy them again"
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other shapes than its config.json says; download or copy it again"
     if "trust_remote_code" in text:
         return "it needs code that its repository ships; set `trust_remote_code: true` if you trust that code"
     if "no file named" in text and "safetensors" in text:
