@@ -4,6 +4,7 @@
     python benchmarks/bench_step.py --device cuda --shapes 1b 8b --json out.json
     python benchmarks/bench_step.py --device cuda --shapes 135m --compiled      beside a study's compiled blocks
     python benchmarks/bench_step.py --shapes wide --repeats 3 --methods sbora-fa sbora-fb prolora reslora
+    python benchmarks/bench_step.py --device cuda --shapes rows --repeats 15 --methods sbora-fa sbora-fb prolora reslora
     python benchmarks/bench_step.py --shapes host --repeats 30      the host's time alone, on the CPU: many tiny layers
 
 A step is forward, backward, clip, optimizer, zero_grad on the same tokens. PEFT: stock layers, fp32 adapters (its
@@ -54,6 +55,11 @@ SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens
         {"hidden_size": 4096, "intermediate_size": 4096, "num_hidden_layers": 5, "num_attention_heads": 32},
         1,
         256,
+    ),
+    "rows": (
+        {"hidden_size": 4096, "intermediate_size": 4096, "num_hidden_layers": 5, "num_attention_heads": 32},
+        8,
+        1024,
     ),
     "135m": (
         {
