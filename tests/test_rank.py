@@ -143,12 +143,12 @@ def test_other_combinations_that_are_refused() -> None:
 
 
 def test_constant_sensitivity_earns_less_and_less() -> None:
-    mean, spread = [torch.zeros(1, dtype=torch.float64)], [torch.zeros(1, dtype=torch.float64)]
-    one, found = [torch.ones(1, dtype=torch.float64)], {}
+    mean, spread = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    one, found = torch.ones(1, dtype=torch.float64), {}
     for n in range(1, 41):
         sensitivity(one, one, mean, spread, (0.85, 0.85))
-        assert float(mean[0]) == pytest.approx(1 - 0.85**n) and float(spread[0]) == pytest.approx(0.15 * n * 0.85**n)
-        found[n] = float(mean[0] * spread[0])
+        assert float(mean) == pytest.approx(1 - 0.85**n) and float(spread) == pytest.approx(0.15 * n * 0.85**n)
+        found[n] = float(mean * spread)
     assert found[1] == pytest.approx(0.019125) and found[2] == pytest.approx(0.060148, abs=1e-6)
     assert found[5] == pytest.approx(0.185123, abs=1e-6) and found[10] == pytest.approx(0.237172, abs=1e-6)
     assert found[40] == pytest.approx(0.0090, abs=1e-4)

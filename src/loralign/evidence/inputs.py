@@ -29,9 +29,10 @@ class InputTap:
         def seen(delta: Tensor, x: Tensor) -> None:
             rows = x.detach().reshape(-1, x.shape[-1])
             used = delta.reshape(len(rows), -1).ne(0).any(1)
-            squares = rows.to(torch.promote_types(rows.dtype, torch.float32)).square() * used[:, None]
+            squares = rows.to(torch.promote_types(rows.dtype, torch.float32)).square()
+            summed = used.to(squares.dtype) @ squares  # one pass over the squares
             self.sums[name] = self.sums[name].to(squares.device)
-            self.sums[name].add_(torch.cat([squares.double().sum(0), used.sum()[None].double()]))
+            self.sums[name].add_(torch.cat([summed.double(), used.sum()[None].double()]))
 
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
             if not (layer.training and torch.is_grad_enabled() and y.requires_grad):

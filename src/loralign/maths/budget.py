@@ -7,9 +7,12 @@ slot's counts as the higher, so that ties are cut at the exact count and alike o
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,14 +22,18 @@ from loralign.types import LoralignError, WorkFailed
 Slots = dict[str, tuple[int, ...]]
 
 
-def ordered(scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-    """All slots, the highest score first."""
+def ordered(scores: Mapping[str, Tensor], last: int | None = None) -> list[tuple[str, int]]:
+    """All slots, the highest score first; of these the `last` ones, where given."""
     names = sorted(scores)
-    flat = torch.cat([scores[name].detach().double().cpu() for name in names])
+    device = scores[names[0]].device
+    flat = torch.cat([scores[name].detach().to(device) for name in names]).double().cpu()  # the host waits once
     if not bool(flat.isfinite().all()):
         raise WorkFailed("the scores of the slots are not finite: the run has diverged, lower the learning rate")
-    where = [(name, j) for name in names for j in range(len(scores[name]))]
-    return [where[k] for k in flat.sort(descending=True, stable=True).indices.tolist()]
+    order = flat.sort(descending=True, stable=True).indices
+    at = (order if last is None else order[len(order) - last :]).tolist()
+    starts = [0, *accumulate(scores[name].shape[0] for name in names)]
+    owners = [bisect_right(starts, k) - 1 for k in at]
+    return [(names[owner], k - starts[owner]) for owner, k in zip(owners, at, strict=True)]
 
 
 def by_site(slots: Sequence[tuple[str, int]]) -> Slots:
@@ -38,15 +45,16 @@ def by_site(slots: Sequence[tuple[str, int]]) -> Slots:
 
 def lowest(scores: Mapping[str, Tensor], count: int) -> Slots:
     """The `count` slots of lowest score, by site."""
-    order = ordered(scores)
-    return by_site(order[len(order) - count :])
+    return by_site(ordered(scores, count))
 
 
+@lru_cache
 def widened(r: int, ratio: float) -> int:
     """⌈ratio·r⌉, exactly."""
     return math.ceil(Fraction(str(ratio)) * r)
 
 
+@lru_cache
 def narrowed(R: int, ratio: float) -> int:
     """The r of which `widened` makes R."""
     return math.floor(R / Fraction(str(ratio)))

@@ -120,7 +120,7 @@ class Driver:
             state, plan = rule.step(state, self.optimizer.moment(self.total_steps, **seen))
             self.optimizer.rule_states[i] = state
             if rule.facts.events and (verbs := agreed(plan)):
-                stage = Stage(self.model, self.optimizer, state, self.recipe.seed, step)
+                stage = Stage(self.optimizer, state, self.recipe.seed, step)
                 changed = apply_plan(stage, verbs)
                 self.changes.append((step, len(changed)))
                 quiet = all(isinstance(verb, Prox) for verb in verbs)  # every step

@@ -10,17 +10,18 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from loralign.carrier.sites import sites
 from loralign.carrier.slot import add_frozen, trained_of, whole, write
 from loralign.maths.draws import keyed_generator
 from loralign.optim.pairs import PairOptimizer
+from loralign.optim.shards import wholes
 from loralign.types import (
     Copy,
     Elements,
@@ -62,16 +63,15 @@ def _tuples(value: Any) -> Any:
 
 
 class Stage:
-    """A model and its optimizer, on which the verbs of one rule act."""
+    """The adapted sites and their optimizer, on which the verbs of one rule act."""
 
-    def __init__(self, model: PeftModel, optimizer: PairOptimizer, state: RuleState, seed: int, step: int) -> None:
-        self.sites = {site.name: site for site in sites(model)}
+    def __init__(self, optimizer: PairOptimizer, state: RuleState, seed: int, step: int) -> None:
         self.optimizer, self.state, self.seed, self.step = optimizer, state, seed, step
 
     def site(self, name: str) -> Site:
-        if name not in self.sites:
+        if name not in self.optimizer.sites:
             raise LoralignError(f"a rule planned for {name}, which is not adapted")
-        return self.sites[name]
+        return self.optimizer.sites[name]
 
     def factor(self, site: Site, side: str) -> Tensor:
         """The live Parameter of one factor."""
@@ -108,14 +108,28 @@ def set_slots(p: Tensor, at: Sequence[int], axis: int, value: Tensor) -> None:
         p.index_copy_(axis, torch.tensor(list(at), device=p.device), value)
 
 
+def write_all(ps: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Write full tensors into possibly sharded ones."""
+    if not any(isinstance(p, DTensor) for p in ps):
+        torch._foreach_copy_([p.detach() for p in ps], list(values))
+        return
+    for p, value in zip(ps, values, strict=True):
+        write(p, value)
+
+
 @torch.no_grad()
 def apply_plan(stage: Stage, plan: Plan) -> set[str]:
     """Carry out the verbs in order; the names of the sites whose slots changed."""
     changes: dict[str, list[SlotChange]] = {}
-    for verb in plan:
-        change = ACTIONS[type(verb)](stage, stage.site(verb.site), verb)
-        if change is not None:
-            changes.setdefault(verb.site, []).append(change)
+    for kind, alike in groupby(plan, type):
+        verbs = list(alike)
+        if kind in TOGETHER:
+            TOGETHER[kind](stage, verbs)
+            continue
+        for verb in verbs:
+            change = ACTIONS[kind](stage, stage.site(verb.site), verb)
+            if change is not None:
+                changes.setdefault(verb.site, []).append(change)
     for name, found in changes.items():
         for change in found:
             stage.optimizer.on_slots(name, change)
@@ -136,10 +150,23 @@ def _on(stage: Stage, site: Site, verb: On) -> SlotChange:
     return SlotChange(fresh=tuple(verb.slots))
 
 
-def _zero(stage: Stage, site: Site, verb: Zero) -> None:
-    p, axis = _tensor(stage, site, verb.name)
-    at = torch.tensor(verb.slots)
-    set_slots(p, verb.slots, axis, torch.zeros_like(whole(p).index_select(axis, at.to(whole(p).device))))
+def _zero(stage: Stage, verbs: Sequence[Zero]) -> None:
+    """One collective for sharded tensors, one copy of the masks to the device."""
+    slots: dict[tuple[str, str], set[int]] = {}
+    for verb in verbs:
+        slots.setdefault((verb.site, verb.name), set()).update(verb.slots)
+    found = [_tensor(stage, stage.site(site), name) for site, name in slots]
+    sizes = [p.shape[axis] for p, axis in found]
+    off = torch.zeros(sum(sizes), dtype=torch.bool)
+    for mask, at in zip(off.split(sizes), slots.values(), strict=True):
+        mask[list(at)] = True
+    kinds = {(p.device, p.dtype) for p, _ in found}
+    on = {kind: (~off).to(*kind).split(sizes) for kind in kinds}
+    masks = [on[p.device, p.dtype][k] for k, (p, _) in enumerate(found)]
+    masks = [m[:, None] if p.dim() > 1 and not axis else m for m, (p, axis) in zip(masks, found, strict=True)]
+    values = torch._foreach_mul(wholes([p.detach() for p, _ in found]), masks)
+    torch._foreach_add_(values, 0.0)  # no −0.0
+    write_all([p for p, _ in found], values)
 
 
 def _tensor(stage: Stage, site: Site, name: str) -> tuple[Tensor, int]:
@@ -167,10 +194,19 @@ def _set(stage: Stage, site: Site, verb: Set) -> None:
             state[key][list(verb.slots)] = 0.0
 
 
-def _prox(stage: Stage, site: Site, verb: Prox) -> None:
-    p = stage.own(site, verb.name)
-    g = whole(p)
-    write(p, g.sign() * (g.abs() - verb.threshold).clamp_min(0.0))
+def _prox(stage: Stage, verbs: Sequence[Prox]) -> None:
+    """One collective for sharded tensors, a few calls for all: rules plan it after every step."""
+    thresholds: dict[tuple[str, str], float] = {}
+    for verb in verbs:
+        key = verb.site, verb.name
+        thresholds[key] = thresholds.get(key, 0.0) + verb.threshold
+    ps = [stage.own(stage.site(site), name) for site, name in thresholds]
+    values = wholes([p.detach() for p in ps])
+    sizes = torch._foreach_abs(values)
+    torch._foreach_sub_(sizes, list(thresholds.values()))
+    torch._foreach_clamp_min_(sizes, 0.0)
+    torch._foreach_mul_(sizes, torch._foreach_sign(values))
+    write_all(ps, sizes)
 
 
 def _freeze(stage: Stage, site: Site, verb: Freeze) -> None:
@@ -202,10 +238,10 @@ ACTIONS: dict[type[Verb], Callable[[Stage, Site, Any], SlotChange | None]] = {
     Off: _off,
     Unborn: _off,
     On: _on,
-    Zero: _zero,
     Copy: _copy,
     Set: _set,
-    Prox: _prox,
     Freeze: _freeze,
     Elements: _elements,
 }
+TOGETHER: dict[type[Verb], Callable[[Stage, Sequence[Any]], None]] = {Zero: _zero, Prox: _prox}
+"""Verbs that no optimizer state follows, carried out for all their sites in a few calls."""

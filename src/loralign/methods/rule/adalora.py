@@ -24,14 +24,14 @@ Example:
     >>> from loralign.methods.rule.adalora import sensitivity
     >>> mean, spread = torch.zeros(1), torch.zeros(1)
     >>> for _ in range(2):
-    ...     sensitivity([torch.ones(1)], [torch.ones(1)], [mean], [spread], (0.85, 0.85))
+    ...     sensitivity(torch.ones(1), torch.ones(1), mean, spread, (0.85, 0.85))
     >>> round(float(mean), 4), round(float(spread), 5)
     (0.2775, 0.21675)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,28 +39,21 @@ from torch import Tensor
 
 from loralign.maths.bounds import AtLeastOne, Betas, Count, NotNegative, Share, bounded
 from loralign.maths.budget import cubic_budget
-from loralign.methods.rule.combine import GATE, Law, Shrink, window_shares
+from loralign.maths.lists import stacked
+from loralign.methods.rule.combine import GATE, Law, Shrink, average, batches, window_shares
 from loralign.methods.rule.rm_lora import slopes
-from loralign.types import Moment, Named, RuleState, SiteShape
+from loralign.types import Moment, Named, RuleState
 
 MEAN, SPREAD = "mean", "spread"
-Many = Sequence[Tensor]
+PARTS = ("A", "B", GATE)
 
 
 @torch.no_grad()
-def sensitivity(
-    w: Sequence[Tensor],
-    g: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    spread: Sequence[Tensor],
-    betas: tuple[float, float],
-) -> None:
+def sensitivity(w: Tensor, g: Tensor, mean: Tensor, spread: Tensor, betas: tuple[float, float]) -> None:
     """One observation of |w·g| into Ī and Ū, in place."""
-    seen = torch._foreach_abs(torch._foreach_mul(list(w), list(g)))
-    torch._foreach_lerp_(list(mean), seen, 1 - betas[0])
-    torch._foreach_sub_(seen, list(mean))
-    torch._foreach_abs_(seen)
-    torch._foreach_lerp_(list(spread), seen, 1 - betas[1])
+    seen = (w * g).abs_()
+    mean.lerp_(seen, 1 - betas[0])
+    spread.lerp_(seen.sub_(mean).abs_(), 1 - betas[1])
 
 
 @dataclass(frozen=True)
@@ -68,21 +61,20 @@ class Sensitivity:
     betas: tuple[float, float]
 
     def observe(self, state: RuleState, moment: Moment) -> None:
-        w = {key: value.to(torch.promote_types(value.dtype, torch.float32)) for key, value in moment.tensors.items()}
-        for (site, name), value in w.items():
-            for kind in (MEAN, SPREAD):
-                known = state.get(f"{kind}|{site}|{name}")
-                state[f"{kind}|{site}|{name}"] = torch.zeros_like(value) if known is None else known.to(value)
-        g = [moment.grads[key].to(w[key]) if key in moment.grads else torch.zeros_like(w[key]) for key in w]
-        mean, spread = ([state[f"{kind}|{site}|{name}"] for site, name in w] for kind in (MEAN, SPREAD))
-        sensitivity(list(w.values()), g, mean, spread, self.betas)
+        for key, names in batches(moment).items():
+            for part in PARTS:
+                w = stacked([moment.tensors[name, part] for name in names])
+                found = [moment.grads.get((name, part)) for name in names]
+                g = stacked([torch.zeros_like(w[0]) if value is None else value for value in found])
+                mean, spread = (average(state, f"{kind}|{key}|{part}", w) for kind in (MEAN, SPREAD))
+                sensitivity(w, g, mean, spread, self.betas)
 
-    def scores(self, state: RuleState, sites: Sequence[SiteShape]) -> Mapping[str, Tensor]:
-        return {site.name: self._score(state, site) for site in sites}
-
-    def _score(self, state: RuleState, site: SiteShape) -> Tensor:
-        found = {n: state[f"{MEAN}|{site.name}|{n}"] * state[f"{SPREAD}|{site.name}|{n}"] for n in ("A", "B", GATE)}
-        return found[GATE] + found["B"].mean(0) + found["A"].mean(1)
+    def scores(self, state: RuleState, moment: Moment) -> Mapping[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        for key, names in batches(moment).items():
+            s = {part: state[f"{MEAN}|{key}|{part}"] * state[f"{SPREAD}|{key}|{part}"] for part in PARTS}
+            made.update(zip(names, (s[GATE] + s["B"].mean(1) + s["A"].mean(2)).unbind(), strict=True))
+        return made
 
 
 @dataclass(frozen=True)

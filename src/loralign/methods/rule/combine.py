@@ -39,9 +39,26 @@ class Scorer(Protocol):
 
     def observe(self, state: RuleState, moment: Moment) -> None: ...
 
-    def scores(self, state: RuleState, sites: Sequence[SiteShape]) -> Mapping[str, Tensor]:
+    def scores(self, state: RuleState, moment: Moment) -> Mapping[str, Tensor]:
         """(r,) by site, the higher the better."""
         ...
+
+
+def batches(moment: Moment) -> dict[str, list[str]]:
+    """The sites of each shape (and device, where there are several) by a name for them: what can be stacked."""
+    devices: dict[torch.device, int] = {}
+    found: dict[str, list[str]] = {}
+    for site in moment.sites:
+        place = devices.setdefault(moment.tensors[site.name, "A"].device, len(devices))
+        found.setdefault(f"{site.r}x{site.d_out}x{site.d_in}" + f"@{place}" * (place > 0), []).append(site.name)
+    return found
+
+
+def average(state: RuleState, key: str, like: Tensor) -> Tensor:
+    """A running average of the state, zero where it is new, on the device of `like`."""
+    known = state.get(key)
+    state[key] = torch.zeros_like(like) if known is None else known.to(like)
+    return state[key]
 
 
 class Regulariser(Protocol):
@@ -123,7 +140,7 @@ class Shrink:
         if not law.due(t):
             return state, None
         b0, bT = self.law.ends(moment.sites)
-        dropped = lowest(self.scorer.scores(state, moment.sites), b0 - self.law.budget(t, law, b0, bT))
+        dropped = lowest(self.scorer.scores(state, moment), b0 - self.law.budget(t, law, b0, bT))
         if t == law.stop:
             for site in moment.sites:
                 on = torch.ones(site.r, dtype=torch.bool)

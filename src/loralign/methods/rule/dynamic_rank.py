@@ -26,7 +26,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +35,9 @@ from torch import Tensor
 from loralign.maths.bounds import AtLeastOne, Beta, Count, NotNegative, Share, bounded
 from loralign.maths.budget import cubic_pruned
 from loralign.maths.linalg import gram
-from loralign.methods.rule.combine import GATE, Law, Shrink, window_shares
-from loralign.types import Moment, Named, RuleState, SiteShape
+from loralign.maths.lists import stacked
+from loralign.methods.rule.combine import GATE, Law, Shrink, average, batches, window_shares
+from loralign.types import Moment, Named, RuleState
 
 TINY = 1e-8
 
@@ -55,20 +56,16 @@ class ComponentShare:
 
     @torch.no_grad()
     def observe(self, state: RuleState, moment: Moment) -> None:
-        groups: dict[tuple[object, ...], list[str]] = {}
-        for site in moment.sites:
-            A = moment.tensors[site.name, "A"]
-            groups.setdefault((site.r, site.d_in, site.d_out, A.device), []).append(site.name)
-        for names in groups.values():
-            A, B, c = (torch.stack([moment.tensors[name, key] for name in names]) for key in ("A", "B", GATE))
-            dtype = torch.promote_types(A.dtype, torch.float32)
-            for name, now in zip(names, shares(A.to(dtype), B.to(dtype), c.to(dtype)), strict=True):
-                known = state.get(f"share|{name}")
-                before = torch.zeros_like(now) if known is None else known.to(now)
-                state[f"share|{name}"] = self.beta * before + (1 - self.beta) * now
+        for key, names in batches(moment).items():
+            A, B, c = (stacked([moment.tensors[name, part] for name in names]) for part in ("A", "B", GATE))
+            now = shares(A, B, c)
+            average(state, f"share|{key}", now).lerp_(now, 1 - self.beta)
 
-    def scores(self, state: RuleState, sites: Sequence[SiteShape]) -> Mapping[str, Tensor]:
-        return {site.name: state[f"share|{site.name}"] for site in sites}
+    def scores(self, state: RuleState, moment: Moment) -> Mapping[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        for key, names in batches(moment).items():
+            made.update(zip(names, state[f"share|{key}"].unbind(), strict=True))
+        return made
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""What a rank rule costs of a training step, averaged over a run under its own schedule; one process, one model.
+
+    python benchmarks/bench_rule.py                                   CPU, one thread, CPU time
+    python benchmarks/bench_rule.py --device cuda --shape 1b --json out.json
+
+step: forward, backward, optimizer, zero_grad without the rule. penalty and masks: what the rule adds within the
+optimizer's step. after: what follows it, events and the verbs that they plan included, the mean over --steps optimizer
+steps of one run (events are a part of them, as the rule's law has it). inputs: what PRILoRA's look at the inputs adds
+to forward and backward. The gradients of the optimizer's steps are those of the first backward, so that a run is short.
+On a GPU wall time between synchronisations: a rule pays for what it makes the device wait. Shapes are bench_step's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_step import SHAPES, base_model, half
+
+from loralign import Recipe, adapt, build, drive, optimizer
+
+RULES: dict[str, dict[str, Any]] = {
+    "adalora": {},
+    "dynamic-rank-lora": {},
+    "sora": {"threshold": 1e-2},
+    "beamlora": {},
+    "prilora": {},
+}
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def measure(name: str, shape: str, device: str, rank: int, steps: int, repeats: int) -> dict[str, float]:
+    """Milliseconds, and the rule's share of a step."""
+    recipe = build(name, RULES[name], r=rank, alpha=2.0 * rank)
+    assert isinstance(recipe, Recipe)
+    model: Any = adapt(base_model(shape, device), recipe).train()
+    ids = torch.randint(0, 8000, SHAPES[shape][1:], device=device)
+
+    def both() -> None:
+        with torch.autocast(device, torch.bfloat16) if half(shape, device) else nullcontext():
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+
+    plain = optimizer(model, replace(recipe, rules=()), 1e-3)
+    both()
+    plain.step()
+    passes = min(seconds(both, device) for _ in range(repeats))
+    without = statistics.fmean(seconds(plain.step, device) for _ in range(max(5, repeats)))
+    opt = optimizer(model, recipe, 1e-3)
+    driver = drive(model, recipe, opt, steps)
+    seen = min(seconds(both, device) for _ in range(repeats)) if driver.inputs is not None else passes
+    within, after = [], []
+    for _ in range(steps):
+        within.append(seconds(opt.step, device))
+        after.append(seconds(driver.after_step, device))
+    driver.close()
+    parts = {"masks": statistics.fmean(within[1:]) - without, "after": statistics.fmean(after), "inputs": seen - passes}
+    step = passes + without
+    return {"step": 1e3 * step, **{k: 1e3 * v for k, v in parts.items()}, "share": max(0.0, sum(parts.values())) / step}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--shape", default=None, choices=tuple(SHAPES))
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=tuple(RULES))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    shape = args.shape or ("small" if args.device == "cpu" else "1b")
+    found = {n: measure(n, shape, args.device, args.rank, args.steps, args.repeats) for n in args.rules}
+    if args.json:
+        args.json.write_text(
+            json.dumps({"shape": shape, "device": args.device, "rank": args.rank, "ms": found}, indent=1)
+        )
+    print(f"{'rule':20}" + "".join(f"{k:>10}" for k in ("step", "masks", "after", "inputs", "share")) + "    (ms)")
+    for name, row in found.items():
+        print(f"{name:20}" + "".join(f"{row[k]:10.2f}" for k in ("step", "masks", "after", "inputs")), end="")
+        print(f"{100 * row['share']:9.2f} %")
+
+
+if __name__ == "__main__":
+    main()
