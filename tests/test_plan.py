@@ -176,13 +176,18 @@ CLASHING: dict[str, tuple[Recipe, Surroundings]] = {
     "reason: the rule is about their slots": (recipe("prolora + rm-lora"), Surroundings()),
     "reason: places in W": (replace(recipe("sbora-fa"), rules=(Allocates(),)), Surroundings()),  # type: ignore[arg-type]
     "reason: the learning rates of B and A says nothing": (recipe("sbora-fa + lora-plus"), Surroundings()),
+    "reason: two rules would decide": (replace(recipe("lora"), rules=(Allocates(), Allocates())), Surroundings()),  # type: ignore[arg-type]
     "reason: a budget of slots runs": (replace(recipe("lora"), rules=(Scheduled(),), outer=Links()), Surroundings()),  # type: ignore[arg-type]
     "reason: switches slots by a trained gate": (
         replace(recipe("lora"), rules=recipe("adalora").rules),
         Surroundings(),
     ),
+    "reason: a gate that shares the rank out": (
+        replace(recipe("lora"), rules=recipe("beamlora").rules),
+        Surroundings(),
+    ),
     "reason: change W before": (replace(recipe("lora"), init=NotZero()), Surroundings()),
-    "reason: two rules would decide": (replace(recipe("lora"), rules=(Allocates(), Allocates())), Surroundings()),  # type: ignore[arg-type]
+    "reason: no gradient reaches any": (replace(recipe("lora"), form=recipe("adalora").form), Surroundings()),
     "reason: more slots at each step": (recipe("rm-lora", r=4, options={"keep": 5}), Surroundings()),
     "reason: wrong under dropout": (recipe("delta-lora", dropout=0.1), Surroundings()),
     "reason: DeepSpeed replaces": (recipe("lora-rite"), DEEPSPEED),
@@ -214,7 +219,8 @@ def test_no_clash_without_each_of_its_facts(clash: Clash) -> None:
     """Every fact of a line is one that some recipe or place has and another has not: no line is dead or always true."""
     commits = replace(recipe("lora"), form=formed(commits=True), outer=Links())
     check_combination(commits)
-    seen = [facts(r) | around(s) for r, s in CLASHING.values()] + [facts(recipe("lora")), facts(commits)]
+    sound = recipe("lora"), recipe("beamlora"), commits
+    seen = [facts(r) | around(s) for r, s in CLASHING.values()] + [facts(r) for r in sound]
     for fact in clash.facts:
         assert any(fact in found for found in seen)
         assert any(fact not in found for found in seen)

@@ -221,6 +221,9 @@ def test_they_go_with_what_they_may() -> None:
     check_combination(made("allocating-lora + lora-rite"))
     with pytest.raises(LoralignError, match="a trained gate stands between"):
         check_combination(made("beamlora + lora-rite"))
+    for form in ("lora", "adalora"):
+        with pytest.raises(LoralignError, match="a gate that shares the rank out among them, which this form does not"):
+            check_combination(replace(made("beamlora"), form=made(form).form))
 
 
 # ------------------------------------------------------------------------------------------------------------- PRILoRA

@@ -85,6 +85,11 @@ CLASHES: tuple[Clash, ...] = (
         instead="set the learning rate and leave lora-plus out",
     ),
     _clash(
+        "several allocate",
+        reason="two rules would decide about the same slots",
+        instead="keep one of them",
+    ),
+    _clash(
         "schedule of slots", "chain",
         reason="a budget of slots runs over the whole run, and each link of a chain starts its slots anew",
         instead="train the rank method by itself",
@@ -95,14 +100,19 @@ CLASHES: tuple[Clash, ...] = (
         instead="take the form that the rule's method brings",
     ),
     _clash(
+        "needs shares", "no shares",
+        reason="its rule weighs slots by a gate that shares the rank out among them, which this form does not have",
+        instead="take the form that the rule's method brings",
+    ),
+    _clash(
         "moves at the start",
         reason="this init and this form together change W before the first step",
         instead="take the init that the method of the form brings",
     ),
     _clash(
-        "several allocate",
-        reason="two rules would decide about the same slots",
-        instead="keep one of them",
+        "cannot learn",
+        reason="this init and this form start where no gradient reaches any of the trained tensors",
+        instead="take the init that the method of the form brings",
     ),
     _clash(
         "too few slots",

@@ -111,6 +111,7 @@ def facts(recipe: Recipe) -> frozenset[str]:
             "reads weights": start.read,
             "starts from data": isinstance(recipe.init.needs, TopGradient | Preheated),
             "moves at the start": start.moves,
+            "cannot learn": not start.learns,
             "one side trains": any(side != "AB" for side in sides) or len(form.stock) == 1,
             "no stock factor": not form.stock,
             "shaped start": start.twin
@@ -133,6 +134,8 @@ def facts(recipe: Recipe) -> frozenset[str]:
             "schedule of slots": any(rule.allocates and rule.too_short is not None for rule in rules),
             "needs a gate": any(rule.needs_gate for rule in rules),
             "no switch": not form.switches,
+            "needs shares": any(rule.needs_shares for rule in rules),
+            "no shares": not form.shares,
             "several allocate": sum(rule.allocates for rule in rules) > 1,
             "too few slots": any(rule.least_rank > recipe.r for rule in rules),
             "not commits": not form.commits,
@@ -162,6 +165,8 @@ class Probe:
     """It read the values of W."""
     moves: bool
     """Without a twin, the form's factors of its values have a product."""
+    learns: bool
+    """Some trained tensor has a gradient there."""
 
 
 def probe(recipe: Recipe, s: float, shape: tuple[int, int] = (48, 40)) -> Probe:
@@ -183,11 +188,22 @@ def probe(recipe: Recipe, s: float, shape: tuple[int, int] = (48, 40)) -> Probe:
     except LoralignError:
         made = Start(torch.zeros(2, d_in), torch.zeros(d_out, 2))
     seen = bool(reads)
-    own = {**recipe.form.trained(W, 2, draw), **made.own, **recipe.form.constants(W, 2, draw)}
+    own = {**recipe.form.trained(W, 2, draw), **made.own}
+    leaves = {**own, **{side: getattr(made, side) for side in "AB" if side in recipe.form.facts.stock}}
+    leaves = {key: value.detach().clone().requires_grad_() for key, value in leaves.items()}
+    own = {**{key: leaves[key] for key in own}, **recipe.form.constants(W, 2, draw)}
     none = torch.zeros(0, d_in), torch.zeros(d_out, 0)
-    live = Live(made.A, made.B, *none, own, dict(recipe.form.shared()))
-    A, B = (factor.dense() for factor in recipe.form.factors(live, ()))
-    return Probe(made.twin, made.train, seen, not made.twin and bool((B @ A).any()))
+    stock = leaves.get("A", made.A), leaves.get("B", made.B)
+    live = Live(*stock, *none, own, dict(recipe.form.shared()))
+    with torch.enable_grad():
+        A, B = (factor.dense() for factor in recipe.form.factors(live, ()))
+        product = B @ A
+        slopes = torch.autograd.grad(
+            (product * torch.randn(shape, generator=made_up)).sum(), list(leaves.values()), allow_unused=True
+        )
+    found = {key: g is not None and bool(g.any()) for key, g in zip(leaves, slopes, strict=True)}
+    learns = any(on for key, on in found.items() if key not in "AB" or key in made.train)
+    return Probe(made.twin, made.train, seen, not made.twin and bool(product.any()), learns)
 
 
 draw = draw_for(0, "probe")

@@ -69,6 +69,8 @@ class Facts:
     """The form's own trained tensors that have one entry per slot, along their first axis."""
     switches: frozenset[str] = frozenset()
     """Those of `per_slot` whose zeros switch a slot off: such slots are left out of exports."""
+    shares: bool = False
+    """Its gate shares the rank out among the slots (a softmax, which is never zero)."""
     own_lr: float = 1.0
     """Learning rate of the form's own tensors over that of A."""
     own_decay: bool = False
@@ -92,6 +94,8 @@ class Facts:
     """Frozen slots per live one that it adds."""
     needs_gate: bool = False
     """It switches slots by a gate of the form, named "gate"."""
+    needs_shares: bool = False
+    """It weighs slots by the form's gate as shares of the rank."""
     slots: Callable[[Mapping[str, int]], Mapping[str, int]] | None = None
     """{module: the recipe's rank} -> {module: slots to insert}; s stays that of the recipe's rank. None: as many."""
     forwards: Callable[[int], int] | None = None

@@ -94,4 +94,4 @@ def normal_gated() -> Gated:
 @bounded
 def beam(tau: Positive = 0.05) -> Gated:
     """BeamLoRA's shares of r, which sum to r."""
-    return Gated(Facts(gated=True, commits=True, per_slot=_GATE, own_decay=True), _zeros, _Beam(tau))
+    return Gated(Facts(gated=True, commits=True, per_slot=_GATE, shares=True, own_decay=True), _zeros, _Beam(tau))

@@ -1,0 +1,132 @@
+"""Mixes of the rank axis: any scorer under any law, rank rules with forms, transforms and one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loralign import METHODS, LoralignError, Recipe, adapt, build, drive, optimizer
+from loralign.maths.budget import Window, cubic_budget, cubic_pruned
+from loralign.methods.rule.adalora import Orthogonal, Sensitivity
+from loralign.methods.rule.combine import GATE, Law, Shrink, unregularised
+from loralign.methods.rule.dynamic_rank import ComponentShare, Variance
+from loralign.plan.combinations import check_combination
+from loralign.types import Moment, RuleState
+
+
+def made(name: str) -> Recipe:
+    recipe = build(name, r=2, alpha=4.0, targets=("0", "2"))
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+@dataclass(frozen=True)
+class Size:
+    """A scorer of one's own: the gate's size."""
+
+    def observe(self, state: RuleState, moment: Moment) -> None:
+        return None
+
+    def scores(self, state: RuleState, moment: Moment) -> Mapping[str, Tensor]:
+        return {site.name: moment.tensors[site.name, GATE].abs() for site in moment.sites}
+
+
+def straight(t: int, window: Window, b0: int, bT: int) -> int:
+    """A law of one's own: the budget falls at a constant rate."""
+    return b0 - round((b0 - bT) * window.progress(t))
+
+
+SCORERS = (Sensitivity((0.85, 0.85)), ComponentShare(0.9), Size())
+BUDGETS: tuple[Callable[[int, Window, int, int], int], ...] = (cubic_budget, cubic_pruned, straight)
+REGULARISERS = (unregularised, Orthogonal(0.1), Variance(0.1))
+
+
+@pytest.mark.parametrize(("scorer", "budget"), [*product(SCORERS, BUDGETS)])
+def test_any_scorer_under_any_law_ends_at_its_budget(scorer: Any, budget: Any) -> None:
+    regulariser = REGULARISERS[(SCORERS.index(scorer) + BUDGETS.index(budget)) % 3]
+    recipe = replace(made("adalora"), rules=(Shrink(scorer, Law(1.5, 0.2, 0.3, 2, budget), regulariser),))
+    check_combination(recipe)
+    torch.manual_seed(0)
+    model: Any = adapt(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6)), recipe)
+    opt = optimizer(model, recipe, 3e-2)
+    driver = drive(model, recipe, opt, 12)
+    course = []
+    for _ in range(12):
+        x = torch.randn(8, 6)
+        (model(x) - x.flip(1)).square().mean().backward()
+        opt.step()
+        driver.after_step()
+        opt.zero_grad()
+        course.append(sum(driver.ranks().values()))
+    assert course[0] == 6 and course[-4:] == [4, 4, 4, 4], course
+
+
+GATE_STANDS = "a trained gate stands between A and B"
+TWO = "two rules would decide about the same slots"
+PLACES = "its slots are places in W"
+NO_PAIR = "its form trains neither A nor B"
+NO_GATE = "its rule switches slots by a trained gate, which this form does not have"
+NO_SHARES = "its rule weighs slots by a gate that shares the rank out among them, which this form does not have"
+JUMPS = "change W before the first step"
+STUCK = "start where no gradient reaches any of the trained tensors"
+GATED = ("adalora", "dynamic-rank-lora", "sora", "beamlora")
+FREE = ("allocating-lora", "prilora")
+RANK = (*GATED, *FREE)
+FORMS = tuple(m.id for m in METHODS.values() if m.form is not None)
+TRANSFORMS = tuple(m.id for m in METHODS.values() if m.transform is not None and not m.renamed)
+PER_NUMBER = ("lora-plus", "spectral")
+"""Transforms beside a gate: what they do to a factor does not ask for the other one."""
+
+
+def said(recipe: Recipe) -> str:
+    try:
+        check_combination(recipe)
+    except LoralignError as error:
+        return str(error)
+    return ""
+
+
+def test_every_rank_rule_is_here() -> None:
+    assert {m.id for m in METHODS.values() if any(rule().facts.allocates for rule in m.rules)} == set(RANK)
+
+
+@pytest.mark.parametrize(("rule", "transform"), [*product(RANK, TRANSFORMS)])
+def test_a_gate_and_what_steps_around_it(rule: str, transform: str) -> None:
+    reason = said(replace(made(rule), transform=made(transform).transform))
+    assert (GATE_STANDS in reason) if rule in GATED and transform not in PER_NUMBER else reason == ""
+
+
+@pytest.mark.parametrize(("one", "other"), [*product(RANK, RANK)])
+def test_two_rank_rules_are_refused(one: str, other: str) -> None:
+    assert TWO in said(replace(made(one), rules=made(one).rules + made(other).rules))
+
+
+def _reason(rule: str, form: str) -> str:
+    if form.startswith("sbora"):
+        return PLACES
+    if form == "prolora":
+        return NO_PAIR
+    if rule == "beamlora":
+        return "" if form == "beamlora" else NO_SHARES
+    if rule in ("adalora", "dynamic-rank-lora", "sora") and form not in ("adalora", "dynamic-rank-lora", "sora"):
+        return NO_GATE
+    if rule in ("adalora", "dynamic-rank-lora") and form == "sora":
+        return JUMPS  # their inits start both factors
+    if rule not in ("adalora", "dynamic-rank-lora") and form in ("adalora", "dynamic-rank-lora"):
+        return STUCK  # B and the gate are zero
+    return ""
+
+
+@pytest.mark.parametrize(("rule", "form"), [*product(RANK, FORMS)])
+def test_a_rule_on_another_form(rule: str, form: str) -> None:
+    recipe = replace(made(rule), form=made(form).form)
+    if form.startswith("sbora"):
+        recipe = replace(recipe, init=made(form).init)
+    reason, want = said(recipe), _reason(rule, form)
+    assert want in reason and bool(want) == bool(reason), reason
