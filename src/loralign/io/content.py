@@ -7,6 +7,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers.utils import cached_file
 
 SAMPLES, SAMPLE_BYTES = 64, 65536
@@ -38,6 +40,15 @@ def model_print(name: str, revision: str | None = None) -> str:
             found.update(json.dumps(kept, sort_keys=True).encode())
         else:
             found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def tensors_print(model: nn.Module) -> str:
+    """Hash of the tensors of a model in memory, by name."""
+    found = blake2b(digest_size=12)
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

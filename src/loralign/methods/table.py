@@ -19,6 +19,7 @@ from loralign.methods.form.plain import plain
 from loralign.methods.form.prolora import partial_rotation
 from loralign.methods.form.reslora import shortcuts
 from loralign.methods.form.sbora import fixed_A, fixed_B
+from loralign.methods.form.sd_lora import directions
 from loralign.methods.init.cora import common_basis, common_start
 from loralign.methods.init.gaussian import gaussian
 from loralign.methods.init.hrp import high_rank_preheat, high_rank_sketch
@@ -31,6 +32,7 @@ from loralign.methods.init.rac_lora import random_side
 from loralign.methods.init.sbora import unit_columns, unit_rows
 from loralign.methods.outer.chain import chain_of_links, randomized_links, restarts
 from loralign.methods.outer.once import once
+from loralign.methods.outer.sd_lora import task_links
 from loralign.methods.outer.xgblora import boosters
 from loralign.methods.reference import muon
 from loralign.methods.rule.adalora import sensitivity_budget
@@ -178,6 +180,13 @@ _LINES = (
            LrPrior(None, "unknown"), outer=boosters, fields={"r": 1, "alpha": 16.0},
            presets={"paper": {"r": 1, "choice": "uniform", "fraction": 11 / 32}},
            unverified="the paper's body could not be read: from its abstract, reviews and other people's code"),
+    Method("sd-lora", "a direction for every task, how far to go along each goes on training", "2501.13198",
+           "exact, rank grows", LrPrior(None, "unknown: the authors' 8e-3 is for SGD or Adam on ViT-B/16, s 1"),
+           form=directions, outer=task_links, fields={"r": 10, "alpha": None},
+           presets={"paper": {"r": 10}, "paper-rr": {"r": 10, "later_ranks": (8, 6)},
+                    "paper-kd": {"r": 10, "absorb": 9e-4},
+                    "code": {"r": 10, "current": "raw", "norm": "factors", "magnitude": 0.8}},
+           unverified="the paper's body could not be read: from a third party's summary and the authors' code"),
     Method("relora", "links of many steps with warm-ups of their own (baseline)", "2307.05695", "exact, rank grows",
            LrPrior(None, "unknown"), outer=restarts,
            presets={"paper": {"r": 128, "alpha": 32.0, "dropout": 0.1, "link_steps": 1000}},

@@ -337,13 +337,14 @@ class PairOptimizer(torch.optim.Optimizer):
                 adam_slots(self.state[p], 0, change)
 
     def forget(self, names: Iterable[str]) -> None:
-        """Clear the whole optimizer state (moments and step counters) of these sites, as a knot of a chain needs."""
+        """Clear the whole optimizer state (moments and step counters) of these sites, as a knot of a chain needs, and of
+        what the form shares."""
         wanted, live = set(names), live_pairs(self.param_groups)
         for name in wanted:
             for p in live[name].values():
                 self.state.pop(p, None)
         for (site, _), p in live_own(self.param_groups).items():
-            if site in wanted:
+            if site in wanted or not site:
                 self.state.pop(p, None)
 
 

@@ -45,6 +45,16 @@ CLASHES: tuple[Clash, ...] = (
         instead="take a method of the plain form",
     ),
     _clash(
+        "reads links", "cuts links",
+        reason="its form weighs each link, and cut links are none any more",
+        instead="leave `keep_slots` out",
+    ),
+    _clash(
+        "narrows", "not slots",
+        reason="later links train fewer slots, and this optimizer does not say what the others do to them",
+        instead="use the transform adamw, or leave `later_ranks` out",
+    ),
+    _clash(
         "tied", "pairwise",
         reason="its factors share numbers, and this optimizer updates A and B from one another",
         instead="use the transform adamw",

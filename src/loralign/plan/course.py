@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from loralign.plan.combinations import draw, probe
 from loralign.types import Episode, Recipe, Site, Train
@@ -31,9 +31,13 @@ def trained_by(episode: Episode, names: Sequence[str]) -> frozenset[str]:
     return frozenset(names if episode.sites is None else episode.sites)
 
 
-def commits(episodes: Sequence[Episode], names: Sequence[str]) -> Counter[str]:
-    """Links of each site that a knot turns into frozen slots; the last one stays live."""
-    return Counter(name for episode in episodes[:-1] for name in trained_by(episode, names))
+def commits(episodes: Sequence[Episode], ranks: Mapping[str, int]) -> Counter[str]:
+    """Slots of each site that knots turn into frozen ones; the last link stays live."""
+    found: Counter[str] = Counter()
+    for episode in episodes[:-1]:
+        for name in trained_by(episode, list(ranks)):
+            found[name] += min(ranks[name], episode.slots or ranks[name])
+    return found
 
 
 def sides(recipe: Recipe, found: Sequence[Site]) -> dict[str, Train]:

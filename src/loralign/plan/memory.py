@@ -96,10 +96,10 @@ def estimate(
     static, state = _nbytes(_tensors(adapted)), _state_bytes(recipe, found, trained, step.total_steps)
     names = [site.name for site in found]
     episodes = course(recipe, step.total_steps, names)
-    committed, last = commits(episodes, names), trained_by(episodes[-1], names)
+    committed, last = commits(episodes, ranks), trained_by(episodes[-1], names)
     each, extra = 2 if start.twin else 1, snapshots(recipe, step.total_steps)
     most = episodes[-1].keep_slots
-    held = {name: min(each * committed[name] * R, most or 2**31) + extra * R for name, R in ranks.items()}
+    held = {name: min(each * committed[name], most or 2**31) + extra * R for name, R in ranks.items()}
     live = {name: each * R * (name in last or not held[name]) for name, R in ranks.items()}
     frozen = sum(((each - 1) * s.r + held[s.name]) * 4 * (s.d_in + s.d_out) for s in found)
     moment = trace(adapted, step, batch, loss) - static

@@ -49,6 +49,7 @@ def attach(
     cache: Path | None = None,
     validation: Iterable[Batch] | None = None,
     progress: Progress | None = None,
+    rows: Callable[[Episode | None], Iterable[Batch]] | None = None,
 ) -> RecipeCallback:
     """Prepare a trainer, built with `peft_config=peft_config(recipe, model)`, for the recipe; call before `train()`.
 
@@ -57,6 +58,7 @@ def attach(
         rest_lr: learning rate of tensors outside pairs (a fresh head), where it differs from the trainer's.
         cache: folder for evidence. progress: called with (what, done, total).
         validation: batches for rules that decide by a validation loss.
+        rows: (episode that begins, None for the first) -> batches for evidence; None: the trainer's training batches.
     Raises:
         LoralignError: a model that is not the recipe's, a reference adapter, DeepSpeed with a pairwise transform.
     Side effects: the trainer's `max_grad_norm` becomes 0, the recipe's own clip acts inside the optimizer; checkpoints
@@ -76,7 +78,7 @@ def attach(
             evidence = gather(
                 model,
                 recipe,
-                _batches(trainer, recipe, recipe.init.needs.draws),
+                _batches(trainer, recipe, recipe.init.needs.draws, rows and rows(None)),
                 loss=loss_of(trainer),
                 cache=cache,
                 progress=progress,
@@ -85,8 +87,8 @@ def attach(
     else:
         stored, spent, facts = dict(whole_note(Path(resume_from)).storage), None, {}
         restore_storage(model, recipe, stored)
-    rows = [rule.needs for rule in recipe.rules if isinstance(rule.needs, Validation)]
-    if rows and validation is None:
+    judges = any(isinstance(rule.needs, Validation) for rule in recipe.rules)
+    if judges and validation is None:
         raise LoralignError(
             f"{recipe.name} decides by the loss on validation rows: pass attach(…, validation=batches), which are "
             "neither training rows nor rows that you report on"
@@ -100,8 +102,8 @@ def attach(
         spent=spent,
         wrapped=lambda: trainer.model_wrapped,
         evidence=facts,
-        gather=lambda episode: _at_knot(trainer, model, recipe, episode, progress),
-        observe=validation_loss(model, list(validation), loss_of(trainer)) if rows and validation is not None else None,
+        gather=lambda episode: _at_knot(trainer, model, recipe, episode, rows, progress),
+        observe=validation_loss(model, list(validation), loss_of(trainer)) if judges and validation is not None else None,
     )
     trainer.add_callback(callback)
     lr = float(trainer.args.learning_rate)
@@ -204,22 +206,29 @@ def loss_of(trainer: Any) -> Callable[[nn.Module, Batch], Tensor]:
     return loss
 
 
-def _at_knot(trainer: Any, model: PeftModel, recipe: Recipe, episode: Episode, progress: Progress | None) -> Evidence:
+def _at_knot(
+    trainer: Any,
+    model: PeftModel,
+    recipe: Recipe,
+    episode: Episode,
+    rows: Callable[[Episode | None], Iterable[Batch]] | None,
+    progress: Progress | None,
+) -> Evidence:
     """Evidence for a later link: batches drawn by (seed, episode), randomness of the training as it was."""
     needs = (episode.init or recipe.init).needs
     with undisturbed(trainer, model):
         set_seed(keyed_generator(recipe.seed, "rows at a knot", episode.index).initial_seed() % 2**31)
-        batches = _batches(trainer, recipe, needs.draws)
+        batches = _batches(trainer, recipe, needs.draws, rows and rows(episode))
         found = gather(model, recipe, batches, needs=needs, loss=loss_of(trainer), progress=progress)
     for p in model.parameters():
         p.grad = None
     return found
 
 
-def _batches(trainer: Any, recipe: Recipe, wanted: int) -> Iterator[Batch]:
+def _batches(trainer: Any, recipe: Recipe, wanted: int, rows: Iterable[Batch] | None = None) -> Iterator[Batch]:
     if not wanted:
         return
-    loader = trainer.get_train_dataloader()
+    loader = trainer.get_train_dataloader() if rows is None else rows
     try:
         for batch in islice(iter(loader), wanted):
             if not isinstance(batch, Mapping):

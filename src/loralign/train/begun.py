@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,24 +53,24 @@ class Begun:
     settings: Mapping[str, str]
 
 
-def read_begun(job: Job) -> Begun:
-    path = job.output / "checkpoints" / BEGUN
+def read_begun(output: Path) -> Begun:
+    path = output / "checkpoints" / BEGUN
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         settings = body["settings"] if "format" in body else body
         return Begun(str(body.get("run", "")), {str(k): str(v) for k, v in settings.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise LoralignError(
-            f"cannot resume {job.output.name}: its checkpoints/{BEGUN} is missing or damaged; begin a run elsewhere"
+            f"cannot resume {output.name}: its checkpoints/{BEGUN} is missing or damaged; begin a run elsewhere"
         ) from None
 
 
-def resume_point(job: Job) -> Path:
+def resume_point(output: Path) -> Path:
     """The last checkpoint of the run whose parts are all as they were written; newer ones are named."""
-    folder = job.output / "checkpoints"
+    folder = output / "checkpoints"
     faults: list[str] = []
     found = numbered(folder)
-    run = read_begun(job).run if found else ""
+    run = read_begun(output).run if found else ""
     for checkpoint in found:
         fault = fault_of(checkpoint, run)
         if not fault:
@@ -80,11 +80,11 @@ def resume_point(job: Job) -> Path:
         faults.append(fault)
     if any((checkpoint / NOTE).is_file() for checkpoint in found):
         raise LoralignError(
-            f"nothing to resume in {job.output.name}: {faults[0]}, and there is no other one; delete "
-            f"{job.output.name}, run without --resume"
+            f"nothing to resume in {output.name}: {faults[0]}, and there is no other one; delete "
+            f"{output.name}, run without --resume"
         )
     raise LoralignError(
-        f"nothing to resume in {job.output.name}: no checkpoint is complete; empty it, run without --resume"
+        f"nothing to resume in {output.name}: no checkpoint is complete; empty it, run without --resume"
     )
 
 
@@ -124,24 +124,29 @@ def given_settings(job: Job, rows: Mapping[str, str]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in FREE}
 
 
-def note_beginning(job: Job, rows: Mapping[str, str]) -> None:
-    folder = job.output / "checkpoints"
+def settings_and_model(job: Job, rows: Mapping[str, str]) -> dict[str, str]:
+    return {**settings_of(job, rows), "model": model_print(job.model, job.revision)}
+
+
+def note_beginning(output: Path, settings: Mapping[str, str]) -> None:
+    folder = output / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {**settings_of(job, rows), "model": model_print(job.model, job.revision)}
-    body = {"format": FORMAT, "run": uuid.uuid4().hex, "settings": settings}
+    body = {"format": FORMAT, "run": uuid.uuid4().hex, "settings": dict(settings)}
     write_text(folder / BEGUN, json.dumps(body, indent=1, ensure_ascii=False))
 
 
 def check_unchanged(job: Job, rows: Mapping[str, str]) -> Begun:
     """Refuse to resume a run with other settings, rows or weights than it began with."""
-    begun = read_begun(job)
+    begun = read_begun(job.output)
     if begun.run:
-        now = {**settings_of(job, rows), "model": model_print(job.model, job.revision)}
-    else:
-        log.warning(
-            "%s was begun by an older loralign: whether its base model is this one is not known", job.output.name
-        )
-        now = {key: repr(value) for key, value in given_settings(job, rows).items()}
+        return check_settings(job.output, settings_and_model(job, rows), rows)
+    log.warning("%s was begun by an older loralign: whether its base model is this one is not known", job.output.name)
+    return check_settings(job.output, {key: repr(value) for key, value in given_settings(job, rows).items()}, rows)
+
+
+def check_settings(output: Path, now: Mapping[str, str], rows: Collection[str]) -> Begun:
+    """Refuse where the run in `output` began with other settings. rows: keys whose values are fingerprints."""
+    begun = read_begun(output)
     changed = [key for key in now if begun.settings.get(key) != now[key]]
     if not changed:
         return begun
@@ -150,7 +155,7 @@ def check_unchanged(job: Job, rows: Mapping[str, str]) -> Begun:
     said = f"the rows of `{key}` are not those that the run began with" if key in rows else f"`{key}` {values}"
     said = "`model` holds other weights than the run began with" if key == "model" else said
     raise LoralignError(
-        f"cannot resume {job.output.name}: {said}{more}; give what it began with, or another `output` for a new run"
+        f"cannot resume {output.name}: {said}{more}; give what it began with, or another `output` for a new run"
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 
+from loralign.carrier.absorb import absorb
 from loralign.carrier.compress import compress
 from loralign.carrier.sites import draw_for, sites, sync_config, weight
 from loralign.carrier.slot import commit, effective
@@ -86,6 +87,9 @@ class Episodes:
                 raise WorkFailed(f"{self.recipe.name}: link {episode.index} trains no factor of {name}")
             if len(both) == 1:
                 optimizer.trains[name] = both[0]
+        for site in sites(self.model):
+            if episode.slots is not None and site.name in awake and episode.slots < site.r:
+                optimizer.dead[site.name] = torch.arange(site.r) >= episode.slots
 
     def lr_factor(self, step: int, course: Callable[[int], float] | None = None) -> float:
         """Factor on the learning rate of step `step` (0-based) for every role: a linear re-warm-up at the start of a
@@ -129,9 +133,10 @@ class Episodes:
         fresh = {
             site.name: self._start(site, following, evidence) for site in sites(self.model) if site.name in trained
         }
+        kept = self._kept(done, trained)
         for site in sites(self.model):
             if site.name in trained:
-                commit(site.layer, site.adapter, fresh[site.name])
+                commit(site.layer, site.adapter, fresh[site.name], kept)
                 optimizer.dead.pop(site.name, None)
         if following.reset:
             optimizer.forget(trained)
@@ -139,6 +144,14 @@ class Episodes:
             self._compress(following.index, following.keep_slots)
         sync_config(self.model)
         log.info("%s: episode %d begins, %d sites committed", self.recipe.name, following.index, len(trained))
+
+    def _kept(self, done: Episode, trained: set[str]) -> int | None:
+        """Slots of the link that are committed; None: all."""
+        layers = [(site.layer, site.adapter) for site in sites(self.model) if site.name in trained]
+        if done.absorb is None or not absorb([layer for layer, _ in layers], layers[0][1], done.absorb):
+            return done.slots
+        log.info("%s: the links before make up link %d, which is not kept", self.recipe.name, done.index)
+        return 0
 
     def _compress(self, index: int, most: int) -> None:
         """Frozen slots become the best `most` of each site; what that loses is said, per knot."""

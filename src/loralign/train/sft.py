@@ -46,7 +46,14 @@ from loralign.io.verify import verify
 from loralign.train.adapt import check_start
 from loralign.train.arguments import arguments, check_schedule
 from loralign.train.attach import attach
-from loralign.train.begun import check_output, check_unchanged, clear_way, note_beginning, resume_point
+from loralign.train.begun import (
+    check_output,
+    check_unchanged,
+    clear_way,
+    note_beginning,
+    resume_point,
+    settings_and_model,
+)
 from loralign.train.checkpoint import CheckpointCallback, step_of
 from loralign.train.ending import Patience, check_moved, samples, train_to_the_end
 from loralign.train.job import Job
@@ -118,7 +125,7 @@ def _run(job: Job, *, resume: bool, progress: Progress | None) -> Result:
     trainer, started = ready.trainer, time.perf_counter()
     try:
         if ready.resume_from is None and trainer.is_world_process_zero():
-            note_beginning(job, ready.fingerprints)
+            note_beginning(job.output, settings_and_model(job, ready.fingerprints))
         train_to_the_end(trainer, ready.resume_from)
     except (OSError, SafetensorError, RuntimeError) as error:
         if not disk_full(error):
@@ -184,7 +191,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     """Everything up to the first training step."""
     set_seed(job.seed)
     remove_left(job.output)
-    resume_from = resume_point(job) if resume else None
+    resume_from = resume_point(job.output) if resume else None
     if not resume:
         check_output(job.output)
         _check_sources(job.recipe)

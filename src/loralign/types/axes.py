@@ -67,6 +67,11 @@ class Facts:
     merged and exported."""
     per_slot: frozenset[str] = frozenset()
     """The form's own trained tensors that have one entry per slot, along their first axis."""
+    link: Callable[[Live], tuple[Tensor, Tensor]] | None = None
+    """It weighs the links of a chain (`Live.links`): A and B that a link leaves of its live tensors, before its weight;
+    None: what `factors` makes of them, without a weight."""
+    weights: str = ""
+    """Of such a form: its shared tensor with one entry per link; the live link's is entry `len(links)`."""
     switches: frozenset[str] = frozenset()
     """Those of `per_slot` whose zeros switch a slot off: such slots are left out of exports."""
     shares: bool = False
@@ -106,6 +111,8 @@ class Facts:
     # of an outer loop
     trains: Train = "AB"
     """Factors that train in one episode or another."""
+    narrows: bool = False
+    """Some episode trains fewer slots than the rank."""
 
 
 @runtime_checkable
@@ -266,7 +273,9 @@ class Episode:
     index: 0-based. steps: optimizer steps of the link. sites: names that train, None for all. train: the trained
     factors. init: of this link's live slots, None: the recipe's. reset: clear the optimizer state of what trains at
     its start. warm_up_steps: learning-rate re-warm-up. restart: the schedule starts again and runs its whole course
-    in this link. keep_slots: at its start, frozen slots of each site become the best so many; None: all stay.
+    in this link. keep_slots: at its start, frozen slots of each site become the best so many; None: all stay. slots: of
+    every site so many train and are committed, the others stay zero; None: all. absorb: at its end, a link that the
+    committed ones make up but for this share of its norm² is not committed, their weights take it over; None: never.
     """
 
     index: int
@@ -278,6 +287,8 @@ class Episode:
     warm_up_steps: int = 0
     restart: bool = False
     keep_slots: int | None = None
+    slots: int | None = None
+    absorb: float | None = None
 
 
 @runtime_checkable

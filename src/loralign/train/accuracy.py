@@ -1,0 +1,33 @@
+"""What class-incremental learning is measured by: the accuracy on every task seen, after every task.
+
+    a[t][i]             share of the rows of task i that are right after task t, among the classes seen so far
+    average accuracy    A_t = mean_{i ≤ t} a[t][i], every task counts alike; the last one is "the" average accuracy
+    anytime accuracy    mean_t A_t
+    forgetting          mean_{i < T} (max_{i ≤ t < T} a[t][i] − a[T][i]); may be negative; 0 of a single moment
+
+Source:  Chaudhry et al., "Riemannian Walk", arXiv 1801.10112 (forgetting); SD-LoRA, arXiv 2501.13198 (Acc, AAA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Matrix = Sequence[Sequence[float]]
+"""One row per moment; row t has the tasks seen by then. Joint training has one row, of all tasks."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    average: float
+    anytime: float
+    forgetting: float
+
+
+def scores(matrix: Matrix) -> Scores:
+    """Of a matrix with at least one row."""
+    averages = [sum(row) / len(row) for row in matrix]
+    last = matrix[-1]
+    lost = [max(row[i] for row in matrix[:-1] if len(row) > i) - last[i] for i in range(len(last) - 1)]
+    forgotten = sum(lost) / len(lost) if lost and len(matrix) > 1 else 0.0
+    return Scores(averages[-1], sum(averages) / len(averages), forgotten)

@@ -1,0 +1,409 @@
+"""Class-incremental learning: one task after the other, each with its own classes and its own rows, none comes back.
+
+    for every task: the schedule from its beginning, a fresh optimizer → train on its rows alone → accuracy on the test
+    rows of every task seen → the adapter and the head of this moment → the outer loop's knot
+
+One Trainer runs through all tasks, its rows laid out one task after the other, so checkpoints, resume and several
+processes are those of every run. A recipe whose outer loop has links gets one per task (sd-lora: a direction for each);
+one without trains a single adapter in sequence, the baseline. The head has all classes from the start; the loss sees
+those of the row's own task (`mask: task`), decisions are among the classes seen so far.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    get_scheduler,
+    set_seed,
+)
+
+from loralign.carrier.abilities import fresh_heads
+from loralign.carrier.sites import draw_for, peft_config, put_in
+from loralign.evidence import Progress
+from loralign.io.card import Card
+from loralign.io.content import tensors_print
+from loralign.io.export import base_name, export
+from loralign.io.lock import locked
+from loralign.io.matrix import accuracy_picture
+from loralign.io.provenance import remove_left, write_json
+from loralign.io.verify import VerifyJob, verify_many
+from loralign.plan.combinations import facts
+from loralign.train.accuracy import Scores, scores
+from loralign.train.adapt import check_start
+from loralign.train.attach import attach
+from loralign.train.begun import check_output, check_settings, clear_way, note_beginning, resume_point
+from loralign.train.callback import RecipeCallback
+from loralign.train.checkpoint import reopen, step_of
+from loralign.train.ending import check_moved, train_to_the_end
+from loralign.train.heads import draw_head, linears
+from loralign.train.journal import Journal
+from loralign.train.model import dtype_of
+from loralign.train.task_rows import Mask, Ordered, Task, check_tasks, fingerprint, joined, masked_loss, visible
+from loralign.types import Batch, Draw, Episode, Facts, LoralignError, Outer, Recipe, VerificationFailed
+
+log = logging.getLogger("loralign")
+
+Collate = Callable[[list[Any]], Mapping[str, Tensor]]
+MATRIX = "accuracy.json"
+
+
+@dataclass(frozen=True)
+class TaskTraining:
+    """The optimisation of every task."""
+
+    learning_rate: float
+    head_lr: float | None = None
+    """Of the fresh head; None: as the adapter."""
+    steps: int | None = None
+    """Optimizer steps of each task; None: by epochs."""
+    epochs: float = 1.0
+    batch_size: int = 16
+    """Rows per optimizer step and process."""
+    micro_batch_size: int | None = None
+    """Rows per forward, a divisor of batch_size; None: batch_size."""
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    """Share of a task's steps over which the rate rises."""
+    mask: Mask = "task"
+    save_every: int | None = None
+    """Optimizer steps between checkpoints; None: after every task."""
+    eval_batch_size: int = 64
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on GPUs that have it."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """matrix: accuracies by moment and task (`train/accuracy.py`). moments: folders of plain adapters with heads."""
+
+    matrix: list[list[float]]
+    scores: Scores
+    moments: tuple[Path, ...]
+    verified: bool
+
+
+@dataclass(frozen=True)
+class OnePerTask:
+    """An outer loop of which each link is a task."""
+
+    outer: Outer
+    lengths: tuple[int, ...]
+
+    @property
+    def facts(self) -> Facts:
+        return self.outer.facts
+
+    def episode(self, index: int, total_steps: int, sites: Sequence[str], draw: Draw) -> Episode | None:
+        if index >= len(self.lengths):
+            return None
+        made = self.outer.episode(index, 2**31, sites, draw)
+        if made is None:
+            raise LoralignError(
+                f"the outer loop has {index} links and there are {len(self.lengths)} tasks: raise `links` or `tasks` "
+                "in `options`"
+            )
+        return replace(made, steps=self.lengths[index], warm_up_steps=0, restart=False)
+
+
+def by_task(recipe: Recipe, lengths: Sequence[int]) -> Recipe:
+    """The recipe with a link per task, where its outer loop has links at all."""
+    if "chain" not in facts(recipe):
+        return recipe
+    outer = OnePerTask(recipe.outer, tuple(lengths))
+    for k in range(len(lengths)):
+        outer.episode(k, sum(lengths), ["layers.0.probe"], draw_for(recipe.seed))
+    return replace(recipe, outer=outer)
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    training: TaskTraining,
+    output: Path | str,
+    *,
+    collate: Collate = default_data_collator,
+    joint: bool = False,
+    resume: bool = False,
+    export_moments: bool = True,
+    base: str | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    tokenizer: Any | None = None,
+) -> TaskResult:
+    """Train a classifier on tasks in sequence, measure after each, write results and plain adapters to `output`.
+
+    Args:
+        model: with a head of all classes, which is drawn afresh by the recipe's seed; it is adapted in place.
+        collate: rows to a batch of the model's inputs and "labels".
+        joint: all tasks at once, in as many steps: the upper bound.
+        resume: go on from the last complete checkpoint in `output`; on a CPU the result is the same to the last bit.
+        export_moments: write the plain adapter and head of every moment, verified where `base` is a folder or hub id.
+        base: what to load for the verification; its name goes into the adapters.
+    Raises:
+        LoralignError: bad input, one sentence. VerificationFailed: a written adapter computes something else.
+    """
+    with locked(Path(output)):
+        run = _Run(model, recipe, tasks, training, Path(output), collate, joint)
+        return run.go(resume, export_moments, base, revision, progress, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+class _Run:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        tasks: Sequence[Task],
+        training: TaskTraining,
+        output: Path,
+        collate: Collate,
+        joint: bool,
+    ) -> None:
+        labels = int(model.config.num_labels)
+        check_tasks(tasks, labels)
+        self.model, self.tasks, self.training, self.output, self.collate = model, list(tasks), training, output, collate
+        self.parts = [joined(tasks)] if joint else list(tasks)
+        steps = [_steps(task, training) for task in tasks]
+        self.lengths = [sum(steps)] if joint else steps
+        self.ends = [sum(self.lengths[: k + 1]) for k in range(len(self.lengths))]
+        self.recipe = by_task(recipe, self.lengths)
+        self.loss = masked_loss(visible(self.parts, labels, training.mask))
+        self.matrix: list[list[float]] = []
+
+    def seen(self, moment: int) -> list[Task]:
+        """The tasks that moment `moment`, 0-based, is measured on."""
+        return self.tasks if len(self.parts) == 1 else self.tasks[: moment + 1]
+
+    def go(
+        self,
+        resume: bool,
+        export_moments: bool,
+        base: str | None,
+        revision: str | None,
+        progress: Progress | None,
+        tokenizer: Any | None,
+    ) -> TaskResult:
+        set_seed(self.recipe.seed)
+        remove_left(self.output)
+        point = resume_point(self.output) if resume else None
+        if point is None:
+            check_output(self.output)
+        settings = self.settings()
+        if point is not None:
+            begun = check_settings(self.output, settings, [k for k in settings if k.startswith("task ")])
+            clear_way(point, begun.run, 2)
+            self.matrix = self._measured(step_of(point))
+        trainer = self._trainer()
+        callback = attach(
+            trainer, self.recipe, resume_from=point, rest_lr=self.training.head_lr, rows=trainer.rows_of, progress=progress
+        )
+        if point is None:
+            check_start(trainer.model, self._inputs(self.parts[0].train[:2], trainer))
+        write = (lambda moment: self._export(trainer, moment, base, revision, tokenizer)) if export_moments else None
+        trainer.add_callback(_Moments(self, trainer, callback, write))
+        trainer.add_callback(Journal(self.output / "log.jsonl", step_of(point) if point else None, progress))
+        trainer.remove_callback(PrinterCallback)
+        if point is None and trainer.is_world_process_zero():
+            note_beginning(self.output, settings)
+        train_to_the_end(trainer, point)
+        check_moved(trainer, self.recipe, [])
+        return self._finish(trainer, base if export_moments else None, export_moments)
+
+    def settings(self) -> dict[str, str]:
+        """What the result depends on."""
+        rows = {f"task {t.name}": fingerprint(t.train) + fingerprint(t.test) for t in self.tasks}
+        free = {k: v for k, v in asdict(self.training).items() if k not in ("save_every", "eval_batch_size")}
+        made = {**free, "recipe": self.recipe, "parts": len(self.parts)}
+        return {**{k: repr(v) for k, v in made.items()}, **rows, "model": tensors_print(self.model)}
+
+    def _trainer(self) -> _TasksTrainer:
+        t = self.training
+        micro = t.micro_batch_size or t.batch_size
+        if t.batch_size % micro:
+            raise LoralignError(f"batch_size {t.batch_size} is no multiple of micro_batch_size {micro}")
+        bf16 = dtype_of(t.precision) == torch.bfloat16
+        args = TrainingArguments(
+            output_dir=str(self.output / "checkpoints"), max_steps=self.ends[-1], learning_rate=t.learning_rate,
+            per_device_train_batch_size=micro, gradient_accumulation_steps=t.batch_size // micro,
+            per_device_eval_batch_size=t.eval_batch_size, train_sampling_strategy="sequential",
+            save_strategy="steps" if t.save_every else "no", save_steps=t.save_every or 500, save_total_limit=2,
+            logging_steps=10, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, bf16=bf16,
+            use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
+            remove_unused_columns=False, seed=self.recipe.seed,
+        )  # fmt: skip
+        names = fresh_heads(self.model)
+        if not names:
+            raise LoralignError(f"{type(self.model).__name__} has no classification head: load it with one")
+        draw_head(linears(self.model, names), self.recipe.seed)
+        model = put_in(self.model, self.recipe)
+        counts = [n * t.batch_size * args.world_size for n in self.lengths]
+        order = Ordered([part.train for part in self.parts], counts, self.recipe.seed)
+        trainer = _TasksTrainer(
+            model=model, args=args, train_dataset=order, data_collator=self.collate, compute_loss_func=self.loss
+        )
+        trainer.lengths, trainer.ends, trainer.course = self.lengths, self.ends, (t.schedule, t.warmup)
+        if trainer.is_fsdp_enabled:
+            raise LoralignError("tasks are measured and exported from whole weights, which FSDP splits: use DDP")
+        return trainer
+
+    # --------------------------------------------------------------------------------------------------------- moments
+
+    def _inputs(self, rows: Sequence[Any], trainer: Any) -> dict[str, Tensor]:
+        batch = trainer._prepare_inputs(dict(self.collate(list(rows))))
+        return {k: v for k, v in batch.items() if k != "labels"}
+
+    @torch.no_grad()
+    def measure(self, trainer: Any, model: Any, moment: int) -> list[float]:
+        """Accuracy on every task seen, among the classes seen."""
+        classes = torch.tensor(sorted(c for task in self.seen(moment) for c in task.classes))
+        training, found = model.training, []
+        model.eval()
+        for task in self.seen(moment):
+            right = 0
+            for i in range(0, len(task.test), self.training.eval_batch_size):
+                rows = [task.test[k] for k in range(i, min(i + self.training.eval_batch_size, len(task.test)))]
+                with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+                    logits = model(**self._inputs(rows, trainer)).logits.float().cpu()
+                chosen = classes[logits[:, classes].argmax(dim=1)]
+                right += int((chosen == torch.tensor([int(row["labels"]) for row in rows])).sum())
+            found.append(right / len(task.test))
+        model.train(training)
+        return found
+
+    def note(self, moment: int, row: list[float]) -> None:
+        self.matrix = [*self.matrix[:moment], row]
+        write_json(self.output / MATRIX, {"ends": self.ends[: moment + 1], "matrix": self.matrix})
+
+    def _measured(self, step: int) -> list[list[float]]:
+        """Rows of moments up to a checkpoint."""
+        done = sum(end <= step for end in self.ends)
+        try:
+            kept = json.loads((self.output / MATRIX).read_text(encoding="utf-8"))["matrix"] if done else []
+            rows = [[float(v) for v in row] for row in kept[:done]]
+        except (OSError, ValueError, KeyError, TypeError):
+            rows = []
+        if len(rows) < done:
+            raise LoralignError(f"{MATRIX} of {self.output.name} is missing or damaged: begin the run elsewhere")
+        return rows
+
+    def folder(self, moment: int) -> Path:
+        return self.output / f"after-{moment + 1}"
+
+    def _export(self, trainer: Any, moment: int, base: str | None, revision: str | None, tokenizer: Any | None) -> None:
+        done = [task.name for task in self.seen(moment)]
+        classes = sorted(c for task in self.seen(moment) for c in task.classes)
+        name = base_name(trainer.model, base, revision)[0] if base or self.model.name_or_path else self.model.config.model_type
+        card = Card(
+            name, method=self.recipe.name, learning_rate=self.training.learning_rate,
+            data={"tasks seen": ", ".join(done), "classes seen": ", ".join(map(str, classes))},
+            metrics={f"accuracy on {n}": a for n, a in zip(done, self.matrix[moment], strict=True)},
+        )  # fmt: skip
+        probes = self._inputs(self.parts[min(moment, len(self.parts) - 1)].train[:2], trainer)
+        export(
+            trainer.model, self.folder(moment), base_id=name, revision=revision, probes=probes, card=card,
+            tokenizer=tokenizer, overwrite=True,
+        )  # fmt: skip
+
+    # -------------------------------------------------------------------------------------------------------- the end
+
+    def _finish(self, trainer: Any, base: str | None, exported: bool) -> TaskResult:
+        result = scores(self.matrix)
+        moments = tuple(self.folder(k) for k in range(len(self.ends))) if exported else ()
+        if not trainer.is_world_process_zero():
+            return TaskResult(self.matrix, result, moments, False)
+        reports = verify_many([VerifyJob(folder, base) for folder in moments]) if base and moments else []
+        for report in reports:
+            if report.kind == "input":
+                raise LoralignError(report.failure)
+            if report.kind == "verification":
+                raise VerificationFailed(report.failure)
+        names = [task.name for task in self.tasks]
+        title = f"{self.recipe.name}: {100 * result.average:.1f} % at the end, forgetting {100 * result.forgetting:.1f}"
+        accuracy_picture({"joint" if len(self.parts) == 1 and len(names) > 1 else "in sequence": self.matrix}, names,
+                         self.output / "accuracy.png", title=title)  # fmt: skip
+        facts_of = {"method": self.recipe.name, "tasks": {t.name: list(t.classes) for t in self.tasks}}
+        facts_of |= {"matrix": self.matrix, **asdict(result), "verified": bool(reports)}
+        write_json(self.output / "results.json", facts_of)
+        return TaskResult(self.matrix, result, moments, bool(reports))
+
+
+def _steps(task: Task, training: TaskTraining) -> int:
+    if training.steps is not None:
+        return training.steps
+    return max(1, math.ceil(training.epochs * len(task.train) / training.batch_size))
+
+
+class _TasksTrainer(Trainer):
+    """Rows in their order; the schedule runs its whole course in every task."""
+
+    lengths: list[int]
+    ends: list[int]
+    course: tuple[str, float]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            name, warmup = self.course
+            aside = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+            made = [get_scheduler(name, aside, math.ceil(warmup * n), n).lr_lambdas[0] for n in self.lengths]
+
+            def factor(step: int) -> float:
+                k = min(bisect_right(self.ends, step), len(self.ends) - 1)
+                return float(made[k](step - (self.ends[k] - self.lengths[k])))
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+    def rows_of(self, episode: Episode | None) -> Iterable[Batch]:
+        """Batches of the task that begins."""
+        kept: Any = self.train_dataset
+        begin = (self.ends[episode.index - 1] if episode and episode.index else 0) * len(kept) // self.ends[-1]
+        self.train_dataset = Subset(kept, range(begin, len(kept)))
+        try:
+            loader: DataLoader[Any] = self.get_train_dataloader()
+        finally:
+            self.train_dataset = kept
+        return loader
+
+
+class _Moments(TrainerCallback):
+    """After every task, the knot being tied: measure, export, a fresh optimizer, a checkpoint."""
+
+    def __init__(self, run: _Run, trainer: Any, recipe: RecipeCallback, write: Callable[[int], None] | None) -> None:
+        self.run, self.trainer, self.recipe, self.write = run, trainer, recipe, write
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step not in self.run.ends:
+            return
+        moment = self.run.ends.index(state.global_step)
+        row = self.run.measure(self.trainer, self.recipe.model, moment)
+        if state.is_world_process_zero:
+            self.run.note(moment, row)
+            if self.write is not None:
+                self.write(moment)
+        self.run.matrix = [*self.run.matrix[:moment], row]
+        said = ", ".join(f"{100 * a:.1f}" for a in row)
+        log.info("after task %d: accuracy %s %%", moment + 1, said)
+        if self.recipe.optimizer is not None:
+            self.recipe.optimizer.state.clear()
+        control.should_save = True
+        reopen(args, state, control)
