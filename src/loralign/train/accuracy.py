@@ -28,6 +28,7 @@ def scores(matrix: Matrix) -> Scores:
     """Of a matrix with at least one row."""
     averages = [sum(row) / len(row) for row in matrix]
     last = matrix[-1]
-    lost = [max(row[i] for row in matrix[:-1] if len(row) > i) - last[i] for i in range(len(last) - 1)]
-    forgotten = sum(lost) / len(lost) if lost and len(matrix) > 1 else 0.0
+    before = {i: [row[i] for row in matrix[:-1] if len(row) > i] for i in range(len(last))}
+    lost = [max(values) - last[i] for i, values in before.items() if values]
+    forgotten = sum(lost) / len(lost) if lost else 0.0
     return Scores(averages[-1], sum(averages) / len(averages), forgotten)
