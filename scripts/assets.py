@@ -271,6 +271,7 @@ def build_dinov2() -> Path:
 def dinov2_state(file: Path) -> dict[str, Any]:
     """Tensors of the backbone by their names in Transformers 4. Matrices are anonymous and named by their node."""
     import torch
+
     from onnx_file import read_graph
 
     tensors, nodes = read_graph(file)

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 FLOAT, INT64 = 1, 7
-_KINDS = {FLOAT: np.dtype("<f4"), INT64: np.dtype("<i8")}
+_KINDS: dict[int, np.dtype[Any]] = {FLOAT: np.dtype("<f4"), INT64: np.dtype("<i8")}
 
 
 @dataclass(frozen=True)
@@ -88,5 +89,5 @@ def _node(message: memoryview) -> Node:
         found.setdefault(number, []).append(value)
     text = {number: [bytes(v).decode() for v in values] for number, values in found.items() if number in (1, 2, 3, 4)}
     tensors = [v for attribute in found.get(5, ()) for number, v in fields(attribute) if number == 5]
-    value = _tensor(tensors[0])[1] if tensors else None
-    return Node(text.get(3, [""])[0], text.get(4, [""])[0], tuple(text.get(1, ())), text.get(2, [""])[0], value)
+    constant = _tensor(tensors[0])[1] if tensors else None
+    return Node(text.get(3, [""])[0], text.get(4, [""])[0], tuple(text.get(1, ())), text.get(2, [""])[0], constant)

@@ -28,7 +28,7 @@ import typer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-import assets  # noqa: E402
+import assets
 
 SEEDS, SEARCH = (1, 2, 3), 0
 SPREAD = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -81,7 +81,7 @@ def split_rows(rows: Sequence[dict[str, Any]], shares: tuple[float, float], most
 
 def tasks_of(by_class: Sequence[dict[str, list[Any]]], sizes: Sequence[int], names: Sequence[str]) -> Splits:
     found: Splits = []
-    for k, size in enumerate(sizes):
+    for k in range(len(sizes)):
         at = range(sum(sizes[:k]), sum(sizes[: k + 1]))
         rows = {split: [row for c in at for row in by_class[c][split]] for split in ("train", "valid", "test")}
         found.append((", ".join(names[c] for c in at), rows))
@@ -91,14 +91,15 @@ def tasks_of(by_class: Sequence[dict[str, list[Any]]], sizes: Sequence[int], nam
 def cifar10(plan: Plan) -> Splits:
     """Images of 32 × 32 pixels as uint8 tensors, enlarged once to `size` × `size` (bicubic, antialiased)."""
     with np.load(assets.build_cifar10() / "images.npz") as file:
-        images, labels, names = (torch.from_numpy(file[k]) if k != "names" else file[k] for k in ("images", "labels", "names"))
+        images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+        names = [str(name) for name in file["names"]]
     by_class = []
     for c in range(10):
         chosen = images[labels == c][: plan.rows].permute(0, 3, 1, 2).float()
         large = torch.nn.functional.interpolate(chosen, (plan.size, plan.size), mode="bicubic", antialias=True)
         rows = [{"pixel_values": x, "labels": c} for x in large.round().clamp(0, 255).to(torch.uint8)]
         by_class.append(split_rows(rows, (0.7, 0.1), plan.rows))
-    return tasks_of(by_class, (2, 2, 2, 2, 2), [str(n) for n in names])
+    return tasks_of(by_class, (2, 2, 2, 2, 2), names)
 
 
 def collate_images(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -167,7 +168,7 @@ def run(plan: Plan, trial: Trial) -> dict[str, Any]:
     tasks = [Task(name, rows["train"], rows[held_out]) for name, rows in HELD["rows"]]
     options = {"tasks": len(tasks)} if method == "sd-lora" else {}
     targets = ("q_proj", "v_proj") if plan.data == "cifar10" else ("query", "value")
-    recipe = build(method, options, r=plan.rank, alpha=None, targets=targets, seed=trial.seed)
+    recipe: Any = build(method, options, r=plan.rank, alpha=None, targets=targets, seed=trial.seed)
     training = TaskTraining(
         trial.rate, head_lr=plan.head_lr, epochs=plan.epochs, batch_size=plan.batch, eval_batch_size=256
     )
@@ -181,7 +182,8 @@ def run(plan: Plan, trial: Trial) -> dict[str, Any]:
 
 
 def run_all(plan: Plan, trials: Sequence[Trial], pool: ProcessPoolExecutor | None) -> list[dict[str, Any]]:
-    asked: Iterable[dict[str, Any]] = map(run, [plan] * len(trials), trials) if pool is None else pool.map(run, [plan] * len(trials), trials)
+    each = map if pool is None else pool.map
+    asked: Iterable[dict[str, Any]] = each(run, [plan] * len(trials), trials)
     found = []
     for trial, result in zip(trials, asked, strict=True):
         said = f"{100 * result['average']:.1f} % at the end, forgetting {100 * result['forgetting']:.1f}"

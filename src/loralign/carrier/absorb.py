@@ -1,7 +1,7 @@
 """A link that the links before it make up already: their weights take it over, and it need not be kept.
 
-    min_c Σ_sites ‖D_t − Σ_{k<t} c_k·D_k‖²        G·c = g,  G_kl = Σ ⟨D_k, D_l⟩,  g_k = Σ ⟨D_k, D_t⟩
-    w_k ← w_k + c_k·w_t,  w_t ← its value at the start          where what is left is at most `most`·Σ ‖D_t‖²
+min_c Σ_sites ‖D_t − Σ_{k<t} c_k·D_k‖²        G·c = g,  G_kl = Σ ⟨D_k, D_l⟩,  g_k = Σ ⟨D_k, D_t⟩
+w_k ← w_k + c_k·w_t,  w_t ← its value at the start          where what is left is at most `most`·Σ ‖D_t‖²
 """
 
 from __future__ import annotations

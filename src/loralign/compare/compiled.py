@@ -17,7 +17,8 @@ from torch import nn
 from transformers import Trainer
 
 from loralign.compare.tasks import Prepared
-from loralign.train.attach import loss_of, undisturbed
+from loralign.train.attach import loss_of
+from loralign.train.undisturbed import undisturbed
 from loralign.types import LoralignError
 
 LIMIT = 128

@@ -19,7 +19,8 @@ def accuracy_picture(
     columns = min(MOST_IN_A_ROW, len(panels))
     rows = -(-len(panels) // columns)
     width, height = 1.1 + 0.52 * len(tasks), 1.0 + 0.42 * max(len(m) for m in panels.values())
-    figure = Figure(figsize=(1.2 + columns * width, 0.7 + rows * max(1.6, height)), layout="constrained")
+    height += 0.08 * max(map(len, tasks))  # names stand upright
+    figure = Figure(figsize=(1.2 + columns * width, 0.7 + rows * height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat[len(panels) :]:

@@ -337,8 +337,8 @@ class PairOptimizer(torch.optim.Optimizer):
                 adam_slots(self.state[p], 0, change)
 
     def forget(self, names: Iterable[str]) -> None:
-        """Clear the whole optimizer state (moments and step counters) of these sites, as a knot of a chain needs, and of
-        what the form shares."""
+        """Clear the whole optimizer state (moments and step counters) of these sites and of what the form shares, as a
+        knot of a chain needs."""
         wanted, live = set(names), live_pairs(self.param_groups)
         for name in wanted:
             for p in live[name].values():

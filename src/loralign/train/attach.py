@@ -10,21 +10,15 @@ incomplete) and, where a method has state of its own, `loralign_state.safetensor
 
 from __future__ import annotations
 
-import copy
 import logging
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import set_seed
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loralign.carrier.sites import ADAPTER, as_layers, beside, differing_target, peft_config, sites
 from loralign.evidence import Evidence, Progress
@@ -34,6 +28,7 @@ from loralign.train.adapt import carry_on, check_goes_on, gather, is_trained, op
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import whole_note
 from loralign.train.replaced import ignored, instead_of
+from loralign.train.undisturbed import undisturbed
 from loralign.train.validation import validation_loss
 from loralign.types import Batch, Episode, LoralignError, Recipe, Validation
 
@@ -88,7 +83,8 @@ def attach(
         stored, spent, facts = dict(whole_note(Path(resume_from)).storage), None, {}
         restore_storage(model, recipe, stored)
     judges = any(isinstance(rule.needs, Validation) for rule in recipe.rules)
-    if judges and validation is None:
+    validation = None if validation is None else list(validation)
+    if judges and not validation:
         raise LoralignError(
             f"{recipe.name} decides by the loss on validation rows: pass attach(…, validation=batches), which are "
             "neither training rows nor rows that you report on"
@@ -103,7 +99,7 @@ def attach(
         wrapped=lambda: trainer.model_wrapped,
         evidence=facts,
         gather=lambda episode: _at_knot(trainer, model, recipe, episode, rows, progress),
-        observe=validation_loss(model, list(validation), loss_of(trainer)) if judges and validation is not None else None,
+        observe=validation_loss(model, validation, loss_of(trainer)) if judges and validation else None,
     )
     trainer.add_callback(callback)
     lr = float(trainer.args.learning_rate)
@@ -239,73 +235,3 @@ def _batches(trainer: Any, recipe: Recipe, wanted: int, rows: Iterable[Batch] | 
             yield batch
     finally:
         getattr(loader, "end", lambda: None)()  # accelerate counts a loader as running until it is exhausted
-
-
-@contextmanager
-def undisturbed(trainer: Any, model: nn.Module) -> Iterator[None]:
-    """Within: evidence may be collected; randomness, metrics and modes of the trainer are as before afterwards."""
-    with _same_randomness(), _same_metrics(trainer), _on_its_device(trainer, model), _as_in_training(trainer, model):
-        yield
-
-
-@contextmanager
-def _on_its_device(trainer: Any, model: nn.Module) -> Iterator[None]:
-    """Under FSDP, and with `bf16_full_eval`, the Trainer leaves the model on the host until it trains; batches and
-    evidence belong on its device."""
-    wanted, first = trainer.args.device, next(model.parameters())
-    waits = first.device.type == "cpu" and wanted.type != "cpu"
-    if waits:
-        model.to(wanted)
-    try:
-        yield
-    finally:
-        if waits:
-            model.to("cpu")
-
-
-@contextmanager
-def _same_randomness() -> Iterator[None]:
-    """Leave the global generators as they were: evidence must not change data order or dropout."""
-    state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state[0])
-        np.random.set_state(state[1])
-        random.setstate(state[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-
-
-@contextmanager
-def _same_metrics(trainer: Any) -> Iterator[None]:
-    """TRL's trainers average what `compute_loss` saw into the next log; evidence must not count there."""
-    kept = {k: copy.deepcopy(v) for k, v in vars(trainer).items() if k in ("_metrics", "_total_train_tokens")}
-    try:
-        yield
-    finally:
-        vars(trainer).update(kept)
-
-
-@contextmanager
-def _as_in_training(trainer: Any, model: nn.Module) -> Iterator[None]:
-    """Checkpoint activations where the trainer will: it switches that on in `train()`, evidence needs it before.
-
-    Only the checkpointed layers themselves are told that they train, so dropout inside them stays as it was.
-    """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    modes = [m.training for m in layers]
-    if trainer.args.gradient_checkpointing:
-        options = dict(trainer.args.gradient_checkpointing_kwargs or {})
-        for own in ("every_n_layers", "offload"):
-            options.pop(own, None)
-        switch: Any = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.24
-        (switch or model.gradient_checkpointing_enable)(options or None)  # type: ignore[operator]
-        for m in layers:
-            m.training = True
-    try:
-        yield
-    finally:
-        for m, mode in zip(layers, modes, strict=True):
-            m.training = mode

@@ -25,7 +25,8 @@ from loralign.evidence import Progress, collect, exact_gradient
 from loralign.maths.linalg import first_step_energy, top_svd
 from loralign.methods.table import build
 from loralign.plan.combinations import misfit
-from loralign.train.attach import loss_of, undisturbed
+from loralign.train.attach import loss_of
+from loralign.train.undisturbed import undisturbed
 from loralign.types import Batch, LoralignError, Loss, Recipe, Site, Start
 
 log = logging.getLogger("loralign")

@@ -1,4 +1,4 @@
-"""A classification head that is drawn afresh by the seed alone, so that all arms of a comparison start with the same."""
+"""A classification head drawn afresh by the seed alone: all arms of a comparison start with the same."""
 
 from __future__ import annotations
 

@@ -89,7 +89,9 @@ class Ordered(Dataset[Mapping[str, Any]]):
 def drawn(size: int, count: int, seed: int, task: int) -> list[int]:
     """`count` positions below `size`: whole passes, each in an order of its own."""
     passes = -(-count // size)
-    orders = [torch.randperm(size, generator=keyed_generator(seed, "rows of a task", e, str(task))) for e in range(passes)]
+    orders = [
+        torch.randperm(size, generator=keyed_generator(seed, "rows of a task", e, str(task))) for e in range(passes)
+    ]
     return torch.cat(orders)[:count].tolist() if passes else []
 
 

@@ -14,28 +14,24 @@ from __future__ import annotations
 import json
 import logging
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
-    get_scheduler,
     set_seed,
 )
 
 from loralign.carrier.abilities import fresh_heads
-from loralign.carrier.sites import draw_for, peft_config, put_in
+from loralign.carrier.sites import put_in
 from loralign.evidence import Progress
 from loralign.io.card import Card
 from loralign.io.content import tensors_print
@@ -44,7 +40,6 @@ from loralign.io.lock import locked
 from loralign.io.matrix import accuracy_picture
 from loralign.io.provenance import remove_left, write_json
 from loralign.io.verify import VerifyJob, verify_many
-from loralign.plan.combinations import facts
 from loralign.train.accuracy import Scores, scores
 from loralign.train.adapt import check_start
 from loralign.train.attach import attach
@@ -56,7 +51,8 @@ from loralign.train.heads import draw_head, linears
 from loralign.train.journal import Journal
 from loralign.train.model import dtype_of
 from loralign.train.task_rows import Mask, Ordered, Task, check_tasks, fingerprint, joined, masked_loss, visible
-from loralign.types import Batch, Draw, Episode, Facts, LoralignError, Outer, Recipe, VerificationFailed
+from loralign.train.task_trainer import TasksTrainer, by_task
+from loralign.types import LoralignError, Recipe, VerificationFailed
 
 log = logging.getLogger("loralign")
 
@@ -97,39 +93,6 @@ class TaskResult:
     scores: Scores
     moments: tuple[Path, ...]
     verified: bool
-
-
-@dataclass(frozen=True)
-class OnePerTask:
-    """An outer loop of which each link is a task."""
-
-    outer: Outer
-    lengths: tuple[int, ...]
-
-    @property
-    def facts(self) -> Facts:
-        return self.outer.facts
-
-    def episode(self, index: int, total_steps: int, sites: Sequence[str], draw: Draw) -> Episode | None:
-        if index >= len(self.lengths):
-            return None
-        made = self.outer.episode(index, 2**31, sites, draw)
-        if made is None:
-            raise LoralignError(
-                f"the outer loop has {index} links and there are {len(self.lengths)} tasks: raise `links` or `tasks` "
-                "in `options`"
-            )
-        return replace(made, steps=self.lengths[index], warm_up_steps=0, restart=False)
-
-
-def by_task(recipe: Recipe, lengths: Sequence[int]) -> Recipe:
-    """The recipe with a link per task, where its outer loop has links at all."""
-    if "chain" not in facts(recipe):
-        return recipe
-    outer = OnePerTask(recipe.outer, tuple(lengths))
-    for k in range(len(lengths)):
-        outer.episode(k, sum(lengths), ["layers.0.probe"], draw_for(recipe.seed))
-    return replace(recipe, outer=outer)
 
 
 def run_tasks(
@@ -215,7 +178,12 @@ class _Run:
             self.matrix = self._measured(step_of(point))
         trainer = self._trainer()
         callback = attach(
-            trainer, self.recipe, resume_from=point, rest_lr=self.training.head_lr, rows=trainer.rows_of, progress=progress
+            trainer,
+            self.recipe,
+            resume_from=point,
+            rest_lr=self.training.head_lr,
+            rows=trainer.rows_of,
+            progress=progress,
         )
         if point is None:
             check_start(trainer.model, self._inputs(self.parts[0].train[:2], trainer))
@@ -236,7 +204,7 @@ class _Run:
         made = {**free, "recipe": self.recipe, "parts": len(self.parts)}
         return {**{k: repr(v) for k, v in made.items()}, **rows, "model": tensors_print(self.model)}
 
-    def _trainer(self) -> _TasksTrainer:
+    def _trainer(self) -> TasksTrainer:
         t = self.training
         micro = t.micro_batch_size or t.batch_size
         if t.batch_size % micro:
@@ -258,7 +226,7 @@ class _Run:
         model = put_in(self.model, self.recipe)
         counts = [n * t.batch_size * args.world_size for n in self.lengths]
         order = Ordered([part.train for part in self.parts], counts, self.recipe.seed)
-        trainer = _TasksTrainer(
+        trainer = TasksTrainer(
             model=model, args=args, train_dataset=order, data_collator=self.collate, compute_loss_func=self.loss
         )
         trainer.lengths, trainer.ends, trainer.course = self.lengths, self.ends, (t.schedule, t.warmup)
@@ -312,7 +280,8 @@ class _Run:
     def _export(self, trainer: Any, moment: int, base: str | None, revision: str | None, tokenizer: Any | None) -> None:
         done = [task.name for task in self.seen(moment)]
         classes = sorted(c for task in self.seen(moment) for c in task.classes)
-        name = base_name(trainer.model, base, revision)[0] if base or self.model.name_or_path else self.model.config.model_type
+        known = base or self.model.name_or_path
+        name = base_name(trainer.model, base, revision)[0] if known else str(self.model.config.model_type)
         card = Card(
             name, method=self.recipe.name, learning_rate=self.training.learning_rate,
             data={"tasks seen": ", ".join(done), "classes seen": ", ".join(map(str, classes))},
@@ -341,7 +310,7 @@ class _Run:
         title = f"{self.recipe.name}: {100 * result.average:.1f} % at the end, forgetting {100 * result.forgetting:.1f}"
         accuracy_picture({"joint" if len(self.parts) == 1 and len(names) > 1 else "in sequence": self.matrix}, names,
                          self.output / "accuracy.png", title=title)  # fmt: skip
-        facts_of = {"method": self.recipe.name, "tasks": {t.name: list(t.classes) for t in self.tasks}}
+        facts_of: dict[str, Any] = {"method": self.recipe.name, "tasks": {t.name: list(t.classes) for t in self.tasks}}
         facts_of |= {"matrix": self.matrix, **asdict(result), "verified": bool(reports)}
         write_json(self.output / "results.json", facts_of)
         return TaskResult(self.matrix, result, moments, bool(reports))
@@ -351,38 +320,6 @@ def _steps(task: Task, training: TaskTraining) -> int:
     if training.steps is not None:
         return training.steps
     return max(1, math.ceil(training.epochs * len(task.train) / training.batch_size))
-
-
-class _TasksTrainer(Trainer):
-    """Rows in their order; the schedule runs its whole course in every task."""
-
-    lengths: list[int]
-    ends: list[int]
-    course: tuple[str, float]
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.lr_scheduler is None:
-            name, warmup = self.course
-            aside = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-            made = [get_scheduler(name, aside, math.ceil(warmup * n), n).lr_lambdas[0] for n in self.lengths]
-
-            def factor(step: int) -> float:
-                k = min(bisect_right(self.ends, step), len(self.ends) - 1)
-                return float(made[k](step - (self.ends[k] - self.lengths[k])))
-
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
-        return self.lr_scheduler
-
-    def rows_of(self, episode: Episode | None) -> Iterable[Batch]:
-        """Batches of the task that begins."""
-        kept: Any = self.train_dataset
-        begin = (self.ends[episode.index - 1] if episode and episode.index else 0) * len(kept) // self.ends[-1]
-        self.train_dataset = Subset(kept, range(begin, len(kept)))
-        try:
-            loader: DataLoader[Any] = self.get_train_dataloader()
-        finally:
-            self.train_dataset = kept
-        return loader
 
 
 class _Moments(TrainerCallback):

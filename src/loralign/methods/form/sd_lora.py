@@ -1,4 +1,4 @@
-"""Directions and weights: what a link learnt is kept as a direction of length 1, how far to go along it goes on training.
+"""What a link learnt is kept as a direction of length 1; how far to go along it goes on training.
 
     W_eff = W0 + Σ_{k<t} α_k·D_k + α_t·D_t        D_k = B_k·A_k / √(‖B_k·A_k‖² + ε²)
 

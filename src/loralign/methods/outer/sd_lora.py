@@ -6,14 +6,14 @@
 Shapes:  none.
 Source:  Wu et al., "SD-LoRA", arXiv 2501.13198, algorithm 1 and its variants RR and KD. Official code:
          WuYichen-97/SD-Lora-CL (models/sdlora.py), where RR is commented out and KD is missing.
-Differs: one solve over all modules, since α is one for all of them, and the residual as a share of ‖D_t‖²: how the paper
-         normalises it is not known, and at its τ = 9e-4 a link is dropped only where it is a combination of the others.
+Differs: one solve over all modules, since α is one for all of them, and the residual as a share of ‖D_t‖²: how the
+         paper normalises it is not known, and at its τ = 9e-4 only a link that combines the others is dropped.
 Unverified: the paper's body could not be read: rules and numbers from a third party's summary.
 Cost:    distillation: one Gram matrix of the links at every switch.
 Export:  exact; fewer slots.
-Args:    tasks: equal parts of the run; under `loralign tasks` its tasks. later_ranks: ranks that follow the recipe's, in
-         the paper 8, 6 after 10. tasks_per_rank: tasks before the next of these ranks. absorb: τ; None: all links stay.
-         warm_up_steps: of the learning rate in every link but the first.
+Args:    tasks: equal parts of the run; under `loralign tasks` its tasks. later_ranks: ranks that follow the recipe's,
+         in the paper 8, 6 after 10. tasks_per_rank: tasks before the next of these ranks. absorb: τ; None: all links
+         stay. warm_up_steps: of the learning rate in every link but the first.
 Example:
     >>> from loralign.methods.outer.sd_lora import task_links
     >>> outer = task_links(tasks=10, later_ranks=(8, 6))
