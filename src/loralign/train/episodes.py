@@ -20,7 +20,7 @@ from peft import PeftModel
 from loralign.carrier.absorb import absorb
 from loralign.carrier.compress import compress
 from loralign.carrier.sites import draw_for, sites, sync_config, weight
-from loralign.carrier.slot import commit, effective
+from loralign.carrier.slot import commit, effective, whole, write
 from loralign.optim.pairs import PairOptimizer
 from loralign.types import Directions, Episode, LoralignError, Nothing, Recipe, Site, Start, Train, Weight, WorkFailed
 
@@ -89,7 +89,7 @@ class Episodes:
                 optimizer.trains[name] = both[0]
         for site in sites(self.model):
             if episode.slots is not None and site.name in awake and episode.slots < site.r:
-                optimizer.dead[site.name] = torch.arange(site.r) >= episode.slots
+                _narrow(site, episode.slots, optimizer)
 
     def lr_factor(self, step: int, course: Callable[[int], float] | None = None) -> float:
         """Factor on the learning rate of step `step` (0-based) for every role: a linear re-warm-up at the start of a
@@ -168,6 +168,17 @@ class Episodes:
         draw, W = draw_for(self.recipe.seed, site.name, following.index), _as_it_is(site)
         start = init(W, site.r, site.s, evidence.get(site.name), draw)
         return replace(start, own={**self.recipe.form.trained(W, site.r, draw), **start.own})
+
+
+@torch.no_grad()
+def _narrow(site: Site, slots: int, optimizer: PairOptimizer) -> None:
+    """The slots from `slots` on are zero, as dead ones are, and do not train."""
+    optimizer.dead[site.name] = torch.arange(site.r) >= slots
+    for axis, side in enumerate(("lora_A", "lora_B")):
+        p = getattr(site.layer, side)[site.adapter]._parameters["weight"]
+        values = whole(p).clone()
+        values.narrow(axis, slots, site.r - slots).zero_()
+        write(p, values)
 
 
 def _as_it_is(site: Site) -> Weight:
