@@ -228,15 +228,17 @@ def test_tensors_are_looked_up_at_each_step(name: str) -> None:
     model = adapted(made)
     stepper = optimizer(model, made, 1e-2)
     old = [p for g in stepper.param_groups for p in g["params"]]
+    shared: Any = getattr(model.base_model, "lora_shared", nn.ParameterDict())
+    homes = [(shared._parameters, key) for key in shared]
     for site in sites(model):
         layer: Any = site.layer
-        homes = [(side[site.adapter]._parameters, "weight") for side in (layer.lora_A, layer.lora_B)]
+        homes += [(side[site.adapter]._parameters, "weight") for side in (layer.lora_A, layer.lora_B)]
         homes += [(getattr(layer, f"lora_{n}")._parameters, site.adapter) for n in trained_of(layer, site.adapter)]
-        for home, key in homes:
-            gone = home[key]
-            home[key] = fresh = nn.Parameter(gone.detach().clone(), requires_grad=gone.requires_grad)
-            for g in stepper.param_groups:
-                g["params"] = [fresh if p is gone else p for p in g["params"]]
+    for home, key in homes:
+        gone = home[key]
+        home[key] = fresh = nn.Parameter(gone.detach().clone(), requires_grad=gone.requires_grad)
+        for g in stepper.param_groups:
+            g["params"] = [fresh if p is gone else p for p in g["params"]]
     before = trained(model)
     for step in range(2):
         advance(model, made, stepper, step)

@@ -16,6 +16,8 @@ import toy
 from loralign import METHODS, Full, LoralignError, Recipe, adapt, build, learning_rate, optimizer, peft_config, sites
 from loralign.evidence import model_loss
 from loralign.maths.operators import Dense
+from loralign.methods.outer.chain import chain_of_links
+from loralign.methods.outer.sd_lora import task_links
 from loralign.methods.rule.rm_lora import masked_orthogonal
 from loralign.plan.combinations import (
     CLASHES,
@@ -162,6 +164,14 @@ CLASHING: dict[str, tuple[Recipe, Surroundings]] = {
     ),
     "reason: which this form does not read": (recipe("lora-ga + delta-lora"), Surroundings()),
     "reason: the model would jump": (replace(recipe("delta-lora"), outer=Links()), Surroundings()),
+    "reason: weighs each link": (
+        replace(recipe("sd-lora"), outer=chain_of_links(links=2, keep_slots=2)),
+        Surroundings(),
+    ),
+    "reason: later links train fewer": (
+        replace(recipe("cora"), init=recipe("lora").init, transform=BothFactors(), outer=task_links(later_ranks=(1,))),
+        Surroundings(),
+    ),
     "reason: its factors share numbers, and": (
         replace(recipe("lora-pro"), form=formed(tied=True, identity=True)),
         Surroundings(),
@@ -192,6 +202,7 @@ CLASHING: dict[str, tuple[Recipe, Surroundings]] = {
     "reason: wrong under dropout": (recipe("delta-lora", dropout=0.1), Surroundings()),
     "reason: DeepSpeed replaces": (recipe("lora-rite"), DEEPSPEED),
     "reason: reads other layers": (replace(recipe("lora"), form=formed(cross_layer=True)), Surroundings(engine="fsdp")),
+    "reason: keeps a tensor for the whole model": (recipe("sd-lora"), Surroundings(engine="fsdp")),
     "reason: half precision rounds away": (recipe("lora-pro"), Surroundings(factors=torch.bfloat16)),
 }
 
@@ -229,7 +240,7 @@ def test_no_clash_without_each_of_its_facts(clash: Clash) -> None:
 @pytest.mark.parametrize("name", [m for m, line in METHODS.items() if not line.reference])
 def test_every_method_alone_is_allowed(name: str) -> None:
     check_combination(recipe(name))
-    if not recipe(name).form.facts.cross_layer:
+    if not recipe(name).form.facts.cross_layer and not recipe(name).form.shared():
         check_combination(recipe(name), Surroundings(engine="fsdp"))
 
 

@@ -166,9 +166,7 @@ def test_more_links_than_weights_is_one_sentence() -> None:
 
 
 def test_cut_links_and_pairwise_steps_are_refused() -> None:
-    with pytest.raises(
-        LoralignError, match="weighs each link, and cut links .* leave `keep_slots` out"
-    ):
+    with pytest.raises(LoralignError, match=r"weighs each link, and cut links .* leave `keep_slots` out"):
         check_combination(replace(made(), outer=chain_of_links(links=2, keep_slots=2)))
     with pytest.raises(LoralignError, match="later links train fewer slots"):
         narrow = task_links(tasks=4, later_ranks=(1,), tasks_per_rank=1)

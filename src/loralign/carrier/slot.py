@@ -154,12 +154,14 @@ class Own:
     shared: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
 
-def share(model: nn.Module, form: Form) -> dict[str, nn.Parameter]:
-    """Give the model the form's shared tensors, once; they stand beside its layers and in no sharded block."""
+def share(model: nn.Module, form: Form) -> Mapping[str, nn.Parameter]:
+    """Give the model the form's shared tensors, once; they stand beside its layers and in no sharded block. Looked up
+    in what is returned, they are found also after somebody replaced them."""
     values = form.shared()
     if values and not hasattr(model, "lora_shared"):
         model.lora_shared = nn.ParameterDict({n: nn.Parameter(v.detach().clone()) for n, v in values.items()})
-    return shared_of(model)
+    found: Any = getattr(model, "lora_shared", {})
+    return found
 
 
 def install(layer: Any, adapter: str, start: Start, form: Form, own: Own, *, chain: bool, turns: bool = False) -> None:

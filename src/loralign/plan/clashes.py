@@ -145,6 +145,11 @@ CLASHES: tuple[Clash, ...] = (
         instead="use DDP, or a form that stays in its layer",
     ),
     _clash(
+        "fsdp", "shares",
+        reason="its form keeps a tensor for the whole model, which FSDP2 would split apart from its readers",
+        instead="use DDP, or a form whose tensors stay in their layer",
+    ),
+    _clash(
         "half factors", "not bf16",
         reason="it multiplies small numbers of the factors, which half precision rounds away",
         instead="keep the adapter in fp32, PEFT's default (autocast_adapter_dtype=True)",

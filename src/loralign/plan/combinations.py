@@ -139,6 +139,7 @@ def facts(recipe: Recipe) -> frozenset[str]:
             "several allocate": sum(rule.allocates for rule in rules) > 1,
             "too few slots": any(rule.least_rank > recipe.r for rule in rules),
             "not commits": not form.commits,
+            "shares": bool(recipe.form.shared()),
             "reads links": form.link is not None,
             "cuts links": any(e is not None and e.keep_slots is not None for e in (first, second)),
             "narrows": recipe.outer.facts.narrows,
