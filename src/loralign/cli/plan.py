@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loralign.carrier.stored import check_base
 from loralign.config.recipe import RunFile, to_job
 from loralign.evidence.subspace import check_sources
 from loralign.methods.table import method
 from loralign.plan.combinations import check_combination, idle
 from loralign.plan.memory import Estimate, estimate
-from loralign.plan.trace import Step, example_batch
+from loralign.plan.trace import Step, example_batch, model_loss, trace
 from loralign.train.job import Job
-from loralign.train.model import hidden_size, loading
+from loralign.train.model import check_causal, hidden_size, loading
 from loralign.types import CommonSubspace, LoralignError, Recipe
 
 
@@ -55,13 +57,15 @@ def planned(file: RunFile, device: str = "auto") -> Planned:
         gradient_checkpointing=t.gradient_checkpointing,
         total_steps=t.steps,
     )
-    model = _meta_model(file.model, torch.bfloat16 if bf16 else torch.float32, place)
-    _check_computes(model, step, file.model)
+    make = partial(_meta_model, file.model, torch.bfloat16 if bf16 else torch.float32, place)
+    model = make()
     numbers = sum(p.numel() for p in model.parameters())
     s = recipe.s() if isinstance(recipe, Recipe) else 1.0
     kinds = dict.fromkeys(method(part).export for part in file.method.split("+"))
     export = " + ".join(kind for kind in kinds if kind != "exact") or "exact"
-    return Planned(job, step, estimate(model, recipe, step), numbers, t.learning_rate * s, export)
+    with _computing(file.model, make, step):
+        found = estimate(model, recipe, step)
+    return Planned(job, step, found, numbers, t.learning_rate * s, export)
 
 
 def _meta_model(name: str, dtype: torch.dtype, place: dict[str, Any]) -> Any:
@@ -70,18 +74,25 @@ def _meta_model(name: str, dtype: torch.dtype, place: dict[str, Any]) -> Any:
     where = path.parent if gguf else path if path.is_dir() else name
     with loading(name), torch.device("meta"):
         config = AutoConfig.from_pretrained(str(where), **place, **gguf)
-        check_base(config)
+        check_causal(config)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=place["trust_remote_code"])
 
 
-def _check_computes(model: Any, step: Step, name: str) -> None:
-    """Raise where the untouched model cannot do what its config describes."""
+@contextmanager
+def _computing(name: str, make: Callable[[], Any], step: Step) -> Iterator[None]:
+    """Within: what fails although no adapter is in it is the model's own fault, and said so."""
     try:
-        with torch.no_grad():
-            model(**example_batch(model, step))
-    except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
-        said = f"the model {name!r} cannot compute as its config.json describes it ({str(error).splitlines()[0][:100]})"
-        raise LoralignError(f"{said}; download or copy it again") from error
+        yield
+    except (RuntimeError, ArithmeticError) as error:
+        model = make()
+        try:
+            trace(model, step, example_batch(model, step), model_loss)
+        except (RuntimeError, ArithmeticError):
+            why = str(error).splitlines()[0][:100]
+            raise LoralignError(
+                f"the model {name!r} cannot compute as its config.json describes it ({why}); download or copy it again"
+            ) from error
+        raise
 
 
 def as_data(found: Planned) -> dict[str, Any]:

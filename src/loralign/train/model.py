@@ -32,15 +32,13 @@ def load(
     where, extra = _source(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **extra}
     with loading(name):
-        check_base(AutoConfig.from_pretrained(where, **options))
+        check_causal(AutoConfig.from_pretrained(where, **options))
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model, told = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype_of(precision), use_safetensors=True, output_loading_info=True, **options
         )
         _check_whole(told)
     as_plain(model)
-    if model.config.is_encoder_decoder:
-        raise LoralignError(f"cannot load the model {name!r}: its config.json says that it is no causal language model")
     if is_adapted(model):
         raise LoralignError(f"{name!r} is an adapter, not a base model: give the base model in `model`")
     if tokenizer.pad_token is None:
@@ -48,6 +46,13 @@ def load(
     if torch.cuda.is_available():
         model.to("cuda")
     return model, tokenizer
+
+
+def check_causal(config: Any) -> None:
+    """Raise where the config says what no causal language model has."""
+    check_base(config)
+    if config.is_encoder_decoder:
+        raise BadInput("its config.json says that it is no causal language model, which task sft needs")
 
 
 def _check_whole(told: dict[str, Any]) -> None:
@@ -110,7 +115,7 @@ def hidden_size(name: str, *, revision: str | None = None, trust_remote_code: bo
     where, extra = _source(name)
     with loading(name):
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code, **extra)
-        check_base(config)
+        check_causal(config)
     return width(config) or 2000
 
 
