@@ -65,6 +65,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "rac-lora": {"links": 3, "frozen": "bernoulli"},
     "lora-ga + chain-of-lora": {"links": 2, "micro_batches": 2},
     "xgblora": {"fraction": 0.5, "link_steps": 1, "keep_slots": 3},
+    "allocating-lora": {"rounds": 1, "first": 0.4, "moved": 3, "scored": 7},
 }
 WIDTH, ROWS, STEPS, PAIRS = 10, 8, 3, 4
 
@@ -175,11 +176,15 @@ def with_trainer(name: str, folder: Path, world: int) -> dict[str, Any]:
     assert isinstance(made, Recipe)
     config = peft_config(made, toy.llama())
     trainer = toy_trainer(folder, config, steps=STEPS, save_steps=STEPS, per_device_train_batch_size=4 // world)
-    callback = attach(trainer, made)
+    judges = [toy.batch_for(toy.llama(), seed=50)] if name == "allocating-lora" else None
+    callback = attach(trainer, made, validation=judges)
+    forwards: list[None] = []
+    trainer.model.register_forward_pre_hook(lambda m, _: None if m.training else forwards.append(None))
     trainer.train()
-    assert callback.optimizer is not None
+    assert callback.optimizer is not None and callback.driver is not None
     tensors = {n: p.detach().clone() for n, p in trainer.model.state_dict().items() if "lora_" in n}
-    return {"tensors": tensors, "applied": callback.optimizer.applied, "as": type(trainer.model_wrapped).__name__}
+    found = {"forwards": len(forwards), "ranks": callback.driver.ranks(), "applied": callback.optimizer.applied}
+    return {"tensors": tensors, "as": type(trainer.model_wrapped).__name__, **found}
 
 
 def worker(rank: int, folder: str) -> None:
@@ -226,6 +231,11 @@ def test_a_trainer_on_two_processes_equals_one(
     assert one["as"] == two["as"] == "DistributedDataParallel"
     assert one["applied"] == two["applied"] == want["applied"] == (7 if name == "xgblora" else 14)
     assert one["tensors"].keys() == two["tensors"].keys() == want["tensors"].keys()
+    assert one["ranks"] == two["ranks"] == want["ranks"]
+    if name == "allocating-lora":  # 7 slots by 2, shared by two processes
+        assert (
+            want["forwards"] == 14 and one["forwards"] == two["forwards"] == 8 and len(set(want["ranks"].values())) > 1
+        )
     for key, value in want["tensors"].items():
         assert torch.equal(one["tensors"][key], two["tensors"][key]), key
         assert float((one["tensors"][key] - value).abs().max()) < 1e-3 * float(value.abs().max()), key

@@ -185,8 +185,8 @@ class Judge(NoMasks):
             return state, (Unborn(first, (2,)),)
         if moment.step != 4:
             return state, None
-        assert moment.loss is not None
-        losses = [moment.loss({first: torch.arange(3) != k}) for k in range(2)]
+        assert moment.losses is not None
+        losses = moment.losses([{first: torch.arange(3) != k} for k in range(2)])
         state["losses"] = torch.tensor(losses)
         return state, (Off(first, (losses.index(min(losses)),)), On(first, (2,)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -157,11 +157,11 @@ def test_the_least_important_slots_die_and_others_are_born_without_moving_the_fu
         for k, site in enumerate(sites(model)):
             live_of(site.layer, "default").B.copy_(normal(6, 5, seed=20 + k) / 4)
 
-    def loss(masks: Mapping[str, Tensor]) -> float:
+    def losses(found: Sequence[Mapping[str, Tensor]]) -> list[float]:
         """The sum over the modules of ½‖y − (W0 + Σ u)x‖²."""
-        return sum(_half(weights[n] + _sum(parts[n], masks, n), x, y) for n in weights)
+        return [sum(_half(weights[n] + _sum(parts[n], masks, n), x, y) for n in weights) for masks in found]
 
-    driver = drive(model, recipe, opt, 10, observe=lambda: {"loss": loss})
+    driver = drive(model, recipe, opt, 10, observe=lambda: {"losses": losses})
     assert all(mask.tolist() == [False] * 4 + [True] for mask in opt.dead.values()), "one spare slot waits"
     parts = {
         s.name: [
@@ -175,7 +175,7 @@ def test_the_least_important_slots_die_and_others_are_born_without_moving_the_fu
         n: [v + sum(held.values()) - held[n] for v in allocating_lora.importance(weights[n], parts[n], x, y)]
         for n in weights
     }
-    state, plan = rule.step({}, replace(opt.moment(10, loss=loss), step=1))
+    state, plan = rule.step({}, replace(opt.moment(10, losses=losses), step=1))
     assert not state and plan is not None
     lowest = min((value, n, j) for n, found in want.items() for j, value in enumerate(found))
     off, on = plan
@@ -203,15 +203,15 @@ def test_a_subsample_is_drawn_and_the_same_everywhere() -> None:
     opt = optimizer(model, recipe, 1e-2)
     calls: list[int] = []
 
-    def loss(masks: Mapping[str, Tensor]) -> float:
-        calls.append(int(sum(m.sum() for m in masks.values())))
-        return float(calls[-1])
+    def losses(found: Sequence[Mapping[str, Tensor]]) -> list[float]:
+        calls.extend(int(sum(m.sum() for m in masks.values())) for masks in found)
+        return [float(n) for n in calls[-len(found) :]]
 
-    drive(model, recipe, opt, 10, observe=lambda: {"loss": loss})
-    moment: Moment = replace(opt.moment(10, loss=loss), step=1)
+    drive(model, recipe, opt, 10, observe=lambda: {"losses": losses})
+    moment: Moment = replace(opt.moment(10, losses=losses), step=1)
     (rule,) = recipe.rules
     first, again = rule.step({}, moment)[1], rule.step({}, moment)[1]
-    assert first == again and calls == [11, 1] * 10
+    assert first == again and calls == ([11] * 5 + [1] * 5) * 2
     with pytest.raises(LoralignError, match="none were given"):
         rule.step({}, replace(opt.moment(10), step=1))
 

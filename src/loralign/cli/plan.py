@@ -141,8 +141,8 @@ def warnings(found: Planned) -> list[str]:
         return []
     slots = found.estimate.sites * recipe.r
     more = [
-        f"{recipe.name}: about {forwards(slots):,} forwards of its validation rows in the whole run; fewer with "
-        "`options.scored` or `options.rounds`"
+        f"{recipe.name}: about {forwards(slots):,} forwards of its validation rows in the whole run, shared "
+        "among its processes; fewer with `options.scored` or `options.rounds`"
         for forwards in (rule.facts.forwards for rule in recipe.rules)
         if forwards is not None
     ]

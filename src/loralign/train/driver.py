@@ -27,7 +27,7 @@ from loralign.types import Inputs, LoralignError, Prox, Recipe, WorkFailed
 log = logging.getLogger("loralign")
 
 Observe = Callable[[], Mapping[str, Any]]
-"""What rules may need beyond values and gradients: fields of `Moment` (loss, inputs)."""
+"""What rules may need beyond values and gradients: fields of `Moment` (losses, inputs)."""
 
 
 class Driver:

@@ -220,9 +220,10 @@ class Transform(Protocol):
 class Moment:
     """What a rule sees after optimizer step `step`; before the first one (step 0) without gradients.
 
-    tensors: values by (site, name). grads: this step's gradients. dead: slots that do not train, by site. loss: of the
-    validation rows with these slots alone, (site -> bool (r,)) -> loss, None stands for all sites' present slots; only
-    for rules that need `Validation`. inputs: Σx² and the number of rows, by site; only for rules that need `Inputs`.
+    tensors: values by (site, name). grads: this step's gradients. dead: slots that do not train, by site. losses: of
+    the validation rows with these slots alone, for each of several {site: bool (r,)}; a site that is not named keeps
+    its slots. Processes share them, so ask for many at once. Only for rules that need `Validation`. inputs: Σx² and the
+    number of rows, by site; only for rules that need `Inputs`.
     """
 
     step: int
@@ -232,7 +233,7 @@ class Moment:
     grads: Named
     dead: Mapping[str, frozenset[int]]
     draw: Callable[[str, str], torch.Generator]
-    loss: Callable[[Mapping[str, Tensor]], float] | None = None
+    losses: Callable[[Sequence[Mapping[str, Tensor]]], Sequence[float]] | None = None
     inputs: Mapping[str, tuple[Tensor, Tensor]] | None = None
 
 

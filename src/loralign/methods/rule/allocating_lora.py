@@ -11,7 +11,8 @@ Differs: what the paper leaves open: B of new slots is 0, so they do not move th
          any new slot; the loss is measured in evaluation mode. Rounds are shares of the run instead of epochs.
 Unverified: n_A is taken as one slot per module of a block, which follows from the paper's numbers of parameters, not
          from its text; two passages are ambiguous.
-Cost:    2 forwards of the validation rows for every live slot in every round; nothing between the rounds.
+Cost:    2 forwards of the validation rows for every live slot in every round, shared among the processes; nothing
+         between the rounds.
 Export:  exact; ranks differ by module, their sum is that of plain LoRA.
 Args:    rounds: N_A, 8. first: K1 as a share of the run, 0.1 (1 of 10 epochs). every: K2, 0.025. moved: n_A, slots that
          move in a round; None: one per kind of module. rows: validation rows, 32. scored: slots that a round looks at,
@@ -25,6 +26,7 @@ Example:
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,6 +60,14 @@ def spread(count: int, means: Mapping[str, float]) -> dict[str, int]:
     each, more = divmod(count, len(means))
     first = sorted(means, key=lambda name: (-means[name], name))[:more]
     return {name: each + (name in first) for name in means}
+
+
+def switched(masks: dict[str, Tensor], slot: Slot) -> Mapping[str, Tensor]:
+    """With this slot the other way round."""
+    name, j = slot
+    mine = masks[name].clone()
+    mine[j] = ~mine[j]
+    return ChainMap({name: mine}, masks)
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,7 @@ class Allocate:
 
     def _scores(self, moment: Moment) -> dict[Slot, float]:
         """−S(M∖j) + S(M_j) of the live slots, or of those drawn."""
-        if moment.loss is None:
+        if moment.losses is None:
             raise LoralignError("allocating-lora decides by a loss on validation rows, and none were given")
         live = {s.name: torch.ones(s.r, dtype=torch.bool) for s in moment.sites}
         for name, dead in moment.dead.items():
@@ -143,15 +153,9 @@ class Allocate:
             drawn = torch.randperm(len(slots), generator=moment.draw("allocate", "")).tolist()
             slots = sorted(slots[k] for k in drawn[: self.scored])
         none = {name: torch.zeros_like(on) for name, on in live.items()}
-        return {slot: self._loss(moment, live, slot) - self._loss(moment, none, slot) for slot in slots}
-
-    def _loss(self, moment: Moment, masks: Mapping[str, Tensor], slot: Slot) -> float:
-        """With this slot switched over from what `masks` say."""
-        name, j = slot
-        mine = masks[name].clone()
-        mine[j] = ~mine[j]
-        assert moment.loss is not None
-        return moment.loss({**masks, name: mine})
+        without = moment.losses([switched(live, slot) for slot in slots])
+        alone = moment.losses([switched(none, slot) for slot in slots])
+        return {slot: a - b for slot, a, b in zip(slots, without, alone, strict=True)}
 
 
 @bounded
