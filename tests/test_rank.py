@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from scipy.stats import spearmanr
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from loralign import LoralignError, Recipe, adapt, build, drive, factors, optimizer, peft_config, sites
 from loralign.carrier.slot import trained_of
@@ -21,9 +22,10 @@ from loralign.maths.budget import Window, cubic_budget, cubic_pruned, lowest, na
 from loralign.methods.rule.adalora import Orthogonal, sensitivity
 from loralign.methods.rule.dynamic_rank import Variance
 from loralign.methods.rule.dynamic_rank import shares as component_shares
+from loralign.methods.rule.sora import SoftThreshold
 from loralign.plan.combinations import check_combination, check_length, idle
 from loralign.train.attach import attach
-from loralign.types import Ctx, Moment, WorkFailed
+from loralign.types import Ctx, Facts, Moment, Plan, RuleState, WorkFailed
 from oracles import adalora, dynamic_rank_lora, sora
 from toy import batch_for, llama
 from trainers import toy_trainer
@@ -120,6 +122,67 @@ def test_a_run_without_room_for_the_schedule_is_refused_beforehand(tmp_path: Pat
         attach(toy_trainer(tmp_path, peft_config(recipe, llama()), steps=1), recipe)
     with pytest.raises(LoralignError, match=r"leave nothing: lower them"):
         made(first=0.5, last=0.5)
+
+
+@dataclass(frozen=True)
+class Late(SoftThreshold):
+    """A schedule that was to act after step 3, and does not."""
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(events=True, acts_by=lambda total_steps: 3)
+
+    def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
+        return state, None
+
+
+def test_a_schedule_that_never_acts_is_an_error_at_the_end_of_its_window() -> None:
+    recipe = replace(made("sora"), rules=(Late(0.1, 0.0),))
+    model = toy(recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    driver = drive(model, recipe, opt, 8)
+    for t in range(3):
+        backward(model, t)
+        opt.step()
+        if t < 2:
+            driver.after_step()
+    with pytest.raises(WorkFailed, match="was to act by step 3, and nothing happened"):
+        driver.after_step()
+
+
+def test_skipped_steps_that_put_the_end_of_a_schedule_out_of_reach_are_an_error() -> None:
+    """The budget of 10 steps is settled after the eighth, so that two may be skipped."""
+    recipe = made()
+    model = toy(recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    driver = drive(model, recipe, opt, 10)
+    for step in range(1, 3):
+        driver.skipped_step()
+        driver.end_step(step)
+    backward(model)
+    opt.step()
+    driver.after_step()
+    driver.skipped_step()
+    with pytest.raises(WorkFailed, match=r"overflowed at 3 of 4 steps, so the 8 steps that its schedule needs"):
+        driver.end_step(4)
+
+
+def test_a_run_that_is_stopped_before_its_budget_is_settled_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = build("adalora", r=2, alpha=4.0, targets=("q_proj",))
+    assert isinstance(recipe, Recipe)
+    trainer = toy_trainer(tmp_path, peft_config(recipe, llama()), steps=10)
+    attach(trainer, recipe)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    trainer.add_callback(Stop())
+    with caplog.at_level("WARNING", "loralign"):
+        trainer.train()
+    assert "its schedule acts until step 8, and 3 were taken" in caplog.text
 
 
 @pytest.mark.parametrize("other", ["lora-pro", "lora-rite", "riemannian", "lora-fa"])

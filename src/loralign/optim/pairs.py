@@ -155,6 +155,11 @@ class PairOptimizer(torch.optim.Optimizer):
         self.reached |= reached
         return loss
 
+    @property
+    def steps(self) -> int:
+        """Taken so far, those before a resume included."""
+        return int(self.param_groups[0].get("step", 0))
+
     def _check_driven(self) -> None:
         if not self.driven and self.steps_here and any(rule.facts.events for rule in self.rules):
             raise WorkFailed(
@@ -176,7 +181,7 @@ class PairOptimizer(torch.optim.Optimizer):
 
     def _ctx(self) -> Ctx:
         rate = {g["role"]: float(g["lr"]) * self.lr_factor for g in self.param_groups}
-        step, seed = int(self.param_groups[0].get("step", 0)), self.seed
+        step, seed = self.steps, self.seed
 
         def draw(purpose: str, name: str) -> torch.Generator:
             return keyed_generator(seed, purpose, step, name)

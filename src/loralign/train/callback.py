@@ -177,6 +177,8 @@ class RecipeCallback(TrainerCallback):
             sync_config(self.model)
         if idle(self.recipe, state.global_step) and not idle(self.recipe, state.max_steps):
             log.info("%s: stopped after step %d, before its rule acted", self.recipe.name, state.global_step)
+        elif (said := self._driver().unfinished()) and self.steps_seen:
+            log.warning("%s", said)
         self._driver().close()
         if said := self.summary():
             log.info("%s: %s", self.recipe.name, said)

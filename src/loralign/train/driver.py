@@ -48,6 +48,8 @@ class Driver:
         wants_inputs = any(isinstance(rule.needs, Inputs) for rule in recipe.rules)
         self.inputs = InputTap(list(optimizer.sites.values())) if wants_inputs else None
         self.step, self.total_steps = 0, 0
+        self.acted = [False] * len(recipe.rules)
+        """Whether a rule planned something yet, be it that nothing is to be done."""
         self.changes: list[tuple[int, int]] = []
         """(step, sites) of every plan that was carried out in this process."""
         optimizer.driven = True
@@ -109,7 +111,29 @@ class Driver:
 
     def end_step(self, step: int) -> None:
         self.step = step
+        self._check_schedules()
         self.episodes.after_step(step, self.optimizer)
+
+    def unfinished(self) -> str:
+        """What to say of a rule whose schedule has not come to its end; "" where all have."""
+        for rule in self.recipe.rules:
+            by = rule.facts.acts_by(self.total_steps) if rule.facts.acts_by else 0
+            if self.optimizer.steps < by:
+                return f"{self.recipe.name}: its schedule acts until step {by}, and {self.optimizer.steps} were taken"
+        return ""
+
+    def _check_schedules(self) -> None:
+        """Raise as soon as a rule did not act when it was to, or cannot any more because steps were skipped."""
+        taken, left = self.optimizer.steps, self.total_steps - self.step
+        for rule, acted in zip(self.recipe.rules, self.acted, strict=True):
+            by = rule.facts.acts_by(self.total_steps) if rule.facts.acts_by else 0
+            if by and taken >= by and not acted:
+                raise WorkFailed(f"{self.recipe.name}: its schedule was to act by step {by}, and nothing happened")
+            if by > taken + left:
+                raise WorkFailed(
+                    f"{self.recipe.name}: gradients overflowed at {self.step - taken} of {self.step} steps, so the "
+                    f"{by} steps that its schedule needs are out of reach: train in bf16 or fp32, or longer"
+                )
 
     def _rules_act(self, step: int) -> None:
         seen = dict(self.observe())
@@ -119,6 +143,7 @@ class Driver:
             state = self.optimizer.rule_states[i]
             state, plan = rule.step(state, self.optimizer.moment(self.total_steps, **seen))
             self.optimizer.rule_states[i] = state
+            self.acted[i] |= plan is not None and step > 0
             if rule.facts.events and (verbs := agreed(plan)):
                 stage = Stage(self.optimizer, state, self.recipe.seed, step)
                 changed = apply_plan(stage, verbs)
@@ -134,6 +159,8 @@ class Driver:
     def state(self) -> dict[str, Tensor]:
         """What cannot be read from A and B of a checkpoint; call it on every rank, sharded tensors are gathered."""
         found = {f"dead|{name}": mask for name, mask in self.optimizer.dead.items()}
+        scheduled = [i for i, rule in enumerate(self.recipe.rules) if rule.facts.acts_by]
+        found |= {f"acted|{i}": torch.tensor(self.acted[i]) for i in scheduled}
         for i, state in enumerate(self.optimizer.rule_states):
             found |= {f"rule|{i}|{key}": whole(value) for key, value in state.items()}
         found |= {f"shared|{name}": whole(value) for name, value in shared_of(self.model).items()}
@@ -154,7 +181,8 @@ class Driver:
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.optimizer.dead = {key[5:]: value.clone() for key, value in state.items() if key.startswith("dead|")}
-        for i in range(len(self.recipe.rules)):
+        for i, acted in enumerate(self.acted):
+            self.acted[i] = acted or bool(state.get(f"acted|{i}", True))  # older checkpoints do not say
             head = f"rule|{i}|"
             kept = {k.removeprefix(head): v.clone() for k, v in state.items() if k.startswith(head)}
             self.optimizer.rule_states[i] |= kept

@@ -108,6 +108,10 @@ class Facts:
     too_short: Callable[[int], str] | None = None
     """(optimizer steps of the run) -> why its schedule cannot act in them, with the mend; "" where it can."""
 
+    acts_by: Callable[[int], int] | None = None
+    """(optimizer steps of the run) -> the step after which its schedule must have acted: its last event, or the first
+    of those that go on. The driver sees to it."""
+
     # of an outer loop
     trains: Train = "AB"
     """Factors that train in one episode or another."""

@@ -29,6 +29,7 @@ import re
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ class Allocate:
 
     @property
     def facts(self) -> Facts:
-        return Facts(events=True, allocates=True, slots=self.slots, too_short=self.too_short, forwards=self.forwards)
+        schedule: dict[str, Any] = {"too_short": self.too_short, "acts_by": lambda total: self.steps(total)[-1]}
+        return Facts(events=True, allocates=True, slots=self.slots, forwards=self.forwards, **schedule)
 
     def slots(self, ranks: Mapping[str, int]) -> Mapping[str, int]:
         return {name: r + self.rounds for name, r in ranks.items()}

@@ -63,7 +63,7 @@ class Beam:
 
     @property
     def facts(self) -> Facts:
-        return Facts(events=True, allocates=True, needs_shares=True, too_short=self.too_short)
+        return Facts(events=True, allocates=True, needs_shares=True, too_short=self.too_short, acts_by=self.every)
 
     def every(self, total_steps: int) -> int:
         return self.interval or max(1, total_steps // 12)

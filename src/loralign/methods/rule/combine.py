@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -95,6 +95,9 @@ class Law:
         """b0 and bT over all sites."""
         return sum(s.r for s in sites), sum(narrowed(s.r, self.ratio) for s in sites)
 
+    def acts_by(self, total_steps: int) -> int:
+        return self.window(total_steps).stop + 1
+
     def too_short(self, total_steps: int) -> str:
         return too_short(total_steps, self.first, self.last)
 
@@ -112,7 +115,9 @@ class Shrink:
 
     @property
     def facts(self) -> Facts:
-        return Facts(events=True, allocates=True, needs_gate=True, slots=self.law.slots, too_short=self.law.too_short)
+        law = self.law
+        schedule: dict[str, Any] = {"slots": law.slots, "too_short": law.too_short, "acts_by": law.acts_by}
+        return Facts(events=True, allocates=True, needs_gate=True, **schedule)
 
     def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
         """Averages start with the first observation."""

@@ -76,7 +76,9 @@ class DepthAndPruning:
 
     @property
     def facts(self) -> Facts:
-        return Facts(events=True, allocates=True, slots=self.slots, too_short=self.too_short)
+        return Facts(
+            events=True, allocates=True, slots=self.slots, too_short=self.too_short, acts_by=lambda _: self.interval
+        )
 
     def slots(self, ranks: Mapping[str, int]) -> Mapping[str, int]:
         """By the number in the module's name, per stack; a module without one keeps the recipe's rank."""
