@@ -20,7 +20,7 @@ from loralign.plan.memory import Estimate, estimate
 from loralign.plan.trace import Step, example_batch, model_loss, trace
 from loralign.train.job import Job
 from loralign.train.model import check_causal, hidden_size, loading
-from loralign.types import CommonSubspace, LoralignError, Recipe
+from loralign.types import CommonSubspace, Full, LoralignError, Recipe
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def as_data(found: Planned) -> dict[str, Any]:
 def sentences(found: Planned) -> list[str]:
     """The plan, one subject a line."""
     e, t, step = found.estimate, found.job.training, found.step
+    masters = isinstance(found.job.recipe, Full) and step.bf16
     parts = {
         "weights": e.weights_bytes,
         "adapter": e.adapter_bytes,
@@ -126,6 +127,7 @@ def sentences(found: Planned) -> list[str]:
         f"batch          {t.batch_size} rows = {step.micro_batches} × {step.rows} of up to {step.length} tokens",
         f"memory         {_size(e.peak_bytes)} at the peak of a step ({_where(step)})",
         f"               {', '.join(f'{name} {_size(count)}' for name, count in parts.items() if count)}",
+        *(["               weights: what trains is kept in fp32, and multiplied in bf16"] if masters else []),
         f"init           {_init(e)}",
         f"learning rate  {t.learning_rate:.3g} ({t.lr_source}); lr·s = {found.lr_s:.3g}",
         f"export         {f'rank {e.export_rank}, {found.export}' if e.export_rank else 'the model itself'}",

@@ -89,7 +89,7 @@ class TrainSection(_Section):
     report_to: list[str] = []
     """Trackers of the Trainer: tensorboard, wandb, …"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on GPUs that have it, fp32 elsewhere; the adapter's own tensors are fp32 always."""
+    """auto: bf16 on GPUs that have it, fp32 elsewhere; what trains is fp32 always."""
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
     workers: Processes = 0

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from loralign.carrier.masters import masters
 from loralign.carrier.path import wire
 from loralign.carrier.sites import ADAPTER, put_in, sites, target_weights
 from loralign.carrier.slot import Own, effective, install, share
+from loralign.methods.reference import state_over_numbers
 from loralign.plan.combinations import Probe, check_ranks, draw, probe, snapshots
 from loralign.plan.course import commits, course, sides, trained_by
 from loralign.plan.trace import Step, example_batch, trace, usual_loss
@@ -88,7 +90,7 @@ def estimate(
     weights, numel = _nbytes(_tensors(model)), sum(p.numel() for p in model.parameters())
     batch, loss = batch or example_batch(model, step), loss or usual_loss(model, step)
     if isinstance(recipe, Full):
-        return _reference(model, recipe, step, batch, loss, weights)
+        return _reference(model, recipe, step, batch, loss)
     start = probe(recipe, recipe.s())
     adapted, found = _adapted(model, recipe)
     trained = [p for p in adapted.parameters() if p.requires_grad]
@@ -123,16 +125,15 @@ def _step_bytes(recipe: Recipe, trained: Sequence[nn.Parameter], twin: bool) -> 
     return int((2 + twin + sum(one.transient for one in facts)) * _nbytes(trained))
 
 
-def _reference(model: nn.Module, recipe: Full, step: Step, batch: Batch, loss: Loss, weights: int) -> Estimate:
-    """Full fine-tuning of the same matrices with AdamW, whose state has the dtype of the weights."""
-    wanted = target_weights(model, recipe).values()
-    trained = {id(p) for p in wanted}
-    for p in model.parameters():
-        p.requires_grad_(id(p) in trained)
-    gradients, numel = _nbytes(list(wanted)), sum(p.numel() for p in wanted)
+def _reference(model: nn.Module, recipe: Full, step: Step, batch: Batch, loss: Loss) -> Estimate:
+    """Full fine-tuning of the same matrices, which are fp32 masters; the state is measured on a small matrix."""
+    masters(model, recipe)
+    wanted = list(target_weights(model, recipe).values())
+    weights, gradients = _nbytes(_tensors(model)), _nbytes(wanted)
+    state = int(state_over_numbers(recipe.optimizer) * gradients)
     moment = trace(model, step, batch, loss) - weights
-    peak = weights + 2 * gradients + max(moment, gradients)
-    return Estimate(numel, weights, 0, 2 * gradients, moment, peak, 0, 0.0, len(trained), 0)
+    peak, numel = weights + state + max(moment, gradients), sum(p.numel() for p in wanted)
+    return Estimate(numel, weights, 0, state, moment, peak, 0, 0.0, len(wanted), 0)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -122,7 +122,8 @@ def _check_extra(job: Job, settings: dict[str, Any]) -> None:
         raise LoralignError(
             f"`train.extra.{ours[0]}` is decided by the recipe's own keys: leave it out of `train.extra`"
         )
-    for name in (*(OPTIMIZER if isinstance(job.recipe, Recipe) else ()), *ROWS):
+    own = isinstance(job.recipe, Recipe) or job.recipe.optimizer is not None
+    for name in (*(OPTIMIZER if own else ()), *ROWS):
         if name in extra:
             instead = instead_of(name) if name in OPTIMIZER else "leave it out; `data` says how rows are read"
             raise LoralignError(f"`train.extra.{name}` would not count, since loralign decides it: {instead}")

@@ -47,7 +47,7 @@ def samples(model: nn.Module, recipe: Recipe | Full) -> list[Tensor]:
 
 
 def _sample(p: Tensor) -> Tensor:
-    return p.detach().flatten()[:SAMPLE]
+    return p.detach().flatten()[:SAMPLE].float()
 
 
 def check_moved(trainer: Any, recipe: Recipe | Full, before: list[Tensor]) -> None:

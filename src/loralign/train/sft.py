@@ -30,7 +30,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from loralign.carrier.abilities import towers
-from loralign.carrier.sites import peft_config, target_weights
+from loralign.carrier.masters import masters, rounded
+from loralign.carrier.sites import peft_config
 from loralign.data.chat import Prompts
 from loralign.data.packing import check_packing
 from loralign.data.split import fingerprint
@@ -38,10 +39,9 @@ from loralign.evidence import Progress
 from loralign.evidence.subspace import check_sources
 from loralign.io.card import Card
 from loralign.io.export import ExportReport, check_exportable, export
-from loralign.io.folder import disk_full, fresh_folder
+from loralign.io.folder import disk_full
 from loralign.io.lock import locked
 from loralign.io.provenance import remove_left
-from loralign.io.public import make_public
 from loralign.io.verify import verify
 from loralign.train.adapt import check_start
 from loralign.train.arguments import arguments, check_schedule
@@ -60,6 +60,7 @@ from loralign.train.job import Job
 from loralign.train.journal import Journal
 from loralign.train.model import dtype_of, load
 from loralign.train.record import card_of, describe
+from loralign.train.reference import optimize, save
 from loralign.train.tokens import name_ends, tokens
 from loralign.train.validation import apart, batches
 from loralign.types import CommonSubspace, Full, LoralignError, Recipe, WorkFailed
@@ -92,6 +93,8 @@ class Ready:
     init_seconds: float
     before: list[torch.Tensor]
     """Samples of what trains, where it does not start at zero."""
+    dtypes: dict[str, torch.dtype]
+    """Of the matrices that full fine-tuning keeps as fp32 masters."""
 
     @property
     def own_tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -132,16 +135,15 @@ def _run(job: Job, *, resume: bool, progress: Progress | None) -> Result:
             raise
         raise WorkFailed(f"writing failed ({disk_full(error)}): free some space, then --resume") from error
     trained = time.perf_counter()
+    if isinstance(job.recipe, Full):
+        rounded(trainer.model, job.recipe, ready.dtypes)
     check_moved(trainer, job.recipe, ready.before)
     metrics = _metrics(ready)
     if not trainer.is_world_process_zero():  # of several processes the first one writes
         return Result(job.output, metrics, None, False, {"init": ready.init_seconds, "train": trained - started})
     verified: bool | str = False
     if isinstance(job.recipe, Full):
-        with fresh_folder(job.output, overwrite=True) as folder:
-            trainer.model.save_pretrained(folder)
-            ready.tokenizer.save_pretrained(folder)
-            make_public(folder)
+        save(trainer.model, ready.tokenizer, job.output)
         report = None
     else:
         report = export(
@@ -212,6 +214,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
         clear_way(resume_from, check_unchanged(job, rows).run, job.training.keep)
     journal = Journal(job.output / "log.jsonl", step_of(resume_from) if resume_from else None, progress)
     started = time.perf_counter()
+    dtypes = masters(model, recipe) if isinstance(recipe, Full) else {}
     trainer = _trainer(recipe, model, tokenizer, args, train, held_out)
     check_whole(trainer)
     if isinstance(recipe, Recipe):
@@ -236,7 +239,8 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
         trainer.add_callback(Patience(job.training.patience))
     trainer.remove_callback(PrinterCallback)
     seconds = time.perf_counter() - started
-    return Ready(trainer, tokenizer, journal, prompts, rows, resume_from, seconds, samples(trainer.model, recipe))
+    start = samples(trainer.model, recipe)
+    return Ready(trainer, tokenizer, journal, prompts, rows, resume_from, seconds, start, dtypes)
 
 
 def without_towers(recipe: Recipe | Full, model: PreTrainedModel) -> Recipe | Full:
@@ -268,11 +272,9 @@ def _trainer(
     if isinstance(recipe, Recipe):
         config = peft_config(recipe, model)
         return SFTTrainer(model, processing_class=tokenizer, peft_config=config, **common)
-    wanted = {id(p) for p in target_weights(model, recipe).values()}
-    for p in model.parameters():
-        p.requires_grad_(id(p) in wanted)
-    args.max_grad_norm, args.weight_decay = recipe.max_grad_norm, recipe.weight_decay
-    return SFTTrainer(model, processing_class=tokenizer, **common)
+    trainer = SFTTrainer(model, processing_class=tokenizer, **common)
+    optimize(trainer, recipe)
+    return trainer
 
 
 def _one_batch(trainer: SFTTrainer) -> dict[str, Any]:
