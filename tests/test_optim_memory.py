@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loralign import METHODS, Recipe, adapt, build, optimizer
+from loralign import METHODS, Recipe, adapt, build, optimizer, sites
 from loralign.plan.trace import LiveBytes
 from toy import batch_for, llama
 
@@ -66,3 +66,34 @@ def test_what_was_there_before_is_not_counted() -> None:
         assert live.peak == 0
         y = x + 1
         assert live.peak == y.numel() * 4
+
+
+STATEFUL = ("lora", "lora-pro", "lora-rite", "muon-factors", "spectral", "lora-fa")
+
+
+def stored(stepper: Any) -> tuple[int, int]:
+    """Bytes of the storages that optimizer state keeps alive, and of the numbers in it."""
+    tensors = [t for state in stepper.state.values() for t in state.values() if isinstance(t, Tensor)]
+    alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(alive.values()), sum(t.nbytes for t in tensors)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_does_not_grow_where_pairs_get_gradients_now_and_then(name: str) -> None:
+    """REVIEW A16: experts, skipped layers, towers. Stacks of pairs that stepped together once lived on through the rows
+    of absent ones: 5 times the bytes of the state."""
+    made = build(name, r=4, alpha=4.0)
+    assert isinstance(made, Recipe)
+    model = adapt(llama(hidden_size=32, intermediate_size=48, num_hidden_layers=6), made, [])
+    stepper = optimizer(model, made, 1e-3)
+    draw = torch.Generator().manual_seed(0)
+    pairs = [(site.layer.lora_A, site.layer.lora_B) for site in sites(model)]
+    for _ in range(30):
+        for sides in pairs:
+            reached = torch.rand((), generator=draw) < 0.5
+            for p in (side["default"]._parameters["weight"] for side in sides):
+                p.grad = torch.randn(p.shape, generator=draw) if reached and p.requires_grad else None
+        stepper.step()
+    kept, needed = stored(stepper)
+    assert needed > 0
+    assert kept <= 1.01 * needed, kept / needed

@@ -29,7 +29,7 @@ from loralign.optim.groups import groups
 from loralign.optim.late import LateMapping
 from loralign.optim.rest import adamw_updates
 from loralign.optim.shards import add_, wholes
-from loralign.optim.values import Live, Values, as_grads, live_own, live_pairs, named, named_grads
+from loralign.optim.values import Live, Values, as_grads, leave_stacks, live_own, live_pairs, named, named_grads
 from loralign.types import (
     Ctx,
     Grad,
@@ -229,6 +229,7 @@ class PairOptimizer(torch.optim.Optimizer):
             )
 
     def _transformed(self, pairs: Sequence[Pair], grads: Mapping[str, Grad], live: Live) -> dict[str, Grad]:
+        leave_stacks(self.state, live, pairs)
         batches: dict[Any, list[Pair]] = {}
         facts = self.transform.facts
         for pair in pairs:

@@ -37,6 +37,17 @@ def live_own(groups: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], nn.Pa
     return found
 
 
+def leave_stacks(state: Mapping[Any, dict[str, Tensor]], live: Live, pairs: Sequence[Pair]) -> None:
+    """State of factors that rest in this step leaves the stacks of those that step, which would live on through it."""
+    steps = {(pair.name, factor) for pair in pairs for factor in pair.train}
+    if len(steps) == sum(map(len, live.values())):
+        return
+    for name, factors in live.items():
+        for factor, p in factors.items():
+            kept = state.get(p, {}) if (name, factor) not in steps else {}
+            kept.update({key: value.clone() for key, value in kept.items() if value._base is not None})
+
+
 class Values:
     """The present values and gradients of pairs."""
 
