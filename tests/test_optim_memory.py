@@ -18,6 +18,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora-pro, no moments": ("lora-pro", {"moments": "none"}),
     "lora-pro, full": ("lora-pro", {"moments": "full"}),
     "spectral, no state": ("spectral", {"momentum": 0.0}),
+    "lora, bf16 momentum": ("lora", {"momentum_dtype": "bfloat16"}),
+    "lora-rite, bf16 momentum": ("lora-rite", {"momentum_dtype": "bfloat16"}),
     "rm-lora": ("rm-lora", {}),
     "a twin": ("lora-ga + lora-rite", {"micro_batches": 2}),
 }

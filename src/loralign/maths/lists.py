@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from loralign.maths.bounds import MomentumDtype
 from loralign.types import Pair, SlotChange
 
 
-def adam_state(p: Tensor) -> dict[str, Tensor]:
+def momentum_like(p: Tensor, kept_in: MomentumDtype = "float32") -> Tensor:
+    """An empty first moment: at least fp32 (float64 stays), or bf16."""
+    dtype = torch.bfloat16 if kept_in == "bfloat16" else torch.promote_types(p.dtype, torch.float32)
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def adam_state(p: Tensor, kept_in: MomentumDtype = "float32") -> dict[str, Tensor]:
     """Empty Adam state of one tensor: step (), exp_avg and exp_avg_sq like p, fp32 (float64 stays)."""
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    zeros = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
     step = torch.zeros((), dtype=torch.float32, device=p.device)
-    return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    return {"step": step, "exp_avg": momentum_like(p, kept_in), "exp_avg_sq": momentum_like(p)}
 
 
 def adam_slots(state: dict[str, Tensor], axis: int, change: SlotChange) -> None:
@@ -100,14 +105,18 @@ def adam_updates(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> list[Tensor | None]:
-    """−lr·m̂/(√v̂ + ε) of each tensor by torch's fused AdamW on a zero buffer; changes state in place."""
+    """−lr·m̂/(√v̂ + ε) of each tensor by torch's fused AdamW on a zero buffer; changes state in place.
+
+    The kernel wants m in the precision of v, so one that is kept in bf16 is widened for the step.
+    """
     live = [(g, st) for g, st in zip(grads, state, strict=True) if g is not None and st is not None]
-    updates = _zeros([st["exp_avg"] for _, st in live])
+    updates = _zeros([st["exp_avg_sq"] for _, st in live])
     if live:
+        m = [st["exp_avg"].to(u.dtype) for (_, st), u in zip(live, updates, strict=True)]
         torch_adamw(
             updates,
             [g if g.dtype == u.dtype else g.to(u.dtype) for (g, _), u in zip(live, updates, strict=True)],
-            [st["exp_avg"] for _, st in live],
+            m,
             [st["exp_avg_sq"] for _, st in live],
             [],
             [st["step"] for _, st in live],
@@ -120,6 +129,9 @@ def adam_updates(
             eps=eps,
             maximize=False,
         )
+        for (_, st), now in zip(live, m, strict=True):
+            if now is not st["exp_avg"]:
+                st["exp_avg"].copy_(now)
     rest = iter(updates)
     return [None if g is None else next(rest) for g in grads]
 

@@ -9,7 +9,7 @@ Differs: from PEFT: products in float32 also under autocast, s is the pair's. Wh
          and A gets no update; an init with train="B" also saves its gradient and the layer inputs.
 Cost:    2·r²(d_in + d_out) FLOPs a step; Adam's state of B.
 Export:  exact.
-Args:    betas, eps: Adam's. Clipping: the usual global norm of 1, over what trains.
+Args:    betas, eps, momentum_dtype: Adam's. Clipping: the usual global norm of 1, over what trains.
 Example:
     >>> from loralign.methods.transform.lora_fa import projected_gradient
     >>> sorted(projected_gradient().facts.accepts)
@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loralign.maths.bounds import Betas, Epsilon, bounded
+from loralign.maths.bounds import Betas, Epsilon, MomentumDtype, bounded
 from loralign.maths.linalg import gram, psd_inverse
 from loralign.maths.lists import by_shape, scales, stacked
 from loralign.methods.transform.adamw import adamw
@@ -64,6 +64,8 @@ class Projected:
 
 
 @bounded
-def projected_gradient(betas: Betas = (0.9, 0.999), eps: Epsilon = 1e-8) -> Chain:
+def projected_gradient(
+    betas: Betas = (0.9, 0.999), eps: Epsilon = 1e-8, momentum_dtype: MomentumDtype = "float32"
+) -> Chain:
     """LoRA-FA: B alone moves."""
-    return chain(Projected(), adamw(betas, eps))
+    return chain(Projected(), adamw(betas, eps, momentum_dtype))

@@ -11,7 +11,8 @@ Differs: from both codes: only B gets the ratio, not biases, norms and magnitude
 Cost:    none.
 Export:  exact.
 Args:    ratio: lr_B/lr_A, dimensionless, about 2^4 in the paper, required in the codes. With a large ratio the authors
-         advise half of LoRA's rate for A. inner: the transform that both rates drive.
+         advise half of LoRA's rate for A. inner: the transform that both rates drive. momentum_dtype:
+         what Adam keeps m in.
          Clipping: the usual global norm of 1.
 Example:
     >>> from loralign.methods.transform.lora_plus import ratio_lr
@@ -27,7 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loralign.maths.bounds import Positive, bounded
+from loralign.maths.bounds import MomentumDtype, Positive, bounded
 from loralign.methods.transform.adamw import adamw
 from loralign.types import Facts, Grad, Group, LoralignError, Pair, Prepared, SlotChange, State, Transform
 
@@ -55,9 +56,13 @@ class Ratio:
 
 
 @bounded
-def ratio_lr(ratio: Positive = 16.0, inner: Transform | None = None) -> Ratio:
+def ratio_lr(
+    ratio: Positive = 16.0, inner: Transform | None = None, momentum_dtype: MomentumDtype = "float32"
+) -> Ratio:
     """`inner` (default: Adam) with lr_B = ratio·lr_A; refuses transforms that balance the factors themselves."""
-    driven: Transform = adamw() if inner is None else inner
+    if inner is not None and momentum_dtype != "float32":
+        raise LoralignError("lora-plus: momentum_dtype is Adam's, and another optimizer was given: set it there")
+    driven: Transform = adamw(momentum_dtype=momentum_dtype) if inner is None else inner
     if "elementwise" not in driven.facts.accepts:
         raise LoralignError(
             f"lora-plus gives A and B different rates because Adam treats them alike; {type(driven).__name__} already "

@@ -24,6 +24,7 @@ Args:    moments: where Adam's averages live. x: "sylvester" (7), "zero" or "sym
          1e-6 (paper: none). floor: smallest δ, in units of B², 1e-8 as in the code. From B = 0 the first a are as
          large as 1/δ, and Adam's memory of them holds A still for long in "factor" (records/2026-11-26-h100-study, 300
          steps, mean of two seeds: 3.007; with betas (0.9, 0.95) 2.920; "full" 2.861; LoRA 2.92). betas, eps: Adam's.
+         momentum_dtype: what Adam's m is kept in, bfloat16: 2 B less of state per number.
          The rate of "full" is full fine-tuning's, s cancels. Clipping: the usual global norm of 1.
 Example:
     >>> import torch
@@ -43,12 +44,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from loralign.maths.bounds import Betas, Epsilon, NotNegative, bounded
+from loralign.maths.bounds import Betas, Epsilon, MomentumDtype, NotNegative, bounded
 from loralign.maths.linalg import gram, sylvester_spectral
-from loralign.maths.lists import by_shape, scales, stacked
+from loralign.maths.lists import by_shape, momentum_like, scales, stacked
 from loralign.methods.transform.adamw import adamw
 from loralign.methods.transform.combine import chain, descend
-from loralign.types import Facts, Grad, Pair, Prepared, SlotChange, State, Transform
+from loralign.types import Facts, Grad, LoralignError, Pair, Prepared, SlotChange, State, Transform
 from loralign.types import Group as Pairs
 
 CUT = 1e-6
@@ -194,15 +195,16 @@ class FullMoments:
     floor: float
     betas: tuple[float, float]
     eps: float
+    momentum_dtype: MomentumDtype = "float32"
     facts: ClassVar[Facts] = Facts(accepts=frozenset({"one_sided", "slots"}), transient=4.5)
     lr_ratio: float = 1.0
 
     def init(self, pair: Pair) -> State:
-        shape, dtype = (pair.B.shape[0], pair.A.shape[1]), torch.promote_types(pair.A.dtype, torch.float32)
+        like = pair.A.new_empty((), dtype=pair.A.dtype).expand(pair.B.shape[0], pair.A.shape[1])
         state: State = {factor: {} for factor in pair.train}
         state[pair.train[0]]["step"] = torch.zeros((), dtype=torch.float32, device=pair.A.device)
-        state[pair.train[0]]["exp_avg"] = torch.zeros(shape, dtype=dtype, device=pair.A.device)
-        state[pair.train[-1]]["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=pair.A.device)
+        state[pair.train[0]]["exp_avg"] = momentum_like(like, self.momentum_dtype)
+        state[pair.train[-1]]["exp_avg_sq"] = momentum_like(like)
         return state
 
     def prepare(self, group: Pairs) -> Prepared:
@@ -225,10 +227,11 @@ class FullMoments:
 
     def _adam(self, g: Tensor, st: dict[str, Tensor]) -> Tensor:
         (beta1, beta2), m, v, t = self.betas, st["exp_avg"], st["exp_avg_sq"], st["step"].add_(1)
-        m.lerp_(g, 1 - beta1)
+        now = torch.lerp(m.to(g.dtype), g, 1 - beta1)
+        m.copy_(now)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         root = (v / (1 - beta2 ** t.double())).sqrt_().add_(self.eps)
-        return (m / (1 - beta1 ** t.double())).div_(root)
+        return (now / (1 - beta1 ** t.double())).div_(root)
 
     def on_slots(self, pair: Pair, state: State, change: SlotChange) -> None:
         """The moments belong to W, not to slots."""
@@ -260,13 +263,16 @@ def equivalent_gradient(
     floor: NotNegative = 1e-8,
     betas: Betas = (0.9, 0.999),
     eps: Epsilon = 1e-8,
+    momentum_dtype: MomentumDtype = "float32",
 ) -> Transform:
     """LoRA-Pro, with Adam's moments on the adjusted factors, on the full gradient, or without moments."""
+    if moments == "none" and momentum_dtype != "float32":
+        raise LoralignError("lora-pro with moments: none keeps no momentum: leave momentum_dtype out")
     choose = {"sylvester": sylvester, "symmetric": symmetric, "zero": zero}[x]
     adjusted = Adjusted(choose, damping, floor)
     forms: Mapping[str, Callable[[], Transform]] = {
-        "factor": lambda: chain(adjusted, adamw(betas, eps)),
-        "full": lambda: FullMoments(choose, damping, floor, (betas[0], betas[1]), eps),
+        "factor": lambda: chain(adjusted, adamw(betas, eps, momentum_dtype)),
+        "full": lambda: FullMoments(choose, damping, floor, (betas[0], betas[1]), eps, momentum_dtype),
         "none": lambda: chain(adjusted, descend()),
     }
     return forms[moments]()

@@ -16,10 +16,10 @@ Differs: Q is an eigenbasis of Aᵀ, neither polar (paper) nor QR (code): every 
          0), gradients are not skipped at an RMS above 1 and updates are not capped, state survives a resume.
          At B = 0 A rests, one step later it moves by O(1)·‖A‖ whatever lr is: the product moves by O(lr).
 Cost:    14·r²(d_in + d_out) FLOPs, two batched `eigh` of r by r a step (torch takes them one by one on CUDA above
-         r = 32); state 16 B per trained number (M and Q) + r².
+         r = 32); state 8 B per trained number (M and Q), 6 with M in bfloat16, + r².
 Export:  exact.
 Args:    betas: (β1, β2). eps: ε, in units of the RMS of ḡ, 1e-6. clip: largest norm of ḡ over all pairs, 1 in the code,
-         0 is off. escape: share of d that counts, 1 in the paper, 0 in the code.
+         0 is off. escape: share of d that counts, 1 in the paper, 0 in the code. momentum_dtype: what M is kept in.
          lr: each direction of W moves by s·lr·√d_out. Clipping: this one only, the table sets max_grad_norm to 0 (the
          norm of gA and gB depends on how the product is written).
 Example:
@@ -42,9 +42,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from loralign.maths.bounds import Betas, Epsilon, NotNegative, bounded
+from loralign.maths.bounds import Betas, Epsilon, MomentumDtype, NotNegative, bounded
 from loralign.maths.linalg import gram
-from loralign.maths.lists import kept, stacked
+from loralign.maths.lists import kept, momentum_like, stacked
 from loralign.types import Ctx, Facts, Grad, Group, Pair, Prepared, SlotChange, State
 
 CUT = 1e-6
@@ -123,6 +123,7 @@ class InvariantAdam:
     eps: float
     clip: float
     escape: float
+    momentum_dtype: MomentumDtype = "float32"
     facts: ClassVar[Facts] = Facts(
         accepts=frozenset({"one_sided", "shapes", "slots"}), global_scalars=True, transient=2.0
     )
@@ -136,7 +137,7 @@ class InvariantAdam:
             if factor in pair.train:
                 state[factor] = {
                     "step": like.to(torch.float32, copy=True),
-                    "first": like.new_zeros(m, r),
+                    "first": momentum_like(like.expand(m, r), self.momentum_dtype),
                     "second": like.new_zeros(r, r),
                     "spectrum": like.new_zeros(r),
                     "escaped": like.new_zeros(()),
@@ -199,9 +200,10 @@ class InvariantAdam:
     def _moved(side: Side, M: Tensor, g: Tensor, maps: Sequence[Tensor], ctx: Ctx) -> tuple[Tensor, Tensor]:
         """(n, r, m) and (n, m, r): the updates of one side's A and B; M, its first moment, is changed in place."""
         f, carry, back = maps
-        M.copy_(torch.baddbmm(g @ f, M, carry))
+        now = (g @ f).baddbmm_(M.to(g.dtype), carry)
+        M.copy_(now)
         del g
-        a, b = (M @ back).split([len(side.of_A), len(side.of_B)])
+        a, b = (now @ back).split([len(side.of_A), len(side.of_B)])
         return a.mT.mul(-ctx.lr_A).contiguous(), b.mul(-ctx.lr_B)
 
     def _decays(self, t: Tensor) -> list[Tensor]:
@@ -235,7 +237,11 @@ class InvariantAdam:
 
 @bounded
 def invariant_adam(
-    betas: Betas = (0.9, 0.999), eps: Epsilon = 1e-6, clip: NotNegative = 1.0, escape: NotNegative = 1.0
+    betas: Betas = (0.9, 0.999),
+    eps: Epsilon = 1e-6,
+    clip: NotNegative = 1.0,
+    escape: NotNegative = 1.0,
+    momentum_dtype: MomentumDtype = "float32",
 ) -> InvariantAdam:
     """LoRA-RITE."""
-    return InvariantAdam((betas[0], betas[1]), eps, clip, escape)
+    return InvariantAdam((betas[0], betas[1]), eps, clip, escape, momentum_dtype)

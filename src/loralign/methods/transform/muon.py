@@ -28,17 +28,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from loralign.maths.bounds import Beta, Count, bounded
+from loralign.maths.bounds import Beta, Count, MomentumDtype, bounded
 from loralign.maths.linalg import msign_each
-from loralign.maths.lists import by_shape, kept, stacked
+from loralign.maths.lists import by_shape, kept, momentum_like, stacked
 from loralign.types import Facts, Grad, Group, Pair, Prepared, SlotChange, State
-
-MomentumDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,7 @@ class MatrixSign:
     def init(self, pair: Pair) -> State:
         state: State = {factor: {} for factor in pair.train}
         for factor in pair.train if self.momentum else ():
-            p: Tensor = getattr(pair, factor)
-            half = self.momentum_dtype == "bfloat16"
-            dtype = torch.bfloat16 if half else torch.promote_types(p.dtype, torch.float32)
-            state[factor] = {"momentum": torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)}
+            state[factor] = {"momentum": momentum_like(getattr(pair, factor), self.momentum_dtype)}
         return state
 
     def prepare(self, group: Group) -> Prepared:
@@ -100,9 +95,11 @@ class MatrixSign:
 
 
 @bounded
-def matrix_sign(momentum: Beta = 0.95, newton_steps: Count = 5) -> MatrixSign:
+def matrix_sign(
+    momentum: Beta = 0.95, newton_steps: Count = 5, momentum_dtype: MomentumDtype = "float32"
+) -> MatrixSign:
     """A Muon-like step on each factor."""
-    return MatrixSign(momentum, newton_steps)
+    return MatrixSign(momentum, newton_steps, momentum_dtype)
 
 
 @bounded

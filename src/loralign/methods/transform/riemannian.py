@@ -10,7 +10,8 @@ Differs: one eigendecomposition per step instead of a pseudo-inverse per module.
 Cost:    4·r²(d_in + d_out) FLOPs a step; Adam's state.
 Export:  exact.
 Args:    damping: δ, absolute, in units of B² and A², 1e-6 in the official code, 1e-2 in PEFT, where it outweighs BᵀB
-         for long after B = 0. betas, eps: Adam's. Clipping: the usual global norm of 1, before the preconditioner.
+         for long after B = 0. betas, eps, momentum_dtype: Adam's. Clipping: the usual global norm of 1, before the
+         preconditioner.
 Example:
     >>> from loralign.methods.transform.riemannian import scaled_gradient
     >>> sorted(scaled_gradient().facts.accepts)
@@ -26,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loralign.maths.bounds import Betas, Epsilon, NotNegative, bounded
+from loralign.maths.bounds import Betas, Epsilon, MomentumDtype, NotNegative, bounded
 from loralign.maths.linalg import gram, psd_inverse
 from loralign.maths.lists import by_shape, stacked
 from loralign.methods.transform.adamw import adamw
@@ -68,6 +69,11 @@ class Scaled:
 
 
 @bounded
-def scaled_gradient(damping: NotNegative = 1e-6, betas: Betas = (0.9, 0.999), eps: Epsilon = 1e-8) -> Chain:
+def scaled_gradient(
+    damping: NotNegative = 1e-6,
+    betas: Betas = (0.9, 0.999),
+    eps: Epsilon = 1e-8,
+    momentum_dtype: MomentumDtype = "float32",
+) -> Chain:
     """The Riemannian preconditioner, then Adam in the preconditioned coordinates."""
-    return chain(Scaled(damping), adamw(betas, eps))
+    return chain(Scaled(damping), adamw(betas, eps, momentum_dtype))
