@@ -153,7 +153,8 @@ def run(plan: Plan, trial: Trial) -> dict[str, Any]:
     """One trial, or what it left when it was finished before."""
     from loralign import build
     from loralign.train.task_rows import Task
-    from loralign.train.tasks import TaskTraining, run_tasks
+    from loralign.train.task_trainer import TaskTraining
+    from loralign.train.tasks import run_tasks
 
     folder = plan.out / "trials" / trial.folder
     if (folder / "results.json").is_file():

@@ -18,8 +18,10 @@ import typer
 
 from loralign.cli.expand import expand
 from loralign.cli.guard import guarded
-from loralign.cli.run import job_of, progress, replace_text, say
+from loralign.cli.run import job_of, progress, say
+from loralign.cli.schema import schema
 from loralign.cli.subspace import app as subspace
+from loralign.cli.tasks import tasks
 
 app = typer.Typer(
     name="loralign",
@@ -32,6 +34,8 @@ app = typer.Typer(
 
 app.add_typer(subspace)
 app.command(epilog="Example: loralign expand runs/prolora/compact/compact.safetensors --out plain")(expand)
+app.command(epilog="Example: loralign tasks examples/tasks.yaml --set seed=1")(tasks)
+app.command(epilog="Example: loralign schema --out docs/schema.json")(schema)
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Overrides = Annotated[
@@ -278,18 +282,6 @@ def doctor() -> None:
     for line in lines:
         say(line)
     raise typer.Exit(0 if healthy else 1)
-
-
-@app.command(epilog="Example: loralign schema --out docs/schema.json")
-def schema(out: Annotated[Path | None, typer.Option(help="File to write; default: stdout.")] = None) -> None:
-    """The JSON schema of recipe files, for editors."""
-    from loralign.config.recipe import schema_text
-
-    text = schema_text()
-    if out is None:
-        say(text.rstrip())
-    else:
-        replace_text(out, text)
 
 
 if __name__ == "__main__":

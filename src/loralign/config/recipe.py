@@ -18,7 +18,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from loralign.carrier.patterns import check_pattern
 from loralign.config.errors import sentence
-from loralign.config.sections import RunFile, TrainSection
+from loralign.config.sections import RecipeKeys, RunFile, TrainSection
 from loralign.config.yaml_text import override, read_yaml
 from loralign.methods.form.plain import plain
 from loralign.methods.init.kaiming import kaiming
@@ -65,7 +65,7 @@ def parse(content: Mapping[str, Any], name: str = "recipe") -> RunFile:
 # --------------------------------------------------------------------------------------------------------------- recipe
 
 
-def to_recipe(file: RunFile) -> Recipe | Full:
+def to_recipe(file: RecipeKeys) -> Recipe | Full:
     """The recipe of a file: preset, then what the file says."""
     lines = [method(part) for part in file.method.split("+")]
     if any(line.reference for line in lines):
@@ -83,6 +83,11 @@ def to_recipe(file: RunFile) -> Recipe | Full:
     fields["targets"] = file.targets if isinstance(file.targets, str) else tuple(file.targets)
     options = {**preset, **_typed(lines, file.options)}
     return build(file.method, options, **{k: v for k, v in fields.items() if v is not None})
+
+
+def options_of(name: str) -> frozenset[str]:
+    """The options that a method or mix takes."""
+    return frozenset(_option_types([method(part) for part in name.split("+")]))
 
 
 def _preset(lines: Sequence[Method], name: str | None) -> dict[str, Any]:

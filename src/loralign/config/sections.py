@@ -98,8 +98,8 @@ class TrainSection(_Section):
     """Further fields of TRL's SFTConfig, as they are."""
 
 
-class RunFile(_Section):
-    """A recipe of loralign: one training run."""
+class RecipeKeys(_Section):
+    """What every file says of a model and the recipe that adapts it."""
 
     model: Source
     """Folder, .gguf file or hub id of the base model."""
@@ -125,18 +125,23 @@ class RunFile(_Section):
     """Decoupled weight decay of what trains."""
     max_grad_norm: NotNegative = 1.0
     """Clip of the global gradient norm; 0: off; omitted: the method's own, 1 for most."""
-    task: Literal["sft"] = "sft"
-    """sft: supervised fine-tuning of a causal language model."""
-    data: DataSection
-    """Rows, and how they become tokens."""
-    train: TrainSection = TrainSection()
-    """The optimisation."""
     output: Target
     """Folder of the result; it must be empty or absent, or hold the run to resume."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of everything that is drawn."""
     revision: Name | None = None
     """Commit, tag or branch of a hub model."""
+
+
+class RunFile(RecipeKeys):
+    """A recipe of loralign: one training run."""
+
+    task: Literal["sft"] = "sft"
+    """sft: supervised fine-tuning of a causal language model."""
+    data: DataSection
+    """Rows, and how they become tokens."""
+    train: TrainSection = TrainSection()
+    """The optimisation."""
     trust_remote_code: bool = False
     """Run code that the model's repository ships."""
     cache: Target | None = None

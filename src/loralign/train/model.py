@@ -120,8 +120,8 @@ def hidden_size(name: str, *, revision: str | None = None, trust_remote_code: bo
 
 
 @contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Within: what goes wrong while a model is read becomes one sentence with the mend."""
+def loading(name: str, kind: str = "a causal language model, which task sft needs") -> Iterator[None]:
+    """Within: what goes wrong while a model is read becomes one sentence with the mend. kind: what it must be."""
     try:
         yield
     except LoralignError:
@@ -129,10 +129,10 @@ def loading(name: str) -> Iterator[None]:
     except Exception as error:  # a damaged config or tokenizer may raise anything
         if out_of_memory(error):
             raise
-        raise LoralignError(f"cannot load the model {name!r}: {_why(error)}") from error
+        raise LoralignError(f"cannot load the model {name!r}: {_why(error, kind)}") from error
 
 
-def _why(error: Exception) -> str:
+def _why(error: Exception, kind: str) -> str:
     text = str(error).strip()
     if isinstance(error, BadInput):
         return text
@@ -148,5 +148,5 @@ def _why(error: Exception) -> str:
     if "no file named" in text and "safetensors" in text:
         return "it has no safetensors weights, and nothing is unpickled; save it again with `save_pretrained`"
     if "Unrecognized configuration class" in text:
-        return "it is no causal language model, which task sft needs; give another `model`"
+        return f"it is no {kind.removeprefix('a ')}; give another `model`"
     return f"{said[:150] or type(error).__name__}; check the name, or give the folder of the model"

@@ -1,4 +1,4 @@
-"""A Trainer that runs through tasks one after the other, and an outer loop of which each link is a task."""
+"""How tasks are trained: a Trainer that runs through them, an outer loop of which each link is a task."""
 
 from __future__ import annotations
 
@@ -6,15 +6,63 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from loralign.carrier.sites import draw_for
 from loralign.plan.combinations import facts
+from loralign.train.model import dtype_of
+from loralign.train.task_rows import Mask
 from loralign.types import Batch, Draw, Episode, Facts, LoralignError, Outer, Recipe
+
+
+@dataclass(frozen=True)
+class TaskTraining:
+    """The optimisation of every task."""
+
+    learning_rate: float
+    head_lr: float | None = None
+    """Of the fresh head; None: as the adapter."""
+    steps: int | None = None
+    """Optimizer steps of each task; None: by epochs."""
+    epochs: float = 1.0
+    batch_size: int = 16
+    """Rows per optimizer step and process."""
+    micro_batch_size: int | None = None
+    """Rows per forward, a divisor of batch_size; None: batch_size."""
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    """Share of a task's steps over which the rate rises."""
+    mask: Mask = "task"
+    save_every: int | None = None
+    """Optimizer steps between checkpoints; None: after every task."""
+    eval_batch_size: int = 64
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on GPUs that have it."""
+
+
+def steps_of(rows: int, training: TaskTraining) -> int:
+    """Optimizer steps of a task."""
+    return training.steps or max(1, math.ceil(training.epochs * rows / training.batch_size))
+
+
+def arguments(t: TaskTraining, folder: Path, steps: int, seed: int) -> TrainingArguments:
+    """In the Trainer's terms."""
+    micro = t.micro_batch_size or t.batch_size
+    if t.batch_size % micro:
+        raise LoralignError(f"batch_size {t.batch_size} is no multiple of micro_batch_size {micro}")
+    return TrainingArguments(
+        output_dir=str(folder), max_steps=steps, learning_rate=t.learning_rate, per_device_train_batch_size=micro,
+        gradient_accumulation_steps=t.batch_size // micro, per_device_eval_batch_size=t.eval_batch_size,
+        train_sampling_strategy="sequential", save_strategy="steps" if t.save_every else "no",
+        save_steps=t.save_every or 500, save_total_limit=2, logging_steps=10, logging_nan_inf_filter=False, report_to=[],
+        disable_tqdm=True, bf16=dtype_of(t.precision) == torch.bfloat16, use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(), remove_unused_columns=False, seed=seed,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

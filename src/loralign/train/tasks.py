@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
-    TrainingArguments,
     default_data_collator,
     set_seed,
 )
@@ -49,40 +47,14 @@ from loralign.train.checkpoint import reopen, step_of
 from loralign.train.ending import check_moved, train_to_the_end
 from loralign.train.heads import draw_head, linears
 from loralign.train.journal import Journal
-from loralign.train.model import dtype_of
-from loralign.train.task_rows import Mask, Ordered, Task, check_tasks, fingerprint, joined, masked_loss, visible
-from loralign.train.task_trainer import TasksTrainer, by_task
+from loralign.train.task_rows import Ordered, Task, check_tasks, fingerprint, joined, masked_loss, visible
+from loralign.train.task_trainer import TasksTrainer, TaskTraining, arguments, by_task, steps_of
 from loralign.types import LoralignError, Recipe, VerificationFailed
 
 log = logging.getLogger("loralign")
 
 Collate = Callable[[list[Any]], Mapping[str, Tensor]]
 MATRIX = "accuracy.json"
-
-
-@dataclass(frozen=True)
-class TaskTraining:
-    """The optimisation of every task."""
-
-    learning_rate: float
-    head_lr: float | None = None
-    """Of the fresh head; None: as the adapter."""
-    steps: int | None = None
-    """Optimizer steps of each task; None: by epochs."""
-    epochs: float = 1.0
-    batch_size: int = 16
-    """Rows per optimizer step and process."""
-    micro_batch_size: int | None = None
-    """Rows per forward, a divisor of batch_size; None: batch_size."""
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    """Share of a task's steps over which the rate rises."""
-    mask: Mask = "task"
-    save_every: int | None = None
-    """Optimizer steps between checkpoints; None: after every task."""
-    eval_batch_size: int = 64
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on GPUs that have it."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +81,7 @@ def run_tasks(
     base: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
-    tokenizer: Any | None = None,
+    labels: Sequence[str] | None = None,
 ) -> TaskResult:
     """Train a classifier on tasks in sequence, measure after each, write results and plain adapters to `output`.
 
@@ -120,12 +92,13 @@ def run_tasks(
         resume: go on from the last complete checkpoint in `output`; on a CPU the result is the same to the last bit.
         export_moments: write the plain adapter and head of every moment, verified where `base` is a folder or hub id.
         base: what to load for the verification; its name goes into the adapters.
+        labels: names of the classes, for the results and the cards.
     Raises:
         LoralignError: bad input, one sentence. VerificationFailed: a written adapter computes something else.
     """
     with locked(Path(output)):
-        run = _Run(model, recipe, tasks, training, Path(output), collate, joint)
-        return run.go(resume, export_moments, base, revision, progress, tokenizer)
+        run = _Run(model, recipe, tasks, training, Path(output), collate, joint, labels)
+        return run.go(resume, export_moments, base, revision, progress)
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -141,16 +114,18 @@ class _Run:
         output: Path,
         collate: Collate,
         joint: bool,
+        labels: Sequence[str] | None,
     ) -> None:
-        labels = int(model.config.num_labels)
-        check_tasks(tasks, labels)
+        classes = int(model.config.num_labels)
+        check_tasks(tasks, classes)
+        self.labels = list(labels) if labels is not None else [str(c) for c in range(classes)]
         self.model, self.tasks, self.training, self.output, self.collate = model, list(tasks), training, output, collate
         self.parts = [joined(tasks)] if joint else list(tasks)
-        steps = [_steps(task, training) for task in tasks]
+        steps = [steps_of(len(task.train), training) for task in tasks]
         self.lengths = [sum(steps)] if joint else steps
         self.ends = [sum(self.lengths[: k + 1]) for k in range(len(self.lengths))]
         self.recipe = by_task(recipe, self.lengths)
-        self.loss = masked_loss(visible(self.parts, labels, training.mask))
+        self.loss = masked_loss(visible(self.parts, classes, training.mask))
         self.matrix: list[list[float]] = []
 
     def seen(self, moment: int) -> list[Task]:
@@ -164,7 +139,6 @@ class _Run:
         base: str | None,
         revision: str | None,
         progress: Progress | None,
-        tokenizer: Any | None,
     ) -> TaskResult:
         set_seed(self.recipe.seed)
         remove_left(self.output)
@@ -187,7 +161,7 @@ class _Run:
         )
         if point is None:
             check_start(trainer.model, self._inputs(self.parts[0].train[:2], trainer))
-        write = (lambda moment: self._export(trainer, moment, base, revision, tokenizer)) if export_moments else None
+        write = (lambda moment: self._export(trainer, moment, base, revision)) if export_moments else None
         trainer.add_callback(_Moments(self, trainer, callback, write))
         trainer.add_callback(Journal(self.output / "log.jsonl", step_of(point) if point else None, progress))
         trainer.remove_callback(PrinterCallback)
@@ -206,19 +180,7 @@ class _Run:
 
     def _trainer(self) -> TasksTrainer:
         t = self.training
-        micro = t.micro_batch_size or t.batch_size
-        if t.batch_size % micro:
-            raise LoralignError(f"batch_size {t.batch_size} is no multiple of micro_batch_size {micro}")
-        bf16 = dtype_of(t.precision) == torch.bfloat16
-        args = TrainingArguments(
-            output_dir=str(self.output / "checkpoints"), max_steps=self.ends[-1], learning_rate=t.learning_rate,
-            per_device_train_batch_size=micro, gradient_accumulation_steps=t.batch_size // micro,
-            per_device_eval_batch_size=t.eval_batch_size, train_sampling_strategy="sequential",
-            save_strategy="steps" if t.save_every else "no", save_steps=t.save_every or 500, save_total_limit=2,
-            logging_steps=10, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, bf16=bf16,
-            use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False, seed=self.recipe.seed,
-        )  # fmt: skip
+        args = arguments(t, self.output / "checkpoints", self.ends[-1], self.recipe.seed)
         names = fresh_heads(self.model)
         if not names:
             raise LoralignError(f"{type(self.model).__name__} has no classification head: load it with one")
@@ -277,20 +239,20 @@ class _Run:
     def folder(self, moment: int) -> Path:
         return self.output / f"after-{moment + 1}"
 
-    def _export(self, trainer: Any, moment: int, base: str | None, revision: str | None, tokenizer: Any | None) -> None:
+    def _export(self, trainer: Any, moment: int, base: str | None, revision: str | None) -> None:
         done = [task.name for task in self.seen(moment)]
         classes = sorted(c for task in self.seen(moment) for c in task.classes)
         known = base or self.model.name_or_path
         name = base_name(trainer.model, base, revision)[0] if known else str(self.model.config.model_type)
         card = Card(
             name, method=self.recipe.name, learning_rate=self.training.learning_rate,
-            data={"tasks seen": ", ".join(done), "classes seen": ", ".join(map(str, classes))},
+            data={"tasks seen": ", ".join(done), "classes seen": ", ".join(f"{c} = {self.labels[c]}" for c in classes)},
             metrics={f"accuracy on {n}": a for n, a in zip(done, self.matrix[moment], strict=True)},
         )  # fmt: skip
         probes = self._inputs(self.parts[min(moment, len(self.parts) - 1)].train[:2], trainer)
         export(
             trainer.model, self.folder(moment), base_id=name, revision=revision, probes=probes, card=card,
-            tokenizer=tokenizer, overwrite=True,
+            overwrite=True,
         )  # fmt: skip
 
     # -------------------------------------------------------------------------------------------------------- the end
@@ -311,15 +273,10 @@ class _Run:
         accuracy_picture({"joint" if len(self.parts) == 1 and len(names) > 1 else "in sequence": self.matrix}, names,
                          self.output / "accuracy.png", title=title)  # fmt: skip
         facts_of: dict[str, Any] = {"method": self.recipe.name, "tasks": {t.name: list(t.classes) for t in self.tasks}}
+        facts_of |= {"labels": self.labels}
         facts_of |= {"matrix": self.matrix, **asdict(result), "verified": bool(reports)}
         write_json(self.output / "results.json", facts_of)
         return TaskResult(self.matrix, result, moments, bool(reports))
-
-
-def _steps(task: Task, training: TaskTraining) -> int:
-    if training.steps is not None:
-        return training.steps
-    return max(1, math.ceil(training.epochs * len(task.train) / training.batch_size))
 
 
 class _Moments(TrainerCallback):
