@@ -6,13 +6,13 @@ further ones may join a study, one that is there already must not change. Seeds,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loralign.compare.spec import Arm, Spec
 from loralign.io.content import file_print, model_print
+from loralign.io.described import described
 
 
 def settings(spec: Spec) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def translated(known: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def arm_settings(arm: Arm) -> dict[str, Any]:
     """The recipe of an arm as flat plain data, without its seed, and the centre of its grid."""
-    found = dict(_described(arm.recipe, ""))
+    found = dict(described(arm.recipe))
     return {**found, **dict(arm.given), "lr": arm.lr}
 
 
@@ -69,47 +69,6 @@ def other_arm(arm: Arm, key: str, old: Any, new: Any) -> str:
         f"arm {arm.name!r} was started with `{key}` {was}, now it has {now}: give the changed arm a `name` of its own, "
         "or choose another `output` folder"
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- recipes
-
-
-def _described(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Flat (key, plain value) pairs. Fields at their default are left out, so that a new one changes no old study."""
-    inner = f"{name}." if name else ""
-    if is_dataclass(value) and not isinstance(value, type):
-        if name:
-            yield name, type(value).__qualname__
-        for f in fields(value):
-            held = getattr(value, f.name)
-            if f.name != "seed" and not _is_default(f, held):
-                yield from _described(held, inner + f.name)
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            yield from _described(value[key], f"{inner}{key}")
-    elif isinstance(value, list | tuple | frozenset | set):
-        items = sorted(value, key=str) if isinstance(value, frozenset | set) else value
-        for i, item in enumerate(items):
-            yield from _described(item, f"{inner}{i}")
-    elif value is None or isinstance(value, str | int | float | bool):
-        yield name, value
-    elif callable(value) and hasattr(value, "__code__"):
-        yield from _described_function(value, name)
-    else:
-        yield name, type(value).__qualname__
-        yield from _described({k: v for k, v in getattr(value, "__dict__", {}).items() if k[0] != "_"}, name)
-
-
-def _described_function(function: Callable[..., Any], name: str) -> Iterator[tuple[str, Any]]:
-    yield name, function.__qualname__
-    cells = getattr(function, "__closure__", None) or ()
-    for variable, cell in zip(function.__code__.co_freevars, cells, strict=True):
-        yield from _described(cell.cell_contents, f"{name}.{variable}")
-
-
-def _is_default(field: Any, value: Any) -> bool:
-    default = field.default_factory() if field.default_factory is not MISSING else field.default
-    return default is not MISSING and type(default) is type(value) and bool(default == value)
 
 
 # --------------------------------------------------------------------------------------------------------------- files

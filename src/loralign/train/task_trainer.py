@@ -59,8 +59,9 @@ def arguments(t: TaskTraining, folder: Path, steps: int, seed: int) -> TrainingA
         output_dir=str(folder), max_steps=steps, learning_rate=t.learning_rate, per_device_train_batch_size=micro,
         gradient_accumulation_steps=t.batch_size // micro, per_device_eval_batch_size=t.eval_batch_size,
         train_sampling_strategy="sequential", save_strategy="steps" if t.save_every else "no",
-        save_steps=t.save_every or 500, save_total_limit=2, logging_steps=10, logging_nan_inf_filter=False, report_to=[],
-        disable_tqdm=True, bf16=dtype_of(t.precision) == torch.bfloat16, use_cpu=not torch.cuda.is_available(),
+        save_steps=t.save_every or 500, save_total_limit=2, logging_steps=10, logging_nan_inf_filter=False,
+        report_to=[], disable_tqdm=True, bf16=dtype_of(t.precision) == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(), remove_unused_columns=False, seed=seed,
     )  # fmt: skip
 
@@ -123,8 +124,9 @@ class TasksTrainer(Trainer):
     def rows_of(self, episode: Episode | None) -> Iterable[Batch]:
         """Batches of the task that begins."""
         kept: Any = self.train_dataset
-        begin = (self.ends[episode.index - 1] if episode and episode.index else 0) * len(kept) // self.ends[-1]
-        self.train_dataset = Subset(kept, range(begin, len(kept)))
+        k, each = episode.index if episode else 0, len(kept) // self.ends[-1]
+        begin, end = each * (self.ends[k] - self.lengths[k]), each * self.ends[k]
+        self.train_dataset = Subset(kept, range(begin, end))
         try:
             loader: DataLoader[Any] = self.get_train_dataloader()
         finally:

@@ -33,6 +33,7 @@ from loralign.carrier.sites import put_in
 from loralign.evidence import Progress
 from loralign.io.card import Card
 from loralign.io.content import tensors_print
+from loralign.io.described import described
 from loralign.io.export import base_name, export
 from loralign.io.lock import locked
 from loralign.io.matrix import accuracy_picture
@@ -175,7 +176,8 @@ class _Run:
         """What the result depends on."""
         rows = {f"task {t.name}": fingerprint(t.train) + fingerprint(t.test) for t in self.tasks}
         free = {k: v for k, v in asdict(self.training).items() if k not in ("save_every", "eval_batch_size")}
-        made = {**free, "recipe": self.recipe, "parts": len(self.parts)}
+        recipe = dict(described(self.recipe))
+        made = {**free, **recipe, "seed": self.recipe.seed, "joint": len(self.parts) == 1, "recipe": sorted(recipe)}
         return {**{k: repr(v) for k, v in made.items()}, **rows, "model": tensors_print(self.model)}
 
     def _trainer(self) -> TasksTrainer:

@@ -1,0 +1,388 @@
+"""Tasks in sequence: rows, masks and scores, what a moment leaves, stops anywhere, the command and its files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification
+
+import warm
+from loralign import LoralignError, Recipe, build, factors, sites
+from loralign.config.tasks_file import load_tasks, parse_tasks, schema_text, to_tasks
+from loralign.io.matrix import accuracy_picture
+from loralign.train import tasks as driver
+from loralign.train.accuracy import scores
+from loralign.train.task_rows import Ordered, Task, check_tasks, drawn, joined, masked_loss, visible
+from loralign.train.task_trainer import TaskTraining
+from loralign.train.tasks import run_tasks
+from tiny_trl import tokenizer
+from toy import bert, vit
+
+ROOT = Path(__file__).parents[1]
+TASKS, CLASSES, STEPS = 3, 6, 4
+TRAINING = TaskTraining(5e-3, head_lr=1e-2, steps=STEPS, batch_size=8, save_every=2, eval_batch_size=16)
+
+
+def images(classes: tuple[int, ...], count: int, seed: int) -> list[dict[str, Any]]:
+    """Noise with one bright colour channel and corner per class."""
+    draw, found = torch.Generator().manual_seed(seed), []
+    for i in range(count):
+        c = classes[i % len(classes)]
+        pixels = torch.randn(3, 16, 16, generator=draw)
+        pixels[c % 3, 8 * (c // 3) : 8 * (c // 3) + 8] += 2.0
+        found.append({"pixel_values": pixels, "labels": c})
+    return found
+
+
+def of_images(count: int = 16) -> list[Task]:
+    made = []
+    for k in range(TASKS):
+        own = (2 * k, 2 * k + 1)
+        made.append(Task(f"task {k + 1}", images(own, count, k), images(own, 12, 100 + k)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, config = tmp_path_factory.mktemp("vit"), vit().config
+    torch.manual_seed(0)
+    ViTForImageClassification(ViTConfig.from_dict({**config.to_dict(), "num_labels": CLASSES})).save_pretrained(folder)
+    return folder
+
+
+def model_of(base: Path) -> ViTForImageClassification:
+    made: ViTForImageClassification = ViTForImageClassification.from_pretrained(base)
+    return made.eval()
+
+
+def recipe(name: str = "sd-lora", options: dict[str, Any] | None = None, **fields: Any) -> Recipe:
+    given = {"tasks": TASKS} if name == "sd-lora" else {}
+    made = build(name, {**given, **(options or {})}, **{"r": 3, "seed": 5, **fields})
+    assert isinstance(made, Recipe)
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three tasks that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        warm.verification(patch)
+        result = run_tasks(model_of(base), recipe(), of_images(), TRAINING, out, base=str(base))
+    assert result.verified and [f.name for f in result.moments] == ["after-1", "after-2", "after-3"]
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------ rows and masks
+
+
+def test_every_pass_has_all_rows_of_a_task_in_an_order_of_its_own() -> None:
+    parts: list[list[dict[str, Any]]] = [[{"labels": k, "row": i} for i in range(5)] for k in range(2)]
+    order = Ordered(parts, (12, 5), seed=3)
+    rows = [order[i] for i in range(len(order))]
+    assert [row["labels"] for row in rows] == [0] * 12 + [1] * 5
+    first, second = [r["row"] for r in rows[:5]], [r["row"] for r in rows[5:10]]
+    assert sorted(first) == sorted(second) == list(range(5)) and first != second
+    assert drawn(5, 12, 3, 0) == first + second + [r["row"] for r in rows[10:12]]
+    assert drawn(5, 5, 4, 0) != first
+
+
+def test_a_row_sees_the_classes_of_its_task_or_of_those_so_far() -> None:
+    tasks = [Task("a", images((0, 3), 2, 0), images((0,), 1, 0)), Task("b", images((1,), 1, 0), images((1,), 1, 0))]
+    own, seen = visible(tasks, 5, "task"), visible(tasks, 5, "seen")
+    assert own[3].tolist() == seen[0].tolist() == [True, False, False, True, False]
+    assert own[1].tolist() == [False, True, False, False, False]
+    assert seen[1].tolist() == [True, True, False, True, False]
+    logits, labels = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 3, 1])
+    loss = masked_loss(own)(type("Out", (), {"logits": logits}), labels)
+    two = torch.nn.functional.cross_entropy(logits[:3][:, [0, 3]], torch.tensor([0, 1, 1]), reduction="sum")
+    assert float(loss) == pytest.approx(float(two) / 4)  # the class that is alone in its task costs nothing
+    again = masked_loss(own)(type("Out", (), {"logits": logits}), labels, num_items_in_batch=8)
+    assert float(again) == pytest.approx(float(two) / 8)
+
+
+def test_scores_of_a_matrix_by_hand() -> None:
+    found = scores([[0.9], [0.5, 0.8], [0.7, 0.6, 0.5]])
+    assert found.average == pytest.approx(0.6) and found.anytime == pytest.approx((0.9 + 0.65 + 0.6) / 3)
+    assert found.forgetting == pytest.approx(((0.9 - 0.7) + (0.8 - 0.6)) / 2)
+    assert scores([[0.5, 0.7]]).forgetting == 0.0 and scores([[0.2], [0.6, 0.4]]).forgetting == pytest.approx(-0.4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    {
+        "shared": (lambda t: [t[0], replace(t[1], train=t[0].train)], "class 0 is in task task 1 and in task task 2"),
+        "empty": (lambda t: [replace(t[0], test=[])], "task task 1 has no test rows"),
+        "strange": (lambda t: [replace(t[0], test=t[1].test)], "test rows of task task 1 have class 2"),
+        "head": (lambda t: [Task("x", images((9,), 2, 0), images((9,), 2, 0))], "does not fit a head of 6"),
+        "none": (lambda t: [], "there are no tasks"),
+    }.values(),
+    ids=("shared", "empty", "strange", "head", "none"),
+)
+def test_tasks_that_do_not_fit_are_one_sentence(change: Callable[[list[Task]], list[Task]], said: str) -> None:
+    with pytest.raises(LoralignError, match=said):
+        check_tasks(change(of_images(4)), CLASSES)
+
+
+# ------------------------------------------------------------------------------------------------------------- moments
+
+
+def loaded(base: Path, folder: Path) -> Any:
+    return PeftModel.from_pretrained(model_of(base), folder).eval()
+
+
+def test_a_moment_is_a_plain_adapter_with_its_head(base: Path, whole: Path) -> None:
+    """Stock PEFT reproduces the accuracies that were measured then; ranks grow by one link per task."""
+    kept = json.loads((whole / "results.json").read_text())
+    for moment, row in enumerate(kept["matrix"]):
+        stock, seen = loaded(base, whole / f"after-{moment + 1}"), torch.arange(2 * moment + 2)
+        assert stock.peft_config["default"].r == 3 * (moment + 1)
+        for task, accuracy in zip(of_images(), row, strict=False):
+            with torch.no_grad():
+                logits = stock(pixel_values=torch.stack([r["pixel_values"] for r in task.test])).logits
+            chosen = logits[:, seen].argmax(dim=1)
+            right = (chosen == torch.tensor([r["labels"] for r in task.test])).float().mean()
+            assert float(right) == pytest.approx(accuracy, abs=1e-6)
+    assert kept["tasks"] == {f"task {k + 1}": [2 * k, 2 * k + 1] for k in range(TASKS)}
+    assert kept["average"] == pytest.approx(sum(kept["matrix"][-1]) / 3) and kept["matrix"][0][0] > 0.8
+    assert (whole / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def head(folder: Path) -> Tensor:
+    stored = load_file(folder / "adapter_model.safetensors")
+    (found,) = [value for key, value in stored.items() if key.endswith("classifier.weight")]
+    return found
+
+
+def test_only_the_rows_of_a_tasks_own_classes_move_in_the_head(whole: Path) -> None:
+    one, two, three = (head(whole / f"after-{k}") for k in (1, 2, 3))
+    assert torch.equal(one[2:], torch.cat([one[2:4], two[4:]])) and not torch.equal(one[2:4], two[2:4])
+    assert torch.equal(one[:2], three[:2]) and torch.equal(two[2:4], three[2:4])
+
+
+def test_one_adapter_in_sequence_and_all_tasks_at_once(base: Path, tmp_path: Path) -> None:
+    """The baseline keeps its rank and forgets nothing by rule; joint training has one moment, of all tasks."""
+    training = replace(TRAINING, steps=2, mask="seen")
+    model = model_of(base)
+    alone = run_tasks(model, recipe("lora"), of_images(), training, tmp_path / "a", export_moments=False)
+    assert [len(row) for row in alone.matrix] == [1, 2, 3] and not alone.moments
+    assert {factors(site)[0].shape[0] for site in sites(model)} == {3}
+    joint = run_tasks(model_of(base), recipe(), of_images(), training, tmp_path / "b", joint=True, base=None)
+    assert [len(row) for row in joint.matrix] == [3] and joint.scores.forgetting == 0.0 and not joint.verified
+    note = json.loads(next((tmp_path / "b" / "checkpoints").glob("*/loralign.json")).read_text())
+    assert note["step"] == 3 * 2 and joined(of_images()).classes == tuple(range(6))
+    picture = tmp_path / "p.png"
+    accuracy_picture({"a": alone.matrix, "b": joint.matrix}, [t.name for t in of_images()], picture, title="t")
+    assert picture.stat().st_size > 5000
+
+
+# ---------------------------------------------------------------------------------------------------------- stopped
+
+
+def killed(base: str, out: str, moment: str) -> None:
+    """A run that kills itself: at a step, or at the end of task 2 while its adapter is written, or after that."""
+    import os
+
+    from loralign.train import journal
+
+    real = {"export": driver.export, "write": driver.write_json, "step": journal.Journal.on_step_end}
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def export(model: Any, out: Path, **kwargs: Any) -> Any:
+        return die() if moment == "export" and out.name == "after-2" else real["export"](model, out, **kwargs)
+
+    def step(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if moment == str(state.global_step):
+            die()
+
+    driver.export, journal.Journal.on_step_end = export, step  # type: ignore[assignment, method-assign]
+    run_tasks(model_of(Path(base)), recipe(), of_images(), TRAINING, out)
+
+
+CHILD = "import sys; sys.path[:0] = sys.argv[4:]; import test_tasks as t; t.killed(*sys.argv[1:4])"
+
+
+@pytest.mark.parametrize("moment", ["3", "export", "8", "9"])
+def test_killed_before_at_and_after_a_switch_is_as_if_not(moment: str, base: Path, whole: Path, tmp_path: Path) -> None:
+    """3: before the first switch; export: at the second; 8: before its checkpoint; 9: after it."""
+    out = tmp_path / "out"
+    argv = [str(base), str(out), moment, *map(str, (ROOT / "tests", ROOT / "src"))]
+    done = warm.run([__import__("sys").executable, "-P", "-c", CHILD, *argv])
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    found = run_tasks(model_of(base), recipe(), of_images(), TRAINING, out, resume=True)
+    want = json.loads((whole / "results.json").read_text())
+    assert found.matrix == want["matrix"]
+    for k in (1, 2, 3):
+        name = f"after-{k}/adapter_model.safetensors"
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), k
+
+
+def test_another_run_is_not_gone_on_with(base: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for change, said in (
+        ({"training": replace(TRAINING, learning_rate=1e-3)}, "`learning_rate` is 0.001, the run began with 0.005"),
+        ({"tasks": of_images(24)}, "the rows of `task task 1` are not those"),
+        ({"recipe": recipe(r=2)}, "`r` is 2, the run began with 3"),
+        ({"recipe": recipe(options={"absorb": 0.1})}, "`outer.outer.absorb` is 0.1, the run began with None"),
+    ):
+        given: dict[str, Any] = {"recipe": recipe(), "tasks": of_images(), "training": TRAINING, **change}
+        with pytest.raises(LoralignError, match=said):
+            run_tasks(model_of(base), output=out, resume=True, **given)
+    with pytest.raises(LoralignError, match="not empty"):
+        run_tasks(model_of(base), recipe(), of_images(), TRAINING, out)
+    again = run_tasks(model_of(base), recipe(), of_images(), TRAINING, out, resume=True, export_moments=False)
+    assert again.matrix == json.loads((whole / "results.json").read_text())["matrix"]  # it had ended
+
+
+# -------------------------------------------------------------------------------------------------------- compositions
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("chain-of-lora + lora-rite", {}),
+        ("chain-of-lora + lora-pro", {}),
+        ("chain-of-lora + rm-lora", {}),
+        ("sd-lora", {"later_ranks": (2, 1), "tasks_per_rank": 1, "absorb": 9e-4}),
+        ("xgblora", {}),
+    ],
+)
+def test_other_links_learn_tasks_too(name: str, options: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    model, training = model_of(base), replace(TRAINING, steps=2, save_every=None)
+    run_tasks(model, recipe(name, options), of_images(), training, tmp_path / "out", export_moments=False)
+    widths = {factors(site)[0].shape[0] for site in sites(model)}
+    assert widths == ({3 + 3 + 2} if options else {9}) if name != "xgblora" else max(widths) <= 9
+
+
+def test_evidence_at_a_switch_is_drawn_from_the_task_that_begins(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA-GA's gradients, estimated again at each link, before the first of its steps."""
+    seen: list[set[int]] = []
+    attach = driver.attach
+
+    def spy(trainer: Any, made: Recipe, *, rows: Any, **kwargs: Any) -> Any:
+        def drawn(episode: Any) -> Any:
+            for batch in rows(episode):
+                seen.append(set(batch["labels"].tolist()))
+                yield batch
+
+        return attach(trainer, made, rows=drawn, **kwargs)
+
+    monkeypatch.setattr(driver, "attach", spy)
+    model, training = model_of(base), replace(TRAINING, steps=3, save_every=None)
+    made = recipe("lora-ga + chain-of-lora", {"micro_batches": 2})
+    run_tasks(model, made, of_images(), training, tmp_path / "out", export_moments=False)
+    assert seen == [{0, 1}] * 3 + [{2, 3}] * 3 + [{4, 5}] * 3  # two, and one held out
+    assert {factors(site)[0].shape[0] for site in sites(model)} == {18}
+
+
+def test_too_few_links_are_refused_before_anything_is_spent(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoralignError, match="has 2 links and there are 3 tasks: raise `links` or `tasks`"):
+        run_tasks(model_of(base), recipe("chain-of-lora", {"links": 2}), of_images(), TRAINING, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+FILE = {
+    "model": "base",
+    "method": "sd-lora",
+    "rank": 2,
+    "targets": ["query", "value"],
+    "data": {"train": "rows.jsonl", "test": 0.25},
+    "split": [2, 1],
+    "train": {"learning_rate": 5e-3, "steps": 2, "batch_size": 4},
+    "output": "out",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("text")
+    bert().save_pretrained(root / "base")
+    tokenizer().save_pretrained(root / "base")
+    words = {"b": "red green", "a": "one two", "c": "up down"}
+    rows = [{"text": f"{words[c]} {i}", "label": c} for i in range(8) for c in words]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (root / "tasks.yaml").write_text(json.dumps(FILE), encoding="utf-8")
+    return root
+
+
+def test_the_command_trains_says_and_verifies(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cli_world import run
+
+    monkeypatch.chdir(world)
+    warm.verification(monkeypatch)
+    done = run("tasks", "tasks.yaml")
+    assert done.code == 0, done.err
+    for said in ("after task 1: ", "forgetting: ", "Verified: after-1, after-2 in out"):
+        assert said in done.out
+    kept = json.loads((world / "out" / "results.json").read_text())
+    assert kept["tasks"] == {"a, b": [0, 1], "c": [2]} and kept["labels"] == ["a", "b", "c"]
+    assert "c = " not in (world / "out" / "after-1" / "README.md").read_text()
+    assert "1 = b" in (world / "out" / "after-1" / "README.md").read_text()
+    again = run("tasks", "tasks.yaml", "--resume")
+    assert again.code == 0 and again.out.splitlines()[1:4] == done.out.splitlines()[1:4]
+    other = run("tasks", "tasks.yaml", "--resume", "--set", "seed=1")
+    assert other.code == 2 and "cannot resume out" in other.err
+    for setting, said in (
+        ("split=[2, 2]", "the rows 3: a, b, c"),
+        ("split=[[a], [d]]", "names 'd', a label of no row"),
+        ("data.label=topic", "has no 'topic'"),
+    ):
+        assert said in run("tasks", "tasks.yaml", "--set", setting, "--set", "output=x").err
+    assert not (world / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"split": None}, "say either `split`"),
+        ({"tasks": [{"name": "a", "train": "x"}]}, "say either `split`"),
+        ({"data": {"test": 0.2}}, "name them"),
+        ({"split": None, "tasks": [{"name": "a", "train": "x"}] * 2, "data": {}}, "two tasks are called 'a'"),
+        ({"split": [2, ["a"]]}, "labels or numbers of labels"),
+        ({"train": {"steps": 2, "epochs": 1}}, "keep one"),
+        ({"train": {"batch_size": 4, "micro_batch_size": 3}}, "no multiple"),
+        ({"method": "full", "rank": None, "targets": ["query"]}, "no adapter to keep"),
+        ({"methud": "lora"}, "did you mean `method`"),
+        ({"options": {"tasks": 0}}, "options.tasks"),
+    ],
+)
+def test_a_file_that_is_wrong_is_one_sentence(change: dict[str, Any], said: str) -> None:
+    content = {k: v for k, v in {**FILE, **change}.items() if v is not None}
+    with pytest.raises(LoralignError, match=said) as caught:
+        parse_tasks(content)
+    assert len(str(caught.value)) < 300
+
+
+def test_files_become_runs() -> None:
+    job = to_tasks(parse_tasks(FILE), 32)
+    assert job.split == (2, 1) and job.recipe.form.shared()["alpha"].numel() == 2 and job.training.steps == 2
+    files = [{"name": "a", "train": "x", "test": "y"}, {"name": "b", "train": "z"}]
+    content = {**FILE, "data": {"test": 0.1}, "tasks": files, "method": "chain-of-lora", "preset": "paper"}
+    job = to_tasks(parse_tasks({k: v for k, v in content.items() if k != "split"}), 32)
+    assert [f.test for f in job.files] == ["y", 0.1] and job.recipe.outer.links == 2  # type: ignore[attr-defined]
+    prior = to_tasks(parse_tasks({**FILE, "train": {"steps": 1}}), 2000)
+    assert prior.lr_source.startswith("prior of sd-lora") and prior.training.learning_rate == pytest.approx(1e-3)
+
+
+def test_the_published_schema_and_the_example_are_the_present_ones() -> None:
+    assert (ROOT / "docs" / "schema-tasks.json").read_text(encoding="utf-8") == schema_text()
+    file = load_tasks(ROOT / "examples" / "tasks.yaml")
+    assert file.count == 3 and file.method == "sd-lora"
