@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from loralign import METHODS, LoralignError, Recipe, adapt, build, drive, optimizer
 from loralign.maths.budget import Window, cubic_budget, cubic_pruned
@@ -17,7 +18,7 @@ from loralign.methods.rule.adalora import Orthogonal, Sensitivity
 from loralign.methods.rule.combine import GATE, Law, Shrink, unregularised
 from loralign.methods.rule.dynamic_rank import ComponentShare, Variance
 from loralign.plan.combinations import check_combination
-from loralign.types import Moment, RuleState
+from loralign.types import Moment, RuleState, Validation
 
 
 def made(name: str) -> Recipe:
@@ -130,3 +131,51 @@ def test_a_rule_on_another_form(rule: str, form: str) -> None:
         recipe = replace(recipe, init=made(form).init)
     reason, want = said(recipe), _reason(rule, form)
     assert want in reason and bool(want) == bool(reason), reason
+
+
+EVENTS: dict[str, dict[str, Any]] = {
+    "adalora": {"interval": 2, "first": 0.0},
+    "dynamic-rank-lora": {"interval": 2, "first": 0.0},
+    "sora": {"threshold": 0.3},
+    "beamlora": {"interval": 2, "keep": 0.4, "until": 2.0},
+    "allocating-lora": {"rounds": 2, "moved": 1, "first": 0.1, "every": 0.2},
+    "prilora": {"interval": 3},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.parametrize("name", EVENTS)
+def test_slots_change_without_a_recompilation(name: str) -> None:
+    """Masks and moves act on values; shapes, Parameters and code stay, so a compiled model goes on."""
+    recipe = build(name, EVENTS[name], r=2, alpha=4.0, targets=("0", "2"))
+    assert isinstance(recipe, Recipe)
+    plain, _ = _run(recipe, False)
+    counters.clear()
+    torch.compiler.reset()
+    compiled, ranks = _run(recipe, True)
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
+    assert len(set(ranks)) > 1 or name in ("beamlora", "prilora")
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, compiled, strict=True))
+
+
+def _run(recipe: Recipe, compiled: bool) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+    torch.manual_seed(0)
+    model: Any = adapt(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6)), recipe)
+    opt = optimizer(model, recipe, 3e-2)
+    draw = iter(range(10**6))
+    judged = {"losses": lambda masks: [float(next(draw) * 7 % 11) for _ in masks]}
+    wants = any(isinstance(rule.needs, Validation) for rule in recipe.rules)
+    driver = drive(model, recipe, opt, 10, observe=lambda: judged if wants else {})
+    run: Any = torch.compile(model, backend="eager") if compiled else model
+    x = torch.randn(8, 6)
+    ranks = []
+    for step in range(10):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            (run(x) - x.flip(1)).square().mean().backward()
+        opt.step()
+        driver.after_step()
+        opt.zero_grad()
+        ranks.append(tuple(driver.ranks().values()))
+    driver.close()
+    assert len(driver.changes) > 1
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad], ranks

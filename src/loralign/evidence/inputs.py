@@ -26,17 +26,20 @@ class InputTap:
         self.hooks = [site.layer.register_forward_hook(self._hook(site.name), with_kwargs=True) for site in sites]
 
     def _hook(self, name: str) -> Any:
-        def seen(delta: Tensor, x: Tensor) -> None:
-            rows = x.detach().reshape(-1, x.shape[-1])
-            used = delta.reshape(len(rows), -1).ne(0).any(1)
-            squares = rows.to(torch.promote_types(rows.dtype, torch.float32)).square()
-            summed = used.to(squares.dtype) @ squares  # one pass over the squares
-            self.sums[name] = self.sums[name].to(squares.device)
-            self.sums[name].add_(torch.cat([summed.double(), used.sum()[None].double()]))
-
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
             if not (layer.training and torch.is_grad_enabled() and y.requires_grad):
                 return None
+            if self.sums[name].device != y.device:
+                self.sums[name] = self.sums[name].to(y.device)
+            total = self.sums[name]
+
+            def seen(delta: Tensor, x: Tensor) -> None:
+                rows = x.detach().reshape(-1, x.shape[-1])
+                used = delta.reshape(len(rows), -1).ne(0).any(1)
+                squares = rows.to(torch.promote_types(rows.dtype, torch.float32)).square()
+                summed = used.to(squares.dtype) @ squares  # one pass over the squares
+                total.add_(torch.cat([summed.double(), used.sum()[None].double()]))
+
             return tap(y, first_input(args, kwargs), y.new_zeros(()), seen)
 
         return hook
