@@ -244,6 +244,11 @@ def test_a_rule_that_decides_by_validation_rows_gets_its_own(tmp_path: Path) -> 
     done = run("train", "r.yaml", *words)
     assert done.code == 0, done.err
     assert "slots: " in done.err and "modules alive" in done.err
+    course = [json.loads(line) for line in (tmp_path / "out" / "ranks.jsonl").read_text().splitlines()]
+    assert f"budget {course[0]['slots']} → {course[0]['slots']} slots" in done.err
+    assert course[0]["step"] == 0 and {e["slots"] for e in course} == {sum(course[0]["ranks"].values())}
+    assert course[0]["ranks"] != course[-1]["ranks"], "slots moved"
+    assert (tmp_path / "out" / "ranks.png").read_bytes().startswith(b"\x89PNG")
     many = run("train", "r.yaml", *words, "--set", "options={rounds: 1, rows: 5000}", "--set", "output=none")
     assert many.code == 2 and "keeps 5000 rows apart to decide by" in assert_one_sentence(many)
 

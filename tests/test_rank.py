@@ -25,6 +25,7 @@ from loralign.methods.rule.dynamic_rank import shares as component_shares
 from loralign.methods.rule.sora import SoftThreshold
 from loralign.plan.combinations import check_combination, check_length, idle
 from loralign.train.attach import attach
+from loralign.train.rank_log import RankLog
 from loralign.types import Ctx, Facts, Moment, Plan, RuleState, WorkFailed
 from oracles import adalora, dynamic_rank_lora, sora
 from toy import batch_for, llama
@@ -560,6 +561,8 @@ def _run(folder: Path, name: str, steps: int, resume: Path | None, **args: Any) 
     assert isinstance(recipe, Recipe)
     trainer = toy_trainer(folder, peft_config(recipe, llama()), steps=steps, **args)
     callback = attach(trainer, recipe, resume_from=resume)
+    if name == "adalora":  # the picture takes its time
+        trainer.add_callback(RankLog(callback, folder, int(resume.name.split("-")[1]) if resume else None))
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer.model, callback
 
@@ -572,11 +575,16 @@ def test_stopped_before_at_and_after_an_event_and_resumed_is_the_same_run(name: 
     whole, callback = _run(tmp_path / "whole", name, 10, None, save_steps=1)
     assert callback.driver.changes
     want = {n: p.detach().clone() for n, p in whole.named_parameters() if "lora_" in n}
+    kept = tmp_path / "whole" / "ranks.jsonl"
+    lines = kept.read_text() if name == "adalora" else ""
     for step in (3, 4, 5):
+        (tmp_path / f"from-{step}").mkdir()
+        (tmp_path / f"from-{step}" / "ranks.jsonl").write_text("\n".join(lines.splitlines()[:9]) + '\n{"step": 9, "ra')
         model, again = _run(tmp_path / f"from-{step}", name, 10, tmp_path / "whole" / f"checkpoint-{step}")
         got = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
         assert all(torch.equal(got[n], p) for n, p in want.items()), step
         assert again.driver.ranks() == callback.driver.ranks()
+        assert not lines or ((tmp_path / f"from-{step}" / kept.name).read_text() == lines and lines.count("\n") == 11)
         states = again.optimizer.rule_states[0], callback.optimizer.rule_states[0]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])

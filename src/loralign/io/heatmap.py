@@ -26,11 +26,15 @@ def kind_of(name: str) -> str:
     return name[found.end() :] if found else name
 
 
-def heat_map(panels: Mapping[str, Mapping[str, float]], path: Path, *, title: str, scale: str) -> None:
+def heat_map(
+    panels: Mapping[str, Mapping[str, float]], path: Path, *, title: str, scale: str, most: float = 0.0
+) -> None:
     """One panel per key, at most three side by side: rows are layers, columns kinds of modules.
 
-    panels: title to {module name: value in [0, 1]}, shown as percentages; a module without a value stays grey.
+    panels: title to {module name: value}, in [0, most]; most = 0: in [0, 1], shown as percentages. A module without a
+    value stays grey.
     """
+    top, unit = (most, 1.0) if most else (100.0, 100.0)
     names = list(dict.fromkeys(name for values in panels.values() for name in values))
     layers, kinds = sorted({layer_of(n) for n in names}), list(dict.fromkeys(kind_of(n) for n in names))
     rows = -(-len(panels) // MOST_IN_A_ROW)
@@ -43,10 +47,10 @@ def heat_map(panels: Mapping[str, Mapping[str, float]], path: Path, *, title: st
     for idle in every_axis.flat[len(panels) :]:
         idle.set_axis_off()
     for ax, (panel, values) in zip(axes, panels.items(), strict=True):
-        grid = _grid(values, layers, kinds)
+        grid = unit * _grid(values, layers, kinds)
         ax.set_facecolor("#dddddd")
-        image = ax.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="nearest")
-        _print_values(ax, grid)
+        image = ax.imshow(grid, vmin=0, vmax=top, cmap="viridis", aspect="auto", interpolation="nearest")
+        _print_values(ax, grid, top)
         ax.set_title(panel, fontsize=9)
         ax.set_xticks(range(len(kinds)), [k.rsplit(".", 1)[-1] for k in kinds], rotation=90, fontsize=7)
         every = max(1, len(layers) // 16)
@@ -65,12 +69,12 @@ def heat_map(panels: Mapping[str, Mapping[str, float]], path: Path, *, title: st
 def _grid(values: Mapping[str, float], layers: Sequence[int], kinds: Sequence[str]) -> np.ndarray:
     grid = np.full((len(layers), len(kinds)), np.nan)
     for name, value in values.items():
-        grid[layers.index(layer_of(name)), kinds.index(kind_of(name))] = 100 * value
+        grid[layers.index(layer_of(name)), kinds.index(kind_of(name))] = value
     return grid
 
 
-def _print_values(ax: object, grid: np.ndarray) -> None:
+def _print_values(ax: object, grid: np.ndarray, top: float) -> None:
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
-            colour = "white" if value < 60 else "black"
+            colour = "white" if value < 0.6 * top else "black"
             ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=colour)  # type: ignore[attr-defined]

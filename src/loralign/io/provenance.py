@@ -58,7 +58,7 @@ def write_text(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
-_OURS = "log.jsonl|run.json|README.md|begun.json|loralign.json|loralign_state.safetensors"
+_OURS = "log.jsonl|ranks.jsonl|run.json|README.md|begun.json|loralign.json|loralign_state.safetensors"
 _LEFT = re.compile(rf"\.({_OURS})\.\d+(\.tmp)?|\.checkpoint-\d+\.removed")
 
 

@@ -48,6 +48,8 @@ class Driver:
         wants_inputs = any(isinstance(rule.needs, Inputs) for rule in recipe.rules)
         self.inputs = InputTap(list(optimizer.sites.values())) if wants_inputs else None
         self.step, self.total_steps = 0, 0
+        self.started = 0
+        """Slots of all sites before the first step, where a rule decides about them."""
         self.acted = [False] * len(recipe.rules)
         """Whether a rule planned something yet, be it that nothing is to be done."""
         self.changes: list[tuple[int, int]] = []
@@ -64,6 +66,7 @@ class Driver:
         self.optimizer.rule_states = [rule.init(self.optimizer.shapes, total_steps) for rule in rules]
         if step == 0:
             self._rules_act(0)
+            self.started = sum(self.ranks().values()) if self.allocates else 0
 
     def before_step(self, course: Callable[[int], float] | None = None) -> None:
         self.optimizer.lr_factor = self.episodes.lr_factor(self.step, course)
@@ -89,12 +92,13 @@ class Driver:
             self.inputs.remove()
 
     def ranks(self) -> dict[str, int]:
-        """Slots by site that are neither dead nor unborn, nor switched off by a gate that is zero."""
+        """Slots by site that are neither dead nor unborn, nor switched off by a gate that is zero. Before the first
+        step zero is where gates start, and switches nothing off."""
         found = {}
         for site in sites(self.model):
             form, own = form_of(site.layer, site.adapter), trained_of(site.layer, site.adapter)
             on = ~self.optimizer.dead.get(site.name, torch.zeros(site.r, dtype=torch.bool))
-            for name in form.facts.switches if form is not None else ():
+            for name in form.facts.switches if form is not None and self.optimizer.steps else ():
                 on = on & whole(own[name].detach()).ne(0).cpu()
             found[site.name] = int(on.sum())
         return found
@@ -105,9 +109,9 @@ class Driver:
 
     def summary(self) -> str:
         """What became of the budget of slots."""
-        ranks, started = self.ranks(), sum(shape.r for shape in self.optimizer.shapes)
+        ranks = self.ranks()
         alive = sum(r > 0 for r in ranks.values())
-        return f"budget {started} → {sum(ranks.values())} slots: {alive} of {len(ranks)} modules alive"
+        return f"budget {self.started} → {sum(ranks.values())} slots: {alive} of {len(ranks)} modules alive"
 
     def end_step(self, step: int) -> None:
         self.step = step
@@ -159,6 +163,8 @@ class Driver:
     def state(self) -> dict[str, Tensor]:
         """What cannot be read from A and B of a checkpoint; call it on every rank, sharded tensors are gathered."""
         found = {f"dead|{name}": mask for name, mask in self.optimizer.dead.items()}
+        if self.allocates:
+            found["started"] = torch.tensor(self.started)
         scheduled = [i for i, rule in enumerate(self.recipe.rules) if rule.facts.acts_by]
         found |= {f"acted|{i}": torch.tensor(self.acted[i]) for i in scheduled}
         for i, state in enumerate(self.optimizer.rule_states):
@@ -181,6 +187,7 @@ class Driver:
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.optimizer.dead = {key[5:]: value.clone() for key, value in state.items() if key.startswith("dead|")}
+        self.started = int(state.get("started", sum(shape.r for shape in self.optimizer.shapes)))
         for i, acted in enumerate(self.acted):
             self.acted[i] = acted or bool(state.get(f"acted|{i}", True))  # older checkpoints do not say
             head = f"rule|{i}|"

@@ -25,7 +25,7 @@ class Journal(TrainerCallback):
 
     def __init__(self, path: Path, resumed_step: int | None, progress: Progress | None) -> None:
         self.path, self.progress = path, progress
-        self.kept = [] if resumed_step is None else [e for e in _entries(path) if e.get("step", 0) <= resumed_step]
+        self.kept = [] if resumed_step is None else [e for e in entries(path) if e.get("step", 0) <= resumed_step]
         self.opened = False
 
     @property
@@ -67,7 +67,7 @@ class Journal(TrainerCallback):
             self.progress("train", state.global_step, state.max_steps)
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
+def entries(path: Path) -> list[dict[str, Any]]:
     """The lines that are whole; a kill may have cut the last one, others are named."""
     found, lines = [], path.read_bytes().splitlines() if path.is_file() else []
     for line in lines:

@@ -59,6 +59,7 @@ from loralign.train.ending import Patience, check_moved, samples, train_to_the_e
 from loralign.train.job import Job
 from loralign.train.journal import Journal
 from loralign.train.model import dtype_of, load
+from loralign.train.rank_log import RankLog
 from loralign.train.record import card_of, describe
 from loralign.train.reference import optimize, save
 from loralign.train.tokens import name_ends, tokens
@@ -225,6 +226,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
             trainer, recipe, resume_from=resume_from, cache=job.cache, progress=progress, validation=judges
         )
         journal.note_evidence(callback.evidence)
+        trainer.add_callback(RankLog(callback, job.output, step_of(resume_from) if resume_from else None))
         if resume_from is None:
             check_start(
                 trainer.model,
