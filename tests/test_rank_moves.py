@@ -140,8 +140,28 @@ def test_a_run_without_an_event_is_refused() -> None:
 
 
 def test_new_slots_are_spread_evenly() -> None:
-    assert spread(8, {"a": 0.1, "b": 0.3, "c": 0.2}) == {"a": 2, "b": 3, "c": 3}
-    assert spread(2, {"a": 0.1, "b": 0.3, "c": 0.2}) == {"a": 0, "b": 1, "c": 1}
+    means, room = {"a": 0.1, "b": 0.3, "c": 0.2}, dict.fromkeys("abc", 4)
+    assert spread(8, means, room) == {"a": 2, "b": 3, "c": 3}
+    assert spread(2, means, room) == {"a": 0, "b": 1, "c": 1}
+    assert spread(8, means, room | {"b": 1}) == {"a": 3, "b": 1, "c": 4}
+    assert spread(20, means, room) == room and spread(0, means, room) == {"a": 0, "b": 0, "c": 0}
+
+
+@pytest.mark.parametrize("options", [{"scored": 2, "moved": 2}, {"moved": 12}, {"scored": 1, "moved": 5}])
+def test_the_number_of_slots_stays_whatever_was_scored(options: dict[str, int]) -> None:
+    """Also where every slot that was looked at dies, and where every module loses some."""
+    recipe = made("allocating-lora", rounds=4, first=0.1, every=0.1, **options)
+    model = net(recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    driver = drive(
+        model, recipe, opt, 10, observe=lambda: {"losses": lambda found: [float(k) for k in range(len(found))]}
+    )
+    for step in range(6):
+        backward(model, step)
+        opt.step()
+        driver.after_step()
+        assert sum(driver.ranks().values()) == 12
+    assert len(driver.changes) == 5 and driver.summary().startswith("budget 12 → 12 slots")
 
 
 def test_the_least_important_slots_die_and_others_are_born_without_moving_the_function() -> None:

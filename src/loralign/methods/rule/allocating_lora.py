@@ -8,7 +8,9 @@ Shapes:  A (r + spare, d_in) · B (d_out, r + spare), r live ones in each module
 Source:  Liu et al., "ALoRA: Allocating Low-Rank Adaptation for Fine-tuning Large Language Models", arXiv 2403.16187,
          algorithm 1. Official code: none.
 Differs: what the paper leaves open: B of new slots is 0, so they do not move the function; their moments are those of
-         any new slot; the loss is measured in evaluation mode. Rounds are shares of the run instead of epochs.
+         any new slot; the loss is measured in evaluation mode. Rounds are shares of the run instead of epochs. Where
+         only some slots are scored, modules of which none was come last; modules that lost slots get some only where no
+         other one has room.
 Unverified: n_A is taken as one slot per module of a block, which follows from the paper's numbers of parameters, not
          from its text; two passages are ambiguous.
 Cost:    2 forwards of the validation rows for every live slot in every round, shared among the processes; nothing
@@ -19,12 +21,13 @@ Args:    rounds: N_A, 8. first: K1 as a share of the run, 0.1 (1 of 10 epochs). 
          drawn anew each time, where all of them cost too much; None: all, as in the paper.
 Example:
     >>> from loralign.methods.rule.allocating_lora import spread
-    >>> spread(8, {"a": 0.1, "b": 0.3, "c": 0.2})
+    >>> spread(8, {"a": 0.1, "b": 0.3, "c": 0.2}, {"a": 4, "b": 4, "c": 4})
     {'a': 2, 'b': 3, 'c': 3}
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
@@ -56,11 +59,15 @@ from loralign.types import (
 Slot = tuple[str, int]
 
 
-def spread(count: int, means: Mapping[str, float]) -> dict[str, int]:
-    """`count` over the names, as even as possible, the remainder to the highest means."""
-    each, more = divmod(count, len(means))
-    first = sorted(means, key=lambda name: (-means[name], name))[:more]
-    return {name: each + (name in first) for name in means}
+def spread(count: int, means: Mapping[str, float], room: Mapping[str, int]) -> dict[str, int]:
+    """`count` over the names, as even as possible within their room, the remainder to the highest means."""
+    order = sorted(means, key=lambda name: (-means[name], name))
+    found = dict.fromkeys(means, 0)
+    while count and (open_ := [name for name in order if found[name] < room[name]]):
+        for name in open_[:count]:
+            found[name] += 1
+        count -= min(count, len(open_))
+    return found
 
 
 def switched(masks: dict[str, Tensor], slot: Slot) -> Mapping[str, Tensor]:
@@ -133,15 +140,15 @@ class Allocate:
     def _born(
         self, moment: Moment, scores: Mapping[Slot, float], lost: Mapping[str, Sequence[int]], count: int
     ) -> list[Verb]:
-        means = {}
-        for site in moment.sites:
-            own = [value for (name, _), value in scores.items() if name == site.name]
-            if site.name not in lost and own:
-                means[site.name] = sum(own) / len(own)
-        if not means:
-            return []
+        found: dict[str, list[float]] = {site.name: [] for site in moment.sites}
+        for (name, _), value in scores.items():
+            found[name].append(value)
+        means = {name: sum(own) / len(own) if own else -math.inf for name, own in found.items()}
         free = {name: sorted(moment.dead.get(name, ())) for name in means}
-        return [On(name, tuple(free[name][:n])) for name, n in spread(count, means).items() if n and free[name]]
+        room = {name: len(at) for name, at in free.items()}
+        made = spread(count, {name: mean for name, mean in means.items() if name not in lost}, room)
+        made |= spread(count - sum(made.values()), {name: means[name] for name in lost}, room)
+        return [On(name, tuple(free[name][:n])) for name, n in made.items() if n]
 
     def _scores(self, moment: Moment) -> dict[Slot, float]:
         """−S(M∖j) + S(M_j) of the live slots, or of those drawn."""
