@@ -223,15 +223,19 @@ def plan(
     recipe: Recipe,
     overrides: Overrides = None,
     device: Annotated[Device, typer.Option(help="Where it will run; auto: a GPU if there is one.")] = Device.auto,
+    gpus: Annotated[int, typer.Option(min=1, max=4096, help="Over so many GPUs; the memory is one's.")] = 1,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Split by FSDP2 through accelerate; else each holds all.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """What a recipe costs before anything is spent: memory, init time, learning rate and its source, exported rank."""
     from loralign.config.recipe import load
 
     file = load(recipe, overrides or ())
-    from loralign.cli.plan import as_data, planned, sentences
+    from loralign.cli.plan import Layout, as_data, planned, sentences
 
-    found = planned(file, device.value)
+    found = planned(file, device.value, Layout(gpus, fsdp))
     if as_json:
         say(json.dumps(as_data(found)))
         return

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from loralign.config.recipe import RunFile, to_job
 from loralign.evidence.subspace import check_sources
 from loralign.methods.table import method
-from loralign.plan.combinations import check_combination, idle
+from loralign.plan.combinations import Surroundings, check_combination, idle
 from loralign.plan.memory import Estimate, estimate
+from loralign.plan.several import ALONE, Layout
 from loralign.plan.trace import Step, example_batch, model_loss, trace
 from loralign.train.job import Job
 from loralign.train.model import check_causal, hidden_size, loading
@@ -34,15 +35,19 @@ class Planned:
     """Of the base model."""
     lr_s: float
     export: str
+    layout: Layout = ALONE
 
 
-def planned(file: RunFile, device: str = "auto") -> Planned:
+def planned(file: RunFile, device: str = "auto", layout: Layout = ALONE) -> Planned:
     """Check the combination and trace one training step; loads no weights."""
+    if layout.sharded and layout.gpus == 1:
+        raise LoralignError("`--fsdp` splits a model over several GPUs: say how many with `--gpus`")
+    device = "cuda" if device == "auto" and layout.gpus > 1 else device
     place: dict[str, Any] = {"revision": file.revision, "trust_remote_code": file.trust_remote_code}
     job = to_job(file, hidden_size(file.model, **place))
     recipe, t = job.recipe, job.training
     if isinstance(recipe, Recipe):
-        check_combination(recipe)
+        check_combination(recipe, Surroundings(engine="fsdp") if layout.sharded else Surroundings())
         if isinstance(recipe.init.needs, CommonSubspace):
             check_sources(recipe.init.needs.sources, recipe.init.needs.base)
     if device == "auto":
@@ -64,8 +69,8 @@ def planned(file: RunFile, device: str = "auto") -> Planned:
     kinds = dict.fromkeys(method(part).export for part in file.method.split("+"))
     export = " + ".join(kind for kind in kinds if kind != "exact") or "exact"
     with _computing(file.model, make, step):
-        found = estimate(model, recipe, step)
-    return Planned(job, step, found, numbers, t.learning_rate * s, export)
+        found = estimate(model, recipe, step, layout=layout)
+    return Planned(job, step, found, numbers, t.learning_rate * s, export, layout)
 
 
 def _meta_model(name: str, dtype: torch.dtype, place: dict[str, Any]) -> Any:
@@ -107,6 +112,7 @@ def as_data(found: Planned) -> dict[str, Any]:
         "lr_source": t.lr_source,
         "export": found.export,
         "step": asdict(found.step),
+        "layout": asdict(found.layout),
         "warnings": warnings(found),
     }
 
@@ -120,12 +126,14 @@ def sentences(found: Planned) -> list[str]:
         "adapter": e.adapter_bytes,
         "optimizer": e.optimizer_bytes,
         "activations and gradients": e.activation_bytes,
+        "gathered blocks": e.gathered_bytes,
     }
     return [
         f"{found.job.recipe.name} on {Path(found.job.model).name}: {e.trainable:,} trained numbers at {e.sites} sites, "
         f"{e.trainable / found.numbers:.2%} of the model",
-        f"batch          {t.batch_size} rows = {step.micro_batches} × {step.rows} of up to {step.length} tokens",
-        f"memory         {_size(e.peak_bytes)} at the peak of a step ({_where(step)})",
+        f"batch          {t.batch_size} rows{_each(found.layout)} = {step.micro_batches} × {step.rows} of up to "
+        f"{step.length} tokens",
+        f"memory         {_size(e.peak_bytes)} at the peak of a step ({_where(step, found.layout)})",
         f"               {', '.join(f'{name} {_size(count)}' for name, count in parts.items() if count)}",
         *(["               weights: what trains is kept in fp32, and multiplied in bf16"] if masters else []),
         f"init           {_init(e)}",
@@ -151,10 +159,15 @@ def warnings(found: Planned) -> list[str]:
     return [*([said] if said else []), *more]
 
 
-def _where(step: Step) -> str:
+def _each(layout: Layout) -> str:
+    return f" on each of {layout.gpus} GPUs" if layout.gpus > 1 else ""
+
+
+def _where(step: Step, layout: Layout) -> str:
     kind = "bf16 autocast" if step.bf16 else "fp32"
     recomputed = ", gradient checkpointing" if step.gradient_checkpointing else ""
-    return f"{'GPU' if step.device == 'cuda' else 'CPU'}, {kind}{recomputed}; Python and its libraries not counted"
+    here = f"each GPU, {'FSDP2' if layout.sharded else 'DDP'}" if layout.gpus > 1 else "GPU"
+    return f"{here if step.device == 'cuda' else 'CPU'}, {kind}{recomputed}; Python and its libraries not counted"
 
 
 def _init(e: Estimate) -> str:

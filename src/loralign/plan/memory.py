@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,7 @@ from loralign.carrier.slot import Own, effective, install, share
 from loralign.methods.reference import state_over_numbers
 from loralign.plan.combinations import Probe, check_ranks, draw, probe, snapshots
 from loralign.plan.course import commits, course, sides, trained_by
+from loralign.plan.several import ALONE, Layout, Load, spread
 from loralign.plan.trace import Step, example_batch, trace, usual_loss
 from loralign.types import (
     Activations,
@@ -65,10 +66,18 @@ class Estimate:
     sites: int
     export_rank: int
     """Largest rank in the exported file, 0 for the reference."""
+    gathered_bytes: int = 0
+    """What FSDP2 holds whole for a moment; every count of bytes is then of one GPU."""
 
 
 def estimate(
-    model: nn.Module, recipe: Recipe | Full, step: Step, *, batch: Batch | None = None, loss: Loss | None = None
+    model: nn.Module,
+    recipe: Recipe | Full,
+    step: Step,
+    *,
+    batch: Batch | None = None,
+    loss: Loss | None = None,
+    layout: Layout = ALONE,
 ) -> Estimate:
     """The cost of a recipe on a model.
 
@@ -77,6 +86,7 @@ def estimate(
         batch: what the model takes, on any device, where `example_batch` cannot know it.
         loss: (model, batch) -> scalar; None: what TRL's SFTTrainer computes for a causal language model, else the
             model's own.
+        layout: over how many GPUs the run is spread; the bytes are those of one.
     Raises:
         LoralignError: no site matches, a rank does not fit, or the model's forward depends on the values in a batch.
     Example:
@@ -90,7 +100,7 @@ def estimate(
     weights, numel = _nbytes(_tensors(model)), sum(p.numel() for p in model.parameters())
     batch, loss = batch or example_batch(model, step), loss or usual_loss(model, step)
     if isinstance(recipe, Full):
-        return _reference(model, recipe, step, batch, loss)
+        return _reference(model, recipe, step, batch, loss, layout)
     start = probe(recipe, recipe.s())
     adapted, found = _adapted(model, recipe)
     trained = [p for p in adapted.parameters() if p.requires_grad]
@@ -104,19 +114,29 @@ def estimate(
     held = {name: min(each * committed[name], most or 2**31) + extra * R for name, R in ranks.items()}
     live = {name: each * R * (name in last or not held[name]) for name, R in ranks.items()}
     frozen = sum(((each - 1) * s.r + held[s.name]) * 4 * (s.d_in + s.d_out) for s in found)
-    moment = trace(adapted, step, batch, loss) - static
-    return Estimate(
+    gradients, stepping = _nbytes(trained), _step_bytes(recipe, trained, start.twin)
+    moment = _moment(adapted, step, batch, loss, layout, gradients) - static
+    whole = Estimate(
         trainable=sum(p.numel() for p in trained),
         weights_bytes=weights,
         adapter_bytes=static - weights + frozen,
         optimizer_bytes=state,
         activation_bytes=moment,
-        peak_bytes=static + frozen + state + max(moment, _step_bytes(recipe, trained, start.twin)),
+        peak_bytes=static + frozen + state + max(moment, stepping),
         evidence_bytes=evidence_bytes(recipe.init.needs, found),
         init_seconds=init_seconds(recipe, start, found, numel, step),
         sites=len(found),
         export_rank=max(held[name] + live[name] for name in names),
     )
+    apart = "sharded" in recipe.transform.facts.accepts and not recipe.rules
+    return spread(whole, adapted, step, layout, Load(moment, gradients, stepping, frozen, apart=apart))
+
+
+def _moment(model: nn.Module, step: Step, batch: Batch, loss: Loss, layout: Layout, gradients: int) -> int:
+    """The fullest moment of a forward and backward, on several GPUs without the gradients of what trains."""
+    if layout.gpus == 1:
+        return trace(model, step, batch, loss)
+    return trace(model, replace(step, micro_batches=2), batch, loss) - gradients  # they are there from the start
 
 
 def _step_bytes(recipe: Recipe, trained: Sequence[nn.Parameter], twin: bool) -> int:
@@ -125,15 +145,24 @@ def _step_bytes(recipe: Recipe, trained: Sequence[nn.Parameter], twin: bool) -> 
     return int((2 + twin + sum(one.transient for one in facts)) * _nbytes(trained))
 
 
-def _reference(model: nn.Module, recipe: Full, step: Step, batch: Batch, loss: Loss) -> Estimate:
-    """Full fine-tuning of the same matrices, which are fp32 masters; the state is measured on a small matrix."""
-    masters(model, recipe)
+def _reference(model: nn.Module, recipe: Full, step: Step, batch: Batch, loss: Loss, layout: Layout) -> Estimate:
+    """Full fine-tuning of the same matrices, which are fp32 masters; the state is measured on a small matrix. FSDP2
+    gathers the masters in bf16, where autocast keeps copies until backward."""
     wanted = list(target_weights(model, recipe).values())
-    weights, gradients = _nbytes(_tensors(model)), _nbytes(wanted)
+    if layout.sharded:
+        model.requires_grad_(False)
+        for p in wanted:
+            p.requires_grad_(True)
+    else:
+        masters(model, recipe)
+    numel, weights = sum(p.numel() for p in wanted), _nbytes(_tensors(model))
+    missing = 4 * numel - _nbytes(wanted)
+    moment = _moment(model, step, batch, loss, layout, _nbytes(wanted)) - weights
+    gradients = 4 * numel
     state = int(state_over_numbers(recipe.optimizer) * gradients)
-    moment = trace(model, step, batch, loss) - weights
-    peak, numel = weights + state + max(moment, gradients), sum(p.numel() for p in wanted)
-    return Estimate(numel, weights, 0, state, moment, peak, 0, 0.0, len(wanted), 0)
+    peak = weights + missing + state + max(moment, gradients)
+    whole = Estimate(numel, weights + missing, 0, state, moment, peak, 0, 0.0, len(wanted), 0)
+    return spread(whole, model, step, layout, Load(moment, gradients, gradients, layout.part(missing), apart=True))
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
