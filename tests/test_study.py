@@ -59,6 +59,17 @@ def test_equal_trials_and_seeds(tmp_path: Path) -> None:
     assert work(spec(tmp_path), runner({"lora": 0, "pissa": 0}, log)) and len(log) == 10  # nothing runs twice
 
 
+def test_a_worker_that_compiles_stays_with_the_arms_that_it_knows(tmp_path: Path) -> None:
+    """The rates of its first arm come before any of the other, where without it every arm's centre is tried first."""
+    logs: dict[bool, list[str]] = {}
+    for compiles in (False, True):
+        best, log = {"lora": 0, "pissa": 0}, logs.setdefault(compiles, [])
+        assert work(spec(tmp_path / str(compiles), prune=False, compile=compiles), runner(best, log))
+    plain, known = ([k.split("/")[1] for k in logs[c] if k.startswith("rate")] for c in (False, True))
+    assert plain[:2] == ["lora", "pissa"] and known[:4] == ["lora", "lora", "lora", "pissa"]
+    assert sorted(logs[False]) == sorted(logs[True])
+
+
 def test_one_rate_for_every_arm_when_one_is_at_its_edge(tmp_path: Path) -> None:
     study = spec(tmp_path, prune=False)
     log: list[str] = []

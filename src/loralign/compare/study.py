@@ -39,6 +39,8 @@ def work(
     started: time.monotonic() from which `budget.minutes` counts; omitted: now.
     """
     store, started = Store(spec), time.monotonic() if started is None else started
+    compiled: set[str] = set()
+    """Arms whose blocks this worker has compiled: it takes their trials first."""
     while True:
         done = store.outcomes()
         plan = wanted(spec, done)
@@ -51,13 +53,14 @@ def work(
             if not busy or free:
                 log.warning("the budget is spent with %d of %d trials done; run again to go on", len(done), len(plan))
                 return False
-        elif free and (claim := store.claim(free[0])):
+        elif free and (claim := store.claim(trial := next((t for t in free if t.arm in compiled), free[0]))):
+            compiled |= {trial.arm} if spec.compile else set()
             try:
-                outcome = _one(store, spec, free[0], claim, runner, started)
+                outcome = _one(store, spec, trial, claim, runner, started)
             except OverBudget:
                 continue
             if outcome and on_done:
-                on_done(free[0], outcome, len(store.outcomes()), len(plan))
+                on_done(trial, outcome, len(store.outcomes()), len(plan))
             continue
         time.sleep(POLL_S)  # other workers hold the rest
 

@@ -29,9 +29,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from loralign.maths.bounds import Count, Place, bounded
 from loralign.maths.operators import Dense
@@ -41,12 +43,64 @@ ROTATION = 1
 """Version of the direction and the strides: copy j is torch.roll(chunk, −j·stride)."""
 
 
-def repeated(chunk: Tensor, copies: int, size: int) -> Tensor:
-    """(r', c) -> (r', size): `copies` of the chunk side by side, each with its ranks rotated further, cut off."""
+def repeated(chunk: Tensor, copies: int, size: int, axis: int = 0) -> Tensor:
+    """(r', c) -> (r', size): `copies` of the chunk side by side, each with its ranks rotated further, cut off.
+
+    axis: of the ranks; 1 for chunks (c, r') of B.
+    """
     if copies == 1:
         return chunk
-    stride = max(chunk.shape[0] // copies, 1)
-    return torch.cat([torch.roll(chunk, -j * stride, 0) for j in range(copies)], dim=1)[:, :size]
+    ranks, c = chunk.shape[axis], chunk.shape[1 - axis]
+    stride = max(ranks // copies, 1)
+    rows = torch.cat([chunk] * (1 - (1 - copies) * stride // ranks), axis).contiguous()  # the ranks without an end
+    if axis:
+        whole = rows.as_strided((copies, c, ranks), (stride, rows.shape[1], 1)).reshape(copies * c, ranks)
+    else:
+        whole = rows.as_strided((ranks, copies, c), (c, stride * c, 1)).reshape(ranks, copies * c)
+    return whole if copies * c == size else whole.narrow(1 - axis, 0, size)
+
+
+def _starts(chunk: Tensor, copies: int, axis: int) -> list[int]:
+    """The rank that each copy begins with."""
+    ranks = chunk.shape[axis]
+    return [j * max(ranks // copies, 1) % ranks for j in range(copies)]
+
+
+class _Factor(torch.autograd.Function):
+    """repeated(chunk), with the ranks of its own behind it: one node, since one for every part keeps a GPU waiting.
+
+    backward: what the copies of a rank got is summed, in the order of the copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, chunk: Tensor, own: Tensor | None, copies: int, size: int, axis: int) -> Tensor:
+        ctx.starts, ctx.axis, ctx.chunk, ctx.own = _starts(chunk, copies, axis), axis, chunk.shape, own is not None
+        made = repeated(chunk, copies, size, axis)
+        return made if own is None else torch.cat([made, own], axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (g,), axis = grads, ctx.axis
+        ranks, c = ctx.chunk[axis], ctx.chunk[1 - axis]
+        shared = g.narrow(axis, 0, ranks)
+        twice = g.new_zeros([n if k != axis else 2 * n for k, n in enumerate(ctx.chunk)])
+        for start, part in zip(ctx.starts, shared.split(c, 1 - axis), strict=False):
+            there = twice.narrow(axis, start, ranks)
+            (there if part.shape == there.shape else there.narrow(1 - axis, 0, part.shape[1 - axis])).add_(part)
+        own = g.narrow(axis, ranks, g.shape[axis] - ranks) if ctx.own else None
+        return twice.narrow(axis, 0, ranks) + twice.narrow(axis, ranks, ranks), own, None, None, None
+
+
+def _factor(chunk: Tensor | None, own: Tensor | None, copies: int, size: int, axis: int) -> Tensor:
+    if chunk is None:
+        assert own is not None
+        return own
+    if not torch.compiler.is_compiling():
+        made: Tensor = _Factor.apply(chunk, own, copies, size, axis)
+        return made
+    made = repeated(chunk, copies, size, axis)
+    return made if own is None else torch.cat([made, own], axis)
 
 
 @dataclass(frozen=True)
@@ -82,18 +136,9 @@ class PartialRotation:
         return ()
 
     def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
-        sides: dict[str, list[Tensor]] = {"A": [], "B": []}
-        if "chunk_A" in own.own:
-            sides["A"].append(repeated(own.own["chunk_A"], self.share_A, own.A.shape[1]))
-            sides["B"].append(repeated(own.own["chunk_B"].T, self.share_B, own.B.shape[0]).T)
-        if "own_A" in own.own:
-            sides["A"].append(own.own["own_A"])
-            sides["B"].append(own.own["own_B"])
-        return Dense(_joined(sides["A"], 0)), Dense(_joined(sides["B"], 1))
-
-
-def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
+        A = _factor(own.own.get("chunk_A"), own.own.get("own_A"), self.share_A, own.A.shape[1], 0)
+        B = _factor(own.own.get("chunk_B"), own.own.get("own_B"), self.share_B, own.B.shape[0], 1)
+        return Dense(A), Dense(B)
 
 
 @bounded
