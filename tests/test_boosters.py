@@ -11,12 +11,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from loralign import export, factors, sites
+from loralign import drive, export, factors, optimizer, sites
 from loralign.carrier.sites import draw_for
 from loralign.carrier.slot import live_of
 from loralign.methods.outer.xgblora import boosters, layers_of
 from oracles import relora, xgblora
-from test_chains import begun, deltas, logits, made, one_step, trained
+from test_chains import begun, deltas, line, logits, made, one_step, trained
 from toy import batch_for, llama
 
 NAMES = [f"model.layers.{i}.{kind}" for i in range(6) for kind in ("q_proj", "v_proj")]
@@ -37,6 +37,36 @@ def test_layers_are_what_comes_before_the_first_number() -> None:
     assert list(layers_of(["encoder.layer.0.attention.q.1", "encoder.layer.0.x", "encoder.layer.10.x", "head"])) == [
         "encoder.layer.0", "encoder.layer.10", "head",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("share", "ranks"), [(1.0, (1, 2, 3, 4, 5)), (0.5, (1, 2, 3, 3, 3, 4, 4, 4))])
+def test_exact_boosters_are_eckart_young(share: float, ranks: tuple[int, ...]) -> None:
+    """X1, through the driver: each link is set to (a share of) the residual's top pair. Shrunken ones use directions
+    again: so many boosters are not so much rank."""
+    recipe = made("xgblora", {"link_steps": 1, "fraction": 1.0}, r=1, alpha=1.0, targets=("map",), max_grad_norm=0.0)
+    model = line(recipe, d_out=6, d_in=5)
+    (site,) = sites(model)
+    W0, goal = site.layer.get_base_layer().weight.detach(), torch.zeros(6, 5, dtype=torch.float64)
+    goal[:5] = torch.diag(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]))
+    opt = optimizer(model, recipe, 0.0)
+    driver = drive(model, recipe, opt, len(ranks))
+    left = [5.0, 4.0, 3.0, 2.0, 1.0]
+    for rank in ranks:
+        A, B = factors(site)
+        gap = goal - B.double() @ A.double()
+        U, S, Vh = torch.linalg.svd(gap)
+        now = live_of(site.layer, site.adapter)
+        now.A.data.copy_(Vh[:1])
+        now.B.data.copy_(share * U[:, :1] * S[0])
+        loss = 0.5 * (model(torch.eye(5, dtype=torch.float64)).T - W0 - goal).square().sum()
+        largest = max(range(5), key=lambda k: left[k])
+        left[largest] *= 1 - share
+        assert loss.item() == pytest.approx(xgblora.left(left, 0), rel=1e-5, abs=1e-5)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        driver.after_step()
+        assert torch.linalg.matrix_rank(deltas(model)[0], atol=1e-4) == rank
 
 
 def test_a_deal_trains_every_layer_once_per_cycle() -> None:

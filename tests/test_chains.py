@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -313,6 +314,80 @@ def test_chains_of_exact_links_stay_below_the_papers_bound() -> None:
         loss.append(float(0.5 * (gap.square() * C).sum((-2, -1)).mean()))
         worst.append(loss[-1] / first / (1 - 0.5 * 0.25 * 0.2) ** (link + 1))
     assert max(worst) < 1 and loss[-1] / first < 0.03
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_exact_links_converge_where_lora_does_not(seed: int) -> None:
+    """R8, through the driver: f = Σ M·W² + Σ W with M = 10 at (1, 1), else 1, from W = 1. 300 links of rank 1 at 1/L
+    end below the PL bound, LoRA of rank 1 stays at a point of higher loss."""
+    M = torch.ones(3, 3, dtype=torch.float64)
+    M[0, 0] = 10.0
+    best, gaps = float(-(1 / (4 * M)).sum()), {}
+    for name, options, lr in (
+        ("rac-lora-exact", {"link_steps": 1, "frozen": "A", "warm_up_steps": 0}, 1 / 20),
+        ("lora", {}, 1 / 200),
+    ):
+        recipe = made(name, options, r=1, alpha=1.0, targets=("map",), max_grad_norm=0.0, seed=seed)
+        recipe = recipe if options else replace(recipe, transform=descend())
+        model = line(recipe, d_out=3, d_in=3)
+        sites(model)[0].layer.get_base_layer().weight.data.fill_(1.0)  # type: ignore[operator]
+        opt = optimizer(model, recipe, lr)
+        driver = drive(model, recipe, opt, 300)
+        for step in range(301):
+            W = model(torch.eye(3, dtype=torch.float64)).T
+            loss = (M * W.square()).sum() + W.sum()
+            gaps[name] = loss.item() - best
+            if step == 300:
+                break
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            driver.after_step()
+    assert gaps["rac-lora-exact"] < 1.1e-3 and gaps["lora"] > 0.1
+
+
+class Tanh(nn.Module):
+    """32-24-8 with a tanh between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 24, bias=False), nn.Linear(24, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.tanh(self.up(x)))
+        return y
+
+
+@pytest.mark.slow
+def test_chains_order_on_a_small_net_as_known() -> None:
+    """R9: rank 1, 2000 Adam steps, 40 links of 50: Chain of LoRA < RAC-LoRA (A frozen) < LoRA, by median loss."""
+    arms: dict[str, tuple[str, dict[str, Any]]] = {
+        "chain": ("chain-of-lora", {"link_steps": 50, "warm_up_steps": 0}),
+        "rac": ("rac-lora", {"link_steps": 50, "warm_up_steps": 0, "frozen": "A"}),
+        "lora": ("lora", {}),
+    }
+    found: dict[str, list[float]] = {arm: [] for arm in arms}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        X, student = torch.randn(256, 32), Tanh()
+        teacher = Tanh()
+        for p, q in zip(teacher.parameters(), student.parameters(), strict=True):
+            p.data.copy_(q + (0.7 / q.shape[1]) ** 0.5 * torch.randn(q.shape))
+        Y = teacher(X).detach()
+        for arm, (name, options) in arms.items():
+            recipe = made(name, options, r=1, alpha=1.0, targets=("up", "down"), max_grad_norm=0.0, seed=seed)
+            model = adapt(copy.deepcopy(student), recipe)
+            opt = optimizer(model, recipe, 2e-2)
+            driver = drive(model, recipe, opt, 2000)
+            for _ in range(2000):
+                loss = (model(X) - Y).square().mean()
+                loss.backward()
+                opt.step()
+                opt.zero_grad()
+                driver.after_step()
+            found[arm].append(loss.item())
+    chain, rac, lora = (sorted(found[arm])[1] for arm in ("chain", "rac", "lora"))
+    assert 2 * chain < rac and 1.5 * rac < lora
 
 
 # -------------------------------------------------------------------------------------------------------- who rests

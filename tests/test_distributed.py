@@ -24,11 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import toy
 import warm
-from loralign import Recipe, adapt, build, optimizer, peft_config, sites
+from loralign import Recipe, adapt, build, factors, optimizer, peft_config, sites
 from loralign.carrier.slot import live_of, whole
 from loralign.optim.pairs import PairOptimizer
 from loralign.train.attach import attach
 from loralign.train.driver import drive
+from loralign.train.task_rows import Task
+from loralign.train.task_trainer import TaskTraining
+from loralign.train.tasks import run_tasks
 from trainers import toy_trainer
 
 pytestmark = pytest.mark.distributed
@@ -65,6 +68,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "rac-lora": {"links": 3, "frozen": "bernoulli"},
     "lora-ga + chain-of-lora": {"links": 2, "micro_batches": 2},
     "xgblora": {"fraction": 0.5, "link_steps": 1, "keep_slots": 3},
+    "sd-lora": {"tasks": 3},
     "allocating-lora": {"rounds": 1, "first": 0.4, "moved": 3, "scored": 7},
 }
 WIDTH, ROWS, STEPS, PAIRS = 10, 8, 3, 4
@@ -187,6 +191,27 @@ def with_trainer(name: str, folder: Path, world: int) -> dict[str, Any]:
     return {"tensors": tensors, "as": type(trainer.model_wrapped).__name__, **found}
 
 
+def with_tasks(folder: Path, world: int) -> dict[str, Any]:
+    """Two tasks of one class each for the toy BERT, four rows per step."""
+    rows = [[{"labels": c, **part} for part in parts(c)] for c in range(2)]
+    tasks = [Task(str(c), rows[c], rows[c][:3]) for c in range(2)]
+    made = build("sd-lora", {"tasks": 2}, r=3)
+    assert isinstance(made, Recipe)
+    training = TaskTraining(1e-2, steps=2, batch_size=4 // world, mask="seen")
+    model = toy.bert()
+    found = run_tasks(model, made, tasks, training, folder / "tasks", export_moments=False)
+    tensors = {n: p.detach().clone() for n, p in model.state_dict().items() if "classifier" in n}
+    for site in sites(model):
+        A, B = factors(site)
+        tensors[site.name] = B @ A
+    return {"tensors": tensors, "matrix": found.matrix}
+
+
+def parts(seed: int) -> list[dict[str, Tensor]]:
+    batch = toy.batch_for(toy.bert(), rows=8, seed=seed)
+    return [{key: batch[key][i] for key in ("input_ids", "attention_mask")} for i in range(8)]
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of foreign packages; this process has no pytest to turn them into errors
@@ -197,6 +222,7 @@ def worker(rank: int, folder: str) -> None:
         found[case, engine] = ENGINES[engine](case, rank)
     for name in TRAINERS:
         found[name, "trainer"] = with_trainer(name, Path(folder, name), 2)
+    found["tasks", "trainer"] = with_tasks(Path(folder), 2)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -239,3 +265,12 @@ def test_a_trainer_on_two_processes_equals_one(
     for key, value in want["tensors"].items():
         assert torch.equal(one["tensors"][key], two["tensors"][key]), key
         assert float((one["tensors"][key] - value).abs().max()) < 1e-3 * float(value.abs().max()), key
+
+
+def test_tasks_on_two_processes_equal_one(tmp_path: Path, pair_of_processes: list[dict[tuple[str, str], Any]]) -> None:
+    want = with_tasks(tmp_path, 1)
+    one, two = (found["tasks", "trainer"] for found in pair_of_processes)
+    assert one["matrix"] == two["matrix"] == want["matrix"]
+    for key, value in want["tensors"].items():
+        assert torch.equal(one["tensors"][key], two["tensors"][key]), key
+        assert float((one["tensors"][key] - value).abs().max()) <= 1e-3 * float(value.abs().max()), key
