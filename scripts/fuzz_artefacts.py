@@ -31,7 +31,7 @@ def copied(name: str) -> Path:
 
 def cut(draw: random.Random, file: Path) -> bool:
     whole = file.read_bytes()
-    write(file, whole[: draw.choice([0, 1, len(whole) // 2, len(whole) - 1])])
+    write(file, whole[: draw.choice([0, 1, len(whole) // 2, len(whole) - 2])])
     return True
 
 

@@ -173,7 +173,8 @@ init r.yaml --report --source LONG
 export good/out
 export nowhere --out case/e
 export good/out --out rows.jsonl
-export good/out --out case/e --profile gguf
+export good/out --out case/e --profile ggml
+export good/out --out case/e --profile gguf --power-of-two
 export good/out --out case/e --max-rank 0
 export good/out --out LONG
 export good/out --out case/e --max-rank x
@@ -339,7 +340,9 @@ def control(draw: random.Random, number: int) -> Input:
         ["train", "r.yaml", "--set", "train.steps=2"], ["generate", "good/out", "--base", "base", "--prompt", "w5"],
         ["eval", "good/out", "--base", "base", "--data", "rows.jsonl", "--limit", "2"],
         ["subspace", "show", "good/basis.safetensors"],
-        ["export", "good/out", "--base", "base", "--out", "case/e"], ["init", "r.yaml", "--set", "output=case/i"],
+        ["export", "good/out", "--base", "base", "--out", "case/e"],
+        ["export", "good/out", "--base", "base", "--out", "case/e", "--profile", "gguf"],
+        ["init", "r.yaml", "--set", "output=case/i"],
         ["plan", "r.yaml", "--set", "seed=010", "--set", "targets=.*(q|v)_proj"],
     ]  # fmt: skip
     return Input(calls[number % len(calls)], False)

@@ -115,7 +115,7 @@ def hidden_size(name: str, *, revision: str | None = None, trust_remote_code: bo
     where, extra = _source(name)
     with loading(name):
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code, **extra)
-        check_causal(config)
+        check_base(config)
     return width(config) or 2000
 
 
