@@ -74,6 +74,15 @@ def test_a_base_that_is_not_what_it_says_is_refused(what: str, world: Path, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_without_a_tokenizer_is_refused(world: Path, tmp_path: Path) -> None:
+    base = changed(world, "mute")
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    done = run("train", "r.yaml", "--set", f"model='{base}'", "--set", f"output={tmp_path / 'out'}")
+    assert done.code == 2
+    assert "it has no tokenizer; copy tokenizer.json and tokenizer_config.json beside it" in assert_one_sentence(done)
+
+
 def test_verify_waits_for_no_base_without_end(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run("train", "r.yaml", "--set", "method=lora", "--set", "options={}", "--set", f"output={out}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -44,6 +44,7 @@ def conversations(draw: st.DrawFn) -> list[dict[str, str]]:
 def test_a_conversation_is_the_template_s_text_with_loss_on_the_answers(
     template: str, turns: list[dict[str, str]]
 ) -> None:
+    assume(any(t["content"].strip() for t in turns if t["role"] == "assistant"))
     tokenizer = byte_tokenizer(template)
     (row,) = fit(rows_of({"messages": turns}), tokenizer, max_length=9999).dataset
     assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(turns, tokenize=False)
@@ -120,6 +121,7 @@ def test_long_rows_are_cut_counted_and_dropped(caplog: pytest.LogCaptureFixture)
 @FEW
 @given(turns=st.lists(conversations(), min_size=1, max_size=4), limit=st.integers(20, 120))
 def test_what_stays_is_the_beginning_of_the_whole(turns: list[list[dict[str, str]]], limit: int) -> None:
+    assume(any(t["content"].strip() for row in turns for t in row if t["role"] == "assistant"))
     rows, tokenizer = rows_of(*({"messages": t} for t in turns)), byte_tokenizer(CHATML)
     whole = fit(rows, tokenizer, max_length=10_000)
     wanted = [
@@ -190,6 +192,23 @@ def test_keys_that_the_template_does_not_read_are_named(caplog: pytest.LogCaptur
         (row,) = fit(rows_of({"messages": turns}), tokenizer, max_length=999).dataset
     assert "q!<|im_end|>" in tokenizer.decode(row["input_ids"])
     assert "the data: the turns' keys stamp are not used: the chat template doesn't read them" in caplog.text
+
+
+def test_empty_answers_are_counted_and_nothing_but_them_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    texts = [{"prompt": "One?", "completion": c} for c in ("", " ", "Uno.")]
+    turns = [{"messages": [user("One?"), assistant(c)]} for c in ("", "Uno.")]
+    for rows, count in ((texts, 2), (turns, 1)):
+        assert fit(rows_of(*rows), byte_tokenizer(), max_length=99).empty == count
+        assert f"{count} of {len(rows)} answers are empty, only their end is learnt" in caplog.text
+        with pytest.raises(LoralignError, match="every answer of the data is empty: give rows whose answers say"):
+            fit(rows_of(*rows[:count]), byte_tokenizer(), max_length=99)
+
+
+def test_a_tokenizer_without_an_end_token_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    fit(rows_of({"prompt": "One?", "completion": " Uno."}), tokenizer, max_length=99)
+    assert "the tokenizer has no end token: the model may not learn to stop" in caplog.text
 
 
 def test_an_answer_without_end_is_told(caplog: pytest.LogCaptureFixture) -> None:

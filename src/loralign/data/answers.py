@@ -22,7 +22,7 @@ from loralign.data.table import Row
 from loralign.data.turns import THOUGHTS, Turn
 from loralign.types import LoralignError
 
-Note = Literal["prompt", "thoughts", "tokens"]
+Note = Literal["prompt", "thoughts", "tokens", "empty"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def of_text(plain: Plain, row: Row) -> Sample:
 
 def of_completion(plain: Plain, row: Row) -> Sample:
     """Prompt and completion as text."""
-    return _after(plain, row["prompt"], row["prompt"] + plain.ended(row["completion"]), ())
+    notes: tuple[Note, ...] = () if row["completion"].strip() else ("empty",)
+    return _after(plain, row["prompt"], row["prompt"] + plain.ended(row["completion"]), notes)
 
 
 def _after(coder: Plain | Chat, prompt: str, whole: str, notes: tuple[Note, ...]) -> Sample:
@@ -132,7 +133,8 @@ def _answer(chat: Chat, row: Row, turns: list[Turn], i: int, where: str) -> _Ans
     exact = after.startswith(prompt)
     before = after[: _shared(prompt, after)]
     lost = _check_answer(turns[i], after[len(before) :], where)
-    found: dict[Note, bool] = {"prompt": not exact, "thoughts": lost}
+    empty = not turns[i]["content"].strip() and not turns[i].get("tool_calls")
+    found: dict[Note, bool] = {"prompt": not exact, "thoughts": lost, "empty": empty}
     return _Answer(prompt, before, after, tuple(note for note, there in found.items() if there))
 
 

@@ -49,7 +49,7 @@ class Fit:
     rows: how many came in. cut: longer than max_length. dropped: no supervised token left. tokens, supervised: of the
     rows that stay. split: rows that became one for each answer. answers: that are learnt; of them, other_prompt: after
     another prompt than that of inference; no_thoughts: without the thoughts that the row has; joined: whose first token
-    reaches into the prompt.
+    reaches into the prompt; empty: that say nothing, of which only the end is learnt.
     """
 
     dataset: Dataset
@@ -64,6 +64,7 @@ class Fit:
     other_prompt: int = 0
     no_thoughts: int = 0
     joined: int = 0
+    empty: int = 0
 
 
 def fit(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assistant_only: bool = True) -> Fit:
@@ -100,6 +101,8 @@ def fit(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assi
         mend = f"raise max_length to at least {min(needed) + 1}" if needed else "give longer rows"
         raise LoralignError(f"no row of {rows.name} keeps an answer within max_length {max_length}: {mend}")
     found = Fit(fitted, coded.prompts(), len(rows), **count)
+    if found.answers and found.empty == found.answers:
+        raise LoralignError(f"every answer of {rows.name} is empty: give rows whose answers say something")
     _say(found, rows.name, max_length, coded)
     return found
 
@@ -139,6 +142,13 @@ def _say(found: Fit, name: str, max_length: int, coded: Coder) -> None:
             "prompts end with a word",
             *(name, found.joined, found.answers),
         )
+    if found.empty:
+        log.warning(
+            "%s: %d of %d answers are empty, only their end is learnt: drop those rows if they are not meant",
+            name,
+            found.empty,
+            found.answers,
+        )
     if found.no_thoughts:
         log.warning(
             "%s: the chat template drops the thoughts of %d of %d answers, which are learnt without; give prompt and "
@@ -148,8 +158,9 @@ def _say(found: Fit, name: str, max_length: int, coded: Coder) -> None:
     if coded.unread:
         keys = ", ".join(sorted(coded.unread))
         log.info("%s: the turns' keys %s are not used: the chat template doesn't read them", name, keys)
-    if coded.chat and not coded.chat.ends:
-        log.warning("the chat template ends an answer without an end token: the model may not learn to stop")
+    if not (coded.chat.ends if coded.chat else coded.plain.tokenizer.eos_token):
+        who = "chat template ends an answer without an" if coded.chat else "tokenizer has no"
+        log.warning("the %s end token: the model may not learn to stop", who)
 
 
 # ----------------------------------------------------------------------------------------------------------- row by row
@@ -177,6 +188,7 @@ class Coder:
                 count["other_prompt"] += sample.notes.count("prompt")
                 count["joined"] += sample.notes.count("tokens")
                 count["no_thoughts"] += sample.notes.count("thoughts")
+                count["empty"] += sample.notes.count("empty")
                 yield sample
 
     def questions(self, limit: int | None = None) -> Iterator[Sample]:

@@ -143,6 +143,8 @@ def _why(error: Exception, kind: str) -> str:
         return f"its weights are damaged ({said}); download or copy them again"
     if "ignore_mismatched_sizes" in text:
         return "its weights have other shapes than its config.json says; download or copy it again"
+    if "backend tokenizer" in text:
+        return "it has no tokenizer; copy tokenizer.json and tokenizer_config.json beside it"
     if "trust_remote_code" in text:
         return "it needs code that its repository ships; set `trust_remote_code: true` if you trust that code"
     if "no file named" in text and "safetensors" in text:
