@@ -129,6 +129,9 @@ SHAPED: dict[str, Callable[[dict[str, Tensor], random.Random], Any]] = {
     "one pair more": lambda t, d: t.update(
         {f"base_model.model.model.layers.9.mlp.up_proj.lora_{s}.weight": torch.ones(2, 2) for s in "AB"}
     ),
+    "an embedding": lambda t, d: t.update(
+        {f"base_model.model.model.embed_tokens.lora_embedding_{s}": torch.ones(2, 2) for s in "AB"}
+    ),
     "a magnitude": lambda t, d: t.update(
         {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(32)}
     ),
@@ -198,3 +201,11 @@ def test_a_damaged_folder_is_refused_by_all(name: str, good: Path, tmp_path: Pat
     for said in (str(refused.value), str(found.value)):
         assert said and len(said) < 300 and "\n" not in said, said
         assert "unexpected" not in said.split(":")[0]
+
+
+def test_an_adapter_of_a_changed_base_says_how_it_becomes_plain(good: Path, tmp_path: Path) -> None:
+    """PiSSA's factors count from a base without its main directions: to read them as plain would be wrong."""
+    shutil.copytree(good / "adapter", tmp_path / "pissa")
+    _config(init_lora_weights="pissa")(tmp_path / "pissa")
+    with pytest.raises(LoralignError, match="may change the base: save it with PEFT's argument `path_initial_model_f"):
+        open_adapter(tmp_path / "pissa", str(good / "base"))

@@ -121,7 +121,10 @@ def check_loadable(config: Mapping[str, Any], folder: Path) -> None:
     value = config.get("init_lora_weights", True)
     if not isinstance(value, bool | str | None) or value not in _STARTS:
         said = f"{shown(folder / CONFIG)} has `init_lora_weights` {short(value)}"
-        raise Broken(f"{said}, by which PEFT would change the base: set it to true")
+        raise Broken(
+            f"{said}, by which PEFT may change the base: save it with PEFT's argument "
+            "`path_initial_model_for_weight_conversion`, which makes it plain LoRA"
+        )
 
 
 def patterns_of(config: Mapping[str, Any]) -> list[str]:
@@ -163,6 +166,8 @@ def check_stored(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int
         if not kinds[name].startswith(("F", "BF")):
             raise Broken(f"{name} in {shown(path)} holds {kinds[name]}, not floating numbers: {MEND}")
     for name in shapes:
+        if ".lora_embedding_" in name:
+            raise Broken(f"{name} in {shown(path)} adapts an embedding, not a layer: use it with PEFT itself")
         _check_pair(name, shapes, config, path)
     return shapes
 
