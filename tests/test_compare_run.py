@@ -260,6 +260,7 @@ def test_a_study_from_start_to_table_and_a_later_arm(tmp_path: Path) -> None:
     assert "[1/" in done.stdout and "lora-ga: " in done.stdout and "accuracy" in done.stdout
     made = {p.name for p in (tmp_path / "out").iterdir()}
     assert {
+        "report.html",
         "results.json",
         "results.csv",
         "results.md",

@@ -175,7 +175,7 @@ def test_an_arm_whose_every_rate_diverged(tmp_path: Path) -> None:
     trials, edges = rate_trials(study, done)
     assert sorted(t.index for t in trials if t.arm == "pissa") == [-3, -2, -1, 0, 1]  # ever lower rates
     assert edges == {"pissa": "low"} and all(t.arm == "lora" for t in seed_trials(study, done, trials))
-    pissa = next(a for a in report(study).arms if a.arm == "pissa")
+    pissa = next(a for a in report(study).result.arms if a.arm == "pissa")
     assert pissa.sentence == "no learning rate finished: every trial diverged or was given up"
 
 
@@ -350,7 +350,7 @@ def test_a_journal_of_another_form_is_refused_and_nothing_is_forgotten(
 def test_arms_may_be_called_what_markup_and_mathematics_mean(tmp_path: Path) -> None:
     study = spec(tmp_path, arm("[/x]", method="lora"), arm("a$^{$b", method="pissa"), references=False)
     assert work(study, bowl)
-    result = report(study)
+    result = report(study).result
     console = Console(file=io.StringIO(), width=160)
     for table in (*terminal_tables(result), board(study, Store(study).outcomes(), {})):
         console.print(table)
@@ -442,7 +442,7 @@ def test_what_is_reported_of_an_unfinished_search(tmp_path: Path) -> None:
     assert not work(study, bowl)
     found = collect(study, Store(study).outcomes())
     assert found.missing == 3 and len(found.rates) == 3 and not found.curves
-    notes = report(study).notes
+    notes = report(study).result.notes
     assert notes[0].startswith("the search for learning rates is unfinished, 3 of 6 trials are done")
     assert "`references: false`" in notes[1] and notes[2].startswith("2 test rows stand in")
     assert repeatable(tmp_path)["table"] == []
@@ -450,7 +450,9 @@ def test_what_is_reported_of_an_unfinished_search(tmp_path: Path) -> None:
 
 def test_unfinished_seeds_are_told(tmp_path: Path) -> None:
     assert not work(spec(tmp_path, budget=Budget(trials=8)), bowl)
-    assert report(spec(tmp_path)).notes[0] == "the seeds are unfinished, 2 of 4 trials are done; run again to go on"
+    assert (
+        report(spec(tmp_path)).result.notes[0] == "the seeds are unfinished, 2 of 4 trials are done; run again to go on"
+    )
 
 
 def test_different_devices_are_told(tmp_path: Path) -> None:
@@ -458,4 +460,4 @@ def test_different_devices_are_told(tmp_path: Path) -> None:
         return replace(bowl(trial, report), device="cpu" if trial.seed % 2 else "NVIDIA H100")
 
     assert work(spec(tmp_path), run)
-    assert report(spec(tmp_path)).notes[0] == "trials ran on NVIDIA H100, cpu: their seconds are not comparable"
+    assert report(spec(tmp_path)).result.notes[0] == "trials ran on NVIDIA H100, cpu: their seconds are not comparable"

@@ -162,7 +162,7 @@ def say_results(specs: Sequence[Spec]) -> None:
 
     console = Console() if sys.stdout.isatty() else Console(width=180)
     for spec in specs:
-        result = report(spec)
+        result = report(spec).result
         if spec.task_name:
             say(f"== {spec.task_name}")
         for table in terminal_tables(result) if result.arms else ():
@@ -175,5 +175,5 @@ def say_results(specs: Sequence[Spec]) -> None:
 
 
 def _say_files(spec: Spec) -> None:
-    made = ("results.json", "results.csv", "results.md", "rates.png", "steps.png", "seconds.png")
+    made = ("report.html", "results.json", "results.csv", "results.md", "rates.png", "steps.png", "seconds.png")
     say(f"written to {spec.output}: {', '.join(n for n in made if (spec.output / n).exists())}")

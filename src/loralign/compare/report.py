@@ -1,4 +1,4 @@
-"""Files of a study: results.json, results.csv, results.md and three pictures."""
+"""Files of a study: report.html, results.json, results.csv, results.md and three pictures."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from statistics import median
 from typing import Any
 
 from loralign.compare.curves import Curve, Interval, loss_at
+from loralign.compare.figures import styles
+from loralign.compare.page.build import Shown, page
 from loralign.compare.plots import plot_rates, plot_seconds, plot_steps
 from loralign.compare.rates import Rate
 from loralign.compare.schedule import in_order, rate_trials, rates_of, seed_trials, wanted
@@ -21,6 +23,7 @@ from loralign.compare.store import Store
 from loralign.compare.tables import as_markdown, reached
 from loralign.compare.verdict import ArmResult, StudyResult, summarise
 from loralign.io.provenance import environment, write_json, write_text
+from loralign.io.public import scrub
 
 COLUMNS = (
     "arm", "family", "verdict", "lr", "steps", "charged_steps", "seeds", "diverged", "final", "final_low", "final_high",
@@ -82,7 +85,7 @@ def _curve(spec: Spec, t: Trial, lowest: int, o: Outcome) -> Curve:
     return replace(made, final=loss_at(made.charged_steps, losses, spec.steps))
 
 
-def report(spec: Spec) -> StudyResult:
+def report(spec: Spec) -> Shown:
     """Write everything that the finished trials allow into the study's folder."""
     done = Store(spec).outcomes()
     found = collect(spec, done)
@@ -95,13 +98,20 @@ def report(spec: Spec) -> StudyResult:
     write_text(out / "results.csv", as_csv([row(arm) for arm in result.arms]))
     body = {"result": plain(result), "edges": found.edges, "study": dict(spec.source), "timing": timing(done)}
     trials = {key: plain(found.trials[key]) for key in sorted(found.trials)}
-    write_json(out / "results.json", {**body, "environment": environment(), "trials": trials})
+    data = scrub({**body, "environment": environment(), "trials": trials})
+    write_json(out / "results.json", data)
+    look = styles([arm.name for arm in spec.arms])
     if found.rates:
-        plot_rates(found.rates, out / "rates.png")
+        plot_rates(found.rates, out / "rates.png", look)
     if found.curves:
-        plot_steps(found.curves, out / "steps.png")
-        plot_seconds(found.curves, out / "seconds.png")
-    return result
+        budget = spec.steps if spec.charge != "none" else math.inf
+        plot_steps(found.curves, out / "steps.png", look, budget)
+        plot_seconds(found.curves, out / "seconds.png", look, budget)
+    arms = {arm.name for arm in spec.arms}
+    ran = {key: o for key, o in found.trials.items() if key.split("/", 1)[1].rsplit("/", 2)[0] in arms}
+    shown = Shown(spec, result, found.curves, found.rates, ran, data)
+    write_text(out / "report.html", page([shown]))
+    return shown
 
 
 def notes(spec: Spec, done: Mapping[str, Outcome], found: Finished) -> list[str]:

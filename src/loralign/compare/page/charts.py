@@ -1,0 +1,257 @@
+"""The figures of the page, drawn for a wide screen or a narrow one; an arm is `data-arm` and has its colour from there.
+
+Curves are labelled where they end. Pointing at anything that belongs to an arm brings the arm forward in all figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loralign.compare.curves import Interval
+from loralign.compare.figures import Band, Look, best_rates, line_of, loss_limits, rate_limits
+from loralign.compare.page.svg import Scale, apart, figure, line, path, powers, short, signed, tag, text, ticks, window
+from loralign.compare.rates import Rate
+from loralign.compare.spec import BASELINE, REFERENCE
+
+DASHES = {"-": None, "--": "6 4", ":": "1.5 3.5", "-.": "7 3 1.5 3"}
+MOST_LABELS = 7
+"""On a narrow screen; of more arms than this only the baseline, the reference and the lowest are labelled there."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """The size of a figure; narrow: for a phone held upright."""
+
+    width: float
+    height: float
+    left: float
+    right: float
+    narrow: bool = False
+
+
+WIDE, NARROW = Room(880, 420, 52, 210), Room(358, 330, 36, 124, True)
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Names in the order of the study, and how each is drawn."""
+
+    names: tuple[str, ...]
+    look: Look
+
+    def mark(self, arm: str, *inside: str, **more: str | float | None) -> str:
+        """A group that belongs to an arm."""
+        return tag("g", *inside, class_="arm", data_arm=self.names.index(arm), **more)
+
+    def stroke(self, arm: str) -> dict[str, str | float | None]:
+        return {
+            "class_": "curve",
+            "stroke_dasharray": DASHES[self.look[arm].dash],
+            "stroke_width": 2.6 if arm == BASELINE else 1.9,
+        }
+
+
+def cut(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+# --------------------------------------------------------------------------------------------------------- loss curves
+
+
+def loss_chart(found: Sequence[Band], arms: Arms, room: Room, *, unit: str) -> str:
+    """Mean test loss over seeds against steps or seconds, with a band from the lowest seed to the highest."""
+    top, bottom = 14.0, room.height - 38
+    y = Scale(*loss_limits(found), bottom, top)
+    x = Scale(0, max(b.x[-1] for b in found), room.left, room.width - room.right)
+    drawn = [_curve(b, arms, x, y, unit) for b in reversed(found)]
+    faint = f"--band:{min(0.14, 0.9 / len(found)):.3f}"
+    inside = window(x.start, top, x.end - x.start, bottom - top, tag("g", *drawn, style=faint))
+    axes, labels = _axes(x, y, "test loss", f"{unit}, start included"), _end_labels(found, arms, x, y, room)
+    return figure(room.width, room.height, axes, inside, *labels, title=f"Test loss against {unit}")
+
+
+def _axes(x: Scale, y: Scale, above: str, below: str) -> str:
+    narrow = x.end - x.start < 300
+    lines = []
+    for v in ticks(y.low, y.high, 6):
+        lines += [
+            line(x.start, y(v), x.end, y(v), class_="grid"),
+            text(x.start - 8, y(v) + 4, f"{v:g}", class_="tick r"),
+        ]
+    for v in ticks(x.low, x.high, 3 if narrow else 6):
+        lines.append(text(x(v), y.start + 18, f"{v:g}", class_="tick m"))
+    named = [text(x.start, y.end - 3, above, class_="name"), text(x.end, y.start + 34, below, class_="name r")]
+    return tag("g", *lines, line(x.start, y.start, x.end, y.start, class_="axis"), *named, class_="axes")
+
+
+def _curve(b: Band, arms: Arms, x: Scale, y: Scale, unit: str) -> str:
+    mean = [(x(v), y(m)) for v, m in zip(b.x, b.mean, strict=True)]
+    around = [(x(v), y(m)) for v, m in zip(b.x, b.high, strict=True)]
+    around += [(x(v), y(m)) for v, m in reversed(list(zip(b.x, b.low, strict=True)))]
+    points = [
+        tag("circle", cx=px, cy=py, r=7, class_="hit", data_tip=_point(b, i, unit)) for i, (px, py) in enumerate(mean)
+    ]
+    band = tag("path", d=path(around, closed=True), class_="band")
+    curve = tag("path", d=path(mean), **arms.stroke(b.arm))
+    wide = tag("path", d=path(mean), class_="reach", data_tip=f"{b.arm}\nends at {b.mean[-1]:.4f}")
+    return arms.mark(b.arm, band, curve, wide, *points)
+
+
+def _point(b: Band, i: int, unit: str) -> str:
+    return f"{b.arm}\n{unit[:-1]} {b.x[i]:.0f}\nloss {b.mean[i]:.4f}\nseeds {b.low[i]:.4f} … {b.high[i]:.4f}"
+
+
+def _end_labels(found: Sequence[Band], arms: Arms, x: Scale, y: Scale, room: Room) -> list[str]:
+    shown = list(found)
+    if room.narrow and len(found) > MOST_LABELS:
+        kept = {b.arm for b in found[:4]} | {BASELINE, REFERENCE}
+        shown = [b for b in found if b.arm in kept]
+    ends = [min(max(y(b.mean[-1]), y.end), y.start) for b in shown]
+    places = apart(ends, 15, y.end + 4, y.start + 2)
+    said = []
+    for b, end, place in zip(shown, ends, places, strict=True):
+        at = x.end + 22
+        lead = [(x(b.x[-1]) + 3, end), (x.end + 3, end), (at - 8, place)]
+        parts = [
+            tag("circle", cx=x(b.x[-1]), cy=end, r=2.6, class_="dot"),
+            tag("path", d=path(lead), class_="lead"),
+            tag("circle", cx=at - 5, cy=place, r=3, class_="dot"),
+            text(at + 3, place + 4, cut(b.arm, 16 if room.narrow else 24), class_="label"),
+        ]
+        if not room.narrow:
+            parts.append(text(room.width - 2, place + 4, f"{b.mean[-1]:.3f}", class_="tick r"))
+        said.append(arms.mark(b.arm, *parts))
+    return said
+
+
+# ------------------------------------------------------------------------------------------------------------- effects
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm's final loss less the baseline's. tested: the interval of the whole family; shrunken: mean, low, high."""
+
+    arm: str
+    tested: Interval
+    shrunken: tuple[float, float, float] | None
+    better: float | None
+    verdict: str
+
+
+def effects_chart(found: Sequence[Difference], arms: Arms, room: Room) -> str:
+    """One row per arm: the difference with its interval, below it the shrunken one as a bar."""
+    step, top = (40.0, 26.0) if room.narrow else (28.0, 26.0)
+    height = top + step * len(found) + 34
+    left, right = (8.0, 8.0) if room.narrow else (200.0, 170.0)
+    ends = [v for d in found for v in (d.tested.low, d.tested.high, d.tested.mean)]
+    ends = [v for v in ends if abs(v) < float("inf")]
+    low, high = min(0.0, *ends), max(0.0, *ends)
+    x = Scale(low - 0.04 * (high - low), high + 0.04 * (high - low), left, room.width - right)
+    bottom = top + step * len(found)
+    back = [line(x(v), top - 4, x(v), bottom, class_="grid") for v in ticks(x.low, x.high, 3 if room.narrow else 6)]
+    back += [
+        text(x(v), bottom + 16, signed(v, "g") if v else "0", class_="tick m")
+        for v in ticks(x.low, x.high, 3 if room.narrow else 6)
+    ]
+    back += [line(x(0), top - 4, x(0), bottom, class_="zero"), text(x(0), top - 10, BASELINE, class_="name m strong")]
+    if low < 0:
+        back.append(text(x.start, bottom + 31, "← lower loss, better", class_="name"))
+    if high > 0:
+        back.append(text(x.end, bottom + 31, "worse →", class_="name r"))
+    rows = [_row(d, arms, x, top + step * i, step, room) for i, d in enumerate(found)]
+    return figure(room.width, height, *back, *rows, title="Final loss against the baseline, with intervals")
+
+
+def _row(d: Difference, arms: Arms, x: Scale, top: float, step: float, room: Room) -> str:
+    t, at = d.tested, top + (step - 11 if room.narrow else step / 2)
+    ends = max(t.low, x.low), min(t.high, x.high)
+    parts = [tag("rect", x=0, y=top, width=room.width, height=step, class_="row")]
+    if d.shrunken:
+        mean, low, high = d.shrunken
+        parts.append(
+            tag("rect", x=x(low), y=at - 5, width=max(1.0, x(high) - x(low)), height=10, rx=5, class_="shrunken")
+        )
+        parts.append(line(x(mean), at - 5, x(mean), at + 5, class_="middle"))
+    parts.append(line(x(ends[0]), at, x(ends[1]), at, class_="whisker"))
+    parts.append(tag("circle", cx=x(t.mean), cy=at, r=4.2, class_="dot"))
+    figures = f"{signed(t.mean)} ({signed(t.low)} … {signed(t.high)})"
+    if room.narrow:
+        parts.append(text(0, top + 14, cut(d.arm, 26), class_="label over"))
+        parts.append(text(room.width, top + 14, figures, class_="tick r over"))
+    else:
+        parts.append(text(0, at + 4, cut(d.arm, 30), class_="label"))
+        parts.append(text(room.width, at + 4, figures, class_="tick r"))
+    tip = f"{d.arm}: {d.verdict}\n{figures}"
+    if d.shrunken:
+        tip += "\nshrunken {} ({} … {})".format(*map(signed, d.shrunken))
+    if d.better is not None:
+        tip += f"\nP(better) {d.better:.2f}"
+    return arms.mark(d.arm, *parts, data_tip=tip)
+
+
+# ------------------------------------------------------------------------------------------------------ learning rates
+
+
+SMALL = 200.0, 170.0, 30.0, 8.0, 32.0, 148.0
+"""Width, height, and where the axes begin and end: left, from the right, top, bottom."""
+INSIDE = 28.0, 38.0, 170.0, 112.0
+
+
+def rate_charts(rates: Sequence[Rate], arms: Arms) -> list[str]:
+    """One small figure per arm on common axes, the other arms' curves in the background; the lowest best rate first."""
+    best = best_rates(rates)
+    if not best:
+        return []
+    width, height, left, right, top, bottom = SMALL
+    lows = [r.lr for r in rates]
+    x = Scale(min(lows) / 1.15, max(lows) * 1.15, left, width - right, log=True)
+    y = Scale(*rate_limits(rates, best), bottom, top + 12)
+    lines = {a: [(x(r.lr), y(r.mean)) for r in line_of(rates, a)] for a in arms.names}
+    back = [tag("path", d=path(p), class_="ghost") for p in lines.values() if len(p) > 1]
+    behind = window(*INSIDE, *back)
+    marks = [line(left, y(v), width - right, y(v), class_="grid") for v in ticks(y.low, y.high, 5)]
+    marks += [text(left - 5, y(v) + 3, f"{v:g}", class_="tick r") for v in ticks(y.low, y.high, 5)]
+    marks += [text(x(v), bottom + 14, short(v), class_="tick m") for v in powers(x.low, x.high)]
+    marks.append(line(left, bottom, width - right, bottom, class_="axis"))
+    order = sorted(arms.names, key=lambda a: best[a].mean if a in best else float("inf"))
+    order = [a for a in order if any(r.arm == a for r in rates)]
+    return [
+        figure(
+            width, height, *marks, behind, _rates_of(a, rates, best.get(a), arms, x, y, top),
+            title=f"Validation loss of {a} against its learning rate",
+        )
+        for a in order
+    ]  # fmt: skip
+
+
+def _rates_of(arm: str, rates: Sequence[Rate], best: Rate | None, arms: Arms, x: Scale, y: Scale, top: float) -> str:
+    own = line_of(rates, arm)
+    inside = [r for r in own if r.mean <= y.high]
+    parts = [text(0, 11, cut(arm, 26), class_="label")]
+    curve = tag("path", d=path([(x(r.lr), y(r.mean)) for r in own]), **arms.stroke(arm))
+    parts.append(window(*INSIDE, curve))
+    parts += [tag("circle", cx=x(r.lr), cy=y(r.mean), r=2.6, class_="dot") for r in inside]
+    parts += [tag("circle", cx=x(r.lr), cy=y(r.mean), r=9, class_="hit", data_tip=_rate_tip(r, best)) for r in inside]
+    parts += [_lost(r, x(r.lr), top + 4, _rate_tip(r, best)) for r in rates if r.arm == arm and r not in inside]
+    if best:
+        parts.append(tag("circle", cx=x(best.lr), cy=y(best.mean), r=6, class_="ring"))
+        parts.append(text(0, 25, f"{best.mean:.3f} at {short(best.lr)}", class_="tick"))
+    return arms.mark(arm, *parts)
+
+
+def _rate_tip(r: Rate, best: Rate | None) -> str:
+    ended = "diverged" if r.diverged else "given up" if r.pruned else f"validation loss {r.mean:.4f}"
+    seeds = f", {len(r.losses)} seeds" if len(r.losses) > 1 else ""
+    return f"{r.arm}\nrate {r.lr:g}{', chosen' if r == best else ''}\n{ended}{seeds}"
+
+
+def _lost(r: Rate, x: float, y: float, tip: str) -> str:
+    """What has no place on the axis: × diverged, – given up, ↑ a loss above it."""
+    if r.finished:
+        shape = path([(x - 3, y + 2), (x, y - 2), (x + 3, y + 2)])
+    elif r.pruned and not r.diverged:
+        shape = path([(x - 3, y), (x + 3, y)])
+    else:
+        shape = path([(x - 3, y - 3), (x + 3, y + 3)]) + path([(x - 3, y + 3), (x + 3, y - 3)])
+    return tag("path", d=shape, class_="lost") + tag("circle", cx=x, cy=y, r=9, class_="hit", data_tip=tip)

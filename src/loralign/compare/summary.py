@@ -1,0 +1,105 @@
+"""The verdict of a study in one paragraph of plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+from loralign.compare.spec import BASELINE, REFERENCE
+from loralign.compare.verdict import LEVEL, ArmResult, StudyResult
+
+NAMED = 4
+"""Of more arms than this the rest are counted."""
+LIKELY = 0.95
+"""From this probability on an arm that is not proven better is named."""
+
+
+def in_plain_words(result: StudyResult) -> str:
+    """What the study could see, what came out better and worse, what nobody can tell, and what to distrust."""
+    by_name = {arm.arm: arm for arm in result.arms}
+    base, control = by_name.get(BASELINE), by_name.get(REFERENCE)
+    if base is None or not base.final.n:
+        return result.notes[0].capitalize() + "." if result.notes else "Nothing is finished yet."
+    others = sorted((a for a in result.arms if a not in (base, control)), key=lambda a: a.final.mean)
+    parts = [
+        _about_control(control),
+        _about_better([a for a in others if a.kind == "better"]),
+        _about_ties([a for a in others if a.kind in ("no difference", "sooner", "later")], len(others)),
+        _about("worse", "ends higher than `lora`", "end higher than `lora`", others),
+        _about("unstable", "diverged on some seed", "diverged on some seed", others),
+        _about("untested", "has too few runs to be tested", "have too few runs to be tested", others),
+        _about_flags(result.arms),
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def _about_control(control: ArmResult | None) -> str:
+    if control is None or control.comparison is None:
+        return "Without a finished `full` arm nothing shows whether this study could see a difference at all."
+    c = control.comparison
+    if c.final_sign > 0:
+        return f"Full fine-tuning ends {_by(control)} below plain `lora`, so the study can see a gap of that size."
+    return (
+        "Full fine-tuning, the control, is not found better than plain `lora` here, so where the others tie with it "
+        "that says little."
+    )
+
+
+def _about_better(better: Sequence[ArmResult]) -> str:
+    if not better:
+        return ""
+    first = better[0]
+    said = f"`{first.arm}` ends lowest of the arms that beat `lora`: {first.final.mean:.3f}, better by {_by(first)}"
+    if first.gap.value is not None:
+        closed = f"{first.gap.value:.0%}".replace("%", " %")
+        said += f", which is {closed} of the gap to full fine-tuning"
+    if rest := better[1:]:
+        said += f"; {_names(rest)} {'does' if len(rest) == 1 else 'do'} better than `lora`, too"
+    return said + "."
+
+
+def _about_ties(ties: Sequence[ArmResult], others: int) -> str:
+    if not ties:
+        return ""
+    halves = [(t.comparison.final.high - t.comparison.final.low) / 2 for t in ties if t.comparison]
+    seen = f"differences below about {median(halves):.2g} would not have been seen"
+    who = f"the {others} other arms" if len(ties) == others > 1 else _names(ties)
+    said = f"No difference from plain `lora` is found for {who}, {seen}"
+    likely = [t for t in ties if t.effect and t.effect.better >= LIKELY]
+    if likely:
+        least = min(t.effect.better for t in likely if t.effect)
+        isare = "is" if len(likely) == 1 else "are"
+        said += f"; {_names(likely)} {isare} probably better all the same (P ≥ {math.floor(100 * least) / 100:.2f})."
+    else:
+        said += ": plain `lora` is as good here."
+    for word in ("sooner", "later"):
+        if timed := [t for t in ties if t.kind == word]:
+            said += f" {_names(timed)} {'gets' if len(timed) == 1 else 'get'} to the same loss {word}."
+    return said
+
+
+def _about(kind: str, one: str, many: str, arms: Sequence[ArmResult]) -> str:
+    own = [a for a in arms if a.kind == kind]
+    return f"{_names(own)} {one if len(own) == 1 else many}." if own else ""
+
+
+def _about_flags(arms: Sequence[ArmResult]) -> str:
+    edges = [a for a in arms if any("edge" in flag for flag in a.flags)]
+    if not edges:
+        return ""
+    return f"The best rate of {_names(edges)} lies at an edge of what was searched: a better one may lie outside."
+
+
+def _by(arm: ArmResult) -> str:
+    assert arm.comparison is not None
+    low, high = sorted((abs(arm.comparison.final.low), abs(arm.comparison.final.high)))
+    return f"{abs(arm.comparison.final.mean):.3f} ({LEVEL} interval {low:.3f} … {high:.3f})"
+
+
+def _names(arms: Sequence[ArmResult]) -> str:
+    """`a`, `b` and `c`, or a count where they are many."""
+    if len(arms) > NAMED:
+        return f"{len(arms)} arms"
+    names = [f"`{a.arm}`" for a in arms]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

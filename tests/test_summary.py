@@ -1,0 +1,120 @@
+"""The verdict in plain words, and what figures show, by examples worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from loralign.compare.curves import Curve
+from loralign.compare.figures import COLOURS, bands, best_rates, loss_limits, rate_limits, styles
+from loralign.compare.hierarchy import Effect
+from loralign.compare.page.svg import Scale, apart, powers, short, signed, tag, ticks
+from loralign.compare.rates import Rate
+from loralign.compare.summary import in_plain_words
+from loralign.compare.verdict import summarise
+
+
+def curve(arm: str, seed: int, *losses: float, **more: Any) -> Curve:
+    """Evaluated at steps 100, 200, …; half a second a step."""
+    steps = tuple(100 * (i + 1) for i in range(len(losses)))
+    return Curve(arm, 1e-3, seed, steps, tuple(s / 2 for s in steps), losses, losses[-1], min(losses), **more)
+
+
+def seeds(arm: str, mean: float, n: int = 3, spread: float = 0.01) -> list[Curve]:
+    return [curve(arm, s, mean + 1, mean + spread * (s % 3 - 1)) for s in range(n)]
+
+
+def told(**means: float) -> str:
+    runs = [c for arm, mean in means.items() for c in seeds(arm, mean, 12 if arm == "lora" else 3)]
+    return in_plain_words(summarise(runs))
+
+
+def test_better_and_worse_arms_are_named_with_their_intervals() -> None:
+    said = told(lora=3.0, full=2.5, spectral=2.6, pissa=2.7, hrp=3.4)
+    assert said.startswith("Full fine-tuning ends 0.500 (98 % interval 0.4") and "can see a gap of that size." in said
+    assert "`spectral` ends lowest of the arms that beat `lora`: 2.600, better by 0.400 (98 % interval 0.3" in said
+    assert "which is 80 % of the gap to full fine-tuning; `pissa` does better than `lora`, too." in said
+    assert said.endswith("`hrp` ends higher than `lora`.")
+
+
+def test_where_nothing_differs_plain_lora_is_as_good() -> None:
+    said = told(lora=3.0, full=2.5, pissa=3.0)
+    assert "No difference from plain `lora` is found for `pissa`, differences below about 0.0" in said
+    assert said.endswith("would not have been seen: plain `lora` is as good here.")
+
+
+def test_a_control_that_shows_nothing_is_said_and_so_is_a_missing_one() -> None:
+    assert told(lora=3.0, full=3.0, pissa=3.0).startswith("Full fine-tuning, the control, is not found better than")
+    assert told(lora=3.0, pissa=3.0).startswith("Without a finished `full` arm nothing shows")
+    assert in_plain_words(summarise([])) == "No finished `lora` arm: nothing is tested."
+
+
+def test_a_probable_arm_and_an_edge_are_not_hidden() -> None:
+    loud = [*seeds("lora", 3.0, 3, 0.1), *seeds("full", 1.0, 3, 0.1), *seeds("pissa", 2.85, 3, 0.1)]
+    rates = [Rate(a, lr, 3 - lr) for a in ("lora", "full", "pissa") for lr in (0.1, 0.2, 0.3)]
+    result = summarise(loud, rates)
+    probable = [replace(a, effect=Effect(0.1, -0.01, 0.2, 0.97)) if a.arm == "pissa" else a for a in result.arms]
+    said = in_plain_words(replace(result, arms=tuple(probable)))
+    assert "plain `lora` is as good here" not in said and "`pissa` is probably better all the same (P ≥ 0.97)" in said
+    assert "The best rate of `lora`, `full` and `pissa` lies at an edge" in said
+
+
+def test_many_arms_are_counted() -> None:
+    said = told(lora=3.0, full=2.5, **{f"arm{i}": 3.0 + i / 10_000 for i in range(6)})
+    assert "is found for the 6 other arms" in said
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_bands_are_means_and_extremes_and_end_where_the_budget_is_spent() -> None:
+    paid = {"init_tokens": 1000, "step_tokens": 10.0}  # worth 100 steps
+    runs = [curve("lora", 0, 4.0, 3.0, 2.0), curve("lora", 1, 4.2, 3.4, 2.2), curve("hrp", 0, 3.0, 2.0, 1.0, **paid)]
+    hrp, lora = bands(runs, "charged_steps", 300)
+    assert lora.x == (100, 200, 300) and lora.mean == pytest.approx((4.1, 3.2, 2.1))
+    assert lora.low == (4.0, 3.0, 2.0) and lora.high == (4.2, 3.4, 2.2)
+    assert (hrp.arm, hrp.x, hrp.mean) == ("hrp", (200, 300), (3.0, 2.0))  # step 200 of its own is the 300th paid
+    assert bands(runs, "charged_steps")[0].mean[-1] == 1.0
+    assert bands(runs, "seconds", 350)[0].x == (50, 100, 125)  # half way from the second to the third evaluation
+    low, top = loss_limits([hrp, lora])
+    assert low < 2.0 and max(hrp.mean[-1], lora.mean[-1]) <= top
+
+
+def test_an_arm_has_a_look_of_its_own_in_all_figures() -> None:
+    names = ["full", "lora", *(f"a{i}" for i in range(40))]
+    found = styles(names)
+    assert len({(s.colour, s.dash) for s in found.values()}) == 42
+    assert len({found[n].colour for n in names[:20]}) == 20 == len({found[n].dark for n in names[:20]})
+    assert len(COLOURS) == 18 and found["full"].dash == "--"
+
+
+def test_rates_far_above_the_best_do_not_stretch_the_axis() -> None:
+    rates = [Rate("lora", 10.0**i, loss) for i, loss in enumerate((3.0, 2.9, 3.1, 90.0))]
+    low, top = rate_limits(rates, best_rates(rates))
+    assert low < 2.9 and 3.1 <= top < 4
+
+
+def test_ticks_and_numbers() -> None:
+    assert ticks(2.53, 3.21, 6) == [2.6, 2.8, 3.0, 3.2] and ticks(1.0, 1.0) == [1.0]
+    assert powers(1e-4, 2e-2) == [1e-4, 1e-3, 1e-2] and powers(1.5e-3, 6e-3) == [2e-3, 5e-3]
+    assert (short(1e-4), short(0.003), signed(-0.25), signed(0.1)) == ("1e-4", "0.003", "−0.250", "+0.100")
+    assert Scale(1, 100, 0, 10, log=True)(10) == 5 and Scale(0, 4, 10, 0)(1) == 7.5
+    assert tag("a", "x", class_="b", data_v='"<') == '<a class="b" data-v="&quot;&lt;">x</a>'
+
+
+@pytest.mark.parametrize(
+    "wanted", [(10, 90, 50), (50, 50, 50, 50), (99, 99.5, 100), (0, 1, 2, 98, 99), tuple(range(0, 40, 2))]
+)
+def test_labels_keep_apart_and_inside(wanted: tuple[float, ...]) -> None:
+    found = apart(wanted, 5, 0, 100)
+    placed = sorted(found)
+    assert all(b - a >= 5 - 1e-9 for a, b in pairwise(placed))
+    assert placed[0] >= 0 and placed[-1] <= 100 + 1e-9
+    assert sorted(range(len(wanted)), key=lambda i: (wanted[i], found[i])) == sorted(
+        range(len(wanted)), key=lambda i: found[i]
+    )
+    assert apart((10, 90), 5, 0, 100) == [10, 90] and not math.isnan(sum(found))
