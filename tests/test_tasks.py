@@ -291,6 +291,16 @@ def test_evidence_at_a_switch_is_drawn_from_the_task_that_begins(
     assert {factors(site)[0].shape[0] for site in sites(model)} == {18}
 
 
+def test_micro_batches_add_up(base: Path, tmp_path: Path) -> None:
+    found = []
+    for micro in (8, 4):
+        model, training = model_of(base), replace(TRAINING, steps=3, save_every=None, micro_batch_size=micro)
+        run_tasks(model, recipe(), of_images()[:1], training, tmp_path / str(micro), export_moments=False)
+        found.append([B @ A for A, B in map(factors, sites(model))])
+    for one, other in zip(*found, strict=True):
+        assert one.any() and float((one - other).norm()) < 1e-3 * float(one.norm())
+
+
 def test_too_few_links_are_refused_before_anything_is_spent(base: Path, tmp_path: Path) -> None:
     with pytest.raises(LoralignError, match="has 2 links and there are 3 tasks: raise `links` or `tasks`"):
         run_tasks(model_of(base), recipe("chain-of-lora", {"links": 2}), of_images(), TRAINING, tmp_path / "out")
