@@ -474,6 +474,13 @@ def test_soft_threshold_of_gates_equals_the_oracle() -> None:
     assert [sora.soft(x, 0.1) for x in (0.15, -0.25, 0.05)] == pytest.approx([0.05, -0.15, 0.0])
 
 
+@pytest.mark.parametrize("name", ["adalora", "dynamic-rank-lora", "sora", "beamlora"])
+def test_gates_have_a_rate_of_their_own(name: str) -> None:
+    recipe = made(name, gate_lr=0.25)
+    rates = {g["role"]: g["lr"] for g in optimizer(toy(recipe), recipe, 1e-2).param_groups}
+    assert rates == {"A": 1e-2, "B": 1e-2, "form": 2.5e-3}
+
+
 def test_without_a_threshold_sora_is_a_gated_lora() -> None:
     runs = []
     for rules in (made("sora", threshold=0.0).rules, ()):

@@ -10,6 +10,7 @@ Differs: none in the formula; φ(c) is multiplied into B, which every reader of 
 Cost:    r numbers a site, one product of the size of B a forward.
 Export:  exact; slots whose gate is zero are left out.
 Args:    tau: τ of the beam, dimensionless, 0.05 in BeamLoRA's code at learning rates of 1e-4 and above, else 0.03.
+         gate_lr: learning rate of c over that of A and B, 1 in the codes (SoRA's has an option for it).
 Example:
     >>> import torch
     >>> from loralign.methods.form.gated import gated
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,17 +83,23 @@ class _Beam:
 _GATE = frozenset({"gate"})
 
 
-def gated() -> Gated:
-    """A gate that starts at zero: AdaLoRA's singular values, dynamic-rank LoRA's."""
-    return Gated(Facts(gated=True, commits=True, per_slot=_GATE, switches=_GATE, own_decay=True), _zeros, _same)
-
-
-def normal_gated() -> Gated:
-    """A gate drawn from N(0, 1), without weight decay: SoRA's."""
-    return Gated(Facts(gated=True, commits=True, per_slot=_GATE, switches=_GATE), _normal, _same)
+def _facts(gate_lr: float, **more: Any) -> Facts:
+    return Facts(gated=True, commits=True, per_slot=_GATE, own_lr=gate_lr, **more)
 
 
 @bounded
-def beam(tau: Positive = 0.05) -> Gated:
+def gated(gate_lr: Positive = 1.0) -> Gated:
+    """A gate that starts at zero: AdaLoRA's singular values, dynamic-rank LoRA's."""
+    return Gated(_facts(gate_lr, switches=_GATE, own_decay=True), _zeros, _same)
+
+
+@bounded
+def normal_gated(gate_lr: Positive = 1.0) -> Gated:
+    """A gate drawn from N(0, 1), without weight decay: SoRA's."""
+    return Gated(_facts(gate_lr, switches=_GATE), _normal, _same)
+
+
+@bounded
+def beam(tau: Positive = 0.05, gate_lr: Positive = 1.0) -> Gated:
     """BeamLoRA's shares of r, which sum to r."""
-    return Gated(Facts(gated=True, commits=True, per_slot=_GATE, shares=True, own_decay=True), _zeros, _Beam(tau))
+    return Gated(_facts(gate_lr, shares=True, own_decay=True), _zeros, _Beam(tau))
