@@ -16,10 +16,11 @@ def accuracy_picture(
 ) -> None:
     """One matrix per panel, at most three side by side. panels: title to rows of shares in [0, 1]; a row has the tasks
     seen by then, what was not seen stays grey."""
+    tasks = [name.replace(", ", ",\n") for name in tasks]
     columns = min(MOST_IN_A_ROW, len(panels))
     rows = -(-len(panels) // columns)
     width, height = 1.1 + 0.52 * len(tasks), 1.0 + 0.42 * max(len(m) for m in panels.values())
-    height += 0.08 * max(map(len, tasks))  # names stand upright
+    height += 0.08 * max(len(line) for name in tasks for line in name.split("\n"))  # names stand upright
     figure = Figure(figsize=(1.2 + columns * width, 0.7 + rows * height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
