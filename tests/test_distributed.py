@@ -32,6 +32,7 @@ from loralign.train.driver import drive
 from loralign.train.task_rows import Task
 from loralign.train.task_trainer import TaskTraining
 from loralign.train.tasks import run_tasks
+from loralign.types import LoralignError
 from trainers import toy_trainer
 
 pytestmark = pytest.mark.distributed
@@ -212,6 +213,20 @@ def parts(seed: int) -> list[dict[str, Tensor]]:
     return [{key: batch[key][i] for key in ("input_ids", "attention_mask")} for i in range(8)]
 
 
+def replicas(rank: int, folder: Path) -> str:
+    """What is said where the second process holds other weights, as `cpu_ram_efficient_loading` leaves them."""
+    made = build("pissa", r=3)
+    assert isinstance(made, Recipe)
+    trainer = toy_trainer(folder, peft_config(made, toy.llama()), steps=1)
+    if rank:
+        next(iter(sites(trainer.model))).layer.base_layer.weight.data.zero_()
+    try:
+        attach(trainer, made)
+    except LoralignError as error:
+        return str(error)
+    return ""
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of foreign packages; this process has no pytest to turn them into errors
@@ -223,6 +238,7 @@ def worker(rank: int, folder: str) -> None:
     for name in TRAINERS:
         found[name, "trainer"] = with_trainer(name, Path(folder, name), 2)
     found["tasks", "trainer"] = with_tasks(Path(folder), 2)
+    found["pissa", "replicas"] = replicas(rank, Path(folder, "replicas"))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -274,3 +290,10 @@ def test_tasks_on_two_processes_equal_one(tmp_path: Path, pair_of_processes: lis
     for key, value in want["tensors"].items():
         assert torch.equal(one["tensors"][key], two["tensors"][key]), key
         assert float((one["tensors"][key] - value).abs().max()) <= 1e-3 * float(value.abs().max()), key
+
+
+def test_a_start_from_weights_that_one_process_lacks_is_refused(
+    pair_of_processes: list[dict[tuple[str, str], Any]],
+) -> None:
+    for found in pair_of_processes:
+        assert "the processes hold different base weights, and pissa starts from them" in found["pissa", "replicas"]

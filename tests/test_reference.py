@@ -90,6 +90,13 @@ def test_full_muon_trains_with_muon(world: Path, monkeypatch: pytest.MonkeyPatch
     assert "`train.extra.adam_beta1` would not count" in assert_one_sentence(refused)
 
 
+def test_liger_without_its_package_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loralign.train.arguments.is_liger_kernel_available", lambda: False)
+    done = train("method=lora", "output=no", "train.extra={use_liger_kernel: true}")
+    assert done.code == 2
+    assert "`train.extra.use_liger_kernel` needs the package liger-kernel" in assert_one_sentence(done)
+
+
 def test_plan_counts_masters_and_the_optimizer_that_there_is() -> None:
     numbers, sizes = 0, {}
     for name in ("full", "full-muon"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from loralign.evidence.subspace import check_sources
 from loralign.methods.table import method
 from loralign.plan.combinations import Surroundings, check_combination, idle
 from loralign.plan.memory import Estimate, estimate
+from loralign.plan.quantised import UnknownQuantisation, quantisation, saved_bytes
 from loralign.plan.several import ALONE, Layout
 from loralign.plan.trace import Step, example_batch, model_loss, trace
 from loralign.train.job import Job
@@ -68,8 +69,15 @@ def planned(file: RunFile, device: str = "auto", layout: Layout = ALONE) -> Plan
     s = recipe.s() if isinstance(recipe, Recipe) else 1.0
     kinds = dict.fromkeys(method(part).export for part in file.method.split("+"))
     export = " + ".join(kind for kind in kinds if kind != "exact") or "exact"
+    section = quantisation(model.config)
+    if section and not isinstance(recipe, Recipe):
+        raise LoralignError(f"{recipe.name} trains the matrices themselves, and {file.model} stores them quantised")
+    less, most = _stored_less(file.model, model, section)
     with _computing(file.model, make, step):
         found = estimate(model, recipe, step, layout=layout)
+    less = layout.part(less) if layout.sharded else less
+    if less:
+        found = replace(found, weights_bytes=found.weights_bytes - less, peak_bytes=found.peak_bytes - less + most)
     return Planned(job, step, found, numbers, t.learning_rate * s, export, layout)
 
 
@@ -81,6 +89,16 @@ def _meta_model(name: str, dtype: torch.dtype, place: dict[str, Any]) -> Any:
         config = AutoConfig.from_pretrained(str(where), **place, **gguf)
         check_causal(config)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=place["trust_remote_code"])
+
+
+def _stored_less(name: str, model: Any, section: dict[str, Any]) -> tuple[int, int]:
+    try:
+        return saved_bytes(model, section) if section else (0, 0)
+    except UnknownQuantisation as error:
+        raise LoralignError(
+            f"{name} is quantised ({error}), and plan does not know what that stores: measure one step instead "
+            "(known: bitsandbytes 4 and 8 bit, torchao int8)"
+        ) from error
 
 
 @contextmanager

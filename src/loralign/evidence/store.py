@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loralign.carrier.slot import whole
-from loralign.evidence.ranks import from_every_rank
+from loralign.evidence.ranks import from_every_rank, world
 from loralign.evidence.tap import Spent
-from loralign.types import Batch, Directions, Site
+from loralign.types import Batch, Directions, LoralignError, Recipe, Site
 
 log = logging.getLogger("loralign")
 
@@ -53,6 +53,31 @@ def _bytes(t: Tensor) -> bytes:
     return copy.view(torch.uint8).numpy().tobytes()
 
 
+def weights_sample(model: nn.Module) -> bytes:
+    """A strided sample of each of the base's parameters."""
+    found = []
+    for name, p in model.named_parameters():
+        if ".lora_" not in name:
+            stored = p.detach()
+            if type(stored).__module__.startswith("torchao."):  # no views of its packed numbers
+                stored = stored.dequantize()
+            flat = whole(stored).reshape(-1)
+            found.append(b"" if flat.is_meta else _bytes(flat[:: max(1, flat.numel() // 1024)]))
+    return b"".join(found)
+
+
+def check_replicas(model: nn.Module, recipe: Recipe) -> None:
+    """Raise where this process holds other weights than the others: its evidence, and what it reads of W, is wrong."""
+    if world() == 1:
+        return
+    found = from_every_rank(hashlib.blake2b(weights_sample(model), digest_size=16).hexdigest())
+    if len(set(found)) > 1:
+        raise LoralignError(
+            f"the processes hold different base weights, and {recipe.name} starts from them: set "
+            "cpu_ram_efficient_loading: false, which leaves all but the first one empty, or load the same model on each"
+        )
+
+
 def evidence_key(
     need: Any, model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], seed: int, loss: float
 ) -> str:
@@ -67,13 +92,7 @@ def evidence_key(
     digest.update(repr((type(need).__name__, settings, seed, about, f"{loss:.4g}")).encode())
     for folder in filter(None, (*getattr(need, "sources", ()), getattr(need, "base", None))):
         digest.update(folder_state(Path(folder)).encode())
-    for name, p in model.named_parameters():
-        if ".lora_" not in name:
-            stored = p.detach()
-            if type(stored).__module__.startswith("torchao."):  # no views of its packed numbers
-                stored = stored.dequantize()
-            flat = whole(stored).reshape(-1)
-            digest.update(_bytes(flat[:: max(1, flat.numel() // 1024)]))
+    digest.update(weights_sample(model))
     data = hashlib.blake2b(digest_size=16)
     for batch in batches:
         for name, value in sorted(batch.items()):

@@ -12,6 +12,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
 from loralign.train.job import Job
@@ -127,6 +128,11 @@ def _check_extra(job: Job, settings: dict[str, Any]) -> None:
         if name in extra:
             instead = instead_of(name) if name in OPTIMIZER else "leave it out; `data` says how rows are read"
             raise LoralignError(f"`train.extra.{name}` would not count, since loralign decides it: {instead}")
+    if extra.get("use_liger_kernel") and not is_liger_kernel_available():
+        raise LoralignError(
+            "`train.extra.use_liger_kernel` needs the package liger-kernel, which is not installed: pip install "
+            "liger-kernel, or leave it out (the loss is computed in chunks without it)"
+        )
     known = [f.name for f in fields(SFTConfig) if f.init]
     for name in sorted(extra.keys() - set(known)):
         near = difflib.get_close_matches(name, known, n=1)

@@ -22,15 +22,16 @@ from transformers import set_seed
 
 from loralign.carrier.sites import ADAPTER, as_layers, beside, differing_target, peft_config, sites
 from loralign.evidence import Evidence, Progress
+from loralign.evidence.store import check_replicas
 from loralign.maths.draws import keyed_generator
-from loralign.plan.combinations import Surroundings, check_combination, check_length, idle
+from loralign.plan.combinations import Surroundings, check_combination, check_length, idle, probe
 from loralign.train.adapt import carry_on, check_goes_on, gather, is_trained, optimizer, restore_storage, start
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import whole_note
 from loralign.train.replaced import ignored, instead_of
 from loralign.train.undisturbed import undisturbed
 from loralign.train.validation import validation_loss
-from loralign.types import Batch, Episode, LoralignError, Recipe, Validation
+from loralign.types import Batch, Episode, LoralignError, Nothing, Recipe, Validation
 
 log = logging.getLogger("loralign")
 
@@ -69,6 +70,8 @@ def attach(
     if resume_from is None and is_trained(model):
         stored, spent, facts = carry_on(model, recipe), None, {}
     elif resume_from is None:
+        if not isinstance(recipe.init.needs, Nothing) or probe(recipe, recipe.s()).read:
+            check_replicas(model, recipe)
         with undisturbed(trainer, model):
             evidence = gather(
                 model,

@@ -80,6 +80,8 @@ class MatrixSign:
         if not self.momentum:
             return g
         m = kept(states, "momentum")
+        if m.dtype == g.dtype:
+            return torch.lerp(g, m.lerp_(g, 1 - self.momentum), self.momentum)
         now = torch.lerp(m.to(g.dtype), g, 1 - self.momentum)
         m.copy_(now)
         return torch.lerp(g, now, self.momentum)

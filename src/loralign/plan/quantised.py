@@ -1,0 +1,55 @@
+"""What a checkpoint's own quantisation makes of its weights, from `quantization_config` alone.
+
+    bitsandbytes 4-bit    ½ B a number, 4 B per 64 numbers; with double quantisation 1 B and 4 B per 16,384
+    bitsandbytes 8-bit    1 B a number, 4 B a row                       torchao int8   1 B a number, 4 B a row
+
+Linear layers are quantised, but for the head and those that the config leaves out. A forward holds one layer's weight
+de-quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+
+class UnknownQuantisation(ValueError):
+    """How it stores weights is not known here."""
+
+
+def quantisation(config: Any) -> dict[str, Any]:
+    """The section of a model's config as plain data, {} where there is none."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return {}
+    section = dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+    return {} if "gguf" in str(section.get("quant_method", "")).lower() else section  # de-quantised while it is loaded
+
+
+def saved_bytes(model: nn.Module, section: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes less than the model as it is, and of the largest weight that is de-quantised for a moment."""
+    skipped = tuple(section.get("llm_int8_skip_modules") or section.get("modules_to_not_convert") or ())
+    found: Any = model
+    head = found.get_output_embeddings()
+    less = most = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and not _named(name, skipped):
+            now = module.weight.numel() * module.weight.element_size()
+            less, most = less + now - _stored(module, section), max(most, now)
+    return less, most
+
+
+def _named(name: str, skipped: tuple[str, ...]) -> bool:
+    return any(name == key or name.endswith("." + key) or name.startswith(key + ".") for key in skipped)
+
+
+def _stored(module: nn.Linear, section: Mapping[str, Any]) -> int:
+    count, kind = module.weight.numel(), str(section.get("quant_method", "")).lower()
+    if section.get("load_in_4bit"):
+        per_block = 1 + 4 / 256 if section.get("bnb_4bit_use_double_quant") else 4
+        return int(count * (0.5 + per_block / 64))
+    if section.get("load_in_8bit") or (kind == "torchao" and "int8" in str(section.get("quant_type", "")).lower()):
+        return count + 4 * module.out_features
+    raise UnknownQuantisation(kind or "of an unnamed kind")

@@ -1,0 +1,62 @@
+"""`plan` on a checkpoint that is stored quantised: the bytes that its own config says, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cli_world import assert_one_sentence, run, world_in
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with world_in(tmp_path_factory.mktemp("quantised")) as root:
+        yield root
+
+
+def plan(section: dict[str, Any] | None, *more: str) -> Any:
+    shutil.rmtree("q", ignore_errors=True)
+    shutil.copytree("base", "q")
+    path = Path("q/config.json")
+    body = json.loads(path.read_text(encoding="utf-8"))
+    if section is not None:
+        body["quantization_config"] = section
+    path.write_text(json.dumps(body), encoding="utf-8")
+    words = ("model=q", "method=lora", "options={}", "train.precision=bf16", *more)
+    return run("plan", "r.yaml", "--json", *(word for o in words for word in ("--set", o)))
+
+
+def linear(world: Path) -> list[torch.Tensor]:
+    """The linear layers without the head."""
+    return [t for name, t in load_file(world / "base/model.safetensors").items() if "_proj" in name]
+
+
+def test_bytes_are_those_of_the_stored_weights(world: Path) -> None:
+    plain = json.loads(plan(None).out)["weights_bytes"]
+    numbers, rows = (sum(count(t) for t in linear(world)) for count in (torch.numel, len))
+    four, eight = (json.loads(plan(section).out)["weights_bytes"] for section in (NF4, INT8))
+    assert plain - four == pytest.approx(numbers * (2 - 0.5 - 4 / 64), abs=14)
+    assert plain - eight == numbers - 4 * rows
+    twice = json.loads(plan({**NF4, "bnb_4bit_use_double_quant": True}).out)["weights_bytes"]
+    assert twice < four
+    left = json.loads(plan({**NF4, "llm_int8_skip_modules": ["down_proj"]}).out)["weights_bytes"]
+    assert four < left < plain
+
+
+def test_what_is_not_known_is_said(world: Path) -> None:
+    done = plan({"quant_method": "gptq", "bits": 4})
+    assert done.code == 2
+    assert "is quantised (gptq), and plan does not know what that stores" in assert_one_sentence(done)
+    full = plan(NF4, "method=full", "rank=null")
+    assert full.code == 2
+    assert "stores them quantised" in assert_one_sentence(full)
