@@ -117,7 +117,9 @@ def test_a_start_that_reads_trains_fewer_steps(tmp_path: Path, kind: str) -> Non
     resident.spec = replace(spec, charge="none")
     assert resident.run(trial("lora-ga"), never).steps == (4, 8, 12)
     resident.spec = replace(spec, steps=paid)
-    with pytest.raises(LoralignError, match=r"arm 'lora-ga' at 0.001: its start reads as many tokens as .* steps"):
+    with pytest.raises(
+        LoralignError, match=r"arm 'lora-ga' at 0.001: its start and rules read as many .* steps"
+    ):
         resident.run(trial("lora-ga"), never)
 
 
@@ -197,6 +199,26 @@ def test_an_arm_that_does_not_fit_is_refused_before_the_first_trial(tmp_path: Pa
     refused = compare(file)
     assert refused.returncode == 2 and re.fullmatch(f"loralign: {said}.*\n", refused.stderr), refused.stderr
     assert not Store(load(file)).outcomes()
+
+
+def test_a_rule_that_judges_has_rows_of_its_own_which_are_charged(tmp_path: Path) -> None:
+    options = {"rows": 4, "rounds": 1, "scored": 2}
+    arms = [{"method": "allocating-lora", "options": options}]
+    train = {**SMALL, "steps": 8, "eval_every": 4, "charge": "steps"}
+    resident = Resident(load(write_study(tmp_path, arms=arms, train=train)))
+    outcome = resident.run(trial("allocating-lora"), never)
+    assert outcome.init_tokens == 2 * 2 * 4 * 16 // 2 and outcome.steps == (4, 7)  # 4 forwards of 4 rows: one step
+    plain = resident.run(trial("lora"), never)
+    assert plain.steps == (4, 8) and plain.losses[0] != outcome.losses[0]  # these rows are not trained on
+
+
+def test_an_arm_whose_cost_leaves_no_step_is_refused_before_the_first_trial(tmp_path: Path) -> None:
+    arms = [{"method": "allocating-lora", "options": {"rows": 32, "rounds": 2, "scored": 8}}]
+    file = write_study(tmp_path, arms=arms, train={**SMALL, "charge": "steps", "steps": 8})
+    with pytest.raises(
+        LoralignError, match=r"arm 'allocating-lora': its start .* as many tokens as 64 steps"
+    ):
+        Resident(load(file))
 
 
 def test_an_arm_that_would_not_act_is_told_before_the_first_trial_and_once(tmp_path: Path) -> None:

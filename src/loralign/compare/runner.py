@@ -10,16 +10,13 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import pairwise
-from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from loralign.carrier.sites import factors, put_in, sites, target_weights
 from loralign.compare.captured import CapturedTrainer, Record, cuda_graph
@@ -27,13 +24,13 @@ from loralign.compare.compiled import compiled, warm
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.compare.study import warn_of_idle_arms
 from loralign.compare.tasks import Prepared, Rows, prepare_task
+from loralign.compare.watch import Report, Watch
 from loralign.plan.combinations import check_ranks
 from loralign.train.attach import attach
-from loralign.types import Full, LoralignError, Recipe, WorkFailed
+from loralign.train.validation import apart, batches
+from loralign.types import Full, LoralignError, Recipe, Validation, WorkFailed
 
 log = logging.getLogger("loralign")
-Report = Callable[[int, float], bool]
-"""report(step, loss) -> True when the trial should be given up."""
 
 
 class Resident:
@@ -85,10 +82,18 @@ class Resident:
                 adapted = put_in(self.task.model, arm.recipe)
                 try:
                     check_ranks(arm.recipe, sites(adapted))
+                    self._check_left(arm.recipe, adapted)
                 except LoralignError as error:
                     raise LoralignError(f"arm {arm.name!r}: {error}") from error
                 finally:
                     adapted.unload()
+
+    def _check_left(self, recipe: Recipe, adapted: nn.Module) -> None:
+        """What the start reads at least, and what a rule judges by, leave a step to train."""
+        rows = recipe.init.needs.draws * self.spec.micro_batch_size
+        tokens = round(rows * self.task.tokens_per_row) + self._judged(recipe, adapted)
+        left_after(tokens, self.task.tokens_per_row * self.spec.batch_size, self.spec)
+        apart(self.task.train, recipe)
 
     def _pristine(self) -> dict[str, Tensor]:
         """On the host: what some trial changes, which is the head and what full fine-tuning trains."""
@@ -170,11 +175,25 @@ class Resident:
             return self._full(arm.recipe, trial, common), 0
         recipe = replace(arm.recipe, seed=trial.seed)
         self.adapted = put_in(model, recipe)
-        trainer = CapturedTrainer(model=self.adapted, **common)
-        attached = attach(trainer, recipe, rest_lr=spec.task.head_lr)
+        rows, deciding = apart(self.task.train, recipe)
+        trainer = CapturedTrainer(model=self.adapted, **{**common, "train_dataset": rows})
+        judges = None
+        if deciding is not None:
+            judges = batches(deciding, self.task.collate, spec.micro_batch_size, args.device)
+        attached = attach(trainer, recipe, rest_lr=spec.task.head_lr, validation=judges)
         watch.said = attached.summary
-        args.max_steps = left_after(attached.spent.tokens, self.task.tokens_per_row * spec.batch_size, spec)
-        return trainer, attached.spent.tokens
+        tokens = attached.spent.tokens + self._judged(recipe, self.adapted)
+        args.max_steps = left_after(tokens, self.task.tokens_per_row * spec.batch_size, spec)
+        return trainer, tokens
+
+    def _judged(self, recipe: Recipe, adapted: nn.Module) -> int:
+        """Tokens of a rule's own validation rows: of a forward alone half, since a step has a backward as long."""
+        slots = sum(site.r for site in sites(adapted))
+        return sum(
+            round(rule.facts.forwards(slots) * rule.needs.rows * self.task.tokens_per_row / 2)
+            for rule in recipe.rules
+            if isinstance(rule.needs, Validation) and rule.facts.forwards
+        )
 
     def _held_out(self, trial: Trial) -> Rows:
         """Test rows for what is reported, validation rows for what is chosen."""
@@ -237,62 +256,10 @@ def left_after(tokens: int, step_tokens: float, spec: Spec) -> int:
     left = spec.steps - math.ceil(tokens / step_tokens) if spec.charge == "steps" else spec.steps
     if left < 1:
         raise LoralignError(
-            f"its start reads as many tokens as {tokens / step_tokens:.0f} steps, the trial has {spec.steps}: raise "
-            "`train.steps`, or set `train.charge: none`"
+            f"its start and rules read as many tokens as {tokens / step_tokens:.0f} steps, the trial has {spec.steps}: "
+            "raise `train.steps`, or set `train.charge: none`"
         )
     return left
-
-
-_NOT_METRICS = frozenset(
-    {"eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
-    | {"epoch"}
-)
-
-
-class Watch(TrainerCallback):
-    """Collects the curve; the clock stops while rows are evaluated, and waits for the GPU before it is read."""
-
-    def __init__(self, started: float, report: Report, cuda: bool) -> None:
-        self.started, self.report, self.cuda = started, report, cuda
-        self.steps: list[int] = []
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-        self.metrics: dict[str, float] = {}
-        self.diverged = self.pruned = False
-        self.init_s = self.warm_s = self.paused = 0.0
-        self.init_tokens = 0
-        self.note = ""
-        self.said: Callable[[], str] = str  # what became of the slots, where a rule decides about them
-        self.begun = self._step_end = started
-        """When the first step began, when the last one ended."""
-
-    @property
-    def step_s(self) -> float:
-        """Median over the stretches between evaluations."""
-        ends = list(zip((0, *self.steps), (self.begun - self.started - self.warm_s, *self.seconds), strict=True))
-        return median((t - s) / (n - m) for (m, s), (n, t) in pairwise(ends)) if self.steps else 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begun = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % args.eval_steps == 0:
-            if self.cuda:
-                torch.cuda.synchronize()
-            self._step_end = time.perf_counter()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        loss = float(metrics["eval_loss"])
-        self.steps.append(state.global_step)
-        self.seconds.append(self._step_end - self.started - self.paused)
-        self.losses.append(loss)
-        self.metrics = {k.removeprefix("eval_"): float(v) for k, v in metrics.items() if k not in _NOT_METRICS}
-        if not abs(loss) < float("inf"):
-            self.diverged, self.note = True, f"loss {loss} at step {state.global_step}"
-            control.should_training_stop = True
-        elif self.report(state.global_step, loss):
-            self.pruned = control.should_training_stop = True
-        self.paused += time.perf_counter() - self._step_end
 
 
 def adamw(groups: list[dict[str, Any]], lr: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -29,7 +29,11 @@ def apart(train: Any, recipe: Any) -> tuple[Any, Any]:
             "or give more rows"
         )
     order = torch.randperm(len(train), generator=keyed_generator(recipe.seed, "validation rows")).tolist()
-    return train.select(sorted(order[count:])), train.select(sorted(order[:count]))
+    return _chosen(train, sorted(order[count:])), _chosen(train, sorted(order[:count]))
+
+
+def _chosen(rows: Any, places: list[int]) -> Any:
+    return rows.select(places) if hasattr(rows, "select") else [rows[k] for k in places]
 
 
 def batches(rows: Any, collate: Callable[[list[Any]], Batch], size: int, device: torch.device) -> list[Batch]:
