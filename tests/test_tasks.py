@@ -215,7 +215,10 @@ def killed(base: str, out: str, moment: str) -> None:
 CHILD = "import sys; sys.path[:0] = sys.argv[4:]; import test_tasks as t; t.killed(*sys.argv[1:4])"
 
 
-@pytest.mark.parametrize("moment", ["3", "export", "8", "9"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("moment", [pytest.param("3", marks=SLOW), "export", "8", pytest.param("9", marks=SLOW)])
 def test_killed_before_at_and_after_a_switch_is_as_if_not(moment: str, base: Path, whole: Path, tmp_path: Path) -> None:
     """3: before the first switch; export: at the second; 8: before its checkpoint; 9: after it."""
     out = tmp_path / "out"
@@ -255,10 +258,10 @@ def test_another_run_is_not_gone_on_with(base: Path, whole: Path, tmp_path: Path
     ("name", "options"),
     [
         ("chain-of-lora + lora-rite", {}),
-        ("chain-of-lora + lora-pro", {}),
+        pytest.param("chain-of-lora + lora-pro", {}, marks=SLOW),
         ("chain-of-lora + rm-lora", {}),
         ("sd-lora", {"later_ranks": (2, 1), "tasks_per_rank": 1, "absorb": 9e-4}),
-        ("xgblora", {}),
+        pytest.param("xgblora", {}, marks=SLOW),
     ],
 )
 def test_other_links_learn_tasks_too(name: str, options: dict[str, Any], base: Path, tmp_path: Path) -> None:
