@@ -117,9 +117,7 @@ def test_a_start_that_reads_trains_fewer_steps(tmp_path: Path, kind: str) -> Non
     resident.spec = replace(spec, charge="none")
     assert resident.run(trial("lora-ga"), never).steps == (4, 8, 12)
     resident.spec = replace(spec, steps=paid)
-    with pytest.raises(
-        LoralignError, match=r"arm 'lora-ga' at 0.001: its start and rules read as many .* steps"
-    ):
+    with pytest.raises(LoralignError, match=r"arm 'lora-ga' at 0.001: its start and rules read as many .* steps"):
         resident.run(trial("lora-ga"), never)
 
 
@@ -215,9 +213,7 @@ def test_a_rule_that_judges_has_rows_of_its_own_which_are_charged(tmp_path: Path
 def test_an_arm_whose_cost_leaves_no_step_is_refused_before_the_first_trial(tmp_path: Path) -> None:
     arms = [{"method": "allocating-lora", "options": {"rows": 32, "rounds": 2, "scored": 8}}]
     file = write_study(tmp_path, arms=arms, train={**SMALL, "charge": "steps", "steps": 8})
-    with pytest.raises(
-        LoralignError, match=r"arm 'allocating-lora': its start .* as many tokens as 64 steps"
-    ):
+    with pytest.raises(LoralignError, match=r"arm 'allocating-lora': its start .* as many tokens as 64 steps"):
         Resident(load(file))
 
 
