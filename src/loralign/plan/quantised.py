@@ -50,6 +50,12 @@ def _stored(module: nn.Linear, section: Mapping[str, Any]) -> int:
     if section.get("load_in_4bit"):
         per_block = 1 + 4 / 256 if section.get("bnb_4bit_use_double_quant") else 4
         return int(count * (0.5 + per_block / 64))
-    if section.get("load_in_8bit") or (kind == "torchao" and "int8" in str(section.get("quant_type", "")).lower()):
+    if section.get("load_in_8bit") or (kind == "torchao" and _int8(section)):
         return count + 4 * module.out_features
     raise UnknownQuantisation(kind or "of an unnamed kind")
+
+
+def _int8(section: Mapping[str, Any]) -> bool:
+    """Weights of eight bits; activations may be quantised beside weights of four."""
+    said = str(section.get("quant_type", "")).lower()
+    return "int8" in said and "int4" not in said
