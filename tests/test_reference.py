@@ -97,6 +97,16 @@ def test_liger_without_its_package_is_refused(world: Path, monkeypatch: pytest.M
     assert "`train.extra.use_liger_kernel` needs the package liger-kernel" in assert_one_sentence(done)
 
 
+def test_deepspeed_by_accelerate_is_refused_before_anything_is_read(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `accelerate launch` tells its processes; its package need not be there."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    done = train("method=lora", "output=no")
+    assert done.code == 2
+    assert "set distributed_type: MULTI_GPU in its config, or start with torchrun" in assert_one_sentence(done)
+
+
 def test_plan_counts_masters_and_the_optimizer_that_there_is() -> None:
     numbers, sizes = 0, {}
     for name in ("full", "full-muon"):

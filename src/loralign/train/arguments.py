@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -36,6 +37,11 @@ def arguments(job: Job, *, resumed: bool = False) -> SFTConfig:
     Raises:
         LoralignError: values that do not go together, an unknown field or tracker.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
+        raise LoralignError(
+            "accelerate was told to use DeepSpeed, which replaces the parameter groups by flat partitions, so no "
+            "optimizer of ours can step: set distributed_type: MULTI_GPU in its config, or start with torchrun"
+        )
     settings = _settings(job) | {"eval_on_start": job.data.eval is not None and not resumed}
     _check_extra(job, settings)
     for tracker in job.training.report_to:
