@@ -32,6 +32,7 @@ within = runpy.run_path(str(Path(__file__).parents[1] / "maths" / "deadline.py")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MATCHING_S = 5.0  # for a pattern over all modules of a model
 MOST = {**dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 10_000), "vocab_size": 10**8}
+COUNTS = (*MOST, "hidden_size")
 MEND = "copy or export the adapter again"
 
 
@@ -217,7 +218,8 @@ def check_base(config: Any) -> None:
     for key, value in inner.to_dict().items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         share = key.endswith(("dropout", "pdrop", "dropout_prob"))
-        if number and (not 0 <= value <= 1 if share else value > MOST.get(key, math.inf)):
+        least = 1 if key in COUNTS else 0 if share else -math.inf
+        if number and not least <= value <= (1 if share else MOST.get(key, math.inf)):
             raise BadInput(
                 f"its config.json says `{key}` {short(value)}, which no model has; download or copy it again"
             )
