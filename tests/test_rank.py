@@ -634,5 +634,5 @@ def test_planted_ranks_are_found(name: str) -> None:
     steps = {key: value for key, value in SETTINGS[name].items() if key == "steps"}
     uniform = [planted("lora", seed, **steps).loss for seed in range(10)]
     assert median(found.rho for found in runs) >= 0.9, [found.rho for found in runs]
-    assert all(abs(sum(found.ranks) - sum(PLANTED)) <= (3 if name == "sora" else 0) for found in runs)
+    assert all(abs(sum(found.ranks) - sum(PLANTED)) <= (6 if name == "sora" else 0) for found in runs)
     assert all(found.loss < plain for found, plain in zip(runs, uniform, strict=True)), (runs, uniform)
