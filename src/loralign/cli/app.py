@@ -21,6 +21,7 @@ from loralign.cli.guard import guarded
 from loralign.cli.run import job_of, progress, say
 from loralign.cli.schema import schema
 from loralign.cli.subspace import app as subspace
+from loralign.cli.suggest import suggest
 from loralign.cli.tasks import tasks
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app = typer.Typer(
 
 app.add_typer(subspace)
 app.command(epilog="Example: loralign expand runs/prolora/compact/compact.safetensors --out plain")(expand)
+app.command(epilog="Example: loralign suggest Qwen/Qwen3-0.6B --rows rows.jsonl --out sft.yaml")(suggest)
 app.command(epilog="Example: loralign tasks examples/tasks.yaml --set seed=1")(tasks)
 app.command(epilog="Example: loralign schema --out docs/schema.json")(schema)
 

@@ -1,0 +1,66 @@
+"""What the recorded studies found, as `loralign suggest` reads it: src/loralign/plan/findings.json.
+
+    python scripts/findings.py [--check]
+
+Reads results.json of every record that is a finished study beside plain LoRA, and writes one entry per arm. --check:
+compare with the file instead of writing it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = ROOT / "src/loralign/plan/findings.json"
+RECORDS = ("2026-11-26-cpu-compare", "2026-11-26-h100-study", "2026-11-28-h200-spectral")
+"""Studies on real models with a verdict for every arm; the CoRA records say that they check a pipeline."""
+
+
+def findings() -> list[dict[str, Any]]:
+    """One entry per record and arm."""
+    found = []
+    for record in RECORDS:
+        data = json.loads((ROOT / "records" / record / "results.json").read_text(encoding="utf-8"))
+        study = data["study"]
+        sections = {a if isinstance(a, str) else a.get("name", a["method"]): a for a in study["arms"]}
+        for arm in data["result"]["arms"]:
+            given = sections.get(arm["arm"], arm["arm"])
+            section: dict[str, Any] = {"method": given} if isinstance(given, str) else dict(given)
+            rank = section.get("rank", study["rank"])
+            found.append(
+                {
+                    "record": f"records/{record}",
+                    "model": Path(study["model"]).name,
+                    "task": study["task"]["kind"],
+                    "steps": study["train"]["steps"],
+                    "arm": arm["arm"],
+                    "method": section["method"],
+                    "rank": None if section["method"] == "full" else rank,
+                    "alpha": section.get("alpha", study.get("alpha")),
+                    "options": section.get("options", {}),
+                    "lr": arm["lr"],
+                    "loss": [round(arm["final"][k], 4) for k in ("mean", "low", "high")] if arm["final"] else None,
+                    "seeds": arm["seeds"],
+                    "kind": arm["kind"],
+                    "sentence": arm["sentence"],
+                }
+            )
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    text = json.dumps(findings(), indent=1, ensure_ascii=False) + "\n"
+    if parser.parse_args().check:
+        return int(text != FILE.read_text(encoding="utf-8"))
+    FILE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""`loralign suggest`: a recipe to begin with, each part with its reason and the record that it rests on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loralign.cli.run import say
+from loralign.types import LoralignError
+
+STEPS = 300
+"""Of the recorded studies: shorter runs go through their rows more than once, three times at most."""
+
+
+def suggest(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or hub id; only its config is read.")],
+    rows: Annotated[str | None, typer.Option(help="The rows to train on, as `data.train` takes them.")] = None,
+    memory: Annotated[float | None, typer.Option(min=0.1, help="GiB; default: this machine's GPU, or its RAM.")] = None,
+    length: Annotated[int, typer.Option(min=8, max=1 << 20, help="Tokens of a row at most.")] = 1024,
+    device: Annotated[str, typer.Option(help="cuda, cpu or auto: where it will run.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Write the recipe file here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """A recipe to begin with: method, rank, scale and rate, why, what they rest on, and what a step takes."""
+    import torch
+
+    from loralign.cli.plan import Planned, planned
+    from loralign.config.recipe import parse
+    from loralign.plan.suggest import Choice, findings, first_that_fits, ranked
+    from loralign.train.model import hidden_size
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise LoralignError(f"--device {device}: choose auto, cpu or cuda")
+    if out is not None and out.exists():
+        raise LoralignError(f"{out} is there already: choose another name for --out")
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    answers, count = _kind(rows)
+    width = hidden_size(model)
+    plans: dict[str, Planned] = {}
+
+    def content(choice: Choice) -> dict[str, Any]:
+        data = {"train": rows or "train.jsonl", "max_length": length}
+        train: dict[str, Any] = {"epochs": _epochs(count), "gradient_checkpointing": choice.checkpointing}
+        scale = {} if choice.alpha is None else {"alpha": choice.alpha}
+        options = {"options": choice.options} if choice.options else {}
+        return {
+            "model": model, "data": data, "method": choice.method, "rank": choice.rank, **scale, **options,
+            "train": train, "output": "runs/suggested",
+        }  # fmt: skip
+
+    def peak(choice: Choice) -> int:
+        plans[repr(choice)] = found = planned(parse(content(choice)), where)
+        return found.estimate.peak_bytes
+
+    room = 2**30 * memory if memory else _memory(where)
+    choice, needed = first_that_fits(ranked(findings(), answers, width), peak, room)
+    found = plans[repr(choice)]
+    t, recipe = found.job.training, found.job.recipe
+    file = content(choice)
+    lines = {
+        "method": f"{choice.method}, rank {choice.rank}: {choice.reason}",
+        "rests on": f"{choice.record}: a small model, few steps; `loralign compare` on your rows tells for yours",
+        "scale": f"s = {recipe.s():.3g}" if hasattr(recipe, "s") else "",
+        "learning rate": f"{t.learning_rate:.3g}: {t.lr_source}",
+        "length of the run": f"epochs: {file['train']['epochs']}" + (f" of {count:,} rows" if count else ""),
+        "memory": f"{needed / 2**30:.2f} GiB of {room / 2**30:.1f} on {where}"
+        + (", activations recomputed" if choice.checkpointing else ""),
+    }
+    if out is not None:
+        _write(out, file, lines)
+    if as_json:
+        say(json.dumps({"recipe": file, "reasons": lines, "peak_bytes": needed, "learning_rate": t.learning_rate}))
+        return
+    for name, line in lines.items():
+        say(f"{name:18} {line}")
+    if out is not None:
+        say(f"Written: {out}; train it with `loralign train {out}`")
+
+
+def _kind(rows: str | None) -> tuple[bool, int]:
+    """Whether the rows have answers, and how many there are; without rows: text."""
+    if rows is None:
+        return False, 0
+    from loralign.data.read import read_rows
+    from loralign.data.rows import rows_format
+
+    found = read_rows(rows)
+    return rows_format(found) != "text", len(found)
+
+
+def _epochs(count: int) -> int:
+    return min(3, max(1, math.ceil(STEPS * 16 / count))) if count else 1
+
+
+def _memory(where: str) -> float:
+    import torch
+
+    if where == "cuda":
+        if not torch.cuda.is_available():
+            raise LoralignError("there is no GPU here: say its memory with --memory")
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _write(out: Path, file: dict[str, Any], lines: dict[str, str]) -> None:
+    import yaml
+
+    said = "".join(f"# {name}: {line}\n" for name, line in lines.items() if line)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(said + yaml.safe_dump(file, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,0 +1,82 @@
+"""`loralign suggest`: the rule branch by branch, on the findings that the package has, and the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loralign.cli.app import main
+from loralign.config.recipe import load, to_job
+from loralign.plan.suggest import ROOM, Choice, findings, first_that_fits, ranked
+from loralign.types import LoralignError
+from tiny_trl import tokenizer
+from toy import llama
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+
+
+def peaks(by_rank: dict[int, float], saved: float = 0.5) -> Callable[[Choice], int]:
+    return lambda c: int(GIB * by_rank[c.rank] * (saved if c.checkpointing else 1.0))
+
+
+def test_the_findings_are_those_of_the_records() -> None:
+    assert subprocess.run([sys.executable, "scripts/findings.py", "--check"], cwd=ROOT, check=False).returncode == 0
+
+
+def test_rows_of_text_take_the_lowest_loss_that_was_better_than_lora() -> None:
+    found = findings()
+    choices = ranked(found, answers=False, width=4096)
+    assert [c.method for c in choices][-1] == "lora" and choices[0].method == "spectral"
+    by_arm = {(f.method, f.rank, str(f.options)): f for f in found if f.kind == "better"}
+    losses = [by_arm[c.method, c.rank, str(c.options)].loss for c in choices[:-1]]
+    assert losses == sorted(losses, key=lambda x: x or ()) and len(losses) >= 3
+    assert all(f"{by_arm[c.method, c.rank, str(c.options)].sentence}" in c.reason for c in choices[:-1])
+
+
+def test_a_verdict_of_no_difference_suggests_nothing() -> None:
+    undecided = [replace(f, kind="no difference") for f in findings()]
+    assert [c.method for c in ranked(undecided, answers=False, width=4096)] == ["lora"]
+
+
+def test_a_rank_above_half_of_the_width_is_left_out() -> None:
+    assert max(c.rank for c in ranked(findings(), answers=False, width=128)) == 64
+
+
+def test_rows_with_answers_take_plain_lora_and_say_that_it_is_as_good() -> None:
+    (only,) = ranked(findings(), answers=True, width=4096)
+    assert only.method == "lora" and "as good here" in only.reason and "lora-ga" in only.reason
+
+
+def test_memory_decides_between_recomputing_a_smaller_rank_and_plain_lora() -> None:
+    choices = ranked(findings(), answers=False, width=4096)
+    peak = peaks({128: 10.0, 64: 8.0, 16: 2.0})
+    assert first_that_fits(choices, peak, 12 * GIB)[0].rank == 128
+    recomputed, needed = first_that_fits(choices, peak, 6 * GIB)
+    assert (recomputed.rank, recomputed.checkpointing, needed) == (128, True, 5 * GIB)
+    assert first_that_fits(choices, peak, 4.5 / ROOM * GIB - 1)[0].rank == 64
+    assert first_that_fits(choices, peak, 2.3 * GIB)[0].method == "lora"
+    with pytest.raises(LoralignError, match=r"nothing fits into 0.5 GiB: the least, .* takes 1.0 GiB"):
+        first_that_fits(choices, peak, 0.5 * GIB)
+
+
+def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "a", "completion": f"b {k}"}) + "\n" for k in range(3000)))
+    out = tmp_path / "sft.yaml"
+    words = ["suggest", str(tmp_path / "model"), "--device", "cpu", "--memory", "4", "--length", "32"]
+    assert main([*words, "--rows", str(rows), "--out", str(out), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    job = to_job(load(out, []), 64)
+    assert job.recipe.name == said["recipe"]["method"] == "lora" and job.training.epochs == 2.0
+    assert said["peak_bytes"] > 0 and "records/" in said["reasons"]["rests on"]
+    assert main([*words, "--out", str(out)]) == 2 and "is there already" in capsys.readouterr().err
+    assert main([*words[:2], "--device", "tpu"]) == 2 and "choose auto, cpu or cuda" in capsys.readouterr().err
