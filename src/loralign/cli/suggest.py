@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from loralign.cli.run import say
-from loralign.types import LoralignError
 
 STEPS = 300
 """Of the recorded studies: shorter runs go through their rows more than once, three times at most."""
@@ -33,6 +32,7 @@ def suggest(
     from loralign.config.recipe import parse
     from loralign.plan.suggest import Choice, findings, first_that_fits, ranked
     from loralign.train.model import hidden_size
+    from loralign.types import LoralignError
 
     if device not in ("auto", "cpu", "cuda"):
         raise LoralignError(f"--device {device}: choose auto, cpu or cuda")
@@ -99,6 +99,8 @@ def _epochs(count: int) -> int:
 
 def _memory(where: str) -> float:
     import torch
+
+    from loralign.types import LoralignError
 
     if where == "cuda":
         if not torch.cuda.is_available():
