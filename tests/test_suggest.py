@@ -13,7 +13,7 @@ import pytest
 
 from loralign.cli.app import main
 from loralign.config.recipe import load, to_job
-from loralign.plan.suggest import ROOM, Choice, findings, first_that_fits, ranked
+from loralign.plan.suggest import ROOM, Choice, caution, findings, first_that_fits, ranked
 from loralign.types import LoralignError
 from tiny_trl import tokenizer
 from toy import llama
@@ -42,16 +42,29 @@ def test_rows_of_text_take_the_lowest_loss_that_was_better_than_lora() -> None:
 
 def test_a_verdict_of_no_difference_suggests_nothing() -> None:
     undecided = [replace(f, kind="no difference") for f in findings()]
-    assert [c.method for c in ranked(undecided, answers=False, width=4096)] == ["lora"]
+    (only,) = ranked(undecided, answers=False, width=4096)
+    assert only.method == "lora" and "as good here" in only.reason and "did not fit" not in only.reason
 
 
 def test_a_rank_above_half_of_the_width_is_left_out() -> None:
-    assert max(c.rank for c in ranked(findings(), answers=False, width=128)) == 64
+    choices = ranked(findings(), answers=False, width=128)
+    assert max(c.rank for c in choices) == 64 and "did not fit" in choices[-1].reason
+    (only,) = ranked(findings(), answers=False, width=64)
+    assert only.method == "lora" and "rank 64 or more" in only.reason and "did not fit" not in only.reason
+
+
+def test_rows_that_repeat_get_a_caution_that_names_adamw_on_the_same_factors() -> None:
+    found = findings()
+    wide, *_, plain = ranked(found, answers=False, width=4096)
+    assert "rslora, rank 64, alpha 64" in caution(found, wide, 3) and wide.record in caution(found, wide, 3)
+    assert caution(found, wide, 1) == caution(found, plain, 3) == ""
+    assert caution([f for f in found if f.method != "rslora"], wide, 3) == ""
 
 
 def test_rows_with_answers_take_plain_lora_and_say_that_it_is_as_good() -> None:
     (only,) = ranked(findings(), answers=True, width=4096)
     assert only.method == "lora" and "as good here" in only.reason and "lora-ga" in only.reason
+    assert "labels" in only.reason and "on such rows" not in only.reason
 
 
 def test_memory_decides_between_recomputing_a_smaller_rank_and_plain_lora() -> None:

@@ -30,7 +30,7 @@ def suggest(
 
     from loralign.cli.plan import Planned, planned
     from loralign.config.recipe import parse
-    from loralign.plan.suggest import Choice, findings, first_that_fits, ranked
+    from loralign.plan.suggest import Choice, caution, findings, first_that_fits, ranked
     from loralign.train.model import hidden_size
     from loralign.types import LoralignError
 
@@ -71,6 +71,8 @@ def suggest(
         "memory": f"{needed / 2**30:.2f} GiB of {room / 2**30:.1f} on {where}"
         + (", activations recomputed" if choice.checkpointing else ""),
     }
+    if against := caution(findings(), choice, file["train"]["epochs"]):
+        lines["caution"] = against
     if out is not None:
         _write(out, file, lines)
     if as_json:

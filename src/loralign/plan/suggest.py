@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
+from loralign.methods.table import method
 from loralign.types import LoralignError
 
 PLAIN_RANK = 16
@@ -67,7 +68,6 @@ def ranked(found: Sequence[Finding], answers: bool, width: int) -> list[Choice]:
 
     answers: the rows have prompts and answers, or labels. width: of the model; a rank above half of it is left out.
     """
-    plain = _plain(found, answers)
     better = [f for f in found if f.task == "text" and f.kind == "better" and f.rank and f.loss]
     better = [] if answers else sorted(better, key=lambda f: f.loss or ())
     choices = [
@@ -75,19 +75,47 @@ def ranked(found: Sequence[Finding], answers: bool, width: int) -> list[Choice]:
         for f in better
         if f.rank and 2 * f.rank <= width
     ]
-    return [*choices, plain]
+    return [*choices, _plain(found, answers, _why_plain(better, choices, width))]
 
 
-def _plain(found: Sequence[Finding], answers: bool) -> Choice:
-    if not answers:
-        reason = "needs the least memory; the records have better ones for rows of text, which did not fit"
-        record = next(f.record for f in reversed(found) if f.task == "text" and f.method == "lora")
-    else:
+def _why_plain(better: Sequence[Finding], choices: Sequence[Choice], width: int) -> str:
+    if choices:
+        return "needs the least memory; the records have better ones for rows of text, which did not fit"
+    if better:
+        least = min(f.rank or 0 for f in better)
+        return f"what the records found better has rank {least} or more, above half of this model's width of {width}"
+    return "plain LoRA is as good here: no recorded study found another method better on rows of text"
+
+
+def _plain(found: Sequence[Finding], answers: bool, reason: str) -> Choice:
+    record = next(f.record for f in reversed(found) if f.task == "text" and f.method == "lora")
+    if answers:
         kind = [f for f in found if f.task != "text"]
-        none = [f.arm for f in kind if f.kind != "better" and f.method != "lora"]
-        reason = f"plain LoRA is as good here: {' and '.join(none)} made no difference on such rows ({kind[0].model})"
+        none = " and ".join(f.arm for f in kind if f.kind != "better" and f.method != "lora")
+        reason = (
+            f"plain LoRA is as good here as far as the records tell: none trained on answers of text, and on labels "
+            f"({kind[0].model}, {kind[0].seeds} seeds) {none} could not be told from it"
+        )
         record = kind[0].record
     return Choice("lora", PLAIN_RANK, reason, record, alpha=2.0 * PLAIN_RANK)
+
+
+def caution(found: Sequence[Finding], choice: Choice, epochs: int) -> str:
+    """What speaks against a choice on rows that a run goes through more than once; empty where nothing does.
+
+    Source: the limits in the record's README; one seed of a laboratory, so it orders nothing.
+    """
+    if epochs == 1 or method(choice.method).transform is None:
+        return ""
+    same = [f for f in found if f.record == choice.record and f.kind == "better" and f.rank and f.loss]
+    adamw = [f for f in same if method(f.method).transform is None]
+    if not adamw:
+        return ""
+    best = min(adamw, key=lambda f: f.loss or ())
+    return (
+        f"these rows are gone through {epochs} times, and AdamW may be the better step where rows are few and repeat "
+        f"(README of {choice.record}, its limits): compare with {best.method}, rank {best.rank}, alpha {best.alpha:g}"
+    )
 
 
 def variants(choices: Sequence[Choice]) -> Iterator[Choice]:
