@@ -17,12 +17,14 @@ from loralign.types.axes import Ctx as Ctx
 from loralign.types.axes import Episode as Episode
 from loralign.types.axes import Facts as Facts
 from loralign.types.axes import Form as Form
+from loralign.types.axes import FormBase as FormBase
 from loralign.types.axes import Group as Group
 from loralign.types.axes import Init as Init
 from loralign.types.axes import Moment as Moment
 from loralign.types.axes import Outer as Outer
 from loralign.types.axes import Prepared as Prepared
 from loralign.types.axes import Rule as Rule
+from loralign.types.axes import RuleBase as RuleBase
 from loralign.types.axes import Transform as Transform
 from loralign.types.errors import LoralignError as LoralignError
 from loralign.types.errors import VerificationFailed as VerificationFailed

@@ -164,6 +164,22 @@ class Form(Protocol):
         ...
 
 
+class FormBase:
+    """What a form has where it says nothing: no tensors but the stock factors, and no neighbours."""
+
+    def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        return {}
+
+    def constants(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
+        return {}
+
+    def shared(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
+        return ()
+
+
 @dataclass(frozen=True)
 class Ctx:
     """What a transform or rule may know of the step: rates of A and B, 1-based step, keyed draws."""
@@ -269,6 +285,22 @@ class Rule(Protocol):
     def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
         """After an optimizer step, and once before the first one (moment.step = 0)."""
         ...
+
+
+class RuleBase:
+    """What a rule does where it says nothing: it remembers, adds and masks nothing."""
+
+    def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
+        return {}
+
+    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        return None
+
+    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        return None
+
+    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+        return None
 
 
 @dataclass(frozen=True)

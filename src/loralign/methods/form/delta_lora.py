@@ -26,34 +26,21 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from loralign.maths.bounds import NotNegative, bounded
 from loralign.maths.operators import Dense
-from loralign.types import Draw, Facts, Live, Operator, Weight
+from loralign.types import Facts, FormBase, Live, Operator
 
 
 @dataclass(frozen=True)
-class Boosted:
+class Boosted(FormBase):
     boost: float
     facts: ClassVar[Facts] = Facts(needs_no_dropout=True)
-
-    def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
-        return {}
-
-    def constants(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
-        return {}
-
-    def shared(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
-        return ()
 
     def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
         if own.A0.shape[0] == 0:

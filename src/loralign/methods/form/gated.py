@@ -31,11 +31,11 @@ from torch import Tensor
 
 from loralign.maths.bounds import Positive, bounded
 from loralign.maths.operators import Dense
-from loralign.types import Draw, Facts, Live, Operator, Weight
+from loralign.types import Draw, Facts, FormBase, Live, Operator, Weight
 
 
 @dataclass(frozen=True)
-class Gated:
+class Gated(FormBase):
     facts: Facts
     start: Callable[[int, Draw], Tensor]
     """(r, draw) -> c before the first step."""
@@ -43,15 +43,6 @@ class Gated:
 
     def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
         return {"gate": self.start(r, draw)}
-
-    def constants(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
-        return {}
-
-    def shared(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
-        return ()
 
     def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
         A, B = own.A, own.B * self.phi(own.own["gate"]).to(own.B.dtype)

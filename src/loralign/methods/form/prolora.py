@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from loralign.maths.bounds import Count, Place, bounded
 from loralign.maths.operators import Dense
-from loralign.types import Draw, Facts, Live, Operator, Weight
+from loralign.types import Draw, Facts, FormBase, Live, Operator, Weight
 
 ROTATION = 1
 """Version of the direction and the strides: copy j is torch.roll(chunk, −j·stride)."""
@@ -104,7 +104,7 @@ def _factor(chunk: Tensor | None, own: Tensor | None, copies: int, size: int, ax
 
 
 @dataclass(frozen=True)
-class PartialRotation:
+class PartialRotation(FormBase):
     unshared: int
     share_A: int
     share_B: int
@@ -125,15 +125,6 @@ class PartialRotation:
             "own_B": torch.zeros(d_out, u),
         }
         return {name: value for name, value in found.items() if value.numel()}
-
-    def constants(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
-        return {}
-
-    def shared(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
-        return ()
 
     def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
         A = _factor(own.own.get("chunk_A"), own.own.get("own_A"), self.share_A, own.A.shape[1], 0)

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from loralign.maths.bounds import Place, bounded
 from loralign.maths.operators import Dense
-from loralign.types import Draw, Facts, Live, Operator, Weight
+from loralign.types import Draw, Facts, FormBase, Live, Operator, Weight
 
 WINDOW = 100
 """Training forwards whose norms are averaged, the code's merge_4_len."""
@@ -55,7 +55,7 @@ def _mean(own: Live) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Shortcuts:
+class Shortcuts(FormBase):
     shortcut: Literal["bs", "is", "ms"]
     span: int
 
@@ -65,16 +65,10 @@ class Shortcuts:
             return Facts(cross_layer=True)
         return Facts(cross_layer=True, exact=False, path="inputs" if self.shortcut == "is" else "features")
 
-    def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
-        return {}
-
     def constants(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
         if self.shortcut == "bs":
             return {}
         return {"norms": torch.zeros(WINDOW), "seen": torch.zeros((), dtype=torch.int64)}
-
-    def shared(self) -> Mapping[str, Tensor]:
-        return {}
 
     def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
         chain = [other for other in sites if kind(other) == kind(name)]

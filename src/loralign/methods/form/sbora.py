@@ -36,27 +36,18 @@ from torch import Tensor
 from loralign.maths.bounds import Place, bounded
 from loralign.maths.draws import block_of
 from loralign.maths.operators import Dense, Gather, Scatter
-from loralign.types import Draw, Facts, Live, Operator, Weight
+from loralign.types import Draw, Facts, FormBase, Live, Operator, Weight
 
 
 @dataclass(frozen=True)
-class StandardBasis:
+class StandardBasis(FormBase):
     place: int
     facts: Facts
     """facts.stock: the factor that trains."""
 
-    def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
-        return {}
-
     def constants(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
         size = W.shape[1] if self.facts.stock == "B" else W.shape[0]
         return {"basis": block_of(size, r, self.place, draw("basis"))}
-
-    def shared(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
-        return ()
 
     def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
         basis = own.own["basis"]

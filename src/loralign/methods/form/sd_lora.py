@@ -37,14 +37,14 @@ from torch import Tensor
 
 from loralign.maths.bounds import Count, Epsilon, Positive, bounded
 from loralign.maths.operators import Dense
-from loralign.types import Draw, Facts, Live, LoralignError, Operator, Weight
+from loralign.types import Facts, FormBase, Live, LoralignError, Operator
 
 Current = Literal["unit", "raw"]
 Norm = Literal["product", "factors"]
 
 
 @dataclass(frozen=True)
-class Directions:
+class Directions(FormBase):
     tasks: int
     current: Current
     norm: Norm
@@ -55,17 +55,8 @@ class Directions:
     def facts(self) -> Facts:
         return Facts(commits=True, link=self.link, weights="alpha")
 
-    def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
-        return {}
-
-    def constants(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
-        return {}
-
     def shared(self) -> Mapping[str, Tensor]:
         return {"alpha": torch.full((self.tasks,), self.magnitude)}
-
-    def neighbours(self, name: str, sites: Sequence[str]) -> Sequence[str]:
-        return ()
 
     def link(self, own: Live) -> tuple[Tensor, Tensor]:
         """D_t as (A, B)."""

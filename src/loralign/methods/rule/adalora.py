@@ -84,8 +84,7 @@ class Orthogonal:
     gamma: float
 
     def __call__(self, tensors: Named) -> Named | None:
-        factors = {key: X for key, X in tensors.items() if key[1] in "AB"}
-        return slopes(factors, self.gamma / len(factors)) if self.gamma and factors else None
+        return slopes(tensors, self.gamma)
 
 
 @bounded

@@ -40,17 +40,15 @@ from torch import Tensor
 from loralign.maths.bounds import Count, Share, bounded
 from loralign.maths.budget import by_site
 from loralign.types import (
-    Ctx,
     Facts,
     LoralignError,
     Moment,
-    Named,
     Off,
     On,
     Plan,
+    RuleBase,
     RuleNeed,
     RuleState,
-    SiteShape,
     Unborn,
     Validation,
     Verb,
@@ -79,7 +77,7 @@ def switched(masks: dict[str, Tensor], slot: Slot) -> Mapping[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Allocate:
+class Allocate(RuleBase):
     rounds: int
     first: float
     every: float
@@ -112,19 +110,6 @@ class Allocate:
             f"its last of {self.rounds} rounds comes after step {last}, and the run has {total_steps} optimizer steps: "
             "train longer, or lower `options.rounds`"
         )
-
-    def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
-        """Nothing: dead and unborn slots are the state."""
-        return {}
-
-    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
-
-    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
-
-    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
 
     def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
         if moment.step == 0:

@@ -35,7 +35,18 @@ from torch import Tensor
 
 from loralign.maths.bounds import Count, Positive, Share, bounded
 from loralign.maths.budget import Slots, by_site, ordered
-from loralign.types import NOTHING, Copy, Ctx, Facts, Moment, Named, Plan, RuleNeed, RuleState, Set, SiteShape, Verb
+from loralign.types import (
+    NOTHING,
+    Copy,
+    Facts,
+    Moment,
+    Plan,
+    RuleBase,
+    RuleNeed,
+    RuleState,
+    Set,
+    Verb,
+)
 
 GATE, SNAPSHOT = "gate", "snapshot"
 
@@ -54,7 +65,7 @@ def beyond(phi: Mapping[str, Tensor], p: float) -> Slots:
 
 
 @dataclass(frozen=True)
-class Beam:
+class Beam(RuleBase):
     tau: float
     keep: float
     interval: int | None
@@ -76,19 +87,6 @@ class Beam:
             f"its first event comes after step {every}, and a run of {total_steps} optimizer steps has no room for it: "
             "train longer, or lower `options.interval`"
         )
-
-    def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
-        """Nothing before the first snapshot."""
-        return {}
-
-    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
-
-    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
-
-    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
 
     def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
         t, T = moment.step, moment.total_steps

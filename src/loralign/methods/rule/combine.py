@@ -25,6 +25,7 @@ from loralign.types import (
     Moment,
     Named,
     Plan,
+    RuleBase,
     RuleNeed,
     RuleState,
     SiteShape,
@@ -103,7 +104,7 @@ class Law:
 
 
 @dataclass(frozen=True)
-class Shrink:
+class Shrink(RuleBase):
     """Any scorer with any law, on a form with a gate that is zero where a slot is off."""
 
     scorer: Scorer
@@ -119,17 +120,10 @@ class Shrink:
         schedule: dict[str, Any] = {"slots": law.slots, "too_short": law.too_short, "acts_by": law.acts_by}
         return Facts(events=True, allocates=True, needs_gate=True, **schedule)
 
-    def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
-        """Averages start with the first observation."""
-        return {}
-
     def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
         if not self.regularised_to_the_end and ctx.total_steps and ctx.step - 1 > self.law.window(ctx.total_steps).stop:
             return None
         return self.regulariser(tensors)
-
-    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
 
     def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
         """Gates that were dropped for good stay where they are, at zero."""

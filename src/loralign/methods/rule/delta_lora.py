@@ -19,26 +19,23 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loralign.maths.bounds import NotNegative, Steps, bounded
 from loralign.types import (
     NOTHING,
-    Ctx,
     Facts,
     Freeze,
     Moment,
-    Named,
     Plan,
+    RuleBase,
     RuleNeed,
     RuleState,
-    SiteShape,
 )
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(RuleBase):
     boost: float
     wait_steps: int
     needs: RuleNeed = NOTHING
@@ -46,19 +43,6 @@ class Snapshot:
     @property
     def facts(self) -> Facts:
         return Facts(events=True, wait_steps=self.wait_steps, freezes=1)
-
-    def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
-        """Nothing: the frozen slots are the state, and checkpoints keep them."""
-        return {}
-
-    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
-
-    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
-
-    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
 
     def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
         if moment.step != self.wait_steps + 1:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,17 +33,15 @@ from torch import Tensor
 
 from loralign.maths.bounds import Count, Positive, Share, bounded
 from loralign.types import (
-    Ctx,
     Elements,
     Facts,
     Inputs,
     LoralignError,
     Moment,
-    Named,
     Plan,
+    RuleBase,
     RuleNeed,
     RuleState,
-    SiteShape,
 )
 
 DECAY = 0.9
@@ -67,7 +65,7 @@ def least(A: Tensor, norms: Tensor, share: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DepthAndPruning:
+class DepthAndPruning(RuleBase):
     first_share: float
     last_share: float
     interval: int
@@ -100,19 +98,6 @@ class DepthAndPruning:
             f"it prunes after every {self.interval} steps, and the run has {total_steps} optimizer steps: train longer "
             "or lower `options.interval`"
         )
-
-    def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
-        """n̄ starts at zero, with the first observation."""
-        return {}
-
-    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
-
-    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
-
-    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
 
     def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
         if moment.step == 0:

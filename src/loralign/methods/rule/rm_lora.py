@@ -44,9 +44,9 @@ from loralign.types import (
     Moment,
     Named,
     Plan,
+    RuleBase,
     RuleNeed,
     RuleState,
-    SiteShape,
 )
 
 
@@ -63,8 +63,11 @@ def slope(X: Tensor) -> Tensor:
     return X @ (E * torch.where(size > 0, 2 / size, 0.0))
 
 
-def slopes(factors: Named, weight: float) -> Named:
-    """weight·slope of each factor, one call per shape; the rows of A are its directions, the columns of B."""
+def slopes(tensors: Named, c: float) -> Named | None:
+    """c·slope of each factor over their number, one call per shape; A's directions are its rows, B's its columns."""
+    factors = {key: X for key, X in tensors.items() if key[1] in "AB"}
+    if not c or not factors:
+        return None
     made: dict[tuple[str, str], Tensor] = {}
     groups: dict[object, list[tuple[str, str]]] = {}
     for key, X in factors.items():
@@ -72,7 +75,7 @@ def slopes(factors: Named, weight: float) -> Named:
     for keys in groups.values():
         joint = stacked([factors[key] for key in keys])
         g = slope(joint.mT).mT if keys[0][1] == "A" else slope(joint)
-        made.update(zip(keys, (weight * g).unbind(), strict=True))
+        made.update(zip(keys, (c / len(factors) * g).unbind(), strict=True))
     return made
 
 
@@ -82,7 +85,7 @@ def _excess(X: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MaskedOrthogonal:
+class MaskedOrthogonal(RuleBase):
     c: float
     keep: int | None
     draw: Literal["shared", "separate"]
@@ -93,13 +96,8 @@ class MaskedOrthogonal:
     def facts(self) -> Facts:
         return Facts(least_rank=self.keep or 1, transient=1.0)
 
-    def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
-        """Nothing: the draws are keyed."""
-        return {}
-
     def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        factors = {key: X for key, X in tensors.items() if key[1] in "AB"}
-        return slopes(factors, self.c / len(factors)) if self.c and factors else None
+        return slopes(tensors, self.c)
 
     def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
         return self._masks(tensors, ctx)

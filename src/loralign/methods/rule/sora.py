@@ -22,18 +22,17 @@ Example:
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loralign.maths.bounds import NotNegative, bounded
-from loralign.types import NOTHING, Ctx, Facts, Moment, Named, Plan, Prox, RuleNeed, RuleState, SiteShape
+from loralign.types import NOTHING, Ctx, Facts, Moment, Named, Plan, Prox, RuleBase, RuleNeed, RuleState
 
 GATE = "gate"
 log = logging.getLogger("loralign")
 
 
 @dataclass(frozen=True)
-class SoftThreshold:
+class SoftThreshold(RuleBase):
     threshold: float
     l1: float
     needs: RuleNeed = NOTHING
@@ -42,20 +41,10 @@ class SoftThreshold:
     def facts(self) -> Facts:
         return Facts(events=True, allocates=True, needs_gate=True)
 
-    def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
-        """Nothing: the gates are the state."""
-        return {}
-
     def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
         gates = {key: g for key, g in tensors.items() if key[1] == GATE}
         slots = sum(g.numel() for g in gates.values())
         return {key: self.l1 / slots * g.sign() for key, g in gates.items()} if self.l1 and slots else None
-
-    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
-
-    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return None
 
     def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
         if moment.step == 0:
