@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+
+from loralign.types import LoralignError
 
 FOREIGN = {
     "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
@@ -26,6 +28,25 @@ FOREIGN = {
     "early_stopping_patience": "train.patience", "max_grad_norm": "max_grad_norm", "weight_decay": "weight_decay",
 }  # fmt: skip
 """Keys of PEFT, TRL, Axolotl and LLaMA-Factory that mean one of ours."""
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def validated(
+    section: type[T],
+    content: Mapping[str, Any],
+    name: str,
+    kind: str = "a recipe",
+    options: Callable[[], frozenset[str]] = frozenset,
+) -> T:
+    """The keys of a file as an object. name: of the file, said in errors. kind: what it is. options: as in `sentence`,
+    asked for only where something is wrong."""
+    try:
+        return section.model_validate(dict(content))
+    except ValidationError as error:
+        said = sentence(error, section, options()).replace("key of a recipe", f"key of {kind}")
+        raise LoralignError(f"{name}: {said}") from error
 
 
 def sentence(

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticSchemaGenerationError
 
 from loralign.carrier.patterns import check_pattern
-from loralign.config.errors import sentence
+from loralign.config.errors import sentence, validated
 from loralign.config.sections import RecipeKeys, RunFile, TrainSection
 from loralign.config.yaml_text import override, read_yaml
 from loralign.methods.form.plain import plain
@@ -49,11 +49,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
 
 def parse(content: Mapping[str, Any], name: str = "recipe") -> RunFile:
     """A mapping as it stands in a file; `name` is said in errors."""
-    try:
-        file = RunFile.model_validate(dict(content))
-    except ValidationError as error:
-        every_option = frozenset(_option_types(list(METHODS.values())))
-        raise LoralignError(f"{name}: {sentence(error, RunFile, every_option)}") from error
+    file = validated(RunFile, content, name, options=lambda: frozenset(_option_types(list(METHODS.values()))))
     try:
         to_recipe(file)
         _consistent(file)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field
 
-from loralign.config.errors import sentence
+from loralign.config.errors import validated
 from loralign.config.recipe import parse, to_recipe
 from loralign.config.sections import (
     Alpha,
@@ -194,8 +194,8 @@ def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
     arms = content.get("arms")
     for i, arm in enumerate(arms if isinstance(arms, list) else (), 1):
         if isinstance(arm, Mapping):
-            _validated(ArmSection, arm, f"{name}, arm {i}", "an arm")
-    file = _validated(StudyFile, content, name, "a study")
+            validated(ArmSection, arm, f"{name}, arm {i}", "an arm")
+    file = validated(StudyFile, content, name, "a study")
     if not file.arms and not file.references:
         raise LoralignError(f"{name}: `arms` is empty and `references` is off: name a method to compare")
     t = file.train
@@ -218,14 +218,6 @@ def _tasks(file: StudyFile) -> list[TaskSection]:
 
 def _doubled(names: Iterable[str]) -> str | None:
     return next((name for name, n in Counter(names).items() if n > 1), None)
-
-
-def _validated(section: type[T], content: Mapping[str, Any], name: str, kind: str) -> T:
-    try:
-        return section.model_validate(dict(content))
-    except ValidationError as error:
-        said = sentence(error, section).replace("key of a recipe", f"key of {kind}")
-        raise LoralignError(f"{name}: {said}") from error
 
 
 def recipe_of(arm: ArmSection, file: StudyFile, task: TaskSection) -> Recipe | Full:

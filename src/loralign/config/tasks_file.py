@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from loralign.config.errors import sentence
+from loralign.config.errors import validated
 from loralign.config.recipe import options_of, to_recipe
 from loralign.config.sections import (
     BatchSize,
@@ -110,11 +110,7 @@ def load_tasks(path: str | Path, overrides: Sequence[str] = ()) -> TasksFile:
 
 def parse_tasks(content: Mapping[str, Any], name: str = "tasks") -> TasksFile:
     """A mapping as it stands in a file; `name` is said in errors."""
-    try:
-        file = TasksFile.model_validate(dict(content))
-    except ValidationError as error:
-        said = sentence(error, TasksFile).replace("key of a recipe", "key of a tasks file")
-        raise LoralignError(f"{name}: {said}") from error
+    file = validated(TasksFile, content, name, "a tasks file")
     try:
         _consistent(file)
         _recipe(file)
