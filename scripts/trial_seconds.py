@@ -8,16 +8,37 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
+from loralign.compare.captured import Outputs, Record, cuda_graph
 from loralign.compare.runner import Resident
 from loralign.compare.spec import Trial
 from loralign.config.study import load_study
 
 MODES = {"plain": (False, False), "recorded": (True, False), "compiled": (False, True), "both": (True, True)}
+
+
+def timed(spent: list[float]) -> Record:
+    """CUDA graphs whose replays are waited for and timed, evaluations' too."""
+
+    def record(work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+        outputs, replay = cuda_graph(work)
+
+        def again() -> None:
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            replay()
+            torch.cuda.synchronize()
+            spent.append(time.perf_counter() - started)
+
+        return outputs, again
+
+    return record
 
 
 def main() -> None:
@@ -28,6 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--replays", action="store_true", help="time the replays of recorded steps (a GPU)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
@@ -37,10 +59,13 @@ def main() -> None:
         (spec,) = load_study(args.study, [*args.set, *said])
         spec = replace(spec, prune=False)
         spec = replace(spec, steps=args.steps, eval_every=max(1, args.steps // 6)) if args.steps else spec
-        resident = Resident(spec)
+        resident, replays = Resident(spec), list[float]()
+        if args.replays and resident.record:
+            resident.record = timed(replays)
         for arm in args.arms or [a.name for a in spec.arms]:
             lr = next(a.lr for a in spec.arms if a.name == arm)
             for k in range(args.repeat):
+                replays.clear()
                 started = time.perf_counter()
                 outcome = resident.run(Trial("seed", arm, 0, lr, k), lambda step, loss: False)
                 row = {
@@ -48,7 +73,7 @@ def main() -> None:
                     "steps_s": outcome.seconds[-1] - outcome.init_s if outcome.seconds else None,
                     "step_ms": 1e3 * outcome.step_s, "between_s": outcome.between_s, "init_s": outcome.init_s,
                     "loss": outcome.losses[-1] if outcome.losses else None, "peak_gib": outcome.peak_bytes / 2**30,
-                    "note": outcome.note,
+                    "replay_ms": 1e3 * median(replays) if replays else None, "note": outcome.note,
                 }  # fmt: skip
                 rows.append(row)
                 print(

@@ -6,11 +6,15 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loralign.cli.run import say
+
+if TYPE_CHECKING:
+    from loralign.cli.plan import Planned
+    from loralign.plan.suggest import Choice
 
 STEPS = 300
 """Of the recorded studies: shorter runs go through their rows more than once, three times at most."""
@@ -28,9 +32,9 @@ def suggest(
     """A recipe to begin with: method, rank, scale and rate, why, what they rest on, and what a step takes."""
     import torch
 
-    from loralign.cli.plan import Planned, planned
+    from loralign.cli.plan import planned
     from loralign.config.recipe import parse
-    from loralign.plan.suggest import Choice, caution, findings, first_that_fits, ranked
+    from loralign.plan.suggest import caution, findings, first_that_fits, ranked
     from loralign.train.model import hidden_size
     from loralign.types import LoralignError
 
@@ -43,45 +47,55 @@ def suggest(
     width = hidden_size(model)
     plans: dict[str, Planned] = {}
 
-    def content(choice: Choice) -> dict[str, Any]:
-        data = {"train": rows or "train.jsonl", "max_length": length}
-        train: dict[str, Any] = {"epochs": _epochs(count), "gradient_checkpointing": choice.checkpointing}
-        scale = {} if choice.alpha is None else {"alpha": choice.alpha}
-        options = {"options": choice.options} if choice.options else {}
-        return {
-            "model": model, "data": data, "method": choice.method, "rank": choice.rank, **scale, **options,
-            "train": train, "output": "runs/suggested",
-        }  # fmt: skip
-
     def peak(choice: Choice) -> int:
-        plans[repr(choice)] = found = planned(parse(content(choice)), where)
+        plans[repr(choice)] = found = planned(parse(_recipe(choice, model, rows, length, count)), where)
         return found.estimate.peak_bytes
 
     room = 2**30 * memory if memory else _memory(where)
     choice, needed = first_that_fits(ranked(findings(), answers, width), peak, room)
-    found = plans[repr(choice)]
-    t, recipe = found.job.training, found.job.recipe
-    file = content(choice)
-    lines = {
-        "method": f"{choice.method}, rank {choice.rank}: {choice.reason}",
-        "rests on": f"{choice.record}: a small model, few steps; `loralign compare` on your rows tells for yours",
-        "scale": f"s = {recipe.s():.3g}" if hasattr(recipe, "s") else "",
-        "learning rate": f"{t.learning_rate:.3g}: {t.lr_source}",
-        "length of the run": f"epochs: {file['train']['epochs']}" + (f" of {count:,} rows" if count else ""),
-        "memory": f"{needed / 2**30:.2f} GiB of {room / 2**30:.1f} on {where}"
-        + (", activations recomputed" if choice.checkpointing else ""),
-    }
+    found, file = plans[repr(choice)], _recipe(choice, model, rows, length, count)
+    lines = _reasons(choice, found, f"{needed / 2**30:.2f} GiB of {room / 2**30:.1f} on {where}", count)
     if against := caution(findings(), choice, file["train"]["epochs"]):
         lines["caution"] = against
     if out is not None:
         _write(out, file, lines)
     if as_json:
-        say(json.dumps({"recipe": file, "reasons": lines, "peak_bytes": needed, "learning_rate": t.learning_rate}))
+        rate = found.job.training.learning_rate
+        say(json.dumps({"recipe": file, "reasons": lines, "peak_bytes": needed, "learning_rate": rate}))
         return
     for name, line in lines.items():
         say(f"{name:18} {line}")
     if out is not None:
         say(f"Written: {out}; train it with `loralign train {out}`")
+
+
+def _recipe(choice: Choice, model: str, rows: str | None, length: int, count: int) -> dict[str, Any]:
+    """The recipe file, as plain data."""
+    scale = {} if choice.alpha is None else {"alpha": choice.alpha}
+    options = {"options": choice.options} if choice.options else {}
+    return {
+        "model": model,
+        "data": {"train": rows or "train.jsonl", "max_length": length},
+        "method": choice.method,
+        "rank": choice.rank,
+        **scale,
+        **options,
+        "train": {"epochs": _epochs(count), "gradient_checkpointing": choice.checkpointing},
+        "output": "runs/suggested",
+    }
+
+
+def _reasons(choice: Choice, found: Planned, memory: str, count: int) -> dict[str, str]:
+    """A line for each part of the recipe."""
+    t, recipe = found.job.training, found.job.recipe
+    return {
+        "method": f"{choice.method}, rank {choice.rank}: {choice.reason}",
+        "rests on": f"{choice.record}: a small model, few steps; `loralign compare` on your rows tells for yours",
+        "scale": f"s = {recipe.s():.3g}" if hasattr(recipe, "s") else "",
+        "learning rate": f"{t.learning_rate:.3g}: {t.lr_source}",
+        "length of the run": f"epochs: {_epochs(count)}" + (f" of {count:,} rows" if count else ""),
+        "memory": memory + (", activations recomputed" if choice.checkpointing else ""),
+    }
 
 
 def _kind(rows: str | None) -> tuple[bool, int]:

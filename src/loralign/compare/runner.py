@@ -128,7 +128,7 @@ class Resident:
         try:
             with compiled(self.task.model) if self.compile else nullcontext():
                 if self.record:
-                    trainer.record_steps(self.task.model, self.record)
+                    trainer.record_steps(self.adapted, self.record)
                 if self.compile:
                     warm(trainer, self.adapted, self.task, self._held_out(trial))
                     watch.warm_s = watch.paused = time.perf_counter() - watch.started - watch.init_s

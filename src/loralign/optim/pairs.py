@@ -23,27 +23,26 @@ from torch import Tensor, nn
 
 from loralign.carrier.slot import form_of
 from loralign.maths.draws import keyed_generator
-from loralign.maths.lists import adam_slots, products
+from loralign.maths.lists import adam_slots
 from loralign.optim.clip import clip
 from loralign.optim.groups import groups
 from loralign.optim.late import LateMapping
+from loralign.optim.masks import alive, masked
 from loralign.optim.rest import adamw_updates
 from loralign.optim.shards import add_, wholes
-from loralign.optim.values import Live, Values, as_grads, leave_stacks, live_own, live_pairs, named, named_grads
+from loralign.optim.transformed import transformed
+from loralign.optim.values import Live, Values, leave_stacks, live_own, live_pairs, named, named_grads
 from loralign.types import (
     Ctx,
     Grad,
-    Group,
     Moment,
     Named,
     Pair,
-    Prepared,
     Rule,
     RuleState,
     Site,
     SiteShape,
     SlotChange,
-    State,
     Train,
     Transform,
     WorkFailed,
@@ -139,12 +138,14 @@ class PairOptimizer(torch.optim.Optimizer):
         own_grads = self._own_grads(own)
         grads, own_grads = self._masked(grads, own_grads, pairs, own, [rule.grad_mask for rule in self.rules], ctx)
         try:
-            updates = self._decayed(self._transformed(pairs, grads, live), live)
+            leave_stacks(self.state, live, pairs)
+            state = {p.name: {factor: self.state[live[p.name][factor]] for factor in p.train} for p in pairs}
+            updates = self._decayed(transformed(self.transform, pairs, grads, state, self._ctx()), live)
         except torch.linalg.LinAlgError:
             self._checked(norm)  # says it better where the gradient is to blame
             raise
         own_updates = self._own_updates(own, own_grads)
-        masks = [*(rule.update_mask for rule in self.rules), lambda *_: self._alive(pairs, own)]
+        masks = [*(rule.update_mask for rule in self.rules), lambda *_: alive(self.dead, pairs, own, self._per_slot)]
         updates, own_updates = self._masked(updates, own_updates, pairs, own, masks, ctx)
         self._checked(norm)  # here and no earlier: until now the device works on while the host prepares its next calls
         self._apply(live, updates)
@@ -209,12 +210,7 @@ class PairOptimizer(torch.optim.Optimizer):
         states = [*self.rule_states, *({} for _ in range(len(masks) - len(self.rule_states)))]
         tensors = LateMapping(lambda: named(pairs, self._full(own)))
         found = [mask for make, st in zip(masks, states, strict=True) if (mask := make(st, tensors, ctx)) is not None]
-        if not found:
-            return grads, dict(own_grads)
-        values = named_grads(grads, own_grads)
-        for mask in found:
-            values = dict(zip(values, products(list(values.values()), [mask.get(k) for k in values]), strict=True))  # type: ignore[arg-type]
-        return as_grads(values, grads), {key: values[key] for key in own_grads}
+        return masked(grads, own_grads, found)
 
     def _checked(self, norm: Tensor | None) -> None:
         """Keep the norm. Not finite: drop the moments, which have seen it, and raise before any factor moves."""
@@ -227,49 +223,6 @@ class PairOptimizer(torch.optim.Optimizer):
                 f"the gradient is not finite at step {self.param_groups[0]['step']} (norm {self.grad_norm}): "
                 "lower the learning rate, or look for broken rows in the data"
             )
-
-    def _transformed(self, pairs: Sequence[Pair], grads: Mapping[str, Grad], live: Live) -> dict[str, Grad]:
-        leave_stacks(self.state, live, pairs)
-        batches: dict[Any, list[Pair]] = {}
-        facts = self.transform.facts
-        for pair in pairs:
-            g = grads[pair.name]
-            shape = pair.A.shape[0] if "shapes" in facts.accepts else (pair.A.shape, pair.B.shape)
-            key = (shape, pair.train, pair.A.device, g.A is None, g.B is None)
-            batches.setdefault(key, []).append(pair)
-        ctx, updates = self._ctx(), dict[str, Grad]()
-        todo = [
-            Group(batch, [grads[p.name] for p in batch], [self._state(p, live[p.name]) for p in batch], ctx)
-            for batch in batches.values()
-        ]
-        together = [self.transform.prepare(group) for group in todo] if facts.global_scalars else []
-        scalars = _summed(together)
-        for k, group in enumerate(todo):
-            prepared = together[k] if together else self.transform.prepare(group)
-            made = self.transform.update(group, scalars or prepared.scalars, prepared.carry)
-            updates.update({p.name: u for p, u in zip(group.pairs, made, strict=True)})
-        return updates
-
-    def _state(self, pair: Pair, live: Mapping[str, nn.Parameter]) -> State:
-        state = {factor: self.state[live[factor]] for factor in pair.train}
-        missing = [factor for factor, kept in state.items() if not kept]
-        if missing:
-            fresh = self.transform.init(pair)
-            for factor in missing:
-                state[factor].update(fresh.get(factor, {}))
-        return state
-
-    def _alive(self, pairs: Sequence[Pair], own: Own) -> Named | None:
-        if not self.dead:
-            return None
-        masks: dict[tuple[str, str], Tensor] = {}
-        for pair in (p for p in pairs if p.name in self.dead):
-            on = (~self.dead[pair.name]).to(pair.A.device, pair.A.dtype)
-            masks[pair.name, "A"], masks[pair.name, "B"] = on[:, None], on
-        for site, name in own:
-            if site in self.dead and name in self._per_slot(site):
-                masks[site, name] = (~self.dead[site]).to(own[site, name].device, own[site, name].dtype)
-        return masks
 
     def _per_slot(self, site: str) -> frozenset[str]:
         form = form_of(self.sites[site].layer, self.sites[site].adapter)
@@ -364,11 +317,3 @@ def _letters(factors: Mapping[str, Any]) -> Train:
 
 def _whole(p: nn.Parameter) -> Any:
     return wholes([p.data])[0]
-
-
-def _summed(parts: Iterable[Prepared]) -> dict[str, Tensor]:
-    scalars: dict[str, Tensor] = {}
-    for part in parts:
-        for key, value in part.scalars.items():
-            scalars[key] = scalars[key] + value.to(scalars[key].device) if key in scalars else value
-    return scalars
