@@ -18,7 +18,7 @@ from transformers import LlamaForTokenClassification
 
 import toy
 import warm
-from loralign import adapt, build, factors, optimizer, sites
+from loralign import adapt, build, factors, sites
 from loralign.carrier.slot import commit
 from loralign.io import adapter_file
 from loralign.io.card import Card, write_card
@@ -31,6 +31,7 @@ from loralign.io.public import is_local, scrub
 from loralign.io.verify import VerifyJob, VerifyReport, verify_many
 from loralign.methods.form.plain import Plain
 from loralign.types import Episode, Facts, LoralignError, Recipe, Start, WorkFailed
+from trainers import step_by_step
 
 METHODS = ("lora", "lora-ga", "pissa")
 HEADS = ("bert", "vit")
@@ -44,14 +45,7 @@ def recipe(name: str, **fields: Any) -> Recipe:
 
 def trained(model: Any, chosen: Recipe, batches: list[dict[str, Tensor]] | None = None) -> PeftModel:
     """Adapted and trained for three steps, in train mode, with gradients left as a real run leaves them."""
-    batches = batches or toy.batches_for(model, 3)
-    adapted = adapt(model, chosen, batches[:2]).train()
-    optim = optimizer(adapted, chosen, lr=1e-2)
-    for batch in batches:
-        optim.zero_grad()
-        adapted(**batch).loss.backward()
-        optim.step()
-    return adapted
+    return step_by_step(model, chosen, batches or toy.batches_for(model, 3))
 
 
 def loaded(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -23,10 +23,11 @@ from transformers import (
 )
 
 import toy
-from loralign import adapt, build, factors, optimizer, sites
+from loralign import build, factors, sites
 from loralign.io.export import export
 from loralign.io.verify import VerifyJob, verify_many
 from loralign.types import LoralignError, Recipe
+from trainers import step_by_step
 
 gguf = pytest.importorskip("gguf")
 
@@ -46,14 +47,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 def trained(model: Any, **fields: Any) -> Any:
     chosen = build("rslora", **{"r": 4, "ranks": {"q_proj": 2, "layers.1.mlp.down_proj": 7}, **fields})
     assert isinstance(chosen, Recipe)
-    batches = toy.batches_for(model, 2)
-    adapted = adapt(model, chosen, batches).train()
-    optim = optimizer(adapted, chosen, lr=1e-2)
-    for batch in batches:
-        optim.zero_grad()
-        adapted(**batch).loss.backward()
-        optim.step()
-    return adapted
+    return step_by_step(model, chosen, toy.batches_for(model, 2))
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from loralign import Recipe, adapt, build, optimizer, peft_config
+from loralign import Recipe, adapt, build, optimizer
 from loralign.plan.combinations import check_combination
 from loralign.plan.memory import estimate
 from loralign.plan.trace import Step
-from loralign.train.attach import attach
 from loralign.types import LoralignError
 from toy import batch_for, llama
-from trainers import toy_trainer
+from trainers import attached_run
 
 HALF = {"momentum_dtype": "bfloat16"}
 CASES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
@@ -103,15 +102,8 @@ def test_state_comes_back_bit_by_bit(case: str) -> None:
 
 def test_a_stopped_run_goes_on_bit_by_bit(tmp_path: Path) -> None:
     made = recipe("lora", **HALF)
-
-    def run(folder: Path, resume: Path | None = None) -> Any:
-        trainer = toy_trainer(folder, peft_config(made, llama()), steps=4, save_steps=2)
-        attach(trainer, made, resume_from=resume)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        return trainer.model
-
-    whole = run(tmp_path / "whole")
-    again = run(tmp_path / "again", tmp_path / "whole" / "checkpoint-2")
+    whole = attached_run(tmp_path / "whole", made)
+    again = attached_run(tmp_path / "again", made, tmp_path / "whole" / "checkpoint-2")
     assert all(torch.equal(p, trained(again)[n]) for n, p in trained(whole).items())
 
 

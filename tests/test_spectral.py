@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from loralign import Full, Recipe, adapt, build, optimizer, peft_config, sites
+from loralign import Full, Recipe, adapt, build, optimizer, sites
 from loralign.methods.reference import Together, muon
 from loralign.plan.memory import estimate
 from loralign.plan.trace import Step
-from loralign.train.attach import attach
 from toy import batch_for, llama
-from trainers import toy_trainer
+from trainers import attached_run
 
 
 def spectral(**fields: Any) -> Recipe:
@@ -50,15 +49,8 @@ def test_plan_says_the_state_that_there_is(momentum: float, bytes_each: int) -> 
 def test_stop_and_resume_without_state(tmp_path: Path) -> None:
     made = build("spectral", {"momentum": 0.0}, r=4, seed=2)
     assert isinstance(made, Recipe)
-
-    def run(folder: Path, resume: Path | None = None) -> Any:
-        trainer = toy_trainer(folder, peft_config(made, llama()), steps=4, save_steps=2)
-        attach(trainer, made, resume_from=resume)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        return trainer.model
-
-    whole = run(tmp_path / "whole")
-    again = run(tmp_path / "again", tmp_path / "whole" / "checkpoint-2")
+    whole = attached_run(tmp_path / "whole", made)
+    again = attached_run(tmp_path / "again", made, tmp_path / "whole" / "checkpoint-2")
     for (name, p), (_, q) in zip(whole.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(p, q), name
 

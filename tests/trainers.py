@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from loralign import Recipe, adapt, attach, optimizer, peft_config
 from toy import VOCAB, llama
 
 
@@ -47,3 +48,22 @@ def toy_trainer(
     wrapped = get_peft_model(model or llama(), config)
     arguments = TrainingArguments(**{**settings, **args})
     return Trainer(model=wrapped, args=arguments, train_dataset=rows(), eval_dataset=judged)  # type: ignore[arg-type]
+
+
+def attached_run(folder: Path, recipe: Recipe, resume: Path | None = None) -> Any:
+    """Four steps through the Trainer and `attach`, a checkpoint after two; the trained model."""
+    trainer = toy_trainer(folder, peft_config(recipe, llama()), steps=4, save_steps=2)
+    attach(trainer, recipe, resume_from=resume)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer.model
+
+
+def step_by_step(model: Any, recipe: Recipe, batches: list[dict[str, torch.Tensor]]) -> PeftModel:
+    """Adapted and trained a step a batch, in train mode, with gradients left as a real run leaves them."""
+    adapted = adapt(model, recipe, batches[:2]).train()
+    optim = optimizer(adapted, recipe, lr=1e-2)
+    for batch in batches:
+        optim.zero_grad()
+        adapted(**batch).loss.backward()
+        optim.step()
+    return adapted
