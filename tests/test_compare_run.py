@@ -169,7 +169,7 @@ def test_any_other_failure_is_an_error_that_names_the_arm(tmp_path: Path, monkey
         raise WorkFailed("it did not act")
 
     resident = Resident(load(write_study(tmp_path)))
-    monkeypatch.setattr("loralign.optim.pairs.PairOptimizer._transformed", idle)
+    monkeypatch.setattr("loralign.optim.pairs.transformed", idle)
     with pytest.raises(WorkFailed, match=r"arm 'lora' at 0.001: it did not act"):
         resident.run(trial("lora"), never)
 

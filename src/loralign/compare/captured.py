@@ -4,7 +4,7 @@ A small model's step is thousands of kernels that a GPU runs faster than a host 
 step runs as it is, the second is recorded, later ones are copied into its inputs and replayed. What is between them,
 the optimizer, rules and knots, runs as ever. A recording holds addresses: where a tensor of the model is another one
 than it was (a chain's knot), it is made afresh. What cannot be recorded, because the host looks at a number in the
-middle of a step, runs as it is, and that is said once.
+middle of a step, runs as it is, and that is said once for training and once for evaluation.
 """
 
 from __future__ import annotations
