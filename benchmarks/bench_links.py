@@ -114,13 +114,12 @@ def main() -> None:
     if args.json:
         setting = {"device": args.device, "rank": args.rank, "links": args.links, "torch": torch.__version__}
         args.json.write_text(json.dumps({**setting, "ms": results}, indent=1))
-    print(
-        f"{'shape':18}{'no link':>10}{f'{args.links} links':>10}{'more':>9}{'knot':>10}{'/step':>8}{'first':>10}    (ms)"
-    )
+    head = ("no link", f"{args.links} links", "more", "knot", "/step", "first")
+    print(f"{'shape':18}" + "".join(f"{word:>10}" for word in head) + "    (ms)")
     for name, row in results.items():
         more, beside = row["with"] / row["without"] - 1, row["knot"] / row["without"]
-        print(f"{name:18}{row['without']:10.1f}{row['with']:10.1f}{100 * more:7.1f} %{row['knot']:10.1f}", end="")
-        print(f"{beside:8.2f}{row['first']:10.1f}")
+        print(f"{name:18}{row['without']:10.1f}{row['with']:10.1f}{100 * more:8.1f} %{row['knot']:10.1f}", end="")
+        print(f"{beside:10.2f}{row['first']:10.1f}")
 
 
 if __name__ == "__main__":
