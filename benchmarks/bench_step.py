@@ -128,7 +128,7 @@ def fresh_model(shape: str, device: str) -> LlamaForCausalLM:
 def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], None]:
     """A closure that runs one whole step of one kind."""
     model: Any = base_model(shape, device)
-    name, _, rank = kind.partition(":")
+    name, _, rank = kind.split()[-1].partition(":")
     r = int(rank or 16)
     scale: dict[str, Any] = {} if name == "spectral" else {"alpha": 2 * r}
     recipe = build(name if name in METHODS else "lora", r=r, dropout=dropout, **scale)
@@ -244,6 +244,11 @@ def measure(kinds: Sequence[str], shape: str, device: str, repeats: int, dropout
     return {k: {"ms": 1e3 * best[k], "peak_gib": kept_bytes(steps[k], device) / 2**30} for k in kinds}
 
 
+def over(row: dict[str, float], rows: dict[str, dict[str, float]], other: str, key: str) -> str:
+    """The ratio to another kind's, where that was measured."""
+    return f"{row[key] / rows[other][key]:.3f}" if other in rows else "-"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -252,6 +257,11 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--compiled", action="store_true", help="also with the model's blocks compiled, as studies do")
     parser.add_argument("--methods", nargs="+", default=[], help="further arms: NAME or NAME:RANK")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        help='these instead, as in "compiled spectral:64"; ratios to kinds not measured are left out',
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.device == "cpu":
@@ -259,6 +269,7 @@ def main() -> None:
     shapes = args.shapes or (["small"] if args.device == "cpu" else ["1b", "8b"])
     kinds = ["floor", "peft", "loralign", *(["compiled floor", "compiled"] if args.compiled else [])]
     kinds += ["recorded", "recorded compiled"] if args.compiled and args.device == "cuda" else []
+    kinds = args.kinds or kinds
     results = {}
     for shape in shapes:
         more = ["one node"] if shape == "host" else []
@@ -266,15 +277,12 @@ def main() -> None:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     if args.json:
         args.json.write_text(json.dumps({"versions": versions, "device": args.device, "results": results}, indent=1))
-    print(f"{'shape':8}{'kind':20}{'ms':>10}{'/floor':>8}{'/peft':>8}{'/lora':>8}{'peak GiB':>10}{'/peft':>8}")
+    print(f"{'shape':8}{'kind':28}{'ms':>10}{'/floor':>8}{'/peft':>8}{'/lora':>8}{'peak GiB':>10}{'/peft':>8}")
     for shape, rows in results.items():
         for kind, row in rows.items():
-            over, beside = row["ms"] / rows["floor"]["ms"], row["ms"] / rows["peft"]["ms"]
-            ours = row["ms"] / rows["loralign"]["ms"]
-            memory = row["peak_gib"] / rows["peft"]["peak_gib"]
-            print(
-                f"{shape:8}{kind:20}{row['ms']:10.1f}{over:8.3f}{beside:8.3f}{ours:8.3f}{row['peak_gib']:10.3f}{memory:8.3f}"
-            )
+            ratios = "".join(f"{over(row, rows, other, 'ms'):>8}" for other in ("floor", "peft", "loralign"))
+            memory = over(row, rows, "peft", "peak_gib")
+            print(f"{shape:8}{kind:28}{row['ms']:10.1f}{ratios}{row['peak_gib']:10.3f}{memory:>8}")
 
 
 if __name__ == "__main__":
