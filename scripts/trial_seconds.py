@@ -15,10 +15,10 @@ from statistics import median
 
 import torch
 
-from loralign.compare.captured import Outputs, Record, cuda_graph
 from loralign.compare.runner import Resident
 from loralign.compare.spec import Trial
 from loralign.config.study import load_study
+from loralign.train.captured import Outputs, Record, cuda_graph
 
 MODES = {"plain": (False, False), "recorded": (True, False), "compiled": (False, True), "both": (True, True)}
 

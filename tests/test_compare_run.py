@@ -25,13 +25,13 @@ from torch._dynamo.utils import counters
 import warm
 from loralign.carrier.sites import put_in, sites, target_weights
 from loralign.compare import runner as running
-from loralign.compare.compiled import blocks, compiled
 from loralign.compare.report import repeatable
 from loralign.compare.runner import Resident
 from loralign.compare.spec import Outcome, Trial
 from loralign.compare.store import Store
 from loralign.compare.study import work
 from loralign.compare.tasks import Rows
+from loralign.train.compiled import blocks, compiled
 from loralign.types import Full, LoralignError, Recipe, WorkFailed
 from tiny_study import SMALL, load, write_study
 

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from loralign.carrier.sites import factors, put_in, sites, target_weights
-from loralign.compare.captured import CapturedTrainer, Record, cuda_graph
-from loralign.compare.compiled import compiled, warm
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.compare.study import warn_of_idle_arms
 from loralign.compare.tasks import Prepared, Rows, prepare_task
 from loralign.compare.watch import Report, Watch
 from loralign.plan.combinations import check_ranks
 from loralign.train.attach import attach
+from loralign.train.captured import CapturedTrainer, Record, cuda_graph
+from loralign.train.compiled import compiled, warm
 from loralign.train.validation import apart, batches
 from loralign.types import Full, LoralignError, Recipe, Validation, WorkFailed
 
@@ -130,13 +130,20 @@ class Resident:
                 if self.record:
                     trainer.record_steps(self.adapted, self.record)
                 if self.compile:
-                    warm(trainer, self.adapted, self.task, self._held_out(trial))
+                    self._warm(trainer, trial)
                     watch.warm_s = watch.paused = time.perf_counter() - watch.started - watch.init_s
                 trainer.train()
         except (WorkFailed, torch.linalg.LinAlgError) as error:
             if isinstance(error, WorkFailed) and self._finite():
                 raise
             watch.diverged, watch.note = True, str(error)
+
+    def _warm(self, trainer: CapturedTrainer, trial: Trial) -> None:
+        """Compile for every shape of a trial, of which the last batch held out may be one."""
+        size, held_out, collate = self.spec.micro_batch_size, self._held_out(trial), self.task.collate
+        rest = len(held_out) % size
+        shapes = [rows for rows in (held_out[:size], held_out[len(held_out) - rest :]) if rows]
+        warm(trainer, self.adapted, collate(list(self.task.train[:size])), [collate(list(rows)) for rows in shapes])
 
     def _finite(self) -> bool:
         trained = [p for p in self.adapted.parameters() if p.requires_grad]

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from loralign.compare.tasks import Prepared
 from loralign.train.attach import loss_of
 from loralign.train.undisturbed import undisturbed
-from loralign.types import LoralignError
+from loralign.types import Batch, LoralignError
 
 LIMIT = 128
 """Variants of a block: arms × training and evaluation × sizes of a batch. Beyond it torch would fall back to eager code
@@ -50,18 +49,15 @@ def compiled(base: nn.Module, backend: str = "inductor") -> Iterator[None]:
                 block._compiled_call_impl = None
 
 
-def warm(trainer: Trainer, model: nn.Module, task: Prepared, held_out: Sequence[Any]) -> None:
-    """Run every shape of a trial once, forward and backward; weights, gradients and generators stay as they were."""
-    size = trainer.args.per_device_train_batch_size
-    rest = len(held_out) % size
+def warm(trainer: Trainer, model: nn.Module, learnt: Batch, held_out: Sequence[Batch]) -> None:
+    """Run batches of every shape once, forward and backward; weights, gradients and generators stay as they were."""
     was_training = model.training
     with undisturbed(trainer, model):
         model.train()
-        loss_of(trainer)(model, task.collate(list(task.train[:size]))).backward()
+        loss_of(trainer)(model, learnt).backward()
         model.zero_grad(set_to_none=True)
         model.eval()
-        for rows in (held_out[:size], held_out[len(held_out) - rest :]):
-            if rows:
-                with trainer.accelerator.autocast():  # the Trainer wraps the model in it when it trains, not before
-                    trainer.prediction_step(model, task.collate(list(rows)), prediction_loss_only=True)
+        for batch in held_out:
+            with trainer.accelerator.autocast():  # the Trainer wraps the model in it when it trains, not before
+                trainer.prediction_step(model, dict(batch), prediction_loss_only=True)
     model.train(was_training)
