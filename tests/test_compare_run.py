@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch._dynamo.utils import counters
 import warm
 from loralign.carrier.sites import put_in, sites, target_weights
 from loralign.compare import runner as running
+from loralign.compare.journal import outcome_of
 from loralign.compare.report import repeatable
 from loralign.compare.runner import Resident
 from loralign.compare.spec import Outcome, Trial
@@ -160,8 +161,13 @@ def test_running_away_is_an_outcome(tmp_path: Path) -> None:
 def test_what_became_of_the_slots_is_noted(tmp_path: Path) -> None:
     arm = {"method": "adalora", "options": {"first": 0.0}}
     resident = Resident(load(write_study(tmp_path, arms=[arm])))
-    assert resident.run(trial("lora"), never).note == ""
-    assert re.fullmatch(r"budget 84 → 56 slots: \d+ of 14 modules alive", resident.run(trial("adalora"), never).note)
+    plain, ruled = resident.run(trial("lora"), never), resident.run(trial("adalora"), never)
+    assert plain.note == "" and plain.begun_slots is None and resident.run(trial("full"), never).ranks is None
+    assert re.fullmatch(r"budget 84 → 56 slots: \d+ of 14 modules alive", ruled.note)
+    assert plain.ranks and ruled.ranks and list(plain.ranks) == list(ruled.ranks)
+    assert set(plain.ranks.values()) == {4} and len(set(ruled.ranks.values())) > 1
+    assert (ruled.begun_slots, sum(ruled.ranks.values())) == (84, 56)
+    assert outcome_of(json.dumps(asdict(ruled))) == ruled  # as the journal gives it back
 
 
 def test_any_other_failure_is_an_error_that_names_the_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from loralign import LoralignError, build
 from loralign.compare import store as storing
-from loralign.compare.identity import arm_settings, content_of, shared_rows
+from loralign.compare.identity import arm_settings, content_of, first_difference, shared_rows
 from loralign.compare.live import board, headline, watched
 from loralign.compare.report import collect, repeatable, report
 from loralign.compare.schedule import rate_trials, seed_trials, wanted
@@ -83,9 +83,18 @@ def test_an_arm_without_a_trial_may_still_change(tmp_path: Path) -> None:
     Store(spec(tmp_path, arm("lora"), mended))
     claimed = Store(spec(tmp_path, arm("lora"), mended)).claim(replace(FIRST, arm="pissa"))
     assert claimed is not None
-    claimed.drop()
     with pytest.raises(LoralignError, match=r"^arm 'pissa' was started with `r` 8, now it has the default"):
         Store(spec(tmp_path))
+    claimed.drop()  # a trial without an outcome binds nothing
+    Store(spec(tmp_path))
+
+
+def test_a_fact_that_one_side_does_not_name_is_no_difference() -> None:
+    """The list of facts grows with the code; a rate that stands among them still counts."""
+    old = {"form": "Gated", "form.facts.own_lr": 2.0}
+    assert first_difference(old, {**old, "form.facts.shares": True}) is None
+    assert first_difference(old, {**old, "form.facts.own_lr": 3.0}) == ("form.facts.own_lr", 2.0, 3.0)
+    assert first_difference(old, {**old, "form.tau": 2.0}) == ("form.tau", None, 2.0)
 
 
 def test_a_folder_of_others_is_no_study(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tiny_trl
 from loralign import LoralignError, Recipe, build, peft_config, sites
-from loralign.io.heatmap import heat_map, kind_of, layer_of
+from loralign.io.heatmap import heat_map, kind_of, layer_of, places
 from loralign.train.attach import attach
 from loralign.train.diagnosis import BEST, diagnose
 from loralign.train.journal import Journal
@@ -150,6 +150,11 @@ def test_a_site_that_a_method_cannot_serve_is_left_out(tmp_path: Path) -> None:
 def test_heat_map_places_layers_and_kinds(tmp_path: Path) -> None:
     assert (layer_of("model.layers.12.mlp.up_proj"), kind_of("model.layers.12.mlp.up_proj")) == (12, "mlp.up_proj")
     assert (layer_of("head"), kind_of("head")) == (0, "head")
+    bert = [f"encoder.layer.{i}.{k}.dense" for i in (0, 3) for k in ("attention.output", "output")]
+    assert places(bert).labels == ("attention.output.dense", "output.dense")
+    assert places(bert).at[bert[3]] == (1, 1) and places(bert).layers == (0, 3)
+    t5 = [f"{side}.block.0.layer.0.SelfAttention.q" for side in ("encoder", "decoder")]
+    assert set(places(t5).at.values()) == {(0, 0), (0, 1)}  # a cell each
     panels = {"one": {"h.0.a": 0.5, "h.1.a": 1.0, "h.1.b": 0.0}, "two": {"h.0.a": 0.25}}
     for more in ({}, {"three": {}, "four": {"h.1.b": 1.0}, "five": {}}):
         heat_map({**panels, **more}, tmp_path / "map.png", title="t", scale="%")

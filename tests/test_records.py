@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loralign.compare.report import collect
-from loralign.compare.schedule import hopeless, rate_trials
+from loralign.compare.schedule import hopeless, rate_trials, wanted
 from loralign.compare.spec import Outcome, Spec
 from loralign.compare.store import Store
 from loralign.config.study import load_study
@@ -84,3 +85,13 @@ def test_a_margin_at_one_evaluation_would_not_do(studies: dict[str, Spec]) -> No
     first = min(o.losses[0] for o in runs if o is not best)
     assert best.losses[best.steps.index(150)] - first > 1.5
     assert best.losses[best.steps.index(200)] < first
+
+
+def test_a_journal_from_before_ranks_were_kept_goes_on(tmp_path: Path) -> None:
+    """The axes' study, begun and not decided: its trials count, their arms are the file's, no rank is made up."""
+    name = "2026-11-29-h200-axes"
+    shutil.copy(RECORDS / name / "study.journal", tmp_path)
+    (spec,) = load_study(RECORDS / name / "study.yaml", [f"output={tmp_path}"], reading=True)
+    done = Store(replace(spec, reading=False)).outcomes()  # refuses what was begun otherwise
+    assert len(done) == 37 and {o.ranks for o in done.values()} == {None}
+    assert sum(t.key in done for t in wanted(spec, done)) == 37

@@ -175,5 +175,14 @@ def say_results(specs: Sequence[Spec]) -> None:
 
 
 def _say_files(spec: Spec) -> None:
-    made = ("report.html", "results.json", "results.csv", "results.md", "rates.png", "steps.png", "seconds.png")
+    made = (
+        "report.html",
+        "results.json",
+        "results.csv",
+        "results.md",
+        "rates.png",
+        "steps.png",
+        "seconds.png",
+        "ranks.png",
+    )
     say(f"written to {spec.output}: {', '.join(n for n in made if (spec.output / n).exists())}")

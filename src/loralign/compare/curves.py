@@ -39,6 +39,10 @@ class Curve:
     step_tokens: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Measured at the end beside the loss (accuracy …)."""
+    ranks: Mapping[str, int] | None = None
+    """By module at the end, where they are known."""
+    begun_slots: int | None = None
+    """Of all modules before the first step, where a rule decides about them."""
 
     @property
     def sound(self) -> bool:

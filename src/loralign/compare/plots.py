@@ -6,7 +6,7 @@ Markers repeat the distinction that colours make; what is shown is decided in `f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 
 from loralign.compare.curves import Curve
 from loralign.compare.figures import INK, Axis, Look, bands, best_rates, line_of, loss_limits, rate_limits
+from loralign.compare.ranks import Ranks
 from loralign.compare.rates import Rate
+from loralign.io.heatmap import heat_map
 
 
 def plot_steps(curves: Sequence[Curve], path: Path, look: Look, budget: float = math.inf) -> None:
@@ -59,6 +61,13 @@ def _unfinished(axes: Axes, rates: Sequence[Rate], arms: Sequence[str], look: Lo
         axes.plot([], [], "x", color="#444444", markersize=5, label="diverged")
     if any(r.pruned and not r.diverged for r in rates):
         axes.plot([], [], "_", color="#444444", markersize=5, label="given up")
+
+
+def plot_ranks(ranks: Mapping[str, Ranks], path: Path) -> None:
+    """Of every arm the ranks at the end, mean over seeds, a panel each."""
+    panels = {f"{arm}: {r}": r.by_module for arm, r in ranks.items()}
+    most = max(1.0, *(v for r in ranks.values() for v in r.by_module.values()))
+    heat_map(panels, path, title="Ranks at the end, mean over seeds", scale="rank", most=most)
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing

@@ -15,7 +15,7 @@ from typing import Any
 from loralign.compare.curves import Curve, Interval, loss_at
 from loralign.compare.figures import styles
 from loralign.compare.page.build import Shown, page
-from loralign.compare.plots import plot_rates, plot_seconds, plot_steps
+from loralign.compare.plots import plot_ranks, plot_rates, plot_seconds, plot_steps
 from loralign.compare.rates import Rate
 from loralign.compare.schedule import in_order, rate_trials, rates_of, seed_trials, wanted
 from loralign.compare.spec import Outcome, Spec, Trial
@@ -30,8 +30,8 @@ COLUMNS = (
     "best", "best_low", "best_high", "metric", "metric_mean", "metric_low", "metric_high", "difference",
     "difference_low", "difference_high", "p_final", "steps_ratio", "p_steps", "shrunken", "shrunken_low",
     "shrunken_high", "p_better", "gap_closed", "gap_low", "gap_high", "steps_to_lora", "steps_to_full", "lr_decades",
-    "trainable", "exported_rank", "init_tokens", "peak_gib", "init_s", "step_s", "seconds_to_lora", "seconds_to_full",
-    "flags",
+    "trainable", "exported_rank", "slots_begun", "slots_ended", "init_tokens", "peak_gib", "init_s", "step_s",
+    "seconds_to_lora", "seconds_to_full", "flags",
 )  # fmt: skip
 TIMES = frozenset({"init_s", "step_s", "seconds_to_lora", "seconds_to_full", "peak_gib"})
 """Columns that a repeated run does not give again bit by bit."""
@@ -79,6 +79,7 @@ def _curve(spec: Spec, t: Trial, lowest: int, o: Outcome) -> Curve:
         t.arm, t.lr, t.seed, steps, o.seconds or (0.0,), losses, final=losses[-1], best=loss_at(steps, losses, lowest),
         init_s=o.init_s, init_tokens=o.init_tokens, peak_bytes=o.peak_bytes, step_s=o.step_s, trainable=o.trainable,
         exported_rank=o.rank, diverged=o.diverged, step_tokens=o.step_tokens, metrics=dict(o.metrics),
+        ranks=o.ranks, begun_slots=o.begun_slots,
     )  # fmt: skip
     if spec.charge == "none" or not made.sound:
         return made
@@ -97,8 +98,7 @@ def report(spec: Spec) -> Shown:
     write_text(out / "results.md", as_markdown(result))
     write_text(out / "results.csv", as_csv([row(arm) for arm in result.arms]))
     body = {"result": plain(result), "edges": found.edges, "study": dict(spec.source), "timing": timing(done)}
-    trials = {key: plain(found.trials[key]) for key in sorted(found.trials)}
-    data = scrub({**body, "environment": environment(), "trials": trials})
+    data = scrub({**body, "environment": environment(), **listed(found.trials)})
     write_json(out / "results.json", data)
     look = styles([arm.name for arm in spec.arms])
     if found.rates:
@@ -107,6 +107,8 @@ def report(spec: Spec) -> Shown:
         budget = spec.steps if spec.charge != "none" else math.inf
         plot_steps(found.curves, out / "steps.png", look, budget)
         plot_seconds(found.curves, out / "seconds.png", look, budget)
+    if ranks := {a.arm: a.ranks for a in result.arms if a.ranks}:
+        plot_ranks(ranks, out / "ranks.png")
     arms = {arm.name for arm in spec.arms}
     ran = {key: o for key, o in found.trials.items() if key.split("/", 1)[1].rsplit("/", 2)[0] in arms}
     shown = Shown(spec, result, found.curves, found.rates, ran, data)
@@ -167,13 +169,15 @@ def row(arm: ArmResult) -> dict[str, Any]:
     metric, measured = next(iter(arm.metrics.items()), ("", None))
     c, e, peak = arm.comparison, arm.effect, arm.costs.get("peak_bytes")
     shrunken = (e.mean, e.low, e.high, e.better) if e else (None,) * 4
+    slots = (arm.ranks.begun, arm.ranks.ended) if arm.ranks else (None, None)
     figures = (
         arm.arm, arm.family, arm.kind, arm.lr, arm.steps, arm.charged_steps, arm.seeds, arm.diverged,
         *_bounds(arm.final), *_bounds(arm.best), metric, *_bounds(measured), *_bounds(c.final if c else None),
         c.p[0] if c else None, c.steps.mean if c else None, c.p[1] if c else None, *shrunken, arm.gap.value,
         arm.gap.low, arm.gap.high, reached(arm.steps_to.get("lora")), reached(arm.steps_to.get("full")),
         arm.sensitivity.decades if arm.sensitivity else None,
-        *(arm.costs.get(k) for k in ("trainable", "exported_rank", "init_tokens")), peak / 2**30 if peak else None,
+        *(arm.costs.get(k) for k in ("trainable", "exported_rank")), *slots,
+        arm.costs.get("init_tokens"), peak / 2**30 if peak else None,
         *(arm.costs.get(k) for k in ("init_s", "step_s")), reached(arm.seconds_to.get("lora")),
         reached(arm.seconds_to.get("full")), "; ".join(arm.flags),
     )  # fmt: skip
@@ -204,6 +208,16 @@ def timing(done: Mapping[str, Outcome]) -> dict[str, float]:
     return {**found, **({"seconds_between_trials": median(between)} if between else {})}
 
 
+def listed(trials: Mapping[str, Outcome]) -> dict[str, Any]:
+    """The trials of results.json; their ranks are in the order of `modules`, whose names stand there once."""
+    modules = list(dict.fromkeys(m for key in sorted(trials) for m in trials[key].ranks or {}))
+    made = {}
+    for key in sorted(trials):
+        ranks = trials[key].ranks
+        made[key] = {**plain(trials[key]), "ranks": [ranks.get(m) for m in modules] if ranks else None}
+    return {"modules": modules, "trials": made}
+
+
 def plain(value: Any) -> Any:
     """Dataclasses and infinities as JSON has them."""
     if is_dataclass(value) and not isinstance(value, type):
@@ -225,7 +239,18 @@ def repeatable(folder: Path) -> dict[str, Any]:
         costs = {k: v for k, v in arm["costs"].items() if k not in ("init_s", "step_s", "peak_bytes")}
         arm.update(seconds_to=None, sentence=None, costs=costs)  # the sentence names seconds
         arm["comparison"] = {**arm["comparison"], "seconds": None} if arm["comparison"] else None
-    kept = ("steps", "losses", "metrics", "diverged", "pruned", "init_tokens", "step_tokens", "trainable", "rank")
+    kept = (
+        "steps",
+        "losses",
+        "metrics",
+        "diverged",
+        "pruned",
+        "init_tokens",
+        "step_tokens",
+        "trainable",
+        "rank",
+        "ranks",
+    )
     trials = {key: {k: trial[k] for k in kept} for key, trial in body["trials"].items()}
     table = list(csv.DictReader(io.StringIO((folder / "results.csv").read_text(encoding="utf-8"))))
     rows = [{k: v for k, v in line.items() if k not in TIMES} for line in table]

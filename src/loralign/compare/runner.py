@@ -188,7 +188,7 @@ class Resident:
         if deciding is not None:
             judges = batches(deciding, self.task.collate, spec.micro_batch_size, args.device)
         attached = attach(trainer, recipe, rest_lr=spec.task.head_lr, validation=judges)
-        watch.said = attached.summary
+        watch.run = attached
         tokens = attached.spent.tokens + self._judged(recipe, self.adapted)
         args.max_steps = left_after(tokens, self.task.tokens_per_row * spec.batch_size, spec)
         return trainer, tokens
@@ -227,8 +227,9 @@ class Resident:
         return trainer
 
     def _outcome(self, watch: Watch, started: float) -> Outcome:
-        cuda, is_adapter = self.device == "cuda", self.adapted is not self.task.model
-        found = [] if watch.diverged or not is_adapter else [factors(s)[0].shape[0] for s in sites(self.adapted)]
+        cuda, adapted = self.device == "cuda", watch.run is not None and not watch.diverged
+        exported = {s.name: int(factors(s)[0].shape[0]) for s in sites(self.adapted)} if adapted else {}
+        slots = watch.slots() if adapted else None
         return Outcome(
             steps=tuple(watch.steps),
             seconds=tuple(watch.seconds),
@@ -244,9 +245,11 @@ class Resident:
             between_s=self.teardown_s + watch.begun - started,
             peak_bytes=torch.cuda.max_memory_allocated() if cuda else 0,
             trainable=sum(p.numel() for p in self.adapted.parameters() if p.requires_grad),
-            rank=max(found, default=0),
+            rank=max(exported.values(), default=0),
+            ranks=(slots[1] if slots else exported) or None,
+            begun_slots=slots[0] if slots else None,
             device=torch.cuda.get_device_name() if cuda else "cpu",
-            note=watch.note or watch.said(),
+            note=watch.note or (watch.run.summary() if watch.run else ""),
         )
 
     def _unload(self) -> None:

@@ -152,6 +152,11 @@ class Outcome:
     peak_bytes: int = 0
     trainable: int = 0
     rank: int = 0
+    ranks: Mapping[str, int] | None = None
+    """By module at the end: the slots that live where a rule decides about them, else the rank of an export. None
+    without an adapter, where the trial diverged, and in trials from before this was kept."""
+    begun_slots: int | None = None
+    """Of all modules before the first step, where a rule decides about them."""
     device: str = ""
     note: str = ""
 

@@ -60,9 +60,9 @@ class Store:
         self._path = spec.output / JOURNAL
         self._journal = opened(spec.output)
         self._study = study_id(self._journal, self._path)
-        self._bind(spec)
         self._outcomes: dict[int, tuple[str, Outcome]] = {}
         self._beats: dict[int, tuple[Any, float]] = {}
+        self._bind(spec)
 
     def _bind(self, spec: Spec) -> None:
         """Keep the settings of a new study and of new arms; refuse others than those that trials have run with."""
@@ -81,7 +81,8 @@ class Store:
         if odd := [key for key in wanted if not isinstance(known[key], Mapping)]:
             raise LoralignError(damaged(self._path, f"in its {odd[0]}"))
         self._check(spec, known)
-        begun = {arm_of(t.user_attrs["key"]) for t in self._trials() if "key" in t.user_attrs}
+        kept = [t for t in self._trials() if t.state == TrialState.COMPLETE or self._alive(t)]
+        begun = {arm_of(t.user_attrs["key"]) for t in kept}
         for arm in spec.arms:
             changed = first_difference(known[f"arm {arm.name}"], wanted[f"arm {arm.name}"])
             if changed and arm.name in begun:

@@ -12,6 +12,8 @@ from rich.text import Text
 from loralign.compare.curves import Interval
 from loralign.compare.verdict import LEVEL, ArmResult, StudyResult
 
+COSTS = ("arm", "parameters", "exported rank", "slots", "peak memory", "init", "step")
+
 
 def reached(time: Any) -> str:
     """A time, or "> bound" where it was not reached."""
@@ -30,7 +32,7 @@ def terminal_tables(result: StudyResult) -> list[Table]:
     unequal = next((f"; {n.split(':')[0]}" for n in result.notes if n.startswith(("same steps", "the starts"))), "")
     return [
         _table(title + unequal, heads, results),
-        _table("Costs", ("arm", "parameters", "exported rank", "peak memory", "init", "step"), costs),
+        _table("Costs", COSTS, costs),
     ]
 
 
@@ -64,10 +66,16 @@ def _costs(arm: ArmResult) -> tuple[str, ...]:
         arm.arm,
         _count(costs["trainable"]) if costs else "–",
         f"{costs['exported_rank']:.0f}" if costs.get("exported_rank") else "–",
+        slots(arm) or "–",
         f"{costs['peak_bytes'] / 2**30:.1f} GiB" if costs.get("peak_bytes") else "–",
         f"{costs['init_s']:.1f} s" if costs else "–",
         f"{1000 * costs['step_s']:.0f} ms" if costs else "–",
     )
+
+
+def slots(arm: ArmResult) -> str:
+    """Those before the first step and at the end, where a rule decides about them."""
+    return str(arm.ranks) if arm.ranks is not None and arm.ranks.begun is not None else ""
 
 
 def _count(n: float) -> str:
@@ -90,17 +98,9 @@ def sentences(result: StudyResult) -> list[str]:
 
 def as_markdown(result: StudyResult) -> str:
     """The table of results.md, from the lowest final loss to the highest, and what must be said of it."""
-    heads = (
-        "arm",
-        "family",
-        "rate",
-        "steps",
-        "test loss, ± 95 %",
-        "gap to `full` closed",
-        "shrunken, 95 %",
-        "P(better)",
-        "against `lora`",
-    )
+    ruled = any(slots(arm) for arm in result.arms)
+    heads = ("arm", "family", "rate", "steps", *(["slots"] if ruled else []), "test loss, ± 95 %")
+    heads = (*heads, "gap to `full` closed", "shrunken, 95 %", "P(better)", "against `lora`")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm in sorted(result.arms, key=lambda a: (a.final.n == 0, a.final.mean)):
         gap, e = arm.gap, arm.effect
@@ -111,13 +111,15 @@ def as_markdown(result: StudyResult) -> str:
         paid = f" + {arm.charged_steps:.0f}" if arm.charged_steps else ""
         cells = (
             arm.arm, arm.family if arm.kind != "baseline" else "baseline", f"{arm.lr:g}" if arm.lr else "–",
-            f"{arm.steps}{paid}", spread(arm.final), closed, shrunken, f"{e.better:.2f}" if e else "–", arm.sentence,
+            f"{arm.steps}{paid}", *([slots(arm) or "–"] if ruled else []), spread(arm.final), closed, shrunken,
+            f"{e.better:.2f}" if e else "–", arm.sentence,
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         f"Intervals of differences: {LEVEL} for a whole family together. "
-        "Steps: trained + charged for what the start read.",
+        "Steps: trained + charged for what the start read."
+        + (" Slots: of all modules before the first step → at the end, mean over seeds." if ruled else ""),
     ]
     lines += [f"- {arm.arm}: {flag}" for arm in result.arms for flag in arm.flags]
     return "\n".join([*lines, *(f"- note: {note}" for note in result.notes)]) + "\n"

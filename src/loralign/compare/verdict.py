@@ -10,6 +10,7 @@ from typing import Literal
 from loralign.compare.curves import Curve, Interval, Reach, interval, to_target
 from loralign.compare.hierarchy import Effect, effects
 from loralign.compare.inference import moderated
+from loralign.compare.ranks import Ranks, ranks_of
 from loralign.compare.rates import Rate, Sensitivity, check_equal_trials, choose_rate, edge, sensitivity
 from loralign.compare.statistics import CONTROL, FINAL, PRIMARY, Comparison, Gap, compare, gap_closed, samples
 
@@ -48,6 +49,8 @@ class ArmResult:
     """Trained."""
     charged_steps: float = 0.0
     """What its start read, in steps."""
+    ranks: Ranks | None = None
+    """At the end, where a rule decided about them or modules differ."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ def _arm_result(
         metrics=_metrics(curves),
         steps=max((c.steps[-1] for c in curves), default=0),
         charged_steps=max((c.ahead for c in curves), default=0.0),
+        ranks=ranks_of(curves),
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from loralign.train.callback import RecipeCallback
+
 Report = Callable[[int, float], bool]
 """report(step, loss) -> True when the trial should be given up."""
 
@@ -33,7 +35,8 @@ class Watch(TrainerCallback):
         self.init_s = self.warm_s = self.paused = 0.0
         self.init_tokens = 0
         self.note = ""
-        self.said: Callable[[], str] = str  # what became of the slots, where a rule decides about them
+        self.run: RecipeCallback | None = None
+        """The recipe's own part in the run; none for full fine-tuning."""
         self.begun = self._step_end = started
         """When the first step began, when the last one ended."""
 
@@ -42,6 +45,11 @@ class Watch(TrainerCallback):
         """Median over the stretches between evaluations."""
         ends = list(zip((0, *self.steps), (self.begun - self.started - self.warm_s, *self.seconds), strict=True))
         return median((t - s) / (n - m) for (m, s), (n, t) in pairwise(ends)) if self.steps else 0.0
+
+    def slots(self) -> tuple[int, dict[str, int]] | None:
+        """Those before the first step and those that live by module now, where a rule decides about them."""
+        driver = self.run.driver if self.run is not None else None
+        return (driver.started, driver.ranks()) if driver is not None and driver.allocates else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begun = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,36 @@ def kind_of(name: str) -> str:
     return name[found.end() :] if found else name
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where modules stand in a map: a row per layer, a column per kind. labels: of the columns, as short as they can be
+    told apart; at: (row, column) by module name."""
+
+    layers: tuple[int, ...]
+    labels: tuple[str, ...]
+    at: Mapping[str, tuple[int, int]]
+
+
+def places(names: Sequence[str]) -> Places:
+    """An encoder's and a decoder's modules of one kind have a column each."""
+    stacks = {name: name[: found.start()] for name in names if (found := _LAYER.search(name))}
+    several = len(set(stacks.values())) > 1
+    kinds = {n: f"{stacks[n]}.{kind_of(n)}" if several and n in stacks else kind_of(n) for n in names}
+    columns, layers = list(dict.fromkeys(kinds.values())), sorted({layer_of(n) for n in names})
+    at = {n: (layers.index(layer_of(n)), columns.index(kinds[n])) for n in names}
+    return Places(tuple(layers), tuple(_label(kind, columns) for kind in columns), at)
+
+
+def _label(kind: str, among: Sequence[str]) -> str:
+    """The shortest end of a dotted name that no other one has."""
+    parts = kind.split(".")
+    for n in range(1, len(parts)):
+        end = ".".join(parts[-n:])
+        if sum(other == end or other.endswith(f".{end}") for other in among) == 1:
+            return end
+    return kind
+
+
 def heat_map(
     panels: Mapping[str, Mapping[str, float]], path: Path, *, title: str, scale: str, most: float = 0.0
 ) -> None:
@@ -35,8 +66,8 @@ def heat_map(
     value stays grey.
     """
     top, unit = (most, 1.0) if most else (100.0, 100.0)
-    names = list(dict.fromkeys(name for values in panels.values() for name in values))
-    layers, kinds = sorted({layer_of(n) for n in names}), list(dict.fromkeys(kind_of(n) for n in names))
+    where = places(list(dict.fromkeys(name for values in panels.values() for name in values)))
+    layers, kinds = where.layers, where.labels
     rows = -(-len(panels) // MOST_IN_A_ROW)
     columns = -(-len(panels) // rows)
     size = (1.6 + (0.8 + 0.42 * len(kinds)) * columns, 0.6 + rows * (1.2 + 0.22 * max(6, len(layers))))
@@ -47,13 +78,14 @@ def heat_map(
     for idle in every_axis.flat[len(panels) :]:
         idle.set_axis_off()
     for ax, (panel, values) in zip(axes, panels.items(), strict=True):
-        grid = unit * _grid(values, layers, kinds)
+        grid = unit * _grid(values, where)
         ax.set_facecolor("#dddddd")
         image = ax.imshow(grid, vmin=0, vmax=top, cmap="viridis", aspect="auto", interpolation="nearest")
         _print_values(ax, grid, top)
-        ax.set_title(panel, fontsize=9)
-        ax.set_xticks(range(len(kinds)), [k.rsplit(".", 1)[-1] for k in kinds], rotation=90, fontsize=7)
+        ax.set_title(panel, fontsize=9, parse_math=False)
+        ax.set_xticks(range(len(kinds)), kinds, rotation=90, fontsize=7)
         every = max(1, len(layers) // 16)
+        ax.tick_params(labelbottom=True)
         ax.set_yticks(range(0, len(layers), every), [str(i) for i in layers[::every]], fontsize=7)
     for left in every_axis[:, 0]:
         left.set_ylabel("layer", fontsize=8)
@@ -66,10 +98,10 @@ def heat_map(
     temporary.replace(path)
 
 
-def _grid(values: Mapping[str, float], layers: Sequence[int], kinds: Sequence[str]) -> np.ndarray:
-    grid = np.full((len(layers), len(kinds)), np.nan)
+def _grid(values: Mapping[str, float], where: Places) -> np.ndarray:
+    grid = np.full((len(where.layers), len(where.labels)), np.nan)
     for name, value in values.items():
-        grid[layers.index(layer_of(name)), kinds.index(kind_of(name))] = value
+        grid[where.at[name]] = value
     return grid
 
 

@@ -18,6 +18,7 @@ import yaml
 from loralign.compare.curves import Curve, Interval
 from loralign.compare.figures import Axis, bands, styles
 from loralign.compare.page.charts import NARROW, WIDE, Arms, Difference, effects_chart, loss_chart, rate_charts
+from loralign.compare.page.heat import rank_charts
 from loralign.compare.page.svg import tag
 from loralign.compare.page.tables import arms_table, trials_table
 from loralign.compare.rates import Rate
@@ -182,6 +183,12 @@ def _figures(s: Shown, arms: Arms) -> list[str]:
             "grey. Above the axis: × diverged, – given up, ⌃ a loss too high for it."
         )
         made.append(_section("Learning rates", how, tag("div", *small, class_="few")))
+    if ranks := {a.arm: a.ranks for a in s.result.arms if a.ranks}:
+        how = (
+            "Mean over seeds by layer, from the top, and kind of module: slots that live where a rule decides about "
+            "them, else the rank of an export. One scale for all arms."
+        )
+        made.append(_section("Ranks at the end", how, tag("div", *rank_charts(ranks, arms), class_="maps")))
     return made
 
 

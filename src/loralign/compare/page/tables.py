@@ -8,7 +8,7 @@ from html import escape
 from loralign.compare.curves import Interval, Reach
 from loralign.compare.page.svg import Number, short, signed, tag
 from loralign.compare.spec import Outcome
-from loralign.compare.tables import spread
+from loralign.compare.tables import slots, spread
 from loralign.compare.verdict import ArmResult, StudyResult
 
 Cell = tuple[str, Number | None] | str
@@ -51,8 +51,8 @@ def _line(cells: Sequence[tuple[Cell, bool]], arm: int | None) -> str:
 
 ARM_HEADS = (
     "arm", "test loss", "against lora", "verdict", "shrunken", "P(better)", "gap closed", "rate", "steps", "seeds",
-    "steps to lora’s", "steps to full’s", "seconds to lora’s", "seconds to full’s", "parameters", "rank", "peak memory",
-    "start", "step", "family",
+    "steps to lora’s", "steps to full’s", "seconds to lora’s", "seconds to full’s", "parameters", "rank", "slots",
+    "peak memory", "start", "step", "family",
 )  # fmt: skip
 
 
@@ -81,18 +81,20 @@ def _arm_row(arm: ArmResult, metrics: Sequence[str]) -> list[Cell]:
         (f"{arm.steps}{paid}", arm.steps + arm.charged_steps),
         (str(arm.seeds) + (f", {arm.diverged} diverged" if arm.diverged else ""), arm.seeds),
         *(_reach(times.get(target)) for times in (arm.steps_to, arm.seconds_to) for target in ("lora", "full")),
-        *_costs(arm.costs),
+        *_costs(arm),
         family,
     ]
 
 
-def _costs(costs: Mapping[str, float]) -> list[Cell]:
+def _costs(arm: ArmResult) -> list[Cell]:
+    costs = arm.costs
     if not costs:
-        return [EMPTY] * 5
+        return [EMPTY] * 6
     trainable, rank, peak = costs["trainable"], costs.get("exported_rank"), costs.get("peak_bytes")
     return [
         (f"{trainable / 1e6:.2f} M" if trainable >= 1e5 else f"{trainable / 1e3:.1f} k", trainable),
         (f"{rank:.0f}", rank) if rank else EMPTY,
+        (said, arm.ranks.ended) if arm.ranks and (said := slots(arm)) else EMPTY,
         (f"{peak / 2**30:.1f} GiB", peak) if peak else EMPTY,
         (f"{costs['init_s']:.1f} s", costs["init_s"]),
         (f"{1000 * costs['step_s']:.0f} ms", costs["step_s"]),
