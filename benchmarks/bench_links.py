@@ -26,7 +26,7 @@ import torch
 from bench_step import SHAPES, base_model, half
 
 from loralign import Recipe, adapt, build, drive, optimizer
-from loralign.compare.compiled import blocks
+from loralign.train.compiled import blocks
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
