@@ -258,17 +258,9 @@ def compare(
     Interrupted anywhere, the same command goes on where it was. Other machines that see the study's folder share the
     work by `loralign compare STUDY --worker`. Arms, seeds and budgets may be added to a study later.
     """
-    from loralign.cli.compare import run_alone, run_workers, say_results, specs_of, work_as_one_of_many
+    from loralign.cli.compare import run
 
-    specs = specs_of(study, overrides or (), reading=only_report)
-    if worker:
-        work_as_one_of_many(specs)
-        return
-    if not only_report and workers > 1:
-        run_workers(study, overrides or (), workers, specs)
-    elif not only_report:
-        run_alone(specs)
-    say_results(specs)
+    run(study, overrides or (), workers=workers, worker=worker, only_report=only_report)
 
 
 @app.command(epilog="Example: loralign methods --json | jq '.[].id'")

@@ -9,18 +9,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
+from uuid import uuid4
 
 from loralign.types import LoralignError, WorkFailed
 
 if TYPE_CHECKING:
     from loralign.compare.spec import Outcome, Spec, Trial
 
-PARENT = "LORALIGN_PARENT"
-"""In the environment of a worker: the process that started it."""
+PARENT, SESSION = "LORALIGN_PARENT", "LORALIGN_SESSION"
+"""In the environment of a worker: the process that started it, and the run of the command that it is part of."""
 
 
 def specs_of(study: Path, overrides: Sequence[str], *, reading: bool = False) -> tuple[Spec, ...]:
@@ -41,14 +42,29 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def run(study: Path, overrides: Sequence[str], *, workers: int, worker: bool, only_report: bool) -> None:
+    """The command: work, then say what came out. WorkFailed names arms that are left out."""
+    specs = specs_of(study, overrides, reading=only_report)
+    if worker:
+        work_as_one_of_many(specs)
+        return
+    if not only_report and workers > 1:
+        run_workers(study, overrides, workers, specs)
+    elif not only_report:
+        run_alone(specs)
+    say_results(specs)
+    if not only_report:
+        check_failed(failed_arms(specs))
+
+
 def run_alone(specs: Sequence[Spec]) -> None:
     """This process is the only worker here, and shows what is done, task by task."""
     from loralign.compare.live import watched
 
-    started = time.monotonic()
+    started, session = time.monotonic(), uuid4().hex
     for spec in specs:
         with watched(spec, say):
-            work_here(spec, started)
+            work_here(spec, started, session)
 
 
 def work_as_one_of_many(specs: Sequence[Spec]) -> None:
@@ -57,13 +73,15 @@ def work_as_one_of_many(specs: Sequence[Spec]) -> None:
         threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     from loralign.compare.live import line
 
-    started = time.monotonic()
+    started, session = time.monotonic(), os.environ.get(SESSION) or uuid4().hex
 
     def tell(trial: Trial, outcome: Outcome, number: int, total: int) -> None:
         say(line(trial, outcome, number, total))
 
     for spec in specs:
-        work_here(spec, started, tell)
+        work_here(spec, started, session, tell)
+    if SESSION not in os.environ:
+        check_failed(failed_arms(specs, session))
 
 
 def _end_with(parent: int) -> None:
@@ -75,9 +93,30 @@ def _end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def work_here(spec: Spec, started: float, on_done: object = None) -> bool:
+def failed_arms(specs: Sequence[Spec], session: str | None = None) -> dict[str, str]:
+    """Arms that are left out, of every task, and why. session: of one run of the command alone."""
+    from loralign.compare.failures import standing
+    from loralign.compare.store import Store
+
+    found: dict[str, str] = {}
+    for spec in specs:
+        store = Store(spec)
+        _, out = standing(spec, store.outcomes(), store.failures(), session)
+        found |= {(f"{spec.task_name}: {arm}" if spec.task_name else arm): f.said for arm, f in out.items()}
+    return found
+
+
+def check_failed(failed: Mapping[str, str]) -> None:
+    """Raise WorkFailed that names the arms that are left out, the first with its sentence."""
+    if failed:
+        first, many = next(iter(failed.values())), len(failed) > 1
+        named = f"{len(failed)} arms ({', '.join(failed)}) failed and are" if many else "1 arm failed and is"
+        raise WorkFailed(f"{named} left out, the same command tries again: {first}")
+
+
+def work_here(spec: Spec, started: float, session: str, on_done: object = None) -> bool:
     """Work until nothing is left or the budget is spent; True when the study is complete."""
-    from loralign.compare.runner import Resident
+    from loralign.compare.runner import Residents
     from loralign.compare.schedule import wanted
     from loralign.compare.store import Store
     from loralign.compare.study import work
@@ -89,7 +128,7 @@ def work_here(spec: Spec, started: float, on_done: object = None) -> bool:
     if log.getEffectiveLevel() == logging.INFO:  # what every trial says of itself is for --debug
         log.setLevel(logging.WARNING)
         log.addFilter(_Once())
-    return work(spec, Resident(spec).run, on_done=on_done, started=started)  # type: ignore[arg-type]
+    return work(spec, Residents(spec).run, on_done=on_done, started=started, session=session)  # type: ignore[arg-type]
 
 
 class _Once(logging.Filter):
@@ -115,7 +154,7 @@ def run_workers(study: Path, overrides: Sequence[str], count: int, specs: Sequen
     from loralign.compare.study import warn_of_idle_arms
 
     warn_of_idle_arms(specs[0])
-    gpus = torch.cuda.device_count()
+    gpus, session = torch.cuda.device_count(), uuid4().hex
     command = [sys.executable, "-P", "-m", "loralign", "compare", str(study), "--worker"]  # -P: no modules from here
     command += [part for text in overrides for part in ("--set", text)]
     with ExitStack() as stack:
@@ -123,7 +162,8 @@ def run_workers(study: Path, overrides: Sequence[str], count: int, specs: Sequen
             stack.enter_context(watched(spec, say))
         logs, workers = [], []
         for i in range(count):
-            given = {PARENT: str(os.getpid()), **({"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus > 1 else {})}
+            given = {PARENT: str(os.getpid()), SESSION: session}
+            given |= {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus > 1 else {}
             logs.append(stack.enter_context((specs[0].output / f"worker-{i + 1}.log").open("w+", encoding="utf-8")))
             made = subprocess.Popen(command, env={**os.environ, **given}, stdout=logs[-1], stderr=subprocess.STDOUT)
             stack.callback(_end, made)

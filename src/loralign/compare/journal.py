@@ -70,6 +70,8 @@ def wrong_in(t: FrozenTrial) -> str:
         return "owner"
     if not _are(attrs.get("beat", [1.0, 1.0, 1]), float, float, int):
         return "beat"
+    if not _are(attrs.get("failed", ["", "", False]), str, str, bool):
+        return "failure"
     if "outcome" in attrs and (t.datetime_complete is None and t.state == TrialState.COMPLETE):
         return "end"
     return ""

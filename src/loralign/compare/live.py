@@ -16,16 +16,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from loralign.compare.failures import standing
 from loralign.compare.schedule import best_index, in_order, rate_trials, wanted
-from loralign.compare.spec import BASELINE, Outcome, Spec, Trial
+from loralign.compare.spec import BASELINE, Failure, Outcome, Spec, Trial
 from loralign.compare.store import Store
 
 EVERY_S = 2.0
 Running = Mapping[str, tuple[float, int]]
 
 
-def board(spec: Spec, done: Mapping[str, Outcome], running: Running) -> Table:
-    """Every arm's rates from low to high with their validation losses, the best one bold, and its seeds so far."""
+def board(spec: Spec, done: Mapping[str, Outcome], running: Running, out: Mapping[str, Failure] | None = None) -> Table:
+    """Every arm's rates from low to high with their validation losses, the best one bold, and its seeds so far. out:
+    arms that failed."""
     plan, (trials, _) = wanted(spec, done), rate_trials(spec, done)
     searched = all(t.key in done for t in trials)
     judged = in_order(spec, done, trials) if searched else dict(done)
@@ -41,6 +43,8 @@ def board(spec: Spec, done: Mapping[str, Outcome], running: Running) -> Table:
         mean = f"mean {fmean(here):.4f}" if here else ""
         waiting = [_cell(t, done, running, spec.steps, False) for t in seeds]
         made.add_row(Text(arm.name), " · ".join(cells), " ".join((*waiting, mean)))
+    for name, failure in (out or {}).items():
+        made.add_row(Text(name), Text(f"failed, is left out: {failure.said}", style="red"), "")
     return made
 
 
@@ -120,7 +124,9 @@ class _Drawn:
         self.live = Live(self._board(), console=console, auto_refresh=False)
 
     def _board(self) -> Table:
-        return board(self.spec, self.store.outcomes(), self.store.running())
+        done = self.store.outcomes()
+        spec, out = standing(self.spec, done, self.store.failures())
+        return board(spec, done, self.store.running(), out)
 
     def now(self) -> None:
         self.live.update(self._board(), refresh=True)
@@ -136,11 +142,16 @@ class _Said:
     def __init__(self, spec: Spec, say: Callable[[str], None]) -> None:
         self.spec, self.say, self.store = spec, say, Store(spec)
         self.known = set(self.store.outcomes())
+        self.failed = set(self.store.failures())
 
     def now(self) -> None:
-        done = self.store.outcomes()
-        plan = {t.key: t for t in wanted(self.spec, done)}
-        _, total, _ = totals(self.spec, done)
+        done, failures = self.store.outcomes(), self.store.failures()
+        for failure in (f for f in failures if f not in self.failed):
+            self.failed.add(failure)
+            self.say(f"failed: {failure.said}")
+        spec, _ = standing(self.spec, done, failures)
+        plan = {t.key: t for t in wanted(spec, done)}
+        _, total, _ = totals(spec, done)
         for key in done:
             if key not in self.known and key in plan:
                 self.known.add(key)

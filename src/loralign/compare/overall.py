@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from loralign.compare.failures import standing
 from loralign.compare.hierarchy import Effect, effects
 from loralign.compare.inference import moderated
 from loralign.compare.report import collect
@@ -34,7 +35,9 @@ def over_tasks(specs: Sequence[Spec]) -> list[Overall]:
     """Written to overall.csv and overall.json beside the tasks' folders; empty for fewer than two tasks with seeds."""
     tasks = {}
     for spec in specs:
-        found = collect(spec, Store(spec).outcomes())
+        store = Store(spec)
+        spec, _ = standing(spec, done := store.outcomes(), store.failures())
+        found = collect(spec, done)
         arms = {arm.name: [c for c in found.curves if c.arm == arm.name] for arm in spec.arms}
         raw = samples(arms, found.rates)
         if BASELINE in raw and len(raw) > 1:

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from loralign.compare.curves import Curve, Interval, loss_at
+from loralign.compare.failures import standing
 from loralign.compare.figures import styles
 from loralign.compare.page.build import Shown, page
 from loralign.compare.plots import plot_ranks, plot_rates, plot_seconds, plot_steps
@@ -88,12 +89,15 @@ def _curve(spec: Spec, t: Trial, lowest: int, o: Outcome) -> Curve:
 
 def report(spec: Spec) -> Shown:
     """Write everything that the finished trials allow into the study's folder."""
-    done = Store(spec).outcomes()
+    store = Store(spec)
+    done = store.outcomes()
+    spec, failures = standing(spec, done, store.failures())
     found = collect(spec, done)
     result = StudyResult((), {}, ())
     if not found.missing:
         result = summarise(found.curves, found.rates, family={arm.name: arm.family for arm in spec.arms})
-    result = replace(result, notes=(*notes(spec, done, found), *result.notes))
+    failed = {arm: failure.said for arm, failure in failures.items()}
+    result = replace(result, notes=(*notes(spec, done, found, failed), *result.notes), failed=failed)
     out = spec.output
     write_text(out / "results.md", as_markdown(result))
     write_text(out / "results.csv", as_csv([row(arm) for arm in result.arms]))
@@ -116,9 +120,9 @@ def report(spec: Spec) -> Shown:
     return shown
 
 
-def notes(spec: Spec, done: Mapping[str, Outcome], found: Finished) -> list[str]:
+def notes(spec: Spec, done: Mapping[str, Outcome], found: Finished, failed: Mapping[str, str]) -> list[str]:
     """What a reader must know about the whole."""
-    said = []
+    said = [f"failed and left out: {why}" for why in failed.values()]
     if found.missing:
         known = len(found.rates) + found.missing
         said.append(

@@ -161,6 +161,17 @@ class Outcome:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A trial that raised an error. session: the run of the command that tried it; bad_input: the error is a mistake
+    in what was given, not of the work."""
+
+    key: str
+    said: str
+    session: str
+    bad_input: bool = False
+
+
 def grid(arm: Arm, count: int, ratio: float) -> list[Trial]:
     """`count` log-spaced rates around the prior, centre first, as trials on seed −1."""
     low = -((count - 1) // 2)

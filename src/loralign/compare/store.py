@@ -39,7 +39,7 @@ from loralign.compare.identity import (
     translated,
 )
 from loralign.compare.journal import JOURNAL, damaged, opened, outcome_of, study_id, wrong_in
-from loralign.compare.spec import Outcome, Spec, Trial
+from loralign.compare.spec import Failure, Outcome, Spec, Trial
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
@@ -121,6 +121,13 @@ class Store:
         except ValueError as error:
             raise LoralignError(damaged(self._path, f"in the outcome of trial {t.number}")) from error
 
+    def failures(self) -> list[Failure]:
+        """Trials that failed and that none has finished since, in their order."""
+        trials = self._trials()
+        done = {t.user_attrs["key"] for t in trials if t.state == TrialState.COMPLETE}
+        failed = [t.user_attrs for t in trials if "failed" in t.user_attrs and t.state == TrialState.FAIL]
+        return [Failure(attrs["key"], *attrs["failed"]) for attrs in failed if attrs["key"] not in done]
+
     def running(self) -> dict[str, tuple[float, int]]:
         """Seconds spent and step reached of the trials that a live worker is busy with, by key."""
         alive = [t for t in self._trials() if self._alive(t)]
@@ -190,6 +197,12 @@ class Claim:
         self._write(lambda: self._journal.set_trial_user_attr(self._trial, "outcome", text))
         self._write(lambda: self._journal.set_trial_state_values(self._trial, TrialState.COMPLETE, [value]))
         return not self.lost
+
+    def fail(self, failure: Failure) -> None:
+        """Keep why there is no outcome."""
+        kept = [failure.said, failure.session, failure.bad_input]
+        self._write(lambda: self._journal.set_trial_user_attr(self._trial, "failed", kept))
+        self.drop()
 
     def drop(self) -> None:
         self._ended.set()

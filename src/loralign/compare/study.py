@@ -11,7 +11,11 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from statistics import median
+from uuid import uuid4
 
+import torch
+
+from loralign.compare.failures import check_worth_going_on, failure_of, is_the_arms, standing
 from loralign.compare.schedule import should_stop, wanted
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.compare.store import Claim, Store
@@ -33,17 +37,23 @@ def work(
     *,
     on_done: Callable[[Trial, Outcome, int, int], None] | None = None,
     started: float | None = None,
+    session: str | None = None,
 ) -> bool:
     """Run trials until none is left or the budget is spent; True when the study is complete. Workers may share it.
 
-    started: time.monotonic() from which `budget.minutes` counts; omitted: now.
+    started: time.monotonic() from which `budget.minutes` counts; omitted: now. session: which run of the command this
+    is, one of its own where it is omitted.
+    Raises: what the baseline's trial raised, or the first one where every arm's failed. Other arms are left out.
     """
     store, started = Store(spec), time.monotonic() if started is None else started
+    session = session or uuid4().hex
     compiled: set[str] = set()
     """Arms whose blocks this worker has compiled: it takes their trials first."""
     while True:
         done = store.outcomes()
-        plan = wanted(spec, done)
+        going, out = standing(spec, done, store.failures(), session)
+        check_worth_going_on(spec, out)
+        plan = wanted(going, done)
         left = [t for t in plan if t.key not in done]
         if not left:
             return True
@@ -56,7 +66,7 @@ def work(
         elif free and (claim := store.claim(trial := next((t for t in free if t.arm in compiled), free[0]))):
             compiled |= {trial.arm} if spec.compile else set()
             try:
-                outcome = _one(store, spec, trial, claim, runner, started)
+                outcome = _one(store, going, trial, claim, runner, started, session)
             except OverBudget:
                 continue
             if outcome and on_done:
@@ -65,26 +75,38 @@ def work(
         time.sleep(POLL_S)  # other workers hold the rest
 
 
-def _one(store: Store, spec: Spec, trial: Trial, claim: Claim, runner: Runner, started: float) -> Outcome | None:
-    """The outcome, None where another worker took the trial over."""
+def _one(
+    store: Store, spec: Spec, trial: Trial, claim: Claim, runner: Runner, started: float, session: str
+) -> Outcome | None:
+    """The outcome, None where another worker took the trial over, or where it failed, which is kept."""
 
     steps: list[int] = []
     losses: list[float] = []
+    reporting = False
 
     def report(step: int, loss: float) -> bool:
+        nonlocal reporting
         steps.append(step)
         losses.append(loss)
+        reporting = True
         claim.beat(step)
         done = store.outcomes()
         if claim.lost or passed(spec, store, started):
             raise OverBudget
+        reporting = False
         return should_stop(trial, steps, losses, spec, done)
 
     try:
         outcome = runner(trial, report)
-    except BaseException:
-        claim.drop()
-        raise
+    except BaseException as error:
+        if reporting or not is_the_arms(error):
+            claim.drop()
+            raise
+        claim.fail(failure := failure_of(trial, error, session))
+        log.debug("%s", failure.said, exc_info=error)
+        if isinstance(error, torch.AcceleratorError):  # the device takes no further work from this process
+            raise
+        return None
     return outcome if claim.finish(outcome) else None
 
 

@@ -29,6 +29,7 @@ def in_plain_words(result: StudyResult) -> str:
         _about("worse", "ends higher than `lora`", "end higher than `lora`", others),
         _about("unstable", "diverged on some seed", "diverged on some seed", others),
         _about("untested", "has too few runs to be tested", "have too few runs to be tested", others),
+        _about_failed(list(result.failed)),
         _about_flags(result.arms),
     ]
     return " ".join(part for part in parts if part)
@@ -84,6 +85,10 @@ def _about(kind: str, one: str, many: str, arms: Sequence[ArmResult]) -> str:
     return f"{_names(own)} {one if len(own) == 1 else many}." if own else ""
 
 
+def _about_failed(failed: Sequence[str]) -> str:
+    return f"{_listed(failed)} failed and {'is' if len(failed) == 1 else 'are'} left out." if failed else ""
+
+
 def _about_flags(arms: Sequence[ArmResult]) -> str:
     edges = [a for a in arms if any("edge" in flag for flag in a.flags)]
     if not edges:
@@ -99,7 +104,11 @@ def _by(arm: ArmResult) -> str:
 
 def _names(arms: Sequence[ArmResult]) -> str:
     """`a`, `b` and `c`, or a count where they are many."""
+    return _listed([a.arm for a in arms])
+
+
+def _listed(arms: Sequence[str]) -> str:
     if len(arms) > NAMED:
         return f"{len(arms)} arms"
-    names = [f"`{a.arm}`" for a in arms]
+    names = [f"`{arm}`" for arm in arms]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -55,11 +55,13 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """arms: in the order of the study. targets: mean final loss of baseline and reference. notes: about the whole."""
+    """arms: in the order of the study. targets: mean final loss of baseline and reference. notes: about the whole.
+    failed: what is said of arms that are left out."""
 
     arms: tuple[ArmResult, ...]
     targets: Mapping[str, float]
     notes: tuple[str, ...]
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
 def summarise(

@@ -229,7 +229,8 @@ def _item(sort: str, said: str) -> str:
 
 
 SORTS = {
-    "edge": "edge of its grid", "diverged": "diverged on", "few seeds": "fewer than", "unequal budget": "charged",
+    "failed": "failed and left out", "edge": "edge of its grid", "diverged": "diverged on",
+    "few seeds": "fewer than", "unequal budget": "charged",
     "unfinished": "unfinished", "control": "the control fails", "same task": "tuned on this very task",
     "shared rows": "stand in the training", "devices": "not comparable",
 }  # fmt: skip
