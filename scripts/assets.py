@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Annotated, Any, NoReturn
 
@@ -317,29 +318,59 @@ def write_task(
     A row is `{"messages": [user, assistant], "answer": str}`. `config` goes to the generator. `system` adds a system
     message: without one SmolLM2's chat template puts its own of 15 tokens in front.
     """
-    import reasoning_gym
-
-    sizes = {"train": n_train, "valid": n_valid, "test": n_test}
     opening = [] if system is None else [{"role": "system", "content": system}]
-    seen: set[str] = set()
     out_dir.mkdir(parents=True, exist_ok=True)
-    for offset, (split, size) in enumerate(sizes.items()):
-        drawn = reasoning_gym.create_dataset(name, seed=seed * 3 + offset, size=size * 20 + 20, **dict(config or {}))
-        rows: list[dict[str, Any]] = []
-        for entry in drawn:
-            if len(rows) == size:
-                break
-            question, answer = str(entry["question"]).strip(), str(entry["answer"])
-            if question not in seen:
-                seen.add(question)
-                messages = [*opening, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-                rows.append({"messages": messages, "answer": answer})
-        if len(rows) < size:
-            raise AssetError(f"{name} has only {len(rows)} of {size} different {split} questions: ask for fewer rows.")
+    splits = questions(name, {"train": n_train, "valid": n_valid, "test": n_test}, seed, config or {})
+    for split, pairs in splits.items():
+        rows = []
+        for question, answer in pairs:
+            messages = [*opening, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            rows.append({"messages": messages, "answer": answer})
         partial = out_dir / f".{split}.jsonl.partial"
         write_jsonl(partial, rows)
         partial.replace(out_dir / f"{split}.jsonl")
-    return sizes
+    return {split: len(pairs) for split, pairs in splits.items()}
+
+
+def questions(
+    name: str, sizes: Mapping[str, int], seed: int, config: Mapping[str, Any]
+) -> dict[str, list[tuple[str, str]]]:
+    """Questions and answers of one reasoning-gym task by split; none occurs twice, in one split or in two."""
+    import reasoning_gym
+
+    total = sum(sizes.values())
+    drawn = reasoning_gym.create_dataset(name, seed=seed * 3, size=total * 20 + 20, **dict(config))
+    pairs: dict[str, str] = {}
+    for entry in drawn:  # one stream for all splits: a seed's entry i + 1 is the next seed's entry i
+        if len(pairs) == total:
+            break
+        pairs.setdefault(str(entry["question"]).strip(), str(entry["answer"]))
+    if len(pairs) < total:
+        raise AssetError(f"{name} has only {len(pairs)} of {total} different questions: ask for fewer rows.")
+    stream = iter(pairs.items())
+    return {split: list(islice(stream, size)) for split, size in sizes.items()}
+
+
+MIX = (
+    "chain_sum", "simple_equations", "spell_backward", "letter_counting", "family_relationships",
+    "calendar_arithmetic", "gcd", "base_conversion", "fraction_simplification", "syllogism",
+)  # fmt: skip
+"""Ten tasks with short questions and answers, none of one only answer."""
+
+
+def build_answers() -> Path:
+    """The tasks of `MIX` in equal parts, shuffled, as `answers/{train,valid,test}.jsonl` of {prompt, completion}."""
+    if not present("answers"):
+        with building("answers") as folder:
+            sizes = {"train": 2000, "valid": 60, "test": 100}
+            parts = [questions(name, sizes, seed=0, config={}) for name in MIX]
+            for split in sizes:
+                pairs = [pair for part in parts for pair in part[split]]
+                pairs.sort(key=lambda pair: sha256(pair[0].encode()).digest())
+                rows = ({"prompt": f"{q}\nAnswer:", "completion": f" {a}"} for q, a in pairs)
+                write_jsonl(folder / f"{split}.jsonl", rows)
+            (folder / "asset.json").write_text(json.dumps({"package": "reasoning-gym", "tasks": MIX}) + "\n")
+    return cache_dir() / "answers"
 
 
 def bbc_rows(wheel: Path) -> Iterator[dict[str, str]]:
@@ -359,6 +390,16 @@ def build_bbc() -> Path:
             count = write_jsonl(folder / "all.jsonl", bbc_rows(wheel))
             note_origin(folder, BBC, rows=str(count))
     return cache_dir() / "bbc"
+
+
+def build_bbc_articles() -> Path:
+    """The same articles as `bbc-articles/{train,valid,test}.jsonl`, by `split_of`."""
+    if not present("bbc-articles"):
+        lines = (build_bbc() / "all.jsonl").read_text(encoding="utf-8").splitlines()
+        with building("bbc-articles") as folder:
+            sizes = write_splits(map(json.loads, lines), folder)
+            note_origin(folder, BBC, rows=str(sizes))
+    return cache_dir() / "bbc-articles"
 
 
 def bigbench_examples(task: str) -> list[dict[str, Any]]:
@@ -473,6 +514,18 @@ def reasoning_gym_task(
 def bbc() -> None:
     """BBC News, 5 topics (3 MB)."""
     typer.echo(build_bbc())
+
+
+@app.command("bbc-articles")
+def bbc_articles() -> None:
+    """BBC News split into train, valid and test (3 MB)."""
+    typer.echo(build_bbc_articles())
+
+
+@app.command()
+def answers() -> None:
+    """Ten reasoning-gym tasks mixed, as prompts and completions."""
+    typer.echo(build_answers())
 
 
 @app.command()

@@ -1,0 +1,154 @@
+"""What the study of three tasks says: the declared contrasts, the bars beside full fine-tuning, equal GPU seconds.
+
+Contrasts were declared before any trial: `spectral` r 64 against tuned AdamW full fine-tuning, and against AdamW on the
+same factors at the same scale. A contrast is a difference of mean final losses on test rows, each arm with its own
+variance and the choice of its rate counted (loralign.compare.inference); Holm over all contrasts of all tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loralign.compare.inference import Sample, against_baseline, holm, moderated
+from loralign.compare.report import collect
+from loralign.compare.spec import Spec
+from loralign.compare.statistics import gap_closed, samples
+from loralign.compare.store import Store
+from loralign.config.study import load_study
+
+sys.path.insert(0, str(Path(__file__).parent))
+import equal_seconds
+
+TASKS = ("german", "answers", "bbc")
+FULL = ("full", "full-muon")
+CONTRASTS = (("spectral r64", "full"), ("spectral r64", "lora r64 (s 8)"))
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Loss of `arm` minus loss of `other`: negative, the arm ends lower. low, high: 1 − LEVEL, all contrasts together
+    (Bonferroni); p: Holm's over all contrasts of all tasks."""
+
+    task: str
+    arm: str
+    other: str
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def said(self) -> str:
+        return "lower" if self.p < LEVEL and self.mean < 0 else "higher" if self.p < LEVEL else "not told apart"
+
+
+def contrasts(
+    tasks: Mapping[str, Mapping[str, Sample]], pairs: Sequence[tuple[str, str]] = CONTRASTS
+) -> list[Contrast]:
+    """Every declared pair on every task that has both arms; a task that has none yet still counts as a test."""
+    total = len(pairs) * max(len(tasks), len(TASKS))
+    rows = []
+    for task, arms in tasks.items():
+        for arm, other in pairs:
+            if arm in arms and other in arms:
+                (d,) = against_baseline([arms[arm]], arms[other], LEVEL / total)
+                rows.append((task, arm, other, d))
+    p = holm([*(d.p for *_, d in rows), *[1.0] * (total - len(rows))])
+    return [Contrast(t, a, o, -d.mean, -d.high, -d.low, q) for (t, a, o, d), q in zip(rows, p, strict=False)]
+
+
+def bars(arms: Mapping[str, Sample]) -> list[tuple[str, str, float]]:
+    """Every adapter's mean loss minus that of AdamW's full fine-tuning and of the best one of any optimizer."""
+    references = {name: arms[name].mean for name in FULL if name in arms}
+    if not references:
+        return []
+    best = min(references, key=references.__getitem__)
+    against = dict.fromkeys([*(n for n in FULL[:1] if n in references), best])
+    return [(a, o, arms[a].mean - references[o]) for a in arms if a not in FULL for o in against]
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def widest(out: Path, task: str) -> Spec | None:
+    """The spec of all arms, of the primary ones where the others' search is unfinished; None: nothing is reported."""
+    for stage in ("all", "primary"):
+        file = out / f"{task}-{stage}.yaml"
+        if file.is_file() and (out / task / "study.journal").is_file():
+            (spec,) = load_study(file, [f"output={out / task}"], reading=True)
+            if collect(spec, Store(spec).outcomes()).curves:
+                return spec
+    return None
+
+
+def write(out: Path, steps: Path | None = None, shape: str = "8b") -> None:
+    """prize.md and prize.json beside the tasks' folders, and said."""
+    specs = {task: spec for task in TASKS if (spec := widest(out, task))}
+    finished = {task: collect(spec, Store(spec).outcomes()) for task, spec in specs.items()}
+    quiet: dict[str, dict[str, Sample]] = {}
+    for task, found in finished.items():
+        raw = samples({a.name: [c for c in found.curves if c.arm == a.name] for a in specs[task].arms}, found.rates)
+        quiet[task] = dict(zip(raw, moderated(list(raw.values())), strict=True))
+    text = ["# Declared contrasts and bars", ""]
+    body: dict[str, Any] = {}
+    told = contrasts(quiet)
+    text += _contrast_table(told)
+    for task, arms in quiet.items():
+        text += ["", f"## {task}", "", *_arm_table(arms)]
+        body[task] = {"arms": {n: asdict(s) for n, s in arms.items()}, "bars": bars(arms)}
+        if steps:
+            measured = equal_seconds.step_times(json.loads(steps.read_text(encoding="utf-8")), shape)
+            kinds = {arm.name: equal_seconds.kind_of(arm) for arm in specs[task].arms}
+            seconds = equal_seconds.table(finished[task].curves, kinds, measured)
+            text += ["", *equal_seconds.markdown(seconds)]
+            body[task]["seconds"] = [asdict(line) for line in seconds]
+    (out / "prize.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    data = {"contrasts": [asdict(c) for c in told], "tasks": body}
+    (out / "prize.json").write_text(json.dumps(_plain(data), indent=1) + "\n", encoding="utf-8")
+    print("\n".join(text))
+
+
+def _contrast_table(told: Sequence[Contrast]) -> list[str]:
+    head = ["| task | arm | against | loss difference (95 % together) | p, Holm | |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"| {c.task} | {c.arm} | {c.other} | {c.mean:+.4f} ({c.low:+.4f} … {c.high:+.4f}) | {c.p:.4f} | {c.said} |"
+        for c in told
+    ]
+    return [*head, *lines] if lines else ["No pair of arms has its seeds yet."]
+
+
+def _arm_table(arms: Mapping[str, Sample]) -> list[str]:
+    head = [
+        "| arm | test loss | seeds | − full (AdamW) | − best full | gap to full closed |",
+        "|---|---|---|---|---|---|",
+    ]
+    found: dict[str, dict[str, float]] = {}
+    for arm, other, difference in bars(arms):
+        found.setdefault(arm, {})[other] = difference
+    best = min((n for n in FULL if n in arms), key=lambda n: arms[n].mean, default="")
+    lines = []
+    for name, s in sorted(arms.items(), key=lambda item: item[1].mean):
+        own = found.get(name, {})
+        cells = [f"{own[o]:+.4f}" if o in own else "" for o in ("full", best)]
+        gap = gap_closed(s, arms.get("lora"), arms.get("full"))
+        closed = "" if gap.value is None else f"{100 * gap.value:.0f} %"
+        closed += (
+            f" ({100 * gap.low:.0f} … {100 * gap.high:.0f})" if gap.low is not None and gap.high is not None else ""
+        )
+        lines.append(f"| {name} | {s.mean:.4f} | {s.n} | {cells[0]} | {cells[1]} | {closed} |")
+    return [*head, *lines]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
