@@ -10,8 +10,9 @@
 A step is forward, backward, clip, optimizer, zero_grad on the same tokens. PEFT: stock layers, fp32 adapters (its
 default), torch's fused AdamW and clip_grad_norm_; on CUDA a bf16 base under bf16 autocast, as `bf16=True` gives. Ours:
 the same model and autocast, `loralign.adapt` and `loralign.optimizer`. Floor: the frozen model with input gradients.
---methods: further arms beside `lora`, with their own options' defaults at the same rank, or as NAME:RANK; /lora
-compares with ours. --compiled: blocks compiled, the floor's too; "recorded": forward and backward are one CUDA graph,
+--methods: further arms beside `lora`, with their own options' defaults at the same rank, or as NAME:RANK[:PRESET];
+/lora compares with ours. `full`, `full-muon`: the matrices themselves, in bf16 on CUDA, their states as well.
+--compiled: blocks compiled, the floor's too; "recorded": forward and backward are one CUDA graph,
 of compiled blocks as well.
 `host` is in bf16 on the CPU too and takes the layer that small outputs have on a GPU; "one node" is the other one.
 """
@@ -35,8 +36,9 @@ import transformers
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loralign import METHODS, Recipe, adapt, build, optimizer, peft_config
+from loralign import METHODS, Full, Recipe, adapt, build, optimizer, peft_config
 from loralign.carrier.layer import as_on
+from loralign.carrier.sites import target_weights
 from loralign.train.compiled import blocks
 
 SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens
@@ -125,24 +127,43 @@ def fresh_model(shape: str, device: str) -> LlamaForCausalLM:
     return model.train()
 
 
+def recipe_of(kind: str, dropout: float) -> Recipe | Full:
+    """METHOD, METHOD:RANK or METHOD:RANK:PRESET; what is no method is plain LoRA."""
+    name, rank, preset = f"{kind}::".split(":")[:3]
+    r = int(rank or 16)
+    scale: dict[str, Any] = {} if name == "spectral" else {"alpha": 2 * r}
+    options = METHODS[name].presets[preset] if preset else None
+    return build(name if name in METHODS else "lora", options, r=r, dropout=dropout, **scale)
+
+
+def full_stepper(model: Any, reference: Full) -> torch.optim.Optimizer:
+    """The adapted matrices themselves train, weights and states in the base's precision: full fine-tuning's least."""
+    wanted = list(target_weights(model, reference).values())
+    model.requires_grad_(False)
+    for p in wanted:
+        p.requires_grad_(True)
+    if reference.optimizer:
+        return reference.optimizer([{"params": wanted}], 1e-5, 0.0)
+    return torch.optim.AdamW(wanted, lr=1e-5, weight_decay=0.0, fused=True)
+
+
 def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], None]:
     """A closure that runs one whole step of one kind."""
     model: Any = base_model(shape, device)
-    name, _, rank = kind.split()[-1].partition(":")
-    r = int(rank or 16)
-    scale: dict[str, Any] = {} if name == "spectral" else {"alpha": 2 * r}
-    recipe = build(name if name in METHODS else "lora", r=r, dropout=dropout, **scale)
-    assert isinstance(recipe, Recipe)
+    recipe = recipe_of(kind.split()[-1], dropout)
     ids = torch.randint(0, 8000, SHAPES[shape][1:], device=device)
     rows, length = SHAPES[shape][1:]
     mask = (
         torch.ones(length, length, device=device).tril().bool().expand(rows, 1, -1, -1) if "recorded" in kind else None
     )
     opt: Any = None
-    if kind.endswith("floor"):
+    if isinstance(recipe, Full):
+        opt = full_stepper(model, recipe)
+    elif kind.endswith("floor"):
         model.requires_grad_(False)
         model.enable_input_require_grads()
     elif kind == "peft":
+        assert isinstance(recipe, Recipe)
         model = get_peft_model(model, peft_config(recipe, model))
         opt = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0, fused=True
@@ -166,7 +187,7 @@ def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], 
     def step() -> None:
         run()
         if opt is not None:
-            if kind == "peft":
+            if kind == "peft" or (isinstance(recipe, Full) and recipe.max_grad_norm):
                 torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
             opt.step()
             opt.zero_grad(set_to_none="recorded" not in kind)

@@ -28,7 +28,7 @@ from loralign.compare.spec import Arm
 from loralign.compare.store import Store
 from loralign.config.study import load_study
 from loralign.methods.table import METHODS
-from loralign.types import Recipe
+from loralign.types import LoralignError, Recipe
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,11 @@ def main() -> None:
     parser.add_argument("--kind", action="append", default=[], metavar="ARM=KIND")
     args = parser.parse_args()
     measured = step_times(json.loads(args.steps.read_text(encoding="utf-8")), args.shape)
-    for spec in load_study(args.study, args.set, reading=True):
+    try:
+        specs = load_study(args.study, args.set, reading=True)
+    except LoralignError as error:
+        raise SystemExit(str(error)) from error
+    for spec in specs:
         curves = collect(spec, Store(spec).outcomes()).curves
         kinds = {arm.name: kind_of(arm) for arm in spec.arms} | dict(text.rsplit("=", 1) for text in args.kind)
         print("\n".join(markdown(table(curves, kinds, measured))))

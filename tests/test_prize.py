@@ -1,0 +1,130 @@
+"""The study of three tasks: what runs first, declared contrasts, equal seconds, by numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loralign.compare.curves import Curve
+from loralign.compare.inference import sample
+from loralign.compare.spec import Spec
+from loralign.config.study import to_specs
+from loralign.config.study_file import read_study
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import equal_seconds  # noqa: E402
+import prize_report  # noqa: E402
+import prize_study  # noqa: E402
+
+
+def curve(arm: str, *losses: float, seed: int = 0) -> Curve:
+    """Evaluated at steps 100, 200, …"""
+    steps = tuple(100 * (i + 1) for i in range(len(losses)))
+    return Curve(arm, 1e-3, seed, steps, steps, losses, losses[-1], min(losses))
+
+
+def test_equal_seconds_by_hand() -> None:
+    """full: 2 s a step, 600 s in all; adapter: 1 s, 300 s; slow: 3 s, of which 100 steps fit into 300 s."""
+    curves = [
+        curve("full", 4.0, 3.0, 2.0),
+        curve("adapter", 3.0, 2.0, 1.5, seed=0),
+        curve("adapter", 3.0, 2.4, 1.7, seed=1),
+        curve("slow", 1.0, 0.8, 0.6),
+        curve("unmeasured", 0.0, 0.0, 0.0),
+    ]
+    kinds = {name: name for name in ("full", "adapter", "slow", "unmeasured")}
+    times = {"full": 2000.0, "adapter": 1000.0, "slow": 3000.0}
+    found = {line.arm: line for line in equal_seconds.table(curves, kinds, times)}
+    assert list(found) == ["slow", "adapter", "full"]
+    assert found["adapter"].at_quickest == found["adapter"].final == pytest.approx(1.6)
+    assert found["full"].at_quickest == pytest.approx(3.5)  # step 150
+    assert found["slow"].at_quickest == pytest.approx(1.0)
+    assert found["full"].whole_s == found["full"].to_target_s == pytest.approx(600.0)
+    assert found["adapter"].to_target_s == pytest.approx(233.333, abs=1e-3)  # 2.2 at 200, 1.6 at 300
+    assert found["slow"].to_target_s == pytest.approx(300.0)
+    assert equal_seconds.missing(kinds, kinds, times) == ["unmeasured (unmeasured)"]
+    text = equal_seconds.markdown(list(found.values()))
+    assert "| adapter | 1000 | 50 % | 1.6000 | 39 % | 1.6000 |" in text
+
+
+def test_what_never_arrives_is_said() -> None:
+    curves = [curve("full", 3.0, 2.0), curve("poor", 3.0, 2.5)]
+    lines = equal_seconds.table(curves, {"full": "full", "poor": "poor"}, {"full": 1.0, "poor": 1.0})
+    assert {line.arm: line.to_target_s for line in lines}["poor"] is None
+    assert any("| never |" in row for row in equal_seconds.markdown(lines))
+
+
+def test_a_start_that_reads_is_charged() -> None:
+    """100 tokens before at 1 token a step: the curve stands 100 steps later."""
+    late = Curve("ga", 1.0, 0, (100, 200), (1.0, 2.0), (3.0, 2.0), 2.0, 2.0, init_tokens=100, step_tokens=1.0)
+    (line,) = equal_seconds.table([late], {"ga": "ga"}, {"ga": 1000.0}, reference="ga")
+    assert line.whole_s == pytest.approx(300.0)
+
+
+def test_declared_contrasts_and_their_correction() -> None:
+    near, far = sample([2.60, 2.61, 2.62]), sample([2.90, 2.91, 2.92])
+    arms = {"spectral r64": near, "full": far, "lora r64 (s 8)": sample([2.605, 2.612, 2.621])}
+    told = prize_report.contrasts({"german": arms})
+    assert [c.said for c in told] == ["lower", "not told apart"]
+    assert told[0].mean == pytest.approx(-0.3) and told[0].low < -0.3 < told[0].high < 0
+    alone = prize_report.contrasts({"german": {k: arms[k] for k in ("spectral r64", "full")}})
+    assert alone[0].p == told[0].p  # tests that are still to come are counted: six in all
+    assert prize_report.contrasts({}) == []
+    better = prize_report.bars({**arms, "full-muon": sample([2.55, 2.55, 2.56])})
+    assert ("spectral r64", "full", pytest.approx(-0.3)) in better
+    assert ("spectral r64", "full-muon", pytest.approx(0.0567, abs=1e-3)) in better
+
+
+@pytest.mark.parametrize("task", prize_study.TASKS)
+def test_the_declared_arms_come_first(task: str, tmp_path: Path) -> None:
+    study = prize_study.study_of(task)
+    sizes = {}
+    for stage in prize_study.STAGES:
+        made = prize_study.staged(study, stage, rows=tmp_path, model="m", out=tmp_path)
+        (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(made, allow_unicode=True), encoding="utf-8")
+        (spec,) = to_specs(read_study(tmp_path / f"{stage}.yaml"), 576)
+        names = {arm.name for arm in spec.arms}
+        assert {name for pair in prize_report.CONTRASTS for name in pair} <= names
+        sizes[stage] = len(names)
+    assert sizes == {"primary": 4, "all": 8}
+    assert len({spec.steps for task in prize_study.TASKS for spec in _specs(task)}) == 1
+
+
+def _specs(task: str) -> tuple[Spec, ...]:
+    return to_specs(read_study(ROOT / f"scripts/studies/prize-{task}.yaml"), 576)
+
+
+def test_german_goes_on_from_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recorded journal gives the recorded means by way of the first stage; its step kinds are bench_step's."""
+    (tmp_path / "german").mkdir()
+    shutil.copy(ROOT / "records/2026-11-28-h200-spectral/study.journal", tmp_path / "german")
+    for stage in prize_study.STAGES:
+        made = prize_study.staged(
+            prize_study.study_of("german"), stage, rows=tmp_path, model="m", out=tmp_path / "german"
+        )
+        (tmp_path / f"german-{stage}.yaml").write_text(yaml.safe_dump(made, allow_unicode=True), encoding="utf-8")
+    kinds = {"full": 900, "lora:8": 500, "spectral:64": 510, "rslora:64": 505}
+    times = {"results": {"8b": {kind: {"ms": ms} for kind, ms in kinds.items()}}}
+    (tmp_path / "step.json").write_text(json.dumps(times), encoding="utf-8")
+    prize_report.write(tmp_path, tmp_path / "step.json")
+    body = json.loads((tmp_path / "prize.json").read_text(encoding="utf-8"))
+    assert body["tasks"]["german"]["arms"]["spectral r64"]["mean"] == pytest.approx(2.6357, abs=1e-4)
+    assert {row["arm"] for row in body["tasks"]["german"]["seconds"]} == {
+        "full", "lora", "spectral r64", "lora r64 (s 8)"
+    }  # fmt: skip
+    assert "| spectral r64 | 2.6357 | 3 | -0.0593 |" in capsys.readouterr().out
+
+
+def test_a_preset_is_named_in_the_kind() -> None:
+    (spec,) = _specs("german")
+    found = [equal_seconds.kind_of(arm) for arm in spec.arms]
+    assert found == [
+        "full", "lora:8", "spectral:64", "rslora:64", "spectral:128", "spectral:64:stateless", "full-muon",
+        "spectral:32",
+    ]  # fmt: skip
