@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import toy
 from loralign import LoralignError, Recipe, adapt, build, factors, optimizer, sites
@@ -162,3 +163,98 @@ def test_what_it_cannot_meet_is_refused_with_a_reason(other: str, options: dict[
 def test_more_own_ranks_than_ranks_are_refused() -> None:
     with pytest.raises(LoralignError, match=r"rank 2 is too small for prolora at .*lower its `unshared`"):
         adapt(toy.llama(), replace(recipe({"unshared": 3}), ranks={"v_proj": 2}))
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """Of two micro-batches, the second one of other rows."""
+    model.zero_grad()
+    model.train()
+    for length in (6, 4):
+        batch = batch_for(model)
+        model(**{key: value[:, :length] for key, value in batch.items()}).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def moved(layers: int = 3) -> Any:
+    """After a step, so that B is not zero."""
+    made = recipe({"unshared": 1, "share_A": 3, "share_B": 5})
+    model = adapt(toy.llama(num_hidden_layers=layers), made)
+    opt = optimizer(model, made, 0.01)
+    model(**batch_for(model)).loss.backward()
+    opt.step()
+    return model
+
+
+def alone(model: Any) -> dict[str, Tensor]:
+    """The gradients where every layer makes its own factors."""
+    kept = {}
+    for site in sites(model):
+        variant: Any = site.layer.lora_variant["default"]  # type: ignore[index]
+        kept[site.name], variant.together = variant.together, None
+    found = gradients(model)
+    for site in sites(model):
+        site.layer.lora_variant["default"].together = kept[site.name]  # type: ignore[index,union-attr]
+    return found
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_factors_made_together_have_the_gradients_of_factors_made_alone(reentrant: bool | None) -> None:
+    model = moved()
+    wanted = alone(model)
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = gradients(model)
+    assert set(found) == set(wanted) and any(".lora_chunk_A." in name for name in found)
+    for name, g in found.items():
+        assert torch.allclose(g, wanted[name], rtol=1e-5, atol=1e-8), name
+
+
+def test_what_was_made_together_is_dropped_and_never_stale() -> None:
+    """After the forward, also one that raised; within it, where a tensor is changed in place."""
+    model = moved()
+    together: Any = next(iter(sites(model))).layer.lora_variant["default"].together  # type: ignore[index]
+    model(**batch_for(model))
+    with pytest.raises(IndexError):
+        model(input_ids=torch.full((1, 4), 10**6))
+    assert together.made is None and together.owner is None
+
+    def shrink(module: Any, args: Any) -> None:
+        with torch.no_grad():
+            for site in sites(model):
+                for p in trained_of(site.layer, "default").values():
+                    p.mul_(0.5)
+
+    wanted = moved()
+    last = model.get_base_model().model.layers[-1]
+    hook = last.register_forward_pre_hook(shrink)
+    found = model(**batch_for(model)).logits
+    hook.remove()
+    half = {site.name for site in sites(model) if ".layers.2." in site.name}
+    for site in sites(wanted):
+        if site.name in half:
+            for p in trained_of(site.layer, "default").values():
+                p.data.mul_(0.5)
+    assert torch.allclose(found, wanted(**batch_for(wanted)).logits, atol=1e-6)
+
+
+def calls(name: str, layers: int) -> int:
+    """Operations of a forward and a backward."""
+
+    class Count(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            view = any(word in str(func) for word in ("view", "detach", "t.default", "unbind", "strided", "unsqueeze"))
+            self.n += not view
+            return func(*args, **(kwargs or {}))
+
+    model = adapt(toy.llama(num_hidden_layers=layers), recipe(name=name)).train()
+    with Count() as count:
+        model(**batch_for(model)).loss.backward()
+    return count.n
+
+
+def test_another_layer_costs_no_more_calls_than_loras() -> None:
+    more = [calls(name, 4) - calls(name, 2) for name in ("prolora", "lora")]
+    assert more[0] <= 1.1 * more[1]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import toy
 from loralign import adapt, build, sites
 from loralign.carrier.sites import draw_for, weight
 from loralign.carrier.slot import SlotLinear, live_of, to_grid, write
@@ -72,3 +73,19 @@ def test_an_update_that_hides_the_start_is_a_diverged_run() -> None:
     write(side.live, 64 * GROWTH * float(side.frozen.abs().max()) * update)
     with pytest.raises(WorkFailed, match=f"outgrown the start by more than {GROWTH} times: the run has diverged"):
         side.folded(side.live)
+
+
+@pytest.mark.parametrize("name", ["pissa", "chain-of-lora", "sbora-fa", "sora"])
+def test_a_forward_folds_no_weight_that_nobody_multiplies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's own forward reads `lora_A.weight.dtype`; a mixed batch, a merge and a file still get the folded factor."""
+    recipe = build(name, r=2)
+    assert isinstance(recipe, Recipe)
+    model = adapt(toy.llama(), recipe).eval()
+    batch = toy.batch_for(model)
+    reads: list[Any] = []
+    fold = SlotLinear.weight.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(SlotLinear, "weight", property(lambda self: reads.append(self) or fold(self)))
+    straight = model(**batch).logits
+    assert not reads
+    mixed = model(**batch, adapter_names=["default"] * len(batch["input_ids"])).logits
+    assert reads and torch.allclose(mixed, straight, atol=1e-5)

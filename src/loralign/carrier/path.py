@@ -15,9 +15,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from loralign.carrier.direct import make_direct
 from loralign.carrier.layer import low_rank
 from loralign.carrier.slot import constants_of
 from loralign.carrier.storage import SlotLinear
+from loralign.carrier.together import Pass, Together
 from loralign.maths.operators import Dense
 from loralign.types import Form, LoralignError
 
@@ -27,25 +29,21 @@ REFUSED = (
 )
 
 
-class Path:
+class Path(Pass):
     """The inputs or features of one forward, by layer."""
 
     def __init__(self, kind: str) -> None:
+        super().__init__()
         self.kind = kind
         self.seen: dict[int, Tensor] | None = None
-        self.owner: nn.Module | None = None
-        """The outermost of the modules whose forward runs."""
 
-    def open(self, model: nn.Module, args: Any) -> None:
-        """Before the model's forward."""
-        if self.owner is None:
-            if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-                raise LoralignError(REFUSED)
-            self.owner, self.seen = model, {}
+    def begin(self, model: nn.Module) -> None:
+        if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+            raise LoralignError(REFUSED)
+        self.seen = {}
 
-    def close(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self.owner is model:
-            self.owner = self.seen = None
+    def end(self) -> None:
+        self.seen = None
 
     def joined(self, layer: Any, before: list[Any], own: Tensor) -> Tensor:
         """`own` and what the layers before it left in this forward."""
@@ -86,14 +84,17 @@ def _note(layer: Any, adapter: str, value: Tensor) -> None:
 
 
 def wire(model: PeftModel, layers: dict[str, Any], adapter: str, form: Form) -> None:
-    """Give cross-layer forms their neighbours; plain references, outside the module tree."""
+    """The way from layer to variant, the neighbours of cross-layer forms, and all layers for forms that make many
+    factors at once; plain references, outside the module tree."""
     path = Path(form.facts.path) if form.facts.path else None
-    if path is not None:
-        for root in (model.base_model, model.get_base_model()):  # `generate` calls the latter alone
-            root.register_forward_pre_hook(path.open)
-            root.register_forward_hook(path.close, always_call=True)
+    together = Together(list(layers.values()), adapter, form) if form.facts.together else None
+    for during in (p for p in (path, together) if p is not None):
+        during.watch(model.base_model)
+        during.watch(model.get_base_model())  # `generate` calls it alone
     for name, layer in layers.items():
         variant = layer.lora_variant[adapter]
+        variant.together = together
+        make_direct(layer)
         variant.neighbours = [layers[n] for n in form.neighbours(name, list(layers))]
         if path is not None:
             variant.neighbours = [n for n in variant.neighbours if _size(n, adapter) == _size(layer, adapter)]

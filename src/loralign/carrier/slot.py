@@ -35,6 +35,8 @@ class LowRankVariant(LoraVariant):
         self.neighbours = list(neighbours)
         self.path: Any = None
         """What hands inputs from layer to layer (`path.py`); None for forms that stay in their layer."""
+        self.together: Any = None
+        """What makes the factors of all layers at once (`together.py`); None for forms that make one by one."""
         self.links: tuple[int, ...] = ()
         """How many frozen slots each commit left, oldest first."""
         self.train: Train = "AB"
@@ -49,6 +51,9 @@ class LowRankVariant(LoraVariant):
 
     def operators(self, layer: Any, adapter: str) -> tuple[Operator, Operator]:
         """What the form makes of the layer's tensors, A (R, d_in) and B (d_out, R)."""
+        made: tuple[Operator, Operator] | None = self.together.of(layer) if self.together is not None else None
+        if made is not None:
+            return made
         return self.form.factors(live_of(layer, adapter), [live_of(other, adapter) for other in self.neighbours])
 
     def dense(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:

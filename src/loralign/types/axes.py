@@ -65,6 +65,8 @@ class Facts:
     path: Literal["", "inputs", "features"] = ""
     """In training the neighbours' "inputs" x, or "features" A·x, are added to the site's own; `factors` is what is
     merged and exported."""
+    together: Callable[[Sequence[Live]], Sequence[tuple[Operator, Operator]]] | None = None
+    """`factors` of many sites, whose tensors have equal shapes, in as few calls as one site's; None: one by one."""
     per_slot: frozenset[str] = frozenset()
     """The form's own trained tensors that have one entry per slot, along their first axis."""
     link: Callable[[Live], tuple[Tensor, Tensor]] | None = None

@@ -14,7 +14,8 @@ Differs: from the paper: rotation in the code's direction (the paper's gives the
          Start: A_0 and A_u uniform with LoRA's bound 1/√d_in (the paper's rectified start), B_0 = B_u = 0; where
          m = n = 1 or u = r, LoRA's own numbers.
 Cost:    u·(d_in + d_out) + r'·(⌈d_in/m⌉ + ⌈d_out/n⌉) trained numbers; the products of LoRA at rank r and a copy of the
-         factors, r·(d_in + d_out), in every forward; PEFT's own A and B of rank r are kept beside, at zero.
+         factors, r·(d_in + d_out), in every forward, made for all sites of a shape at once; PEFT's own A and B of rank
+         r are kept beside, at zero.
 Export:  exact.
 Args:    unshared: u, ranks. share_A, share_B: m, n, copies of a chunk.
 Example:
@@ -29,10 +30,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loralign.maths.bounds import Count, Place, bounded
@@ -43,64 +44,104 @@ ROTATION = 1
 """Version of the direction and the strides: copy j is torch.roll(chunk, −j·stride)."""
 
 
+class Layout(NamedTuple):
+    """How a chunk is laid out: so many copies side by side, cut off at `size`; axis: of the ranks, 1 for B."""
+
+    copies: int
+    size: int
+    axis: int
+
+    def of(self, chunk: Tensor) -> tuple[int, int, int, int]:
+        """Ranks, width, stride, and how often the ranks stand one after the other so that each copy is a window."""
+        ranks, c = chunk.shape[self.axis], chunk.shape[1 - self.axis]
+        stride = max(ranks // self.copies, 1)
+        return ranks, c, stride, 1 - (1 - self.copies) * stride // ranks
+
+
 def repeated(chunk: Tensor, copies: int, size: int, axis: int = 0) -> Tensor:
     """(r', c) -> (r', size): `copies` of the chunk side by side, each with its ranks rotated further, cut off.
 
     axis: of the ranks; 1 for chunks (c, r') of B.
     """
-    if copies == 1:
-        return chunk
-    ranks, c = chunk.shape[axis], chunk.shape[1 - axis]
-    stride = max(ranks // copies, 1)
-    rows = torch.cat([chunk] * (1 - (1 - copies) * stride // ranks), axis).contiguous()  # the ranks without an end
-    if axis:
-        whole = rows.as_strided((copies, c, ranks), (stride, rows.shape[1], 1)).reshape(copies * c, ranks)
+    return _laid_out([chunk], Layout(copies, size, axis))[0]
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _laid_out(chunks: Sequence[Tensor], how: Layout) -> Tensor:
+    """(sites, r', size), or (sites, size, r') for B."""
+    stacked = _stack(chunks)
+    if how.copies == 1:
+        return stacked
+    ranks, c, stride, times = how.of(chunks[0])
+    rows = torch.cat([stacked] * times, 1 + how.axis)
+    n, width, wide = len(chunks), how.copies * c, times * ranks
+    if how.axis:
+        windows = rows.as_strided((n, how.copies, c, ranks), (c * wide, stride, wide, 1))
+        whole = windows.reshape(n, width, ranks)
     else:
-        whole = rows.as_strided((ranks, copies, c), (c, stride * c, 1)).reshape(ranks, copies * c)
-    return whole if copies * c == size else whole.narrow(1 - axis, 0, size)
+        windows = rows.as_strided((n, ranks, how.copies, c), (wide * c, c, stride * c, 1))
+        whole = windows.reshape(n, ranks, width)
+    return whole if width == how.size else whole.narrow(2 - how.axis, 0, how.size)
 
 
-def _starts(chunk: Tensor, copies: int, axis: int) -> list[int]:
-    """The rank that each copy begins with."""
-    ranks = chunk.shape[axis]
-    return [j * max(ranks // copies, 1) % ranks for j in range(copies)]
+def _summed(g: Tensor, chunk: Tensor, how: Layout) -> Tensor:
+    """The adjoint of `_laid_out`: what the copies of a rank got, (sites, r', c), or (sites, c, r') for B."""
+    if how.copies == 1:
+        return g.contiguous()
+    ranks, c, stride, times = how.of(chunk)
+    n, width, wide = g.shape[0], how.copies * c, times * ranks
+    if missing := width - how.size:
+        g = nn.functional.pad(g, (0, 0, 0, missing) if how.axis else (0, missing))
+    rows, last = torch.cat([g] * times, 1 + how.axis), wide - ranks
+    if how.axis:
+        windows = rows.as_strided((n, how.copies, c, ranks), (width * wide, c * wide - stride, wide, 1), last)
+    else:  # the last copy first, since strides are not negative
+        begin = (last - (how.copies - 1) * stride) * width + (how.copies - 1) * c
+        windows = rows.as_strided((n, how.copies, ranks, c), (wide * width, stride * width - c, width, 1), begin)
+    return windows.sum(1)
 
 
-class _Factor(torch.autograd.Function):
-    """repeated(chunk), with the ranks of its own behind it: one node, since one for every part keeps a GPU waiting.
+class _Factors(torch.autograd.Function):
+    """The factor of each site, chunks laid out with the ranks of their own behind: one node for all sites of a shape.
 
-    backward: what the copies of a rank got is summed, in the order of the copies.
+    It keeps no tensors, so forwards under activation checkpointing may make it again. Sites that nobody used get none.
     """
 
     @staticmethod
-    def forward(ctx: Any, chunk: Tensor, own: Tensor | None, copies: int, size: int, axis: int) -> Tensor:
-        ctx.starts, ctx.axis, ctx.chunk, ctx.own = _starts(chunk, copies, axis), axis, chunk.shape, own is not None
-        made = repeated(chunk, copies, size, axis)
-        return made if own is None else torch.cat([made, own], axis)
+    def forward(ctx: Any, how: Layout, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.how, ctx.n, ctx.own, ctx.chunk = how, n, len(tensors) > n, tensors[0].detach().to("meta")
+        made = _laid_out(tensors[:n], how)
+        return (torch.cat([made, _stack(tensors[n:])], 1 + how.axis) if ctx.own else made).unbind(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (g,), axis = grads, ctx.axis
-        ranks, c = ctx.chunk[axis], ctx.chunk[1 - axis]
-        shared = g.narrow(axis, 0, ranks)
-        twice = g.new_zeros([n if k != axis else 2 * n for k, n in enumerate(ctx.chunk)])
-        for start, part in zip(ctx.starts, shared.split(c, 1 - axis), strict=False):
-            there = twice.narrow(axis, start, ranks)
-            (there if part.shape == there.shape else there.narrow(1 - axis, 0, part.shape[1 - axis])).add_(part)
-        own = g.narrow(axis, ranks, g.shape[axis] - ranks) if ctx.own else None
-        return twice.narrow(axis, 0, ranks) + twice.narrow(axis, ranks, ranks), own, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        axis, ranks = 1 + ctx.how.axis, ctx.chunk.shape[ctx.how.axis]
+        used = [k for k, g in enumerate(grads) if g is not None]
+        found: list[Tensor | None] = [None] * (2 * ctx.n if ctx.own else ctx.n)
+        if used:
+            g = _stack([g for g in grads if g is not None])
+            parts = [_summed(g.narrow(axis, 0, ranks), ctx.chunk, ctx.how)]
+            if ctx.own:
+                parts.append(g.narrow(axis, ranks, g.shape[axis] - ranks).contiguous())
+            for first, part in zip((0, ctx.n), parts, strict=False):
+                for k, value in zip(used, part.unbind(0), strict=True):
+                    found[first + k] = value
+        return None, None, *found
 
 
-def _factor(chunk: Tensor | None, own: Tensor | None, copies: int, size: int, axis: int) -> Tensor:
-    if chunk is None:
-        assert own is not None
+def _factors(chunks: Sequence[Tensor], own: Sequence[Tensor], how: Layout) -> Sequence[Tensor]:
+    if not chunks:
         return own
     if not torch.compiler.is_compiling():
-        made: Tensor = _Factor.apply(chunk, own, copies, size, axis)
+        made: Sequence[Tensor] = _Factors.apply(how, len(chunks), *chunks, *own)
         return made
-    made = repeated(chunk, copies, size, axis)
-    return made if own is None else torch.cat([made, own], axis)
+    laid = _laid_out(chunks, how)
+    return (torch.cat([laid, _stack(own)], 1 + how.axis) if own else laid).unbind(0)
 
 
 @dataclass(frozen=True)
@@ -111,7 +152,9 @@ class PartialRotation(FormBase):
 
     @property
     def facts(self) -> Facts:
-        return Facts(stock="", tied=True, own_decay=True, least_rank=self.unshared, version=ROTATION)
+        return Facts(
+            stock="", tied=True, together=self.together, own_decay=True, version=ROTATION, least_rank=self.unshared
+        )
 
     def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:
         d_out, d_in = W.shape
@@ -127,9 +170,16 @@ class PartialRotation(FormBase):
         return {name: value for name, value in found.items() if value.numel()}
 
     def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
-        A = _factor(own.own.get("chunk_A"), own.own.get("own_A"), self.share_A, own.A.shape[1], 0)
-        B = _factor(own.own.get("chunk_B"), own.own.get("own_B"), self.share_B, own.B.shape[0], 1)
-        return Dense(A), Dense(B)
+        return self.together([own])[0]
+
+    def together(self, sites: Sequence[Live]) -> Sequence[tuple[Operator, Operator]]:
+        def parts(name: str) -> list[Tensor]:
+            return [site.own[name] for site in sites if name in site.own]
+
+        first = sites[0]
+        A = _factors(parts("chunk_A"), parts("own_A"), Layout(self.share_A, first.A.shape[1], 0))
+        B = _factors(parts("chunk_B"), parts("own_B"), Layout(self.share_B, first.B.shape[0], 1))
+        return [(Dense(a), Dense(b)) for a, b in zip(A, B, strict=True)]
 
 
 @bounded
