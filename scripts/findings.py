@@ -11,13 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "src/loralign/plan/findings.json"
 RECORDS = ("2026-11-26-cpu-compare", "2026-11-26-h100-study", "2026-11-28-h200-spectral")
 """Studies on real models with a verdict for every arm; the CoRA records say that they check a pipeline."""
+WIDTHS = {"minilm": 384, "smollm2-135m": 576}
+"""Hidden sizes of their models, which rates move with."""
+
+
+def validation(trials: Mapping[str, Any], arm: str) -> float | None:
+    """The mean final loss on validation rows at an arm's chosen rate, over the seeds that judged it."""
+    index = next((key.rsplit("/", 2)[1] for key in trials if key.startswith(f"seed/{arm}/")), None)
+    losses = [t["losses"][-1] for key, t in trials.items() if key.startswith(f"rate/{arm}/{index}/")]
+    return round(fmean(losses), 4) if losses else None
 
 
 def findings() -> list[dict[str, Any]]:
@@ -43,6 +54,8 @@ def findings() -> list[dict[str, Any]]:
                     "alpha": section.get("alpha", study.get("alpha")),
                     "options": section.get("options", {}),
                     "lr": arm["lr"],
+                    "width": WIDTHS[Path(study["model"]).name],
+                    "validation": validation(data["trials"], arm["arm"]),
                     "loss": [round(arm["final"][k], 4) for k in ("mean", "low", "high")] if arm["final"] else None,
                     "seeds": arm["seeds"],
                     "kind": arm["kind"],

@@ -13,7 +13,7 @@ import pytest
 
 from loralign.cli.app import main
 from loralign.config.recipe import load, to_job
-from loralign.plan.suggest import ROOM, Choice, caution, findings, first_that_fits, ranked
+from loralign.plan.suggest import ROOM, Choice, Finding, caution, findings, first_that_fits, ranked, rate
 from loralign.types import LoralignError
 from tiny_trl import tokenizer
 from toy import llama
@@ -30,14 +30,33 @@ def test_the_findings_are_those_of_the_records() -> None:
     assert subprocess.run([sys.executable, "scripts/findings.py", "--check"], cwd=ROOT, check=False).returncode == 0
 
 
-def test_rows_of_text_take_the_lowest_loss_that_was_better_than_lora() -> None:
+def test_the_findings_hold_what_chose_a_rate() -> None:
+    """By hand, from the journal's trials: seed/spectral r64 ran at index +0, whose seeds 1000 and 1001 ended so."""
+    (wide,) = [f for f in findings() if f.arm == "spectral r64"]
+    trials = json.loads((ROOT / wide.record / "results.json").read_text(encoding="utf-8"))["trials"]
+    ends = [trials[f"rate/spectral r64/+0/{seed}"]["losses"][-1] for seed in (1000, 1001)]
+    assert wide.validation == pytest.approx(sum(ends) / 2, abs=1e-4) and wide.loss and wide.loss[0] != wide.validation
+
+
+def test_rows_of_text_take_the_lowest_validation_loss_that_was_better_than_lora() -> None:
     found = findings()
     choices = ranked(found, answers=False, width=4096)
     assert [c.method for c in choices][-1] == "lora" and choices[0].method == "spectral"
-    by_arm = {(f.method, f.rank, str(f.options)): f for f in found if f.kind == "better"}
-    losses = [by_arm[c.method, c.rank, str(c.options)].loss for c in choices[:-1]]
-    assert losses == sorted(losses, key=lambda x: x or ()) and len(losses) >= 3
-    assert all(f"{by_arm[c.method, c.rank, str(c.options)].sentence}" in c.reason for c in choices[:-1])
+    losses = [c.finding.validation or 0.0 for c in choices[:-1]]
+    assert losses == sorted(losses) and len(losses) >= 3
+    assert all(c.finding.kind == "better" and c.finding.sentence in c.reason for c in choices[:-1])
+
+
+def test_test_rows_order_nothing() -> None:
+    found = findings()
+    turned = [replace(f, loss=f.loss and (-f.loss[0], -f.loss[2], -f.loss[1])) for f in found]
+    assert arms(turned) == arms(found)
+    other = [replace(f, validation=f.validation and -f.validation) for f in found]
+    assert arms(other)[:-1] == arms(found)[-2::-1] and arms(other)[-1] == "lora"
+
+
+def arms(found: list[Finding] | tuple[Finding, ...]) -> list[str]:
+    return [c.finding.arm for c in ranked(found, answers=False, width=4096)]
 
 
 def test_a_verdict_of_no_difference_suggests_nothing() -> None:
@@ -56,9 +75,23 @@ def test_a_rank_above_half_of_the_width_is_left_out() -> None:
 def test_rows_that_repeat_get_a_caution_that_names_adamw_on_the_same_factors() -> None:
     found = findings()
     wide, *_, plain = ranked(found, answers=False, width=4096)
-    assert "rslora, rank 64, alpha 64" in caution(found, wide, 3) and wide.record in caution(found, wide, 3)
-    assert caution(found, wide, 1) == caution(found, plain, 3) == ""
-    assert caution([f for f in found if f.method != "rslora"], wide, 3) == ""
+    said = caution(found, wide, 3)
+    assert "rslora, rank 64, alpha 64" in said and f"{wide.finding.record} does not cover rows that repeat" in said
+    assert caution(found, wide, 1) == caution(found, plain, 1) == ""
+    for choice, known in ((plain, found), (wide, [f for f in found if f.method != "rslora"])):
+        said = caution(known, choice, 3)
+        assert "does not cover rows that repeat" in said and "3 times" in said and "AdamW" not in said
+
+
+def test_the_rate_is_the_records_and_the_prior_is_told_where_they_are_far_apart() -> None:
+    *_, plain = ranked(findings(), answers=False, width=576)
+    assert (plain.rank, plain.finding.alpha) == (8, 16.0)
+    lr, said = rate(plain, 576, 1.3e-3, "Schulman")
+    assert lr == 6e-3 and "records/2026-11-28-h200-spectral, 300 steps. The prior says 0.0013, 4.6 times lower" in said
+    assert rate(plain, 576, 1.3e-2, "x")[1].count("times higher") == 1
+    near, said = rate(plain, 2 * 576, 3e-3, "x")
+    assert near == pytest.approx(6e-3 * 2**-0.781, rel=0.02) and "prior says" not in said
+    assert "0.006 there, moved from width 576 to 1152" in said
 
 
 def test_rows_with_answers_take_plain_lora_and_say_that_it_is_as_good() -> None:
@@ -69,7 +102,7 @@ def test_rows_with_answers_take_plain_lora_and_say_that_it_is_as_good() -> None:
 
 def test_memory_decides_between_recomputing_a_smaller_rank_and_plain_lora() -> None:
     choices = ranked(findings(), answers=False, width=4096)
-    peak = peaks({128: 10.0, 64: 8.0, 16: 2.0})
+    peak = peaks({128: 10.0, 64: 8.0, 8: 2.0})
     assert first_that_fits(choices, peak, 12 * GIB)[0].rank == 128
     recomputed, needed = first_that_fits(choices, peak, 6 * GIB)
     assert (recomputed.rank, recomputed.checkpointing, needed) == (128, True, 5 * GIB)
@@ -90,6 +123,11 @@ def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path, capsys: py
     said = json.loads(capsys.readouterr().out)
     job = to_job(load(out, []), 64)
     assert job.recipe.name == said["recipe"]["method"] == "lora" and job.training.epochs == 2.0
+    assert job.training.learning_rate == said["learning_rate"] and "repeat" in said["reasons"]["caution"]
     assert said["peak_bytes"] > 0 and "records/" in said["reasons"]["rests on"]
     assert main([*words, "--out", str(out)]) == 2 and "is there already" in capsys.readouterr().err
+    assert main([*words, "--tokens", str(32 * 1600), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["recipe"]["train"]["epochs"] == 3 and said["reasons"]["length of the run"] == "epochs: 3 of 1,600 rows"
+    assert main([*words, "--rows", str(rows), "--tokens", "9"]) == 2 and "leave --tokens out" in capsys.readouterr().err
     assert main([*words[:2], "--device", "tpu"]) == 2 and "choose auto, cpu or cuda" in capsys.readouterr().err

@@ -23,6 +23,7 @@ STEPS = 300
 def suggest(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or hub id; only its config is read.")],
     rows: Annotated[str | None, typer.Option(help="The rows to train on, as `data.train` takes them.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Of the rows in all, where --rows is not given.")] = None,
     memory: Annotated[float | None, typer.Option(min=0.1, help="GiB; default: this machine's GPU, or its RAM.")] = None,
     length: Annotated[int, typer.Option(min=8, max=1 << 20, help="Tokens of a row at most.")] = 1024,
     device: Annotated[str, typer.Option(help="cuda, cpu or auto: where it will run.")] = "auto",
@@ -34,16 +35,18 @@ def suggest(
 
     from loralign.cli.plan import planned
     from loralign.config.recipe import parse
-    from loralign.plan.suggest import caution, findings, first_that_fits, ranked
+    from loralign.plan.suggest import caution, findings, first_that_fits, ranked, rate
     from loralign.train.model import hidden_size
     from loralign.types import LoralignError
 
     if device not in ("auto", "cpu", "cuda"):
         raise LoralignError(f"--device {device}: choose auto, cpu or cuda")
+    if rows is not None and tokens is not None:
+        raise LoralignError("--rows and --tokens: the rows tell how much they are, leave --tokens out")
     if out is not None and out.exists():
         raise LoralignError(f"{out} is there already: choose another name for --out")
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    answers, count = _kind(rows)
+    answers, count = _kind(rows, tokens, length)
     width = hidden_size(model)
     plans: dict[str, Planned] = {}
 
@@ -54,14 +57,16 @@ def suggest(
     room = 2**30 * memory if memory else _memory(where)
     choice, needed = first_that_fits(ranked(findings(), answers, width), peak, room)
     found, file = plans[repr(choice)], _recipe(choice, model, rows, length, count)
-    lines = _reasons(choice, found, f"{needed / 2**30:.2f} GiB of {room / 2**30:.1f} on {where}", count)
+    prior = found.job.training
+    file["train"]["learning_rate"], said = rate(choice, width, prior.learning_rate, prior.lr_source)
+    lines = _reasons(choice, found, said, f"{needed / 2**30:.2f} GiB of {room / 2**30:.1f} on {where}", count)
     if against := caution(findings(), choice, file["train"]["epochs"]):
         lines["caution"] = against
     if out is not None:
         _write(out, file, lines)
     if as_json:
-        rate = found.job.training.learning_rate
-        say(json.dumps({"recipe": file, "reasons": lines, "peak_bytes": needed, "learning_rate": rate}))
+        data = {"recipe": file, "reasons": lines, "peak_bytes": needed}
+        say(json.dumps({**data, "learning_rate": file["train"]["learning_rate"], "prior": prior.learning_rate}))
         return
     for name, line in lines.items():
         say(f"{name:18} {line}")
@@ -71,8 +76,9 @@ def suggest(
 
 def _recipe(choice: Choice, model: str, rows: str | None, length: int, count: int) -> dict[str, Any]:
     """The recipe file, as plain data."""
-    scale = {} if choice.alpha is None else {"alpha": choice.alpha}
-    options = {"options": choice.options} if choice.options else {}
+    f = choice.finding
+    scale = {} if f.alpha is None else {"alpha": f.alpha}
+    options = {"options": f.options} if f.options else {}
     return {
         "model": model,
         "data": {"train": rows or "train.jsonl", "max_length": length},
@@ -85,23 +91,24 @@ def _recipe(choice: Choice, model: str, rows: str | None, length: int, count: in
     }
 
 
-def _reasons(choice: Choice, found: Planned, memory: str, count: int) -> dict[str, str]:
+def _reasons(choice: Choice, found: Planned, rate: str, memory: str, count: int) -> dict[str, str]:
     """A line for each part of the recipe."""
-    t, recipe = found.job.training, found.job.recipe
+    recipe = found.job.recipe
+    record = choice.finding.record
     return {
         "method": f"{choice.method}, rank {choice.rank}: {choice.reason}",
-        "rests on": f"{choice.record}: a small model, few steps; `loralign compare` on your rows tells for yours",
+        "rests on": f"{record}: a small model, few steps; `loralign compare` on your rows tells for yours",
         "scale": f"s = {recipe.s():.3g}" if hasattr(recipe, "s") else "",
-        "learning rate": f"{t.learning_rate:.3g}: {t.lr_source}",
+        "learning rate": rate,
         "length of the run": f"epochs: {_epochs(count)}" + (f" of {count:,} rows" if count else ""),
         "memory": memory + (", activations recomputed" if choice.checkpointing else ""),
     }
 
 
-def _kind(rows: str | None) -> tuple[bool, int]:
-    """Whether the rows have answers, and how many there are; without rows: text."""
+def _kind(rows: str | None, tokens: int | None, length: int) -> tuple[bool, int]:
+    """Whether the rows have answers, and how many there are; without rows: text, as many as so many tokens fill."""
     if rows is None:
-        return False, 0
+        return False, math.ceil(tokens / length) if tokens else 0
     from loralign.data.read import read_rows
     from loralign.data.rows import rows_format
 

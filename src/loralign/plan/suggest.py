@@ -1,32 +1,33 @@
 """Which recipe to begin with: a rule over what the recorded studies found (`findings.json`, by scripts/findings.py).
 
-    rows of text      the arms that their study found better than plain LoRA, the lowest loss first
+    rows of text      the arms that their study found better than plain LoRA, the lowest loss on validation rows first
     rows with answers plain LoRA: no recorded study found a method better on such rows
     then              the first whose training step fits into the memory, activations recomputed where that is needed
+    rate              the best of the record for that very recipe, lr · (its width / this model's)^power as priors move
 
-Source: the records that are named in every suggestion. A rule of ours, judged on no task of its own yet.
+Losses on test rows order nothing: they give a record's verdict, and are reported. Source: the records that are named in
+every suggestion. A rule of ours, judged on no task of its own yet.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
 from loralign.methods.table import method
 from loralign.types import LoralignError
 
-PLAIN_RANK = 16
-"""Of plain LoRA where no record speaks for another."""
 ROOM = 0.9
 """The share of the memory that a plan may take; the allocator needs the rest."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One arm of one recorded study. loss: mean and 95 % interval on test rows. kind: its verdict beside `lora`."""
+    """One arm of one recorded study. width: of its model. validation: mean loss at its chosen rate on validation rows;
+    loss: mean and 95 % interval on test rows. kind: its verdict beside `lora`."""
 
     record: str
     model: str
@@ -38,6 +39,8 @@ class Finding:
     alpha: float | None
     options: dict[str, Any]
     lr: float
+    width: int
+    validation: float | None
     loss: tuple[float, float, float] | None
     seeds: int
     kind: str
@@ -46,15 +49,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Choice:
-    """A recipe as a file has it, and why."""
+    """A recipe as a file has it, and why. finding: of the record that it rests on, with this very recipe."""
 
-    method: str
-    rank: int
+    finding: Finding
     reason: str
-    record: str
-    alpha: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False
+
+    @property
+    def method(self) -> str:
+        return self.finding.method
+
+    @property
+    def rank(self) -> int:
+        return self.finding.rank or 0
 
 
 def findings() -> tuple[Finding, ...]:
@@ -68,12 +75,13 @@ def ranked(found: Sequence[Finding], answers: bool, width: int) -> list[Choice]:
 
     answers: the rows have prompts and answers, or labels. width: of the model; a rank above half of it is left out.
     """
-    better = [f for f in found if f.task == "text" and f.kind == "better" and f.rank and f.loss]
-    better = [] if answers else sorted(better, key=lambda f: f.loss or ())
+    order = {record: i for i, record in enumerate(dict.fromkeys(f.record for f in found))}
+    better = [f for f in found if f.task == "text" and f.kind == "better" and f.rank and f.validation is not None]
+    better = [] if answers else sorted(better, key=lambda f: (-order[f.record], f.validation))
     choices = [
-        Choice(f.method, f.rank, f"{f.arm} on {f.model}, {f.steps} steps: {f.sentence}", f.record, f.alpha, f.options)
+        Choice(f, f"{f.arm} on {f.model}, {f.steps} steps, test rows: {f.sentence}")
         for f in better
-        if f.rank and 2 * f.rank <= width
+        if 2 * (f.rank or 0) <= width
     ]
     return [*choices, _plain(found, answers, _why_plain(better, choices, width))]
 
@@ -88,16 +96,40 @@ def _why_plain(better: Sequence[Finding], choices: Sequence[Choice], width: int)
 
 
 def _plain(found: Sequence[Finding], answers: bool, reason: str) -> Choice:
-    record = next(f.record for f in reversed(found) if f.task == "text" and f.method == "lora")
+    """Plain LoRA at the rank that the last record of such rows has it at."""
+    kind = [f for f in found if (f.task != "text") == answers]
+    plain = next(f for f in reversed(kind) if f.method == "lora")
     if answers:
-        kind = [f for f in found if f.task != "text"]
         none = " and ".join(f.arm for f in kind if f.kind != "better" and f.method != "lora")
         reason = (
             f"plain LoRA is as good here as far as the records tell: none trained on answers of text, and on labels "
-            f"({kind[0].model}, {kind[0].seeds} seeds) {none} could not be told from it"
+            f"({plain.model}, {plain.seeds} seeds) {none} could not be told from it"
         )
-        record = kind[0].record
-    return Choice("lora", PLAIN_RANK, reason, record, alpha=2.0 * PLAIN_RANK)
+    return Choice(plain, reason)
+
+
+APART = 2.0
+"""A rate and a prior further apart than this factor are both told."""
+
+
+def rate(choice: Choice, width: int, prior: float, source: str) -> tuple[float, str]:
+    """The learning rate at a model's width, and where it comes from."""
+    f = choice.finding
+    lr = float(f"{f.lr * (f.width / width) ** _power(f.method):.2g}")
+    moved = "" if width == f.width else f"; {f.lr:g} there, moved from width {f.width} to {width} as priors are"
+    said = f"{lr:g}: the best on validation rows in {f.record}, {f.steps} steps{moved}"
+    far = max(lr / prior, prior / lr)
+    if far > APART:
+        side = "lower" if prior < lr else "higher"
+        said += (
+            f". The prior says {prior:.2g}, {far:.1f} times {side} ({source}): try both, longer runs are not covered"
+        )
+    return lr, said
+
+
+def _power(name: str) -> float:
+    """Of the width, in the method's prior."""
+    return min(method(part.strip()).prior.power for part in name.split("+"))
 
 
 def caution(found: Sequence[Finding], choice: Choice, epochs: int) -> str:
@@ -105,16 +137,18 @@ def caution(found: Sequence[Finding], choice: Choice, epochs: int) -> str:
 
     Source: the limits in the record's README; one seed of a laboratory, so it orders nothing.
     """
-    if epochs == 1 or method(choice.method).transform is None:
+    f = choice.finding
+    if epochs == 1:
         return ""
-    same = [f for f in found if f.record == choice.record and f.kind == "better" and f.rank and f.loss]
-    adamw = [f for f in same if method(f.method).transform is None]
-    if not adamw:
-        return ""
-    best = min(adamw, key=lambda f: f.loss or ())
+    said = f"{f.record} does not cover rows that repeat, and these are gone through {epochs} times"
+    same = [g for g in found if g.record == f.record and g.kind == "better" and g.rank and g.validation is not None]
+    adamw = [g for g in same if method(g.method).transform is None]
+    if f.kind != "better" or method(f.method).transform is None or not adamw:
+        return f"{said}: `loralign compare` on your rows tells"
+    best = min(adamw, key=lambda g: g.validation or 0.0)
     return (
-        f"these rows are gone through {epochs} times, and AdamW may be the better step where rows are few and repeat "
-        f"(README of {choice.record}, its limits): compare with {best.method}, rank {best.rank}, alpha {best.alpha:g}"
+        f"{said}; its README says that a laboratory found AdamW on the same factors to be the better step where rows "
+        f"are few and repeat: compare with {best.method}, rank {best.rank}, alpha {best.alpha:g}"
     )
 
 
@@ -122,7 +156,7 @@ def variants(choices: Sequence[Choice]) -> Iterator[Choice]:
     """Every choice as it is, then with activations recomputed, before the next one."""
     for choice in choices:
         yield choice
-        yield Choice(**{**vars(choice), "checkpointing": True})
+        yield replace(choice, checkpointing=True)
 
 
 def first_that_fits(choices: Sequence[Choice], peak: Callable[[Choice], int], memory: float) -> tuple[Choice, int]:
