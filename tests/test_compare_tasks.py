@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from browser import needs_browser, visit
 from loralign.cli.app import main
 from loralign.compare.spec import Outcome, Trial
 from loralign.compare.study import work
@@ -66,6 +69,53 @@ def test_tables_of_each_task_and_over_all(
     body = json.loads((out / "overall.json").read_text(encoding="utf-8"))
     assert 0 < body["lora-ga"]["effect"][0] < 0.3 and 0.5 < body["lora-ga"]["better"] <= 1
     assert body["full"]["effect"] is None and lines["full"]["shrunken"] == ""
+
+
+LOOK = """
+  const all = query => [...document.querySelectorAll(query)], studies = all("[data-study]");
+  const dots = {};
+  for (const b of all(".chips button"))
+    (dots[b.textContent] ??= new Set()).add(getComputedStyle(b.querySelector("i")).backgroundColor);
+  const [whole, first] = studies;
+  const rows = () => [...whole.querySelector("table").tBodies[0].rows].map(r => r.cells[0].textContent);
+  const heads = [...whole.querySelectorAll("th button")].map(h => h.textContent), before = rows();
+  whole.querySelectorAll("th button")[0].click();
+  whole.querySelectorAll(".chips button")[1].click();
+  const seen = e => e.getClientRects().length > 0, rings = [...whole.querySelectorAll(".figure .ring")].filter(seen);
+  const beyond = all("main *").filter(e => !e.closest(".scroll, .chips, pre") && seen(e)
+    && e.getBoundingClientRect().right > innerWidth + 1);
+  return {studies: studies.map(s => s.dataset.study), heads, before, after: rows(), rings: rings.length,
+    titles: all(".task > h2").map(h => h.textContent),
+    links: all(".tasks a").map(a => !!document.querySelector(a.hash)),
+    on: [...whole.querySelectorAll(".on")].length, elsewhere: [...first.querySelectorAll(".on")].length,
+    colours: Object.values(dots).map(s => s.size), downloads: all("a[data-from]").map(a => a.download),
+    verdict: all(".verdict")[0].textContent, beyond: beyond.map(e => e.outerHTML.slice(0, 80)),
+    scrolls: document.documentElement.scrollWidth,
+    reproduce: all("pre").filter(p => p.textContent.startsWith("loralign")).length};
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_one_page_over_all_tasks(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    monkeypatch.setattr("sys.argv", ["loralign", "compare", str(study), "--report"])
+    assert main() == 0
+    assert f"over all tasks: {study.parent / 'out' / 'report.html'}" in capsys.readouterr().out
+    page = Path(shutil.copy(study.parent / "out" / "report.html", tmp_path))
+    found, console = visit(page, LOOK, width=width)
+    assert not console and found["scrolls"] <= width and not found["beyond"]
+    assert found["studies"] == ["all", "0", "1"] and found["titles"] == ["reviews", "poems"]
+    assert found["links"] == [True, True] and found["reproduce"] == 1
+    assert found["heads"] == ["arm", "reviews", "poems", "over all, shrunken", "P(better)"]
+    assert found["before"] == ["full", "lora-ga"] and found["after"] == ["full", "lora-ga"]
+    assert found["rings"] == 4  # two arms on two tasks
+    assert found["on"] > 3 and not found["elsewhere"]
+    assert set(found["colours"]) == {1}  # an arm has one colour in every part
+    assert found["downloads"] == ["results-reviews.json", "results-poems.json"]
+    assert "Full fine-tuning ends below plain lora on 2 of 2 tasks." in found["verdict"]
+    assert re.search(r"(lora-ga is probably better than lora|Of lora-ga nobody can tell)", found["verdict"])
 
 
 def test_nothing_to_report_is_said(

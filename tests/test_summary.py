@@ -11,10 +11,10 @@ import pytest
 
 from loralign.compare.curves import Curve
 from loralign.compare.figures import COLOURS, bands, best_rates, loss_limits, rate_limits, styles
-from loralign.compare.hierarchy import Effect
+from loralign.compare.hierarchy import Effect, Overall
 from loralign.compare.page.svg import Scale, apart, powers, short, signed, tag, ticks
 from loralign.compare.rates import Rate
-from loralign.compare.summary import in_plain_words
+from loralign.compare.summary import in_plain_words, over_tasks_in_plain_words
 from loralign.compare.verdict import summarise
 
 
@@ -51,6 +51,21 @@ def test_a_control_that_shows_nothing_is_said_and_so_is_a_missing_one() -> None:
     assert told(lora=3.0, full=3.0, pissa=3.0).startswith("Full fine-tuning, the control, is not found better than")
     assert told(lora=3.0, pissa=3.0).startswith("Without a finished `full` arm nothing shows")
     assert in_plain_words(summarise([])) == "No finished `lora` arm: nothing is tested."
+
+
+def test_over_tasks_arms_are_better_worse_or_nobody_can_tell() -> None:
+    def line(arm: str, mean: float, better: float) -> Overall:
+        return Overall(arm, {"a": -mean, "b": -mean}, Effect(mean, mean - 0.1, mean + 0.1, better))
+
+    control = Overall("full", {"a": -0.3, "b": 0.1}, None)
+    found = [control, line("pissa", 0.2, 1.0), line("olora", 0.3, 0.976), line("hrp", -0.2, 0.01), line("sora", 0, 0.5)]
+    assert over_tasks_in_plain_words(found, 2) == (
+        "Full fine-tuning ends below plain `lora` on 1 of 2 tasks. Over all tasks `olora` and `pissa` are probably "
+        "better than `lora` (P ≥ 0.97), `olora` the most: by 0.300 (95 % 0.200 … 0.400), shrunken towards the other "
+        "arms. `hrp` is probably worse. Of `sora` nobody can tell."
+    )
+    assert "`pissa` is probably better than `lora` (P ≥ 0.99), by 0.2" in over_tasks_in_plain_words(found[1:2], 2)
+    assert over_tasks_in_plain_words([], 2).startswith("Fewer than two of the 2 tasks have results")
 
 
 def test_a_probable_arm_and_an_edge_are_not_hidden() -> None:

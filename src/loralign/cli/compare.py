@@ -196,13 +196,15 @@ def say_results(specs: Sequence[Spec]) -> None:
     """Write the reports, of every task and over all, and print tables and sentences."""
     from rich.console import Console
 
-    from loralign.compare.overall import over_tasks, overall_table
+    from loralign.compare.overall import overall_table, report_tasks
     from loralign.compare.report import report
     from loralign.compare.tables import sentences, terminal_tables
 
     console = Console() if sys.stdout.isatty() else Console(width=180)
+    shown = []
     for spec in specs:
-        result = report(spec).result
+        shown.append(report(spec))
+        result = shown[-1].result
         if spec.task_name:
             say(f"== {spec.task_name}")
         for table in terminal_tables(result) if result.arms else ():
@@ -210,8 +212,11 @@ def say_results(specs: Sequence[Spec]) -> None:
         for text in sentences(result):
             say(text)
         _say_files(spec)
-    if len(specs) > 1 and (overall := over_tasks(specs)):
+    if len(specs) < 2:
+        return
+    if overall := report_tasks(specs, shown):
         console.print(overall_table(overall))
+    say(f"over all tasks: {specs[0].output.parent / 'report.html'}")
 
 
 def _say_files(spec: Spec) -> None:

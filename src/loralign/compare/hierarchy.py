@@ -33,6 +33,16 @@ class Effect:
     better: float
 
 
+@dataclass(frozen=True)
+class Overall:
+    """One arm over tasks. differences: final loss, arm − baseline, by task; effect: baseline − arm, shrunken; none for
+    the control, which is no draw from the arms."""
+
+    arm: str
+    differences: Mapping[str, float]
+    effect: Effect | None
+
+
 def effects(tasks: Sequence[Mapping[str, Sample]], baseline: str) -> dict[str, Effect]:
     """Of every arm but the baseline, over all tasks on which it and the baseline ran."""
     tasks = [t for t in tasks if baseline in t and len(t) > 1]

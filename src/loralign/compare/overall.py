@@ -1,34 +1,25 @@
-"""Several tasks of one study: every arm's effect over all of them, and its difference on each."""
+"""Several tasks of one study: every arm's effect over all of them, its difference on each, and one page."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from loralign.compare.failures import standing
-from loralign.compare.hierarchy import Effect, effects
+from loralign.compare.hierarchy import Overall, effects
 from loralign.compare.inference import moderated
+from loralign.compare.page.build import Shown, page
+from loralign.compare.page.overall import overall_section
 from loralign.compare.report import collect
 from loralign.compare.spec import BASELINE, REFERENCE, Spec
 from loralign.compare.statistics import samples
 from loralign.compare.store import Store
 from loralign.io.provenance import write_json, write_text
-
-
-@dataclass(frozen=True)
-class Overall:
-    """One arm over tasks. differences: final loss, arm − baseline, by task; effect: baseline − arm, shrunken; none for
-    the control, which is no draw from the arms."""
-
-    arm: str
-    differences: Mapping[str, float]
-    effect: Effect | None
 
 
 def over_tasks(specs: Sequence[Spec]) -> list[Overall]:
@@ -53,6 +44,13 @@ def over_tasks(specs: Sequence[Spec]) -> list[Overall]:
     folder = specs[0].output.parent
     write_text(folder / "overall.csv", _csv(lines, list(tasks)))
     write_json(folder / "overall.json", {line.arm: _body(line) for line in lines})
+    return lines
+
+
+def report_tasks(specs: Sequence[Spec], shown: Sequence[Shown]) -> list[Overall]:
+    """What `over_tasks` writes, and report.html over all of them, a section for each task."""
+    lines = over_tasks(specs)
+    write_text(specs[0].output.parent / "report.html", page(shown, overall_section(lines, shown)))
     return lines
 
 

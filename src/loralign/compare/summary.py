@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
+from loralign.compare.hierarchy import Effect, Overall
 from loralign.compare.spec import BASELINE, REFERENCE
 from loralign.compare.verdict import LEVEL, ArmResult, StudyResult
 
@@ -33,6 +34,38 @@ def in_plain_words(result: StudyResult) -> str:
         _about_flags(result.arms),
     ]
     return " ".join(part for part in parts if part)
+
+
+def over_tasks_in_plain_words(lines: Sequence[Overall], tasks: int) -> str:
+    """What all tasks together say of every arm beside the baseline."""
+    if not lines:
+        return f"Fewer than two of the {tasks} tasks have results of `{BASELINE}`: nothing is said over all yet."
+    told = {line.arm: line.effect for line in lines if line.effect}
+    better = sorted((a for a, e in told.items() if e.better >= LIKELY), key=lambda a: -told[a].mean)
+    worse = [a for a, e in told.items() if e.better <= 1 - LIKELY]
+    rest = [a for a in told if a not in (*better, *worse)]
+    said = []
+    if control := next((line for line in lines if line.arm == REFERENCE), None):
+        lower = sum(v < 0 for v in control.differences.values())
+        said.append(f"Full fine-tuning ends below plain `{BASELINE}` on {lower} of {len(control.differences)} tasks.")
+    if better:
+        e, isare = told[better[0]], "is" if len(better) == 1 else "are"
+        most = f", `{better[0]}` the most: by" if len(better) > 1 else ", by"
+        said.append(
+            f"Over all tasks {_listed(better)} {isare} probably better than `{BASELINE}` "
+            f"(P ≥ {_least([told[a] for a in better])}){most} {e.mean:.3f} (95 % {e.low:.3f} … {e.high:.3f}), shrunken "
+            "towards the other arms."
+        )
+    if worse:
+        said.append(f"{_listed(worse)} {'is' if len(worse) == 1 else 'are'} probably worse.")
+    if rest:
+        said.append(f"Of {_listed(rest)} nobody can tell.")
+    return " ".join(said)
+
+
+def _least(effects: Sequence[Effect]) -> str:
+    """The lowest probability of being better, rounded down, never to certainty."""
+    return f"{min(99, math.floor(100 * min(e.better for e in effects))) / 100:.2f}"
 
 
 def _about_control(control: ArmResult | None) -> str:
@@ -69,9 +102,9 @@ def _about_ties(ties: Sequence[ArmResult], others: int) -> str:
     said = f"No difference from plain `lora` is found for {who}, {seen}"
     likely = [t for t in ties if t.effect and t.effect.better >= LIKELY]
     if likely:
-        least = min(t.effect.better for t in likely if t.effect)
+        least = _least([t.effect for t in likely if t.effect])
         isare = "is" if len(likely) == 1 else "are"
-        said += f"; {_names(likely)} {isare} probably better all the same (P ≥ {math.floor(100 * least) / 100:.2f})."
+        said += f"; {_names(likely)} {isare} probably better all the same (P ≥ {least})."
     else:
         said += ": plain `lora` is as good here."
     for word in ("sooner", "later"):

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -17,7 +17,8 @@ import yaml
 
 from loralign.compare.curves import Curve, Interval
 from loralign.compare.figures import Axis, bands, styles
-from loralign.compare.page.charts import NARROW, WIDE, Arms, Difference, effects_chart, loss_chart, rate_charts
+from loralign.compare.page.charts import NARROW, WIDE, Arms, loss_chart, rate_charts
+from loralign.compare.page.effects import Difference, effects_chart
 from loralign.compare.page.heat import rank_charts
 from loralign.compare.page.svg import tag
 from loralign.compare.page.tables import arms_table, trials_table
@@ -45,12 +46,13 @@ class Shown:
 def page(studies: Sequence[Shown], overall: str = "") -> str:
     """The whole file. overall: what there is to say over several tasks."""
     first = studies[0]
-    title = f"{len(first.spec.arms)} arms on {PurePath(first.spec.model).name}"
-    several = len(studies) > 1
+    several, names = len(studies) > 1, names_of(studies)
+    title = f"{len(names)} arms on {PurePath(first.spec.model).name}" + (f", {len(studies)} tasks" if several else "")
     body = [tag("p", "loralign compare", class_="above"), tag("h1", escape(title))]
     button = tag("button", "Dark", type="button", id="theme", hidden="")
     parts = [tag("header", tag("div", *body), button), overall]
-    parts += [_study(s, i, several=several) for i, s in enumerate(studies)]
+    parts += [_study(s, i, Arms(names, styles(names)), several=several) for i, s in enumerate(studies)]
+    parts += [_reproduce(studies)] if several else []
     parts.append(tag("footer", f"Written by loralign {_version(first)}. Nothing on this page comes from the network."))
     data = [_embedded(f"data-{i}", s.data) for i, s in enumerate(studies)]
     head = [
@@ -96,9 +98,9 @@ DARK = {
 
 def _colours(studies: Sequence[Shown]) -> str:
     """Custom properties of both themes; an arm has one colour in every task."""
-    arms = styles(_names(studies))
-    light = {**LIGHT, **{f"a{i}": s.colour for i, s in enumerate(arms[n] for n in _names(studies))}}
-    dark = {**DARK, **{f"a{i}": s.dark for i, s in enumerate(arms[n] for n in _names(studies))}}
+    arms = styles(names_of(studies))
+    light = {**LIGHT, **{f"a{i}": s.colour for i, s in enumerate(arms[n] for n in names_of(studies))}}
+    dark = {**DARK, **{f"a{i}": s.dark for i, s in enumerate(arms[n] for n in names_of(studies))}}
     written = [";".join(f"--{k}:{v}" for k, v in theme.items()) for theme in (light, dark)]
     own = "".join(f'[data-arm="{i}"]{{--c:var(--a{i})}}' for i in range(len(arms)))
     return (
@@ -107,27 +109,26 @@ def _colours(studies: Sequence[Shown]) -> str:
     )
 
 
-def _names(studies: Sequence[Shown]) -> list[str]:
-    return list(dict.fromkeys(arm.name for s in studies for arm in s.spec.arms))
+def names_of(studies: Sequence[Shown]) -> tuple[str, ...]:
+    """Of the arms of all tasks: the place of a name is the arm's number on the page."""
+    return tuple(dict.fromkeys(arm.name for s in studies for arm in s.spec.arms))
 
 
 # ------------------------------------------------------------------------------------------------------------ one task
 
 
-def _study(s: Shown, number: int, *, several: bool) -> str:
-    names = tuple(arm.name for arm in s.spec.arms)
-    arms = Arms(names, styles(names))
-    heading = tag("h2", escape(s.spec.task_name)) if several else ""
+def _study(s: Shown, number: int, arms: Arms, *, several: bool) -> str:
+    heading = tag("h2", escape(s.spec.task_name), id=f"task-{number}") if several else ""
     parts = [heading, tag("p", marked(in_plain_words(s.result)), class_="verdict"), _facts(s)]
     if s.result.arms:
-        parts += [_chips(arms), *_figures(s, arms), _table(s, arms), _said(s)]
+        parts += [chips(arms, [a.name for a in s.spec.arms]), *_figures(s, arms), _table(s, arms), _said(s)]
     else:
         parts.append(_said(s))
-    parts += [_reproduce(s), _trials(s, arms, number)]
+    parts += [*([] if several else [_reproduce([s])]), _trials(s, arms, number, several=several)]
     return tag("div", *parts, data_study=number, class_="task" if several else None)
 
 
-def _section(title: str, how: str, *inside: str) -> str:
+def section(title: str, how: str, *inside: str) -> str:
     return tag("section", tag("h2", title), tag("p", how, class_="how") if how else "", *inside)
 
 
@@ -149,15 +150,16 @@ def _facts(s: Shown) -> str:
     return tag("dl", *(tag("div", tag("dt", k), tag("dd", escape(v))) for k, v in said.items()), class_="facts")
 
 
-def _chips(arms: Arms) -> str:
+def chips(arms: Arms, shown: Sequence[str]) -> str:
     made = [
         tag("button", "<i></i>", escape(name), type="button", data_arm=i, aria_pressed="false")
         for i, name in enumerate(arms.names)
+        if name in shown
     ]
     return tag("div", *made, class_="chips", role="group", aria_label="Bring an arm forward in all figures")
 
 
-def _both(wide: str, narrow: str) -> str:
+def both(wide: str, narrow: str) -> str:
     return tag("div", wide, class_="wide") + tag("div", narrow, class_="narrow")
 
 
@@ -168,27 +170,26 @@ def _figures(s: Shown, arms: Arms) -> list[str]:
             f"Final test loss less <code>{BASELINE}</code>’s. Dot and line: the mean and its {LEVEL} interval, which "
             "holds for the arm’s whole family together. Pale bar: the effect shrunken towards the other arms’, 95 %."
         )
-        charts = effects_chart(found, arms, WIDE), effects_chart(found, arms, replace(NARROW, height=0))
-        made.append(_section("Effects", how, _both(*charts)))
+        made.append(section("Effects", how, both(*(effects_chart(found, arms, room) for room in (WIDE, NARROW)))))
     budget = s.spec.steps if s.spec.charge != "none" else math.inf
     axes: tuple[tuple[Axis, str], ...] = (("charged_steps", "steps"), ("seconds", "seconds"))
     for axis, unit in axes:
         if lines := bands(s.curves, axis, budget):
             how = f"Mean over seeds, band from the lowest seed to the highest. What a start reads counts in its {unit}."
-            both = _both(*(loss_chart(lines, arms, room, unit=unit) for room in (WIDE, NARROW)))
-            made.append(_section(f"Test loss against {unit}", how, both))
+            charts = (loss_chart(lines, arms, room, unit=unit) for room in (WIDE, NARROW))
+            made.append(section(f"Test loss against {unit}", how, both(*charts)))
     if small := rate_charts(s.rates, arms):
         how = (
             "Final validation loss of every rate that was tried; the chosen one is ringed, the other arms are drawn in "
             "grey. Above the axis: × diverged, – given up, ⌃ a loss too high for it."
         )
-        made.append(_section("Learning rates", how, tag("div", *small, class_="few")))
+        made.append(section("Learning rates", how, tag("div", *small, class_="few")))
     if ranks := {a.arm: a.ranks for a in s.result.arms if a.ranks}:
         how = (
             "Mean over seeds by layer, from the top, and kind of module: slots that live where a rule decides about "
             "them, else the rank of an export. One scale for all arms."
         )
-        made.append(_section("Ranks at the end", how, tag("div", *rank_charts(ranks, arms), class_="maps")))
+        made.append(section("Ranks at the end", how, tag("div", *rank_charts(ranks, arms), class_="maps")))
     return made
 
 
@@ -210,7 +211,7 @@ def _table(s: Shown, arms: Arms) -> str:
     how = (
         f"Test loss at each arm’s own best rate, ± 95 % over seeds; against lora: {LEVEL} for a whole family together."
     )
-    return _section("All arms", how + " A head sorts.", arms_table(s.result, arms.names.index))
+    return section("All arms", how + " A head sorts.", arms_table(s.result, arms.names.index))
 
 
 def _said(s: Shown) -> str:
@@ -221,7 +222,7 @@ def _said(s: Shown) -> str:
     nothing = [_item("", "Every best rate lies inside its grid, no seed diverged, all arms had the same budget.")]
     inside = tag("ul", *(flags + notes or nothing), class_="said")
     every = tag("details", tag("summary", "Every arm in a sentence"), tag("ul", *arms, class_="said")) if arms else ""
-    return _section("Flags and notes", "", inside, every)
+    return section("Flags and notes", "", inside, every)
 
 
 def _item(sort: str, said: str) -> str:
@@ -241,24 +242,25 @@ def _sort(said: str) -> str:
     return next((sort for sort, words in SORTS.items() if words in said), "note")
 
 
-def _reproduce(s: Shown) -> str:
-    text = yaml.safe_dump(dict(s.data["study"]), sort_keys=False, allow_unicode=True, width=100)
-    env = s.data["environment"]
+def _reproduce(studies: Sequence[Shown]) -> str:
+    first = studies[0]
+    text = yaml.safe_dump(dict(first.data["study"]), sort_keys=False, allow_unicode=True, width=100)
+    env = first.data["environment"]
     versions = ", ".join(f"{k} {v}" for k, v in env["versions"].items())
-    prints = [f"{k} {v}" for k, v in sorted(s.spec.content.items())]
+    prints = [f"{s.spec.task_name} {k} {v}".strip() for s in studies for k, v in sorted(s.spec.content.items())]
     told = f"Report written with Python {env['python']}, {versions}."
     inside = [tag("pre", "loralign compare study.yaml"), _folded("study.yaml", text)]
     inside += [_folded("Fingerprints of model and data", "\n".join(prints))] if prints else []
     inside.append(tag("p", escape(told), class_="how"))
     how = "Interrupted anywhere, the same command goes on where it was; on a CPU it ends the same to the last bit."
-    return _section("Reproduce", how, *inside)
+    return section("Reproduce", how, *inside)
 
 
 def _folded(summary: str, text: str) -> str:
     return tag("details", tag("summary", summary), tag("pre", escape(text)))
 
 
-def _trials(s: Shown, arms: Arms, number: int) -> str:
+def _trials(s: Shown, arms: Arms, number: int, *, several: bool) -> str:
     lrs = {}
     for key in s.trials:
         arm, index = key.split("/", 1)[1].rsplit("/", 2)[:2]
@@ -266,9 +268,9 @@ def _trials(s: Shown, arms: Arms, number: int) -> str:
         if own:
             lrs[key] = rate(own, int(index), s.spec.ratio)
     known = {k: o for k, o in s.trials.items() if k in lrs}
-    link = tag(
-        "a", "Download all of it as JSON", href="results.json", download="results.json", data_from=f"data-{number}"
-    )
+    task = s.spec.task_name
+    file, name = (f"{task}/results.json", f"results-{task}.json") if several else ("results.json",) * 2
+    link = tag("a", "Download all of it as JSON", href=file, download=name, data_from=f"data-{number}")
     table = tag("details", tag("summary", f"All {len(known)} trials"), trials_table(known, lrs, arms.names.index))
     how = "Every trial with its whole curve is part of this file, as results.json has it."
-    return _section("Raw trials", how, tag("div", link, class_="tools"), table if known else "")
+    return section("Raw trials", how, tag("div", link, class_="tools"), table if known else "")

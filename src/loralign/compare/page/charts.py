@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loralign.compare.curves import Interval
 from loralign.compare.figures import Band, Look, best_rates, line_of, loss_limits, rate_limits
-from loralign.compare.page.svg import Scale, apart, figure, line, path, powers, short, signed, tag, text, ticks, window
+from loralign.compare.page.svg import Scale, apart, figure, line, path, powers, short, tag, text, ticks, window
 from loralign.compare.rates import Rate
 from loralign.compare.spec import BASELINE, REFERENCE
 
@@ -123,71 +122,6 @@ def _end_labels(found: Sequence[Band], arms: Arms, x: Scale, y: Scale, room: Roo
             parts.append(text(room.width - 2, place + 4, f"{b.mean[-1]:.3f}", class_="tick r"))
         said.append(arms.mark(b.arm, *parts))
     return said
-
-
-# ------------------------------------------------------------------------------------------------------------- effects
-
-
-@dataclass(frozen=True)
-class Difference:
-    """An arm's final loss less the baseline's. tested: the interval of the whole family; shrunken: mean, low, high."""
-
-    arm: str
-    tested: Interval
-    shrunken: tuple[float, float, float] | None
-    better: float | None
-    verdict: str
-
-
-def effects_chart(found: Sequence[Difference], arms: Arms, room: Room) -> str:
-    """One row per arm: the difference with its interval, below it the shrunken one as a bar."""
-    step, top = (40.0, 26.0) if room.narrow else (28.0, 26.0)
-    height = top + step * len(found) + 34
-    left, right = (8.0, 8.0) if room.narrow else (200.0, 170.0)
-    ends = [v for d in found for v in (d.tested.low, d.tested.high, d.tested.mean)]
-    ends = [v for v in ends if abs(v) < float("inf")]
-    low, high = min(0.0, *ends), max(0.0, *ends)
-    x = Scale(low - 0.04 * (high - low), high + 0.04 * (high - low), left, room.width - right)
-    bottom = top + step * len(found)
-    back = [line(x(v), top - 4, x(v), bottom, class_="grid") for v in ticks(x.low, x.high, 3 if room.narrow else 6)]
-    back += [
-        text(x(v), bottom + 16, signed(v, "g") if v else "0", class_="tick m")
-        for v in ticks(x.low, x.high, 3 if room.narrow else 6)
-    ]
-    back += [line(x(0), top - 4, x(0), bottom, class_="zero"), text(x(0), top - 10, BASELINE, class_="name m strong")]
-    if low < 0:
-        back.append(text(x.start, bottom + 31, "← lower loss, better", class_="name"))
-    if high > 0:
-        back.append(text(x.end, bottom + 31, "worse →", class_="name r"))
-    rows = [_row(d, arms, x, top + step * i, step, room) for i, d in enumerate(found)]
-    return figure(room.width, height, *back, *rows, title="Final loss against the baseline, with intervals")
-
-
-def _row(d: Difference, arms: Arms, x: Scale, top: float, step: float, room: Room) -> str:
-    t, at = d.tested, top + (step - 11 if room.narrow else step / 2)
-    ends = max(t.low, x.low), min(t.high, x.high)
-    parts = [tag("rect", x=0, y=top, width=room.width, height=step, class_="row")]
-    if d.shrunken:
-        mean, low, high = d.shrunken
-        parts.append(
-            tag("rect", x=x(low), y=at - 5, width=max(1.0, x(high) - x(low)), height=10, rx=5, class_="shrunken")
-        )
-        parts.append(line(x(mean), at - 5, x(mean), at + 5, class_="middle"))
-    parts.append(line(x(ends[0]), at, x(ends[1]), at, class_="whisker"))
-    parts.append(tag("circle", cx=x(t.mean), cy=at, r=4.2, class_="dot"))
-    figures = f"{signed(t.mean)} ({signed(t.low)} … {signed(t.high)})"
-    if room.narrow:
-        parts.append(text(0, top + 14, cut(d.arm, 26), class_="label over"))
-        parts.append(text(room.width, top + 14, figures, class_="tick r over"))
-    else:
-        parts.append(text(0, at + 4, cut(d.arm, 30), class_="label"))
-        parts.append(text(room.width, at + 4, figures, class_="tick r"))
-    tip = f"{d.arm}: {d.verdict}\n{figures}"
-    if d.shrunken:
-        tip += "\nshrunken {} ({} … {})".format(*map(signed, d.shrunken))
-    if d.better is not None:
-        tip += f"\nP(better) {d.better:.2f}"
-    return arms.mark(d.arm, *parts, data_tip=tip)
 
 
 # ------------------------------------------------------------------------------------------------------ learning rates
