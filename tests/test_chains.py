@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback
 
 from loralign import LoralignError, Recipe, adapt, build, drive, factors, optimizer, peft_config, sites
 from loralign.carrier.sites import draw_for
-from loralign.carrier.slot import live_of
+from loralign.carrier.slot import live_of, shared_of
 from loralign.methods.init.rac_lora import random_side
 from loralign.methods.outer.chain import chain_of_links
 from loralign.methods.transform.combine import descend
@@ -155,6 +155,41 @@ def test_k_exact_links_are_the_best_of_rank_kr() -> None:
         driver.after_step()
         assert loss_of(model, X, Y).item() - rest == pytest.approx(found, rel=1e-6, abs=1e-6)  # C3
     assert torch.linalg.matrix_rank(deltas(model)[0], atol=1e-4) == 8  # C4
+
+
+def test_links_of_one_direction_are_frank_wolfes_atoms() -> None:
+    """C7: the linear oracle of the nuclear ball is a link of rank 1, the convex step a weight for each link; the mean
+    gap stays below the bound."""
+    steps = 40
+    recipe = made("sd-lora", {"tasks": steps, "epsilon": 1e-9}, r=1, alpha=1.0, targets=("map",))
+    X, Y = least_squares()
+    model = line(recipe)
+    (site,) = sites(model)
+    C = X.T @ X / len(X)
+    gap = torch.linalg.lstsq(X, Y).solution.T - site.layer.get_base_layer().weight.detach()  # type: ignore[operator]
+    radius = float(torch.linalg.svdvals(gap).sum())
+    want, gaps, bound = chains.frank_wolfe(gap, C, radius, steps)
+    assert sum(gaps) / steps < bound
+    eta = (0.5 * float((gap @ C * gap).sum())) ** 0.5 / (
+        2 * radius * (float(torch.linalg.eigvalsh(C)[-1]) * steps) ** 0.5
+    )
+    opt = optimizer(model, recipe, 0.0)
+    driver = drive(model, recipe, opt, steps)
+    alpha = shared_of(model.base_model)["alpha"].data
+    for t in range(steps):
+        A, B = (factor.double() for factor in factors(site))
+        best_A, best_B = chains.best_link(-(B @ A - gap) @ C, torch.eye(10, dtype=C.dtype), 1)
+        now = live_of(site.layer, site.adapter)
+        now.A.data.copy_(best_A)
+        now.B.data.copy_(best_B)
+        alpha[:t] *= 1 - eta
+        alpha[t] = eta * radius
+        A, B = (factor.double() for factor in factors(site))
+        torch.testing.assert_close(B @ A, want[t], rtol=1e-4, atol=1e-4)
+        loss_of(model, X, Y).backward()
+        opt.step()
+        opt.zero_grad()
+        driver.after_step()
 
 
 @pytest.mark.slow
