@@ -6,7 +6,9 @@
 step: forward, backward, optimizer, zero_grad without the rule. penalty and masks: what the rule adds within the
 optimizer's step. after: what follows it, events and the verbs that they plan included, the mean over --steps optimizer
 steps of one run (events are a part of them, as the rule's law has it). inputs: what PRILoRA's look at the inputs adds
-to forward and backward. The gradients of the optimizer's steps are those of the first backward, so that a run is short.
+to forward and backward. ops: calls into torch that the rule adds to a step, a mean over the run, beside those of the
+optimizer without it: what a fast GPU's host pays for, whatever the machine. The gradients of the optimizer's steps are
+those of the first backward, so that a run is short.
 On a GPU wall time between synchronisations: a rule pays for what it makes the device wait. Shapes are bench_step's.
 """
 
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 from bench_step import SHAPES, base_model, half
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loralign import Recipe, adapt, build, drive, optimizer
 from loralign.evidence.inputs import InputTap
@@ -49,6 +52,40 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return time.process_time() - start
 
 
+class Calls(TorchDispatchMode):
+    """Counts calls into torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls(work: Callable[[], object]) -> int:
+    with Calls() as counted:
+        work()
+    return counted.count
+
+
+def operations(model: Any, recipe: Recipe, both: Callable[[], None], steps: int) -> dict[str, float]:
+    """Calls of the optimizer without the rule, and those that the rule adds, a mean over a run."""
+    plain, opt = optimizer(model, replace(recipe, rules=()), 1e-3), optimizer(model, recipe, 1e-3)
+    plain.step()
+    own = calls(plain.step)
+    driver = drive(model, recipe, opt, steps)
+    watched = 0
+    if driver.inputs is not None:
+        watched = calls(both)
+        driver.inputs.remove()
+        watched -= calls(both)
+    within = [calls(opt.step) + calls(driver.after_step) - own for _ in range(steps)]
+    driver.close()
+    return {"ops": watched + statistics.fmean(within[1:]), "optimizer_ops": own}
+
+
 def measure(name: str, shape: str, device: str, rank: int, steps: int, repeats: int) -> dict[str, float]:
     """Milliseconds, and the rule's share of a step."""
     recipe = build(name, RULES[name], r=rank, alpha=2.0 * rank)
@@ -65,7 +102,6 @@ def measure(name: str, shape: str, device: str, rank: int, steps: int, repeats: 
     both()
     plain.step()
     passes = min(seconds(both, device) for _ in range(repeats))
-    without = statistics.fmean(seconds(plain.step, device) for _ in range(max(5, repeats)))
     opt = optimizer(model, recipe, 1e-3)
     driver = drive(model, recipe, opt, steps)
     seen = passes
@@ -73,14 +109,18 @@ def measure(name: str, shape: str, device: str, rank: int, steps: int, repeats: 
         driver.inputs.remove()
         pairs = [(seconds(both, device), _watched(both, opt, device)) for _ in range(repeats)]
         passes, seen = (min(times) for times in zip(*pairs, strict=True))
-    within, after = [], []
-    for _ in range(steps):
+    without, within, after = [], [], []
+    for _ in range(steps):  # with and without in turn
+        without.append(seconds(plain.step, device))
         within.append(seconds(opt.step, device))
         after.append(seconds(driver.after_step, device))
     driver.close()
-    parts = {"masks": statistics.fmean(within[1:]) - without, "after": statistics.fmean(after), "inputs": seen - passes}
-    step = passes + without
-    return {"step": 1e3 * step, **{k: 1e3 * v for k, v in parts.items()}, "share": max(0.0, sum(parts.values())) / step}
+    counted = operations(model, recipe, both, steps)
+    own = statistics.fmean(without[1:])
+    parts = {"masks": statistics.fmean(within[1:]) - own, "after": statistics.fmean(after), "inputs": seen - passes}
+    step = passes + own
+    share = max(0.0, sum(parts.values())) / step
+    return {"step": 1e3 * step, **{k: 1e3 * v for k, v in parts.items()}, "share": share, **counted}
 
 
 def _watched(both: Callable[[], None], opt: Any, device: str) -> float:
@@ -108,10 +148,11 @@ def main() -> None:
         args.json.write_text(
             json.dumps({"shape": shape, "device": args.device, "rank": args.rank, "ms": found}, indent=1)
         )
-    print(f"{'rule':20}" + "".join(f"{k:>10}" for k in ("step", "masks", "after", "inputs", "share")) + "    (ms)")
+    heads = ("step", "masks", "after", "inputs", "share", "ops", "/ optim.")
+    print(f"{'rule':20}" + "".join(f"{k:>10}" for k in heads) + "    (ms)")
     for name, row in found.items():
         print(f"{name:20}" + "".join(f"{row[k]:10.2f}" for k in ("step", "masks", "after", "inputs")), end="")
-        print(f"{100 * row['share']:9.2f} %")
+        print(f"{100 * row['share']:8.2f} %{row['ops']:10.0f}{row['optimizer_ops']:10.0f}")
 
 
 if __name__ == "__main__":

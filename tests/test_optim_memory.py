@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loralign import METHODS, Recipe, adapt, build, optimizer, sites
+from loralign import METHODS, Recipe, adapt, build, drive, optimizer, sites
 from loralign.plan.trace import LiveBytes
 from toy import batch_for, llama
 
@@ -21,6 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora, bf16 momentum": ("lora", {"momentum_dtype": "bfloat16"}),
     "lora-rite, bf16 momentum": ("lora-rite", {"momentum_dtype": "bfloat16"}),
     "rm-lora": ("rm-lora", {}),
+    **{name: (name, {}) for name in ("adalora", "dynamic-rank-lora", "sora")},
     "a twin": ("lora-ga + lora-rite", {"micro_batches": 2}),
 }
 
@@ -33,17 +34,20 @@ def beside(name: str, options: dict[str, Any]) -> tuple[float, Recipe]:
     base = llama(**sizes)
     model = adapt(base, made, [batch_for(base)] * 3)
     stepper = optimizer(model, made, 1e-3)
-    stepper.driven = True  # no event of a rule is of interest here
+    driver = drive(model, made, stepper, 100)
     for step in range(2):
         model(**batch_for(model)).loss.backward()
         if step == 0:
             stepper.step()
+            driver.after_step()
             stepper.zero_grad()
     trained = [p for p in model.parameters() if p.grad is not None]
     kept = [t for state in stepper.state.values() for t in state.values() if isinstance(t, Tensor)]
-    there = [*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None), *kept]
+    rules = [value for state in stepper.rule_states for value in state.values()]
+    there = [*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None), *kept, *rules]
     with LiveBytes(there) as live:
         stepper.step()
+        driver.after_step()
     return live.peak / sum(p.numel() * p.element_size() for p in trained), made
 
 

@@ -27,9 +27,9 @@ from loralign.types import (
     Draw,
     Episode,
     Facts,
+    Joint,
     Live,
     Moment,
-    Named,
     Need,
     Off,
     On,
@@ -39,6 +39,7 @@ from loralign.types import (
     RuleNeed,
     RuleState,
     SiteShape,
+    Stack,
     Start,
     Unborn,
     Validation,
@@ -152,7 +153,7 @@ class NoMasks:
     def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
         return {}
 
-    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+    def penalty(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         return None
 
     grad_mask = update_mask = penalty

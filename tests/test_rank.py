@@ -30,6 +30,7 @@ from loralign.types import Ctx, Facts, Moment, Plan, RuleState, WorkFailed
 from oracles import adalora, dynamic_rank_lora, sora
 from planted import RANKS as PLANTED
 from planted import SETTINGS, planted
+from stacking import by_name, stacks_of
 from toy import batch_for, llama
 from trainers import toy_trainer
 
@@ -210,9 +211,9 @@ def test_other_combinations_that_are_refused() -> None:
 
 def test_constant_sensitivity_earns_less_and_less() -> None:
     mean, spread = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    one, found = torch.ones(1, dtype=torch.float64), {}
+    one, found = [torch.ones(1, dtype=torch.float64)], {}
     for n in range(1, 41):
-        sensitivity(one, one, mean, spread, (0.85, 0.85))
+        sensitivity(one, one, [mean], [spread], (0.85, 0.85))
         assert float(mean) == pytest.approx(1 - 0.85**n) and float(spread) == pytest.approx(0.15 * n * 0.85**n)
         found[n] = float(mean * spread)
     assert found[1] == pytest.approx(0.019125) and found[2] == pytest.approx(0.060148, abs=1e-6)
@@ -223,14 +224,14 @@ def test_constant_sensitivity_earns_less_and_less() -> None:
 def test_the_regulariser_is_a_gradient_and_no_loss() -> None:
     model = toy(made())
     tensors = {(s.name, n): getattr(s.layer, f"lora_{n}")["default"].live.detach() for s in sites(model) for n in "AB"}
-    found = Orthogonal(0.3)(tensors)
+    stacks = stacks_of(tensors)
+    found = by_name(stacks, Orthogonal(0.3)(stacks))
     As, Bs = ([v for (_, n), v in tensors.items() if n == side] for side in "AB")
     want = adalora.regulariser_gradients(As, Bs, 0.3)
-    assert found is not None
     got = [v for (_, n), v in found.items() if n == "A"] + [v for (_, n), v in found.items() if n == "B"]
     for g, w in zip(got, want, strict=True):
         assert torch.allclose(g.double(), w, rtol=1e-6, atol=1e-9)
-    assert Orthogonal(0.0)(tensors) is None
+    assert Orthogonal(0.0)(stacks) is None
 
 
 def test_at_the_start_only_the_gate_learns() -> None:
@@ -417,12 +418,13 @@ def test_the_variance_is_a_gradient_that_ends_with_the_pruning() -> None:
     def ctx(step: int) -> Ctx:
         return Ctx(0.1, 0.1, step, None, 100)  # type: ignore[arg-type]
 
-    found = rule.penalty({}, tensors, ctx(51))
-    assert found is not None
+    stacks = stacks_of(tensors)
+    found = by_name(stacks, rule.penalty({}, stacks, ctx(51)))
     for g, w in zip([found[f"w{k}", n] for n in "AB" for k in range(2)], want, strict=True):
         assert torch.allclose(g, w, rtol=1e-9)
-    assert rule.penalty({}, tensors, ctx(52)) is None
-    assert not any(g.abs().max() > 1e-12 for g in Variance(0.1)({("w", "A"): torch.ones(2, 5)}).values())  # type: ignore[union-attr]
+    assert rule.penalty({}, stacks, ctx(52)) is None
+    constant = stacks_of({("w", "A"): torch.ones(2, 5)})
+    assert float(by_name(constant, Variance(0.1)(constant))["w", "A"].abs().max()) < 1e-12
 
 
 def test_dynamic_rank_drops_what_the_oracle_drops() -> None:
@@ -507,8 +509,9 @@ def test_gradient_descent_with_the_threshold_finds_the_sparse_minimum() -> None:
 
 def test_the_l1_option_adds_its_gradient() -> None:
     (rule,) = made("sora", l1=3.0).rules
-    found = rule.penalty({}, {("a", "gate"): torch.tensor([2.0, -1.0, 0.0]), ("a", "A"): torch.ones(3, 2)}, None)  # type: ignore[arg-type]
-    assert found is not None and list(found) == [("a", "gate")] and found["a", "gate"].tolist() == [1.0, -1.0, 0.0]
+    stacks = stacks_of({("a", "gate"): torch.tensor([2.0, -1.0, 0.0]), ("a", "A"): torch.ones(3, 2)})
+    found = by_name(stacks, rule.penalty({}, stacks, None))  # type: ignore[arg-type]
+    assert list(found) == [("a", "gate")] and found["a", "gate"].tolist() == [1.0, -1.0, 0.0]
 
 
 # ------------------------------------------------------------------------------------------------------------- exports

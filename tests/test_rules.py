@@ -44,6 +44,7 @@ from loralign.types import (
     Transform,
 )
 from oracles import delta_lora, rm_lora
+from stacking import by_name, stacks_of
 from toy import llama
 from trainers import toy_trainer
 
@@ -114,9 +115,10 @@ def test_regulariser_and_its_gradient_equal_the_oracle() -> None:
     pairs = [pair(0), pair(1), pair(2, d_out=5, d_in=30), pair(3, train="B")]
     As, Bs = [p.A for p in pairs if "A" in p.train], [p.B for p in pairs]
     close(regulariser([*(A.mT for A in As), *Bs], 0.1), rm_lora.regulariser(As, Bs, 0.1), 1e-14)
-    made = masked_orthogonal(c=0.1).penalty({}, named(pairs, {}), ctx())
+    stacks = stacks_of(named(pairs, {}))
+    made = by_name(stacks, masked_orthogonal(c=0.1).penalty({}, stacks, ctx()))
     want_A, want_B = rm_lora.gradients(As, Bs, 0.1)
-    assert made is not None and ("w3", "A") not in made
+    assert ("w3", "A") not in made
     for p, B in zip(pairs, want_B, strict=True):
         assert made[p.name, "B"].shape == p.B.shape
         close(made[p.name, "B"], B, 1e-12)
@@ -195,33 +197,37 @@ def test_what_adam_does_to_masked_slots(mask_target: Any) -> None:
 def test_masks_are_the_same_on_every_rank_and_differ_by_step_and_module() -> None:
     pairs, rule = [pair(k) for k in range(8)], masked_orthogonal(draw="separate", mask_target="update")
     tensors = named(pairs, {})
-    first, again = rule.grad_mask({}, tensors, ctx()), rule.update_mask({}, named(pairs[::-1], {}), ctx())
-    assert first is not None and again is not None and first.keys() == again.keys() == tensors.keys()
+    stacks, other = stacks_of(tensors), stacks_of(named(pairs[::-1], {}))
+    first = by_name(stacks, rule.grad_mask({}, stacks, ctx()))
+    again = by_name(other, rule.update_mask({}, other, ctx()))
+    assert first.keys() == again.keys() == tensors.keys()
     for key, mask in first.items():
         assert torch.equal(mask, again[key])
-        assert mask.shape == ((4, 1) if key[1] == "A" else (4,)) and int(mask.sum()) == 2
+        assert mask.shape == ((4, 1) if key[1] == "A" else (1, 4)) and int(mask.sum()) == 2
     assert len({str(first[p.name, "A"].tolist()) for p in pairs}) > 1
-    later = rule.grad_mask({}, tensors, ctx(step=3)) or {}
+    later = by_name(stacks, rule.grad_mask({}, stacks, ctx(step=3)))
     assert any(not torch.equal(mask, later[key]) for key, mask in first.items())
-    assert rule.grad_mask({}, tensors, ctx(step=1)) is None
-    assert masked_orthogonal().update_mask({}, tensors, ctx()) is None
+    assert rule.grad_mask({}, stacks, ctx(step=1)) is None
+    assert masked_orthogonal().update_mask({}, stacks, ctx()) is None
 
 
 def test_expected_share_of_updates() -> None:
     rule, p, n = masked_orthogonal(keep=1), pair(), 1000
+    stacks = stacks_of(named([p], {}))
     hits = torch.zeros(4)
     for t in range(2, n + 2):
-        mask = (rule.grad_mask({}, named([p], {}), ctx(step=t)) or {})[p.name, "A"]
+        mask = by_name(stacks, rule.grad_mask({}, stacks, ctx(step=t)))[p.name, "A"]
         hits += mask.flatten().float()
     assert float(hits.sum()) == n
     assert ((hits / n - 0.25).abs() < 3 * (0.25 * 0.75 / n) ** 0.5 * 1.2).all()
 
 
 def test_ragged_ranks_and_bad_settings() -> None:
-    made = masked_orthogonal().grad_mask({}, named([pair(0, r=1), pair(1, r=3), pair(2, r=4)], {}), ctx()) or {}
+    stacks = stacks_of(named([pair(0, r=1), pair(1, r=3), pair(2, r=4)], {}))
+    made = by_name(stacks, masked_orthogonal().grad_mask({}, stacks, ctx()))
     assert [int(made[f"w{k}", "A"].sum()) for k in range(3)] == [1, 2, 2]
     with pytest.raises(LoralignError, match="w0 has 1"):
-        masked_orthogonal(keep=2).grad_mask({}, named([pair(0, r=1)], {}), ctx())
+        masked_orthogonal(keep=2).grad_mask({}, stacks_of(named([pair(0, r=1)], {})), ctx())
     with pytest.raises(LoralignError, match="keep must be at least 1"):
         masked_orthogonal(keep=0)
 
@@ -388,7 +394,7 @@ def test_gradients_are_those_of_the_plain_pair() -> None:
 def test_event_comes_once_after_the_waiting_steps() -> None:
     p = pair()
     site = SiteShape(p.name, 4, 12, 10, 2.0)
-    moments = [Moment(t, 10, [site], {}, {}, {}, ctx().draw) for t in range(8)]
+    moments = [Moment(t, 10, [site], {}, {}, (), {}, ctx().draw) for t in range(8)]
     plans = [snapshot(2.0, 3).step({}, m)[1] for m in moments]
     assert [plan is not None for plan in plans] == [t == 4 for t in range(8)]
     assert plans[4] == (Freeze(p.name, -2.0),)

@@ -7,12 +7,10 @@ slot's counts as the higher, so that ties are cut at the exact count and alike o
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,18 +20,20 @@ from loralign.types import LoralignError, WorkFailed
 Slots = dict[str, tuple[int, ...]]
 
 
-def ordered(scores: Mapping[str, Tensor], last: int | None = None) -> list[tuple[str, int]]:
-    """All slots, the highest score first; of these the `last` ones, where given."""
+def _flat(scores: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
+    """The sites in order, and all scores; the host waits once."""
     names = sorted(scores)
-    device = scores[names[0]].device
-    flat = torch.cat([scores[name].detach().to(device) for name in names]).double().cpu()  # the host waits once
+    flat = torch.cat([scores[name] for name in names]).detach().double().cpu()
     if not bool(flat.isfinite().all()):
         raise WorkFailed("the scores of the slots are not finite: the run has diverged, lower the learning rate")
-    order = flat.sort(descending=True, stable=True).indices
-    at = (order if last is None else order[len(order) - last :]).tolist()
-    starts = [0, *accumulate(scores[name].shape[0] for name in names)]
-    owners = [bisect_right(starts, k) - 1 for k in at]
-    return [(names[owner], k - starts[owner]) for owner, k in zip(owners, at, strict=True)]
+    return names, flat
+
+
+def ordered(scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+    """All slots, the highest score first."""
+    names, flat = _flat(scores)
+    places = [(name, j) for name in names for j in range(scores[name].shape[0])]
+    return [places[k] for k in flat.sort(descending=True, stable=True).indices.tolist()]
 
 
 def by_site(slots: Sequence[tuple[str, int]]) -> Slots:
@@ -45,7 +45,19 @@ def by_site(slots: Sequence[tuple[str, int]]) -> Slots:
 
 def lowest(scores: Mapping[str, Tensor], count: int) -> Slots:
     """The `count` slots of lowest score, by site."""
-    return by_site(ordered(scores, count))
+    names, flat = _flat(scores)
+    order = flat.sort(descending=True, stable=True).indices
+    at = sorted(order[len(order) - count :].tolist())
+    found, start, k = Slots(), 0, 0
+    for name in names:
+        stop = start + scores[name].shape[0]
+        first = k
+        while k < len(at) and at[k] < stop:
+            k += 1
+        if k > first:
+            found[name] = tuple(place - start for place in at[first:k])
+        start = stop
+    return found
 
 
 @lru_cache

@@ -27,7 +27,7 @@ def _work(*tensors: Tensor) -> tuple[Tensor, ...]:
 def gram(X: Tensor) -> Tensor:
     """XᵀX (..., r, r); formed in float64 on CUDA, where float32 may mean TF32."""
     Y = X.double() if X.is_cuda else X
-    return (Y.mT @ Y).to(X.dtype)
+    return (torch.bmm(Y.mT, Y) if Y.dim() == 3 else Y.mT @ Y).to(X.dtype)
 
 
 def _scaled(X: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Lists of tensors treated as one: stacks of equal shapes, Adam by one fused call, masks by one product per shape."""
+"""Lists of tensors treated as one: stacks of equal shapes, Adam by one fused call."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor:
     if joint is None:
         # one (n·rows, ...) tensor is made faster than n views and a stack
         joint = torch.cat(found).view(len(found), *found[0].shape) if found[0].dim() else torch.stack(found)
-    return joint.to(torch.promote_types(joint.dtype, torch.float32))
+    return joint.float() if joint.dtype in (torch.bfloat16, torch.float16) else joint
 
 
 _BASE = attrgetter("_base")
@@ -147,21 +147,5 @@ def _zeros(like: Sequence[Tensor]) -> list[Tensor]:
             made[k] = torch.zeros_like(t)
     for (shape, dtype, device), at in groups.items():
         for k, row in zip(at, torch.zeros((len(at), *shape), dtype=dtype, device=device).unbind(), strict=True):
-            made[k] = row
-    return made
-
-
-def products(values: Sequence[Tensor | None], masks: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Each value times its mask, where both are there; one product for all tensors of a shape."""
-    made = list(values)
-    groups: dict[Any, list[int]] = {}
-    for k, (v, on) in enumerate(zip(values, masks, strict=True)):
-        if v is not None and on is not None:
-            groups.setdefault((v.shape, on.shape, v.device), []).append(k)
-    for (shape, on_shape, _), at in groups.items():
-        whole = stacked([values[k] for k in at])
-        on = torch.stack([masks[k] for k in at])  # type: ignore[misc]
-        on = on[:, None] if len(on_shape) < len(shape) else on
-        for k, row in zip(at, (whole * on).unbind(), strict=True):
             made[k] = row
     return made

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -25,6 +25,23 @@ class LateMapping(Mapping[K, V]):
 
     def __iter__(self) -> Iterator[K]:
         return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+class LateSequence(Sequence[V]):
+    """A sequence that is made when it is first read."""
+
+    def __init__(self, make: Callable[[], Sequence[V]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _made(self) -> Sequence[V]:
+        return self._make()
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._made[at]
 
     def __len__(self) -> int:
         return len(self._made)

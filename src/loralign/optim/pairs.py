@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,17 +27,18 @@ from loralign.maths.draws import keyed_generator
 from loralign.maths.lists import adam_slots
 from loralign.optim.clip import clip
 from loralign.optim.groups import groups
-from loralign.optim.late import LateMapping
-from loralign.optim.masks import alive, masked
+from loralign.optim.masks import DeadSlots, masked, penalise
+from loralign.optim.moments import grads_of, moment, seen_in_step
 from loralign.optim.rest import adamw_updates
 from loralign.optim.shards import add_, wholes
+from loralign.optim.stacks import Layout, Place
 from loralign.optim.transformed import transformed
-from loralign.optim.values import Live, Values, leave_stacks, live_own, live_pairs, named, named_grads
+from loralign.optim.values import Live, Values, leave_stacks, live_own, live_pairs
 from loralign.types import (
     Ctx,
     Grad,
+    Joint,
     Moment,
-    Named,
     Pair,
     Rule,
     RuleState,
@@ -87,8 +89,7 @@ class PairOptimizer(torch.optim.Optimizer):
         """Nobody needs whole factors, so sharded ones stay apart."""
         self.values = Values(sites, whole=not self.elementwise)
         self.max_grad_norm, self.seed, self.total_steps = max_grad_norm, seed, 0
-        self.dead: dict[str, Tensor] = {}
-        """Slots that do not train, by site: bool (r,), True = dead or unborn."""
+        self.dead = DeadSlots()
         self.asleep: set[str] = set()
         """Sites that sit out this episode."""
         self.trains: dict[str, Train] = {}
@@ -98,6 +99,7 @@ class PairOptimizer(torch.optim.Optimizer):
         self.applied, self.steps_here, self.grad_norm, self.lr_factor = 0, 0, float("nan"), 1.0
         made = groups(sites, rest, shared or {}, transform, lr, rest_lr, weight_decay)
         super().__init__(made, {"lr": lr, "weight_decay": weight_decay})
+        self.layout = Layout(self.shapes, self.param_groups)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -123,7 +125,8 @@ class PairOptimizer(torch.optim.Optimizer):
         self._rest(live, own)
         awake = {n: ps for n, ps in live.items() if any(p.grad is not None for p in ps.values())}
         pairs = self.values.pairs(awake, {n: _trained(ps) for n, ps in awake.items()})
-        self._penalise(live, own, pairs, ctx)
+        places = self._places(pairs)
+        self._penalise(pairs, places, ctx)
         norm = clip(
             (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None), self.max_grad_norm
         )
@@ -136,7 +139,8 @@ class PairOptimizer(torch.optim.Optimizer):
                 "is the loss computed from the adapted model?"
             )
         own_grads = self._own_grads(own)
-        grads, own_grads = self._masked(grads, own_grads, pairs, own, [rule.grad_mask for rule in self.rules], ctx)
+        grad_masks = self._masks([rule.grad_mask for rule in self.rules], pairs, places, ctx)
+        grads, own_grads = masked(grads, own_grads, places, grad_masks)
         try:
             leave_stacks(self.state, live, pairs)
             state = {p.name: {factor: self.state[live[p.name][factor]] for factor in p.train} for p in pairs}
@@ -145,8 +149,9 @@ class PairOptimizer(torch.optim.Optimizer):
             self._checked(norm)  # says it better where the gradient is to blame
             raise
         own_updates = self._own_updates(own, own_grads)
-        masks = [*(rule.update_mask for rule in self.rules), lambda *_: alive(self.dead, pairs, own, self._per_slot)]
-        updates, own_updates = self._masked(updates, own_updates, pairs, own, masks, ctx)
+        masks = self._masks([rule.update_mask for rule in self.rules], pairs, places, ctx)
+        alive = self.dead.masks(places, self._per_slot)
+        updates, own_updates = masked(updates, own_updates, places, masks if alive is None else [*masks, alive])
         self._checked(norm)  # here and no earlier: until now the device works on while the host prepares its next calls
         self._apply(live, updates)
         if own_updates:
@@ -189,28 +194,23 @@ class PairOptimizer(torch.optim.Optimizer):
 
         return Ctx(rate.get("A", 0.0), rate.get("B", 0.0), step, draw, self.total_steps)
 
-    def _penalise(self, live: Live, own: Own, pairs: Sequence[Pair], ctx: Ctx) -> None:
-        for rule, state in zip(self.rules, self.rule_states, strict=True):
-            penalty = rule.penalty(state, LateMapping(lambda: named(pairs, self._full(own))), ctx) or {}
-            found = [((own[key] if key in own else live[key[0]][key[1]]).grad, extra) for key, extra in penalty.items()]
-            todo = [(grad, extra) for grad, extra in found if grad is not None]
-            if todo:
-                add_(*zip(*todo, strict=True))
+    def _places(self, pairs: Sequence[Pair]) -> list[Place]:
+        """Where rules find the tensors of a step: the factors that train, and the form's own tensors beside them."""
+        return self.layout.of({p.name: (*p.train, *self.layout.names[p.name][2:]) for p in pairs})
 
-    def _masked(
-        self,
-        grads: dict[str, Grad],
-        own_grads: Mapping[tuple[str, str], Tensor],
-        pairs: Sequence[Pair],
-        own: Own,
-        masks: Sequence[Callable[..., Named | None]],
-        ctx: Ctx,
-    ) -> tuple[dict[str, Grad], dict[tuple[str, str], Tensor]]:
-        """Values times masks, one product for all tensors of a shape."""
-        states = [*self.rule_states, *({} for _ in range(len(masks) - len(self.rule_states)))]
-        tensors = LateMapping(lambda: named(pairs, self._full(own)))
-        found = [mask for make, st in zip(masks, states, strict=True) if (mask := make(st, tensors, ctx)) is not None]
-        return masked(grads, own_grads, found)
+    def _penalise(self, pairs: Sequence[Pair], places: Sequence[Place], ctx: Ctx) -> None:
+        for rule, state in zip(self.rules, self.rule_states, strict=True):
+            penalty = rule.penalty(state, seen_in_step(self.param_groups, self.values, pairs, places), ctx)
+            if penalty is not None:
+                penalise(places, penalty, grads_of(self.param_groups))
+
+    def _masks(
+        self, makers: Sequence[Callable[..., Joint | None]], pairs: Sequence[Pair], places: Sequence[Place], ctx: Ctx
+    ) -> list[Joint]:
+        """Of the rules that mask something in this step."""
+        seen = seen_in_step(self.param_groups, self.values, pairs, places)
+        found = (make(state, seen, ctx) for make, state in zip(makers, self.rule_states, strict=True))
+        return [mask for mask in found if mask is not None]
 
     def _checked(self, norm: Tensor | None) -> None:
         """Keep the norm. Not finite: drop the moments, which have seen it, and raise before any factor moves."""
@@ -278,12 +278,8 @@ class PairOptimizer(torch.optim.Optimizer):
 
         Made when a rule reads it, so read it before the next step, and under FSDP2 on every rank or on none.
         """
-        live, own = live_pairs(self.param_groups), live_own(self.param_groups)
-        tensors = LateMapping(lambda: named(self.values.pairs(live, {}), {k: _whole(p) for k, p in own.items()}))
-        grads = LateMapping(lambda: named_grads(self.values.grads(live, live), self._own_grads(own)))
-        dead = {n: frozenset(mask.nonzero().flatten().tolist()) for n, mask in self.dead.items()}
-        ctx = self._ctx()
-        return Moment(ctx.step, total_steps, self.shapes, tensors, grads, dead, ctx.draw, **seen)
+        ctx = replace(self._ctx(), total_steps=total_steps)
+        return moment(self.param_groups, self.values, self.layout, self.shapes, self.dead, ctx, **seen)
 
     def on_slots(self, name: str, change: SlotChange) -> None:
         """Adjust the state of one site whose slots changed."""
@@ -313,7 +309,3 @@ def _trained(factors: Mapping[str, nn.Parameter]) -> Train:
 
 def _letters(factors: Mapping[str, Any]) -> Train:
     return "AB" if len(factors) == 2 else "A" if "A" in factors else "B"
-
-
-def _whole(p: nn.Parameter) -> Any:
-    return wholes([p.data])[0]

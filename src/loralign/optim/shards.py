@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,10 +12,15 @@ from torch.distributed.tensor import DTensor, Shard
 from loralign.carrier.slot import parted
 
 
+def sharded(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether some are. Asked several times a step, so without a loop in Python."""
+    return DTensor in set(map(type, tensors))
+
+
 def wholes(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The full tensors; those that lie by rows over a mesh of one dimension come together, the same on every rank."""
     found = list(tensors)
-    if not any(isinstance(t, DTensor) for t in tensors):
+    if not sharded(tensors):
         return found
     groups: dict[tuple[object, torch.dtype], list[int]] = {}
     for k, t in enumerate(tensors):
@@ -32,20 +37,20 @@ def wholes(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def add_(ps: Sequence[Tensor], us: Sequence[Tensor]) -> None:
     """p += u in place, in the dtype of p. u is whole, or sharded as p is."""
-    if not any(isinstance(p, DTensor) for p in ps):
+    if not sharded(ps):
         torch._foreach_add_(list(ps), [u if u.dtype == p.dtype else u.to(p.dtype) for p, u in zip(ps, us, strict=True)])
         return
     local: list[tuple[Tensor, Tensor]] = []
-    sharded: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor]] = []
     for p, u in zip(ps, us, strict=True):
         if not isinstance(p, DTensor):
             local.append((p, u.to(p.dtype)))
         elif isinstance(u, DTensor) or not _by_rows(p):
-            sharded.append((p, parted(u.to(p.dtype), p)))
+            parts.append((p, parted(u.to(p.dtype), p)))
         else:
             start, stop = _rows(p.shape[0], p.device_mesh.size(), p.device_mesh.get_local_rank())
             local.append((p.to_local(), u[start:stop].to(p.dtype)))
-    for pairs in (local, sharded):
+    for pairs in (local, parts):
         if pairs:
             torch._foreach_add_([p for p, _ in pairs], [u for _, u in pairs])
 

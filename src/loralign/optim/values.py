@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loralign.carrier.storage import SlotLinear
-from loralign.optim.shards import wholes
+from loralign.optim.shards import sharded, wholes
 from loralign.types import Grad, Named, Pair, Site, Train
 
 Live = dict[str, dict[str, nn.Parameter]]
@@ -82,6 +82,12 @@ class Values:
                     found[role][k] = value
         rows = zip(live, found["A"], found["B"], strict=True)
         return [Pair(name, A, B, self.scale[name], trains.get(name, "AB")) for name, A, B in rows]
+
+    def held(self, lists: Mapping[str, Sequence[Tensor]]) -> bool:
+        """Whether the values are the Parameters themselves, neither sums of twins nor parts of sharded ones."""
+        sides = (sides["B"] for sides in self.modules.values())
+        twins = any(type(side) is SlotLinear and side.kind == "T" for side in sides)
+        return not twins and not any(map(sharded, lists.values()))
 
     def grads(self, live: Mapping[str, Mapping[str, nn.Parameter]], names: Iterable[str]) -> dict[str, Grad]:
         """The gradients of these sites' factors."""

@@ -18,6 +18,7 @@ from loralign.carrier.sites import sites
 from loralign.carrier.slot import constants_of, form_of, live_of, shared_of, trained_of, whole, write
 from loralign.carrier.storage import SlotLinear
 from loralign.evidence.inputs import InputTap
+from loralign.optim.masks import DeadSlots
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.combinations import check_length
 from loralign.train.episodes import Episodes, Gather
@@ -50,6 +51,7 @@ class Driver:
         self.step, self.total_steps = 0, 0
         self.started = 0
         """Slots of all sites before the first step, where a rule decides about them."""
+        self.facts = [rule.facts for rule in recipe.rules]
         self.acted = [False] * len(recipe.rules)
         """Whether a rule planned something yet, be it that nothing is to be done."""
         self.changes: list[tuple[int, int]] = []
@@ -105,7 +107,7 @@ class Driver:
 
     @property
     def allocates(self) -> bool:
-        return any(rule.facts.allocates for rule in self.recipe.rules)
+        return any(facts.allocates for facts in self.facts)
 
     def summary(self) -> str:
         """What became of the budget of slots."""
@@ -120,8 +122,8 @@ class Driver:
 
     def unfinished(self) -> str:
         """What to say of a rule whose schedule has not come to its end; "" where all have."""
-        for rule in self.recipe.rules:
-            by = rule.facts.acts_by(self.total_steps) if rule.facts.acts_by else 0
+        for facts in self.facts:
+            by = facts.acts_by(self.total_steps) if facts.acts_by else 0
             if self.optimizer.steps < by:
                 return f"{self.recipe.name}: its schedule acts until step {by}, and {self.optimizer.steps} were taken"
         return ""
@@ -129,8 +131,8 @@ class Driver:
     def _check_schedules(self) -> None:
         """Raise as soon as a rule did not act when it was to, or cannot any more because steps were skipped."""
         taken, left = self.optimizer.steps, self.total_steps - self.step
-        for rule, acted in zip(self.recipe.rules, self.acted, strict=True):
-            by = rule.facts.acts_by(self.total_steps) if rule.facts.acts_by else 0
+        for facts, acted in zip(self.facts, self.acted, strict=True):
+            by = facts.acts_by(self.total_steps) if facts.acts_by else 0
             if by and taken >= by and not acted:
                 raise WorkFailed(f"{self.recipe.name}: its schedule was to act by step {by}, and nothing happened")
             if by > taken + left:
@@ -139,6 +141,7 @@ class Driver:
                     f"{by} steps that its schedule needs are out of reach: train in bf16 or fp32, or longer"
                 )
 
+    @torch.no_grad()
     def _rules_act(self, step: int) -> None:
         seen = dict(self.observe())
         if self.inputs is not None:
@@ -148,7 +151,7 @@ class Driver:
             state, plan = rule.step(state, self.optimizer.moment(self.total_steps, **seen))
             self.optimizer.rule_states[i] = state
             self.acted[i] |= plan is not None and step > 0
-            if rule.facts.events and (verbs := agreed(plan)):
+            if self.facts[i].events and (verbs := agreed(plan)):
                 stage = Stage(self.optimizer, state, self.recipe.seed, step)
                 changed = apply_plan(stage, verbs)
                 self.changes.append((step, len(changed)))
@@ -165,7 +168,7 @@ class Driver:
         found = {f"dead|{name}": mask for name, mask in self.optimizer.dead.items()}
         if self.allocates:
             found["started"] = torch.tensor(self.started)
-        scheduled = [i for i, rule in enumerate(self.recipe.rules) if rule.facts.acts_by]
+        scheduled = [i for i, facts in enumerate(self.facts) if facts.acts_by]
         found |= {f"acted|{i}": torch.tensor(self.acted[i]) for i in scheduled}
         for i, state in enumerate(self.optimizer.rule_states):
             found |= {f"rule|{i}|{key}": whole(value) for key, value in state.items()}
@@ -186,7 +189,7 @@ class Driver:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        self.optimizer.dead = {key[5:]: value.clone() for key, value in state.items() if key.startswith("dead|")}
+        self.optimizer.dead = DeadSlots({k[5:]: mask.clone() for k, mask in state.items() if k.startswith("dead|")})
         self.started = int(state.get("started", sum(shape.r for shape in self.optimizer.shapes)))
         for i, acted in enumerate(self.acted):
             self.acted[i] = acted or bool(state.get(f"acted|{i}", True))  # older checkpoints do not say

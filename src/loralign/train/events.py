@@ -10,18 +10,19 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from functools import cached_property
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
-from loralign.carrier.slot import add_frozen, trained_of, whole, write
+from loralign.carrier.slot import add_frozen, whole, write
 from loralign.maths.draws import keyed_generator
 from loralign.optim.pairs import PairOptimizer
-from loralign.optim.shards import wholes
+from loralign.optim.shards import sharded, wholes
+from loralign.optim.values import live_own
 from loralign.types import (
     Copy,
     Elements,
@@ -45,7 +46,10 @@ VERBS: dict[str, type[Any]] = {v.__name__: v for v in (Off, Unborn, On, Zero, Co
 
 
 def agreed(plan: Plan | None) -> Plan:
-    """Rank 0's plan, on every rank."""
+    """Rank 0's plan, on every rank. Where nothing is due all know it, and what is the same everywhere anyway is not
+    sent: nobody waits for the others at steps without an event."""
+    if plan is None or (plan and all(isinstance(verb, Prox) for verb in plan)):
+        return plan or ()
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return plan or ()
     text = json.dumps([[type(verb).__name__, dataclasses.astuple(verb)] for verb in plan or ()]).encode()
@@ -56,6 +60,10 @@ def agreed(plan: Plan | None) -> Plan:
     dist.broadcast(body, 0)
     found = json.loads(bytes(body.cpu().tolist()))
     return tuple(VERBS[name](*map(_tuples, values)) for name, values in found)
+
+
+def _sites(verb: Verb) -> tuple[str, ...]:
+    return verb.sites if isinstance(verb, Prox) else (verb.site,)
 
 
 def _tuples(value: Any) -> Any:
@@ -78,11 +86,14 @@ class Stage:
         p: Tensor = getattr(site.layer, f"lora_{side}")[site.adapter]._parameters["weight"]
         return p
 
-    def own(self, site: Site, name: str) -> Tensor:
-        found = trained_of(site.layer, site.adapter)
-        if name not in found:
-            raise LoralignError(f"a rule planned for the tensor {name!r} of {site.name}, which its form does not have")
-        return found[name]
+    @cached_property
+    def _own(self) -> dict[tuple[str, str], nn.Parameter]:
+        return live_own(self.optimizer.param_groups)
+
+    def own(self, site: str, name: str) -> Tensor:
+        if (site, name) not in self._own:
+            raise LoralignError(f"a rule planned for the tensor {name!r} of {site}, which its form does not have")
+        return self._own[site, name]
 
     def put(self, site: Site, slots: Sequence[int], A: Tensor | None, B: Tensor | None) -> None:
         """Rows of A and columns of B of these slots; None: zeros. Only they are touched."""
@@ -93,8 +104,9 @@ class Stage:
             set_slots(p, at, axis, new if value is None else value.to(new))
 
     def mark(self, site: Site, slots: Sequence[int], dead: bool) -> None:
-        mask = self.optimizer.dead.setdefault(site.name, torch.zeros(site.r, dtype=torch.bool))
+        mask = self.optimizer.dead.get(site.name, torch.zeros(site.r, dtype=torch.bool)).clone()
         mask[list(slots)] = dead
+        self.optimizer.dead[site.name] = mask
 
 
 @torch.no_grad()
@@ -110,8 +122,8 @@ def set_slots(p: Tensor, at: Sequence[int], axis: int, value: Tensor) -> None:
 
 def write_all(ps: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Write full tensors into possibly sharded ones."""
-    if not any(isinstance(p, DTensor) for p in ps):
-        torch._foreach_copy_([p.detach() for p in ps], list(values))
+    if not sharded(ps):
+        torch._foreach_copy_(list(ps), list(values))
         return
     for p, value in zip(ps, values, strict=True):
         write(p, value)
@@ -127,13 +139,14 @@ def apply_plan(stage: Stage, plan: Plan) -> set[str]:
             TOGETHER[kind](stage, verbs)
             continue
         for verb in verbs:
-            change = ACTIONS[kind](stage, stage.site(verb.site), verb)
+            (name,) = _sites(verb)
+            change = ACTIONS[kind](stage, stage.site(name), verb)
             if change is not None:
-                changes.setdefault(verb.site, []).append(change)
+                changes.setdefault(name, []).append(change)
     for name, found in changes.items():
         for change in found:
             stage.optimizer.on_slots(name, change)
-    return {verb.site for verb in plan}
+    return {site for verb in plan for site in _sites(verb)}
 
 
 def _off(stage: Stage, site: Site, verb: Any) -> SlotChange:
@@ -151,27 +164,30 @@ def _on(stage: Stage, site: Site, verb: On) -> SlotChange:
 
 
 def _zero(stage: Stage, verbs: Sequence[Zero]) -> None:
-    """One collective for sharded tensors, one copy of the masks to the device."""
-    slots: dict[tuple[str, str], set[int]] = {}
+    """One collective for sharded tensors; vectors (gates) as one, with one copy of the places to the device."""
+    kinds: dict[Any, list[tuple[Tensor, int, tuple[int, ...]]]] = {}
     for verb in verbs:
-        slots.setdefault((verb.site, verb.name), set()).update(verb.slots)
-    found = [_tensor(stage, stage.site(site), name) for site, name in slots]
-    sizes = [p.shape[axis] for p, axis in found]
-    off = torch.zeros(sum(sizes), dtype=torch.bool)
-    for mask, at in zip(off.split(sizes), slots.values(), strict=True):
-        mask[list(at)] = True
-    kinds = {(p.device, p.dtype) for p, _ in found}
-    on = {kind: (~off).to(*kind).split(sizes) for kind in kinds}
-    masks = [on[p.device, p.dtype][k] for k, (p, _) in enumerate(found)]
-    masks = [m[:, None] if p.dim() > 1 and not axis else m for m, (p, axis) in zip(masks, found, strict=True)]
-    values = torch._foreach_mul(wholes([p.detach() for p, _ in found]), masks)
-    torch._foreach_add_(values, 0.0)  # no −0.0
-    write_all([p for p, _ in found], values)
+        p, axis = _tensor(stage, verb.site, verb.name)
+        kinds.setdefault((p.device, p.dtype, p.dim() > 1), []).append((p, axis, verb.slots))
+    for (device, _, wide), found in kinds.items():
+        ps = [p for p, *_ in found]
+        values = wholes(ps)
+        if wide:
+            slots = [torch.tensor(at, device=device) for *_, at in found]
+            made = [x.index_fill(axis, at, 0.0) for x, at, (_, axis, _) in zip(values, slots, found, strict=True)]
+        else:
+            starts = accumulate((len(x) for x in values), initial=0)
+            places = [start + j for start, (*_, at) in zip(starts, found, strict=False) for j in at]
+            flat = torch.cat(values).index_fill_(0, torch.tensor(places, device=device).long(), 0.0)
+            made = list(flat.split([len(x) for x in values]))
+        write_all(ps, made)
 
 
-def _tensor(stage: Stage, site: Site, name: str) -> tuple[Tensor, int]:
+def _tensor(stage: Stage, site: str, name: str) -> tuple[Tensor, int]:
     """A tensor and the axis of its slots."""
-    return (stage.factor(site, name), "AB".index(name)) if name in ("A", "B") else (stage.own(site, name), 0)
+    if name in ("A", "B"):
+        return stage.factor(stage.site(site), name), "AB".index(name)
+    return stage.own(site, name), 0
 
 
 def _copy(stage: Stage, site: Site, verb: Copy) -> SlotChange:
@@ -186,7 +202,7 @@ def _copy(stage: Stage, site: Site, verb: Copy) -> SlotChange:
 
 
 def _set(stage: Stage, site: Site, verb: Set) -> None:
-    p = stage.own(site, verb.name)
+    p = stage.own(site.name, verb.name)
     set_slots(p, verb.slots, 0, torch.tensor(verb.values).to(p))
     state = stage.optimizer.state[p]
     for key in ("exp_avg", "exp_avg_sq"):
@@ -196,17 +212,17 @@ def _set(stage: Stage, site: Site, verb: Set) -> None:
 
 def _prox(stage: Stage, verbs: Sequence[Prox]) -> None:
     """One collective for sharded tensors, a few calls for all: rules plan it after every step."""
-    thresholds: dict[tuple[str, str], float] = {}
     for verb in verbs:
-        key = verb.site, verb.name
-        thresholds[key] = thresholds.get(key, 0.0) + verb.threshold
-    ps = [stage.own(stage.site(site), name) for site, name in thresholds]
-    values = wholes([p.detach() for p in ps])
-    sizes = torch._foreach_abs(values)
-    torch._foreach_sub_(sizes, list(thresholds.values()))
-    torch._foreach_clamp_min_(sizes, 0.0)
-    torch._foreach_mul_(sizes, torch._foreach_sign(values))
-    write_all(ps, sizes)
+        kinds: dict[Any, list[Tensor]] = {}
+        for site in verb.sites:
+            p = stage.own(site, verb.name)
+            kinds.setdefault((p.device, p.dtype), []).append(p)
+        for ps in kinds.values():
+            values = wholes(ps)
+            x = torch.cat([value if value.dim() == 1 else value.reshape(-1) for value in values])
+            x = (x.abs() - verb.threshold).clamp_min_(0.0).mul_(x.sign())
+            parts = x.split([value.numel() for value in values])
+            write_all(ps, [x if x.dim() == v.dim() else x.view(v.shape) for x, v in zip(parts, values, strict=True)])
 
 
 def _freeze(stage: Stage, site: Site, verb: Freeze) -> None:
@@ -215,7 +231,7 @@ def _freeze(stage: Stage, site: Site, verb: Freeze) -> None:
 
 
 def _elements(stage: Stage, site: Site, verb: Elements) -> None:
-    p, _ = _tensor(stage, site, verb.name)
+    p, _ = _tensor(stage, site.name, verb.name)
     mask = stage.state[verb.mask]
     _same_everywhere(mask, f"{site.name}.{verb.name}")
     write(p, whole(p).masked_fill(mask.to(p.device), 0.0))

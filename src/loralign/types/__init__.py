@@ -59,6 +59,7 @@ from loralign.types.slots import Copy as Copy
 from loralign.types.slots import Elements as Elements
 from loralign.types.slots import Freeze as Freeze
 from loralign.types.slots import Grad as Grad
+from loralign.types.slots import Joint as Joint
 from loralign.types.slots import Live as Live
 from loralign.types.slots import Named as Named
 from loralign.types.slots import Off as Off
@@ -71,6 +72,7 @@ from loralign.types.slots import RuleState as RuleState
 from loralign.types.slots import Set as Set
 from loralign.types.slots import SiteShape as SiteShape
 from loralign.types.slots import SlotChange as SlotChange
+from loralign.types.slots import Stack as Stack
 from loralign.types.slots import Start as Start
 from loralign.types.slots import State as State
 from loralign.types.slots import Unborn as Unborn

@@ -12,6 +12,7 @@ from torch import Tensor
 from loralign.types.needs import Directions, Draw, Need, RuleNeed, Train, Weight
 from loralign.types.slots import (
     Grad,
+    Joint,
     Live,
     Named,
     Operator,
@@ -20,6 +21,7 @@ from loralign.types.slots import (
     RuleState,
     SiteShape,
     SlotChange,
+    Stack,
     Start,
     State,
 )
@@ -242,7 +244,8 @@ class Transform(Protocol):
 class Moment:
     """What a rule sees after optimizer step `step`; before the first one (step 0) without gradients.
 
-    tensors: values by (site, name). grads: this step's gradients. dead: slots that do not train, by site. losses: of
+    tensors: values by (site, name). grads: this step's gradients. stacks: both, sites of one shape as one, for what is
+    done at every step. All are made when they are read. dead: slots that do not train, by site. losses: of
     the validation rows with these slots alone, for each of several {site: bool (r,)}; a site that is not named keeps
     its slots. Processes share them, so ask for many at once. Only for rules that need `Validation`. inputs: Σx² and the
     number of rows, by site; only for rules that need `Inputs`.
@@ -253,6 +256,7 @@ class Moment:
     sites: Sequence[SiteShape]
     tensors: Named
     grads: Named
+    stacks: Sequence[Stack]
     dead: Mapping[str, frozenset[int]]
     draw: Callable[[str, str], torch.Generator]
     losses: Callable[[Sequence[Mapping[str, Tensor]]], Sequence[float]] | None = None
@@ -262,7 +266,10 @@ class Moment:
 @runtime_checkable
 class Rule(Protocol):
     """A penalty, masks or slot events. The object is frozen data: what it remembers is a `RuleState`, which the driver
-    keeps, hands in and stores in checkpoints; it may be changed in place. None: nothing to add, all ones."""
+    keeps, hands in and stores in checkpoints; it may be changed in place. None: nothing to add, all ones.
+
+    Penalties and masks belong to every step, so they see the tensors that train in stacks, and answer with one mapping
+    for each: a few calls for all sites of a shape, and nothing that makes the host wait for the device."""
 
     @property
     def facts(self) -> Facts: ...
@@ -272,20 +279,24 @@ class Rule(Protocol):
 
     def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState: ...
 
-    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+    def penalty(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         """Gradient of the regulariser, added before clipping."""
         ...
 
-    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+    def grad_mask(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         """Multiplied into gradients, before the transform."""
         ...
 
-    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+    def update_mask(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         """Multiplied into updates, weight decay included."""
         ...
 
     def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
-        """After an optimizer step, and once before the first one (moment.step = 0)."""
+        """After an optimizer step, and once before the first one (moment.step = 0).
+
+        None where nothing is due, which follows from the step alone, so that all processes know it without asking one
+        another; a plan, be it empty, where something is.
+        """
         ...
 
 
@@ -295,13 +306,13 @@ class RuleBase:
     def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
         return {}
 
-    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+    def penalty(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         return None
 
-    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+    def grad_mask(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         return None
 
-    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+    def update_mask(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         return None
 
 

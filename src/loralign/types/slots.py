@@ -8,7 +8,7 @@ live with the value zero, for now (`Zero`): that one goes on training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -112,6 +112,27 @@ Named = Mapping[tuple[str, str], Tensor]
 """Tensors by (site, name): "A" and "B" as a `Pair` has them, and a form's own trained tensors."""
 
 
+class Stack(NamedTuple):
+    """Sites of one shape as one, so that what happens at every step takes a few calls for all of them.
+
+    key: of the shape ("8x64x32"); a run's stacks have the same keys throughout, and different ones. sites: their names.
+    tensors: by name, at least fp32, row k of each (n, ...) is that of `sites[k]`; not to be written to. grads: as
+    `tensors`, zeros where there is none; only what a `Moment` holds has them. at: which sites of the moment's stack of
+    this key these are, where a step leaves some out; None: all.
+    """
+
+    key: str
+    sites: tuple[str, ...]
+    r: int
+    tensors: Mapping[str, Tensor]
+    grads: Mapping[str, Tensor] = {}
+    at: tuple[int, ...] | None = None
+
+
+Joint = Sequence[Mapping[str, Tensor]]
+"""One mapping for each stack given: rows (n, ...) by the tensor's name; what is not named is left as it is."""
+
+
 # ----------------------------------------------------------------------------------------- verbs: what happens to slots
 
 
@@ -171,9 +192,10 @@ class Set:
 
 @dataclass(frozen=True)
 class Prox:
-    """x ← sign(x)·max(|x| − threshold, 0) on a form's own tensor; moments stay."""
+    """x ← sign(x)·max(|x| − threshold, 0) on a form's own tensor of these sites; moments stay. Every process carries
+    out its own, which is the same: a rule plans it after every step."""
 
-    site: str
+    sites: tuple[str, ...]
     name: str
     threshold: float
 

@@ -22,16 +22,16 @@ Args:    start_ratio: slots at the start over those at the end, 1.5. first, last
 Example:
     >>> import torch
     >>> from loralign.methods.rule.adalora import sensitivity
-    >>> mean, spread = torch.zeros(1), torch.zeros(1)
+    >>> mean, spread, one = [torch.zeros(1)], [torch.zeros(1)], [torch.ones(1)]
     >>> for _ in range(2):
-    ...     sensitivity(torch.ones(1), torch.ones(1), mean, spread, (0.85, 0.85))
-    >>> round(float(mean), 4), round(float(spread), 5)
+    ...     sensitivity(one, one, mean, spread, (0.85, 0.85))
+    >>> round(float(mean[0]), 4), round(float(spread[0]), 5)
     (0.2775, 0.21675)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,21 +39,24 @@ from torch import Tensor
 
 from loralign.maths.bounds import AtLeastOne, Betas, Count, NotNegative, Share, bounded
 from loralign.maths.budget import cubic_budget
-from loralign.maths.lists import stacked
-from loralign.methods.rule.combine import GATE, Law, Shrink, average, batches, window_shares
+from loralign.methods.rule.combine import GATE, Law, Shrink, average, slots_of, window_shares
 from loralign.methods.rule.rm_lora import slopes
-from loralign.types import Moment, Named, RuleState
+from loralign.types import Joint, Moment, RuleState, Stack
 
 MEAN, SPREAD = "mean", "spread"
 PARTS = ("A", "B", GATE)
+Tensors = list[Tensor]
 
 
 @torch.no_grad()
-def sensitivity(w: Tensor, g: Tensor, mean: Tensor, spread: Tensor, betas: tuple[float, float]) -> None:
-    """One observation of |w·g| into Ī and Ū, in place."""
-    seen = (w * g).abs_()
-    mean.lerp_(seen, 1 - betas[0])
-    spread.lerp_(seen.sub_(mean).abs_(), 1 - betas[1])
+def sensitivity(w: Tensors, g: Tensors, mean: Tensors, spread: Tensors, betas: tuple[float, float]) -> None:
+    """One observation of |w·g| into Ī and Ū, in place; lists of tensors."""
+    seen = torch._foreach_mul(w, g)
+    torch._foreach_abs_(seen)
+    torch._foreach_lerp_(mean, seen, 1 - betas[0])
+    torch._foreach_sub_(seen, mean)
+    torch._foreach_abs_(seen)
+    torch._foreach_lerp_(spread, seen, 1 - betas[1])
 
 
 @dataclass(frozen=True)
@@ -61,20 +64,20 @@ class Sensitivity:
     betas: tuple[float, float]
 
     def observe(self, state: RuleState, moment: Moment) -> None:
-        for key, names in batches(moment).items():
-            for part in PARTS:
-                w = stacked([moment.tensors[name, part] for name in names])
-                found = [moment.grads.get((name, part)) for name in names]
-                g = stacked([torch.zeros_like(w[0]) if value is None else value for value in found])
-                mean, spread = (average(state, f"{kind}|{key}|{part}", w) for kind in (MEAN, SPREAD))
-                sensitivity(w, g, mean, spread, self.betas)
+        each = [(stack, part) for stack in moment.stacks for part in PARTS]
+        w, g = [st.tensors[part] for st, part in each], [st.grads[part] for st, part in each]
+        mean, spread = (
+            [average(state, f"{kind}|{st.key}|{part}", like) for (st, part), like in zip(each, w, strict=True)]
+            for kind in (MEAN, SPREAD)
+        )
+        sensitivity(w, g, mean, spread, self.betas)
 
     def scores(self, state: RuleState, moment: Moment) -> Mapping[str, Tensor]:
-        made: dict[str, Tensor] = {}
-        for key, names in batches(moment).items():
-            s = {part: state[f"{MEAN}|{key}|{part}"] * state[f"{SPREAD}|{key}|{part}"] for part in PARTS}
-            made.update(zip(names, (s[GATE] + s["B"].mean(1) + s["A"].mean(2)).unbind(), strict=True))
-        return made
+        made = []
+        for stack in moment.stacks:
+            s = {part: state[f"{MEAN}|{stack.key}|{part}"] * state[f"{SPREAD}|{stack.key}|{part}"] for part in PARTS}
+            made.append(s[GATE] + s["B"].mean(1) + s["A"].mean(2))
+        return slots_of(moment.stacks, made)
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class Orthogonal:
 
     gamma: float
 
-    def __call__(self, tensors: Named) -> Named | None:
-        return slopes(tensors, self.gamma)
+    def __call__(self, stacks: Sequence[Stack]) -> Joint | None:
+        return slopes(stacks, self.gamma)
 
 
 @bounded

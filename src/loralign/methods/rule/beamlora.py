@@ -35,6 +35,7 @@ from torch import Tensor
 
 from loralign.maths.bounds import Count, Positive, Share, bounded
 from loralign.maths.budget import Slots, by_site, ordered
+from loralign.methods.rule.combine import slots_of
 from loralign.types import (
     NOTHING,
     Copy,
@@ -94,11 +95,15 @@ class Beam(RuleBase):
             return state, None
         every = self.every(T)
         if (t - 1) % every == every // 2:
-            state |= {f"{SNAPSHOT}|{site}|{n}": X.clone() for (site, n), X in moment.tensors.items() if n in ("A", "B")}
+            for stack in moment.stacks:
+                for side in "AB":
+                    rows = zip(stack.sites, stack.tensors[side].clone().unbind(), strict=True)
+                    state |= {f"{SNAPSHOT}|{site}|{side}": row for site, row in rows}
         p = threshold(t - 1, self.until * T, self.keep)
         if t % every or T - t < every or p >= 1 - 1e-6:
             return state, None
-        gates = {site.name: moment.tensors[site.name, GATE].detach().double().cpu() for site in moment.sites}
+        found = slots_of(moment.stacks, [stack.tensors[GATE] for stack in moment.stacks])
+        gates = {name: c.double() for name, c in found.items()}
         phi = {name: len(c) * torch.softmax(c / self.tau, 0) for name, c in gates.items()}
         return state, tuple(
             verb for name, at in beyond(phi, p).items() for verb in self._copies(name, at, phi[name], gates, moment)

@@ -21,18 +21,20 @@ from loralign.types import (
     NOTHING,
     Ctx,
     Facts,
+    Joint,
     LoralignError,
     Moment,
-    Named,
     Plan,
     RuleBase,
     RuleNeed,
     RuleState,
     SiteShape,
+    Stack,
     Zero,
 )
 
 GATE = "gate"
+KEPT = "kept|"
 
 
 class Scorer(Protocol):
@@ -45,30 +47,37 @@ class Scorer(Protocol):
         ...
 
 
-def batches(moment: Moment) -> dict[str, list[str]]:
-    """The sites of each shape (and device, where there are several) by a name for them: what can be stacked."""
-    devices: dict[torch.device, int] = {}
-    found: dict[str, list[str]] = {}
-    for site in moment.sites:
-        place = devices.setdefault(moment.tensors[site.name, "A"].device, len(devices))
-        found.setdefault(f"{site.r}x{site.d_out}x{site.d_in}" + f"@{place}" * (place > 0), []).append(site.name)
+def slots_of(stacks: Sequence[Stack], joint: Sequence[Tensor]) -> dict[str, Tensor]:
+    """(r,) by site of what was computed for stacks, (n, r) each; on the CPU, which waits once."""
+    device = joint[0].device
+    flat = torch.cat([scores.reshape(-1).to(device) for scores in joint]).cpu()
+    parts = flat.split([scores.numel() for scores in joint])
+    found: dict[str, Tensor] = {}
+    for stack, part in zip(stacks, parts, strict=True):
+        found.update(zip(stack.sites, part.view(len(stack.sites), stack.r).unbind(), strict=True))
     return found
 
 
 def average(state: RuleState, key: str, like: Tensor) -> Tensor:
     """A running average of the state, zero where it is new, on the device of `like`."""
     known = state.get(key)
-    state[key] = torch.zeros_like(like) if known is None else known.to(like)
+    if known is None or known.device != like.device or known.dtype != like.dtype:
+        state[key] = torch.zeros_like(like) if known is None else known.to(like)
     return state[key]
 
 
+def rows_at(whole: Tensor, stack: Stack) -> Tensor:
+    """What the state holds for the moment's stack, of the sites that are there in a step."""
+    return whole if stack.at is None else whole[list(stack.at)]
+
+
 class Regulariser(Protocol):
-    def __call__(self, tensors: Named) -> Named | None:
-        """Its gradient, by (site, name)."""
+    def __call__(self, stacks: Sequence[Stack]) -> Joint | None:
+        """Its gradient."""
         ...
 
 
-def unregularised(tensors: Named) -> None:
+def unregularised(stacks: Sequence[Stack]) -> None:
     return None
 
 
@@ -112,23 +121,26 @@ class Shrink(RuleBase):
     regulariser: Regulariser = unregularised
     regularised_to_the_end: bool = True
     """A fact of the method: the regulariser acts after the law has settled, too."""
+    transient: float = 2.0
+    """As in `Facts`: of the scorer's look at a step, or of the regulariser."""
     needs: RuleNeed = NOTHING
 
     @property
     def facts(self) -> Facts:
         law = self.law
         schedule: dict[str, Any] = {"slots": law.slots, "too_short": law.too_short, "acts_by": law.acts_by}
-        return Facts(events=True, allocates=True, needs_gate=True, **schedule)
+        return Facts(events=True, allocates=True, needs_gate=True, transient=self.transient, **schedule)
 
-    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+    def penalty(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         if not self.regularised_to_the_end and ctx.total_steps and ctx.step - 1 > self.law.window(ctx.total_steps).stop:
             return None
-        return self.regulariser(tensors)
+        return self.regulariser(stacks)
 
-    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
+    def update_mask(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         """Gates that were dropped for good stay where they are, at zero."""
-        kept = {key.removeprefix("kept|"): value for key, value in state.items() if key.startswith("kept|")}
-        return {(site, GATE): on.to(tensors[site, GATE]) for site, on in kept.items() if (site, GATE) in tensors}
+        if not any(key.startswith(KEPT) for key in state):
+            return None
+        return [{GATE: rows_at(state[KEPT + stack.key], stack)} for stack in stacks]
 
     def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
         if moment.step == 0:
@@ -141,10 +153,13 @@ class Shrink(RuleBase):
         b0, bT = self.law.ends(moment.sites)
         dropped = lowest(self.scorer.scores(state, moment), b0 - self.law.budget(t, law, b0, bT))
         if t == law.stop:
-            for site in moment.sites:
-                on = torch.ones(site.r, dtype=torch.bool)
-                on[list(dropped.get(site.name, ()))] = False
-                state[f"kept|{site.name}"] = on
+            for stack in moment.stacks:
+                gates = stack.tensors[GATE]
+                on = torch.ones(gates.shape, dtype=torch.bool)
+                off = [(k, j) for k, site in enumerate(stack.sites) for j in dropped.get(site, ())]
+                if off:
+                    on[tuple(zip(*off, strict=True))] = False
+                state[KEPT + stack.key] = on.to(gates.device)
         return state, tuple(Zero(site, GATE, at) for site, at in dropped.items())
 
 

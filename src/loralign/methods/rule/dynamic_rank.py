@@ -26,7 +26,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +35,8 @@ from torch import Tensor
 from loralign.maths.bounds import AtLeastOne, Beta, Count, NotNegative, Share, bounded
 from loralign.maths.budget import cubic_pruned
 from loralign.maths.linalg import gram
-from loralign.maths.lists import stacked
-from loralign.methods.rule.combine import GATE, Law, Shrink, average, batches, window_shares
-from loralign.types import Moment, Named, RuleState
+from loralign.methods.rule.combine import GATE, Law, Shrink, average, slots_of, window_shares
+from loralign.types import Joint, Moment, RuleState, Stack
 
 TINY = 1e-8
 
@@ -46,7 +45,7 @@ def shares(A: Tensor, B: Tensor, c: Tensor) -> Tensor:
     """‖c_j b_j a_jᵀ‖ over ‖B·diag(c)·A‖, (..., r)."""
     rows, columns = gram(A.mT), gram(B)
     each = c.abs() * (rows.diagonal(dim1=-2, dim2=-1) * columns.diagonal(dim1=-2, dim2=-1)).clamp_min(0).sqrt()
-    whole = (c[..., None, :] @ (rows * columns) @ c[..., :, None])[..., 0, 0].clamp_min(0).sqrt()
+    whole = (rows * columns * c[..., None, :] * c[..., :, None]).sum((-2, -1)).clamp_min(0).sqrt()
     return each / (whole[..., None] + TINY)
 
 
@@ -56,16 +55,12 @@ class ComponentShare:
 
     @torch.no_grad()
     def observe(self, state: RuleState, moment: Moment) -> None:
-        for key, names in batches(moment).items():
-            A, B, c = (stacked([moment.tensors[name, part] for name in names]) for part in ("A", "B", GATE))
-            now = shares(A, B, c)
-            average(state, f"share|{key}", now).lerp_(now, 1 - self.beta)
+        now = [shares(st.tensors["A"], st.tensors["B"], st.tensors[GATE]) for st in moment.stacks]
+        kept = [average(state, f"share|{st.key}", like) for st, like in zip(moment.stacks, now, strict=True)]
+        torch._foreach_lerp_(kept, now, 1 - self.beta)
 
     def scores(self, state: RuleState, moment: Moment) -> Mapping[str, Tensor]:
-        made: dict[str, Tensor] = {}
-        for key, names in batches(moment).items():
-            made.update(zip(names, state[f"share|{key}"].unbind(), strict=True))
-        return made
+        return slots_of(moment.stacks, [state[f"share|{stack.key}"] for stack in moment.stacks])
 
 
 @dataclass(frozen=True)
@@ -74,16 +69,18 @@ class Variance:
 
     eta: float
 
-    def __call__(self, tensors: Named) -> Named | None:
-        factors = {key: X for key, X in tensors.items() if key[1] in "AB"}
-        slots = sum(X.shape[0] for (_, name), X in factors.items() if name == "A")
+    def __call__(self, stacks: Sequence[Stack]) -> Joint | None:
+        slots = sum(len(stack.sites) * stack.r for stack in stacks if "A" in stack.tensors)
         if not self.eta or not slots:
             return None
-        made = {}
-        for key, X in factors.items():
-            axis = 1 if key[1] == "A" else 0
-            made[key] = self.eta / slots / max(1, X.shape[axis] - 1) * (X - X.mean(axis, keepdim=True))
-        return made
+        return [
+            {name: self._slope(X, 2 if name == "A" else 1, slots) for name, X in st.tensors.items() if name in "AB"}
+            for st in stacks
+        ]
+
+    def _slope(self, X: Tensor, axis: int, slots: int) -> Tensor:
+        """η/(2·Σr)·2(x − x̄)/(d − 1) along an axis."""
+        return (X - X.mean(axis, keepdim=True)).mul_(self.eta / slots / max(1, X.shape[axis] - 1))
 
 
 @bounded
@@ -98,4 +95,4 @@ def component_budget(
     """Dynamic-rank LoRA's allocation of the budget."""
     window_shares(first, last)
     law = Law(start_ratio, first, last, interval, cubic_pruned)
-    return Shrink(ComponentShare(beta), law, Variance(variance), regularised_to_the_end=False)
+    return Shrink(ComponentShare(beta), law, Variance(variance), regularised_to_the_end=False, transient=1.0)

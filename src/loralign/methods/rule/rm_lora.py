@@ -35,18 +35,18 @@ from torch import Tensor
 from loralign.maths.bounds import Count, NotNegative, bounded
 from loralign.maths.draws import keyed_scores
 from loralign.maths.linalg import gram
-from loralign.maths.lists import stacked
 from loralign.types import (
     NOTHING,
     Ctx,
     Facts,
+    Joint,
     LoralignError,
     Moment,
-    Named,
     Plan,
     RuleBase,
     RuleNeed,
     RuleState,
+    Stack,
 )
 
 
@@ -56,32 +56,43 @@ def regulariser(factors: Sequence[Tensor], c: float) -> Tensor:
     return c / len(sizes) * torch.stack(sizes).sum()
 
 
-def slope(X: Tensor) -> Tensor:
-    """d‖XᵀX − I‖/dX = 2·X·(XᵀX − I)/‖XᵀX − I‖ of X (n, d, r), 0 at the minimum."""
-    E = _excess(X)
-    size = torch.linalg.matrix_norm(E, keepdim=True)
-    return X @ (E * torch.where(size > 0, 2 / size, 0.0))
+def slope(X: Tensor, c: float = 1.0) -> Tensor:
+    """c·d‖XᵀX − I‖/dX = 2c·X·(XᵀX − I)/‖XᵀX − I‖ of X (n, d, r), 0 at the minimum."""
+    return torch.bmm(X, _scaled(_excess(X), c))
 
 
-def slopes(tensors: Named, c: float) -> Named | None:
-    """c·slope of each factor over their number, one call per shape; A's directions are its rows, B's its columns."""
-    factors = {key: X for key, X in tensors.items() if key[1] in "AB"}
-    if not c or not factors:
+def _scaled(E: Tensor, c: float) -> Tensor:
+    """2c·E/‖E‖, E (n, r, r), in place."""
+    size = torch.linalg.vector_norm(E, dim=(-2, -1), keepdim=True)
+    return E.mul_(2 * c / size.clamp_min_(torch.finfo(E.dtype).tiny))
+
+
+def slopes(stacks: Sequence[Stack], c: float) -> Joint | None:
+    """c·slope of each factor over their number; A's directions are its rows, B's its columns.
+
+    The small matrices of all stacks of a rank are treated together: launches count more than arithmetic here.
+    """
+    found = [(k, name, st.tensors[name]) for k, st in enumerate(stacks) for name in "AB" if name in st.tensors]
+    count = sum(X.shape[0] for *_, X in found)
+    if not c or not count:
         return None
-    made: dict[tuple[str, str], Tensor] = {}
-    groups: dict[object, list[tuple[str, str]]] = {}
-    for key, X in factors.items():
-        groups.setdefault((key[1], X.shape, X.device, X.dtype), []).append(key)
-    for keys in groups.values():
-        joint = stacked([factors[key] for key in keys])
-        g = slope(joint.mT).mT if keys[0][1] == "A" else slope(joint)
-        made.update(zip(keys, (c / len(factors) * g).unbind(), strict=True))
+    made: list[dict[str, Tensor]] = [{} for _ in stacks]
+    kinds: dict[object, list[tuple[int, str, Tensor]]] = {}
+    for k, name, X in found:
+        kinds.setdefault((stacks[k].r, X.device), []).append((k, name, X))
+    for alike in kinds.values():
+        E = torch.cat([gram(X.mT if name == "A" else X) for _, name, X in alike])
+        E.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        parts = _scaled(E, c / count).split([X.shape[0] for *_, X in alike])
+        for (k, name, X), part in zip(alike, parts, strict=True):
+            made[k][name] = torch.bmm(part, X) if name == "A" else torch.bmm(X, part)  # E is symmetric
     return made
 
 
 def _excess(X: Tensor) -> Tensor:
     H = gram(X)
-    return H - torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    H.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return H
 
 
 @dataclass(frozen=True)
@@ -94,47 +105,38 @@ class MaskedOrthogonal(RuleBase):
 
     @property
     def facts(self) -> Facts:
-        return Facts(least_rank=self.keep or 1, transient=1.0)
+        return Facts(least_rank=self.keep or 1, transient=1.1)
 
-    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return slopes(tensors, self.c)
+    def penalty(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
+        return slopes(stacks, self.c)
 
-    def grad_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return self._masks(tensors, ctx)
+    def grad_mask(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
+        return self._masks(stacks, ctx)
 
-    def update_mask(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        return self._masks(tensors, ctx) if self.mask_target == "update" else None
+    def update_mask(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
+        return self._masks(stacks, ctx) if self.mask_target == "update" else None
 
     def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
         return state, None
 
-    def _masks(self, tensors: Named, ctx: Ctx) -> Named | None:
+    def _masks(self, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         """The same for gradients and updates of a step: the draw is keyed. None where all slots train."""
-        ranks: dict[tuple[int, torch.device, torch.dtype], dict[str, None]] = {}
-        for (site, name), X in tensors.items():
-            if name in "AB":
-                r = X.shape[0] if name == "A" else X.shape[1]
-                ranks.setdefault((r, X.device, X.dtype), {})[site] = None
-        if ctx.step == 1 or all(self._kept(r, next(iter(names))) == r for (r, *_), names in ranks.items()):
+        if ctx.step == 1 or all(self._kept(stack) == stack.r for stack in stacks):
             return None
-        found: dict[tuple[str, str], Tensor] = {}
-        for (r, device, dtype), names in ranks.items():
-            on = self._drawn(list(names), r, self._kept(r, next(iter(names))), ctx).to(device, dtype)
-            for site, rows, columns in zip(names, on[:, 0, :, None].unbind(), on[:, 1].unbind(), strict=True):
-                found[site, "A"], found[site, "B"] = rows, columns
-        return found
+        return [self._drawn(stack, self._kept(stack), ctx) for stack in stacks]
 
-    def _drawn(self, names: Sequence[str], r: int, q: int, ctx: Ctx) -> Tensor:
-        """(n, 2, r) bool, q of r: A's rows and B's columns of every module; one draw for all, keyed by name."""
-        sides = 1 if self.draw == "shared" else 2
-        scores = keyed_scores(names, sides * r, ctx.draw("rm-lora", "")).view(len(names), sides, r)
+    def _drawn(self, stack: Stack, q: int, ctx: Ctx) -> dict[str, Tensor]:
+        """q of r: A's rows and B's columns of every module; one draw for all, keyed by name."""
+        n, sides = len(stack.sites), 1 if self.draw == "shared" else 2
+        scores = keyed_scores(stack.sites, sides * stack.r, ctx.draw("rm-lora", "")).view(n, sides, stack.r)
         on = torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, scores.topk(q).indices, True)
-        return on.expand(-1, 2, -1)
+        return {"A": on[:, 0, :, None], "B": on[:, -1, None]}
 
-    def _kept(self, r: int, name: str) -> int:
-        q = (r + 1) // 2 if self.keep is None else self.keep
-        if q > r:
-            raise LoralignError(f"rm-lora keeps {q} slots, {name} has {r}: lower `keep` or raise the rank")
+    def _kept(self, stack: Stack) -> int:
+        q = (stack.r + 1) // 2 if self.keep is None else self.keep
+        if q > stack.r:
+            name = stack.sites[0]
+            raise LoralignError(f"rm-lora keeps {q} slots, {name} has {stack.r}: lower `keep` or raise the rank")
         return q
 
 

@@ -22,10 +22,11 @@ Example:
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loralign.maths.bounds import NotNegative, bounded
-from loralign.types import NOTHING, Ctx, Facts, Moment, Named, Plan, Prox, RuleBase, RuleNeed, RuleState
+from loralign.types import NOTHING, Ctx, Facts, Joint, Moment, Plan, Prox, RuleBase, RuleNeed, RuleState, Stack
 
 GATE = "gate"
 log = logging.getLogger("loralign")
@@ -41,10 +42,9 @@ class SoftThreshold(RuleBase):
     def facts(self) -> Facts:
         return Facts(events=True, allocates=True, needs_gate=True)
 
-    def penalty(self, state: RuleState, tensors: Named, ctx: Ctx) -> Named | None:
-        gates = {key: g for key, g in tensors.items() if key[1] == GATE}
-        slots = sum(g.numel() for g in gates.values())
-        return {key: self.l1 / slots * g.sign() for key, g in gates.items()} if self.l1 and slots else None
+    def penalty(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
+        slots = sum(len(stack.sites) * stack.r for stack in stacks)
+        return [{GATE: self.l1 / slots * st.tensors[GATE].sign()} for st in stacks] if self.l1 and slots else None
 
     def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
         if moment.step == 0:
@@ -54,7 +54,7 @@ class SoftThreshold(RuleBase):
             return state, None
         if not self.threshold:
             return state, None
-        return state, tuple(Prox(site.name, GATE, self.threshold) for site in moment.sites)
+        return state, (Prox(tuple(site.name for site in moment.sites), GATE, self.threshold),)
 
 
 @bounded
