@@ -108,7 +108,7 @@ def test_every_key_of_a_section_reaches_the_job() -> None:
         "learning_rate": 0.5, "steps": 3, "batch_size": 6, "micro_batch_size": 3, "schedule": "linear", "warmup": 0.5,
         "eval_every": 1, "save_every": 1, "keep": 5, "patience": 4, "load_best": True, "log_every": 9,
         "report_to": ["wandb"], "precision": "bf16", "gradient_checkpointing": True, "workers": 1,
-        "extra": {"optim": "adamw_torch"},
+        "compile": "off", "extra": {"optim": "adamw_torch"},
     }  # fmt: skip
     job = to_job(parse(with_(data=data, train=train)), 576)
     assert {f.name: getattr(job.data, f.name) for f in fields(Data)} == data

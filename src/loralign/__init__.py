@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loralign.train.adapt import adapt as adapt
     from loralign.train.adapt import optimizer as optimizer
     from loralign.train.attach import attach as attach
+    from loralign.train.compiled import compile as compile
     from loralign.train.driver import drive as drive
     from loralign.types import Full as Full
     from loralign.types import LoralignError as LoralignError
@@ -29,6 +30,7 @@ _HOMES = {
     "loralign.methods.table": ("METHODS", "build", "learning_rate"),
     "loralign.train.adapt": ("adapt", "optimizer"),
     "loralign.train.attach": ("attach",),
+    "loralign.train.compiled": ("compile",),
     "loralign.train.driver": ("drive",),
     "loralign.types": ("Full", "LoralignError", "Recipe"),
 }

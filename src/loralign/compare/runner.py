@@ -25,7 +25,7 @@ from loralign.compare.study import warn_of_idle_arms
 from loralign.compare.tasks import Prepared, Rows, prepare_task
 from loralign.compare.watch import Report, Watch
 from loralign.plan.combinations import check_ranks
-from loralign.train.attach import attach
+from loralign.train.attach import attach, loss_of
 from loralign.train.captured import CapturedTrainer, Record, cuda_graph
 from loralign.train.compiled import compiled, warm
 from loralign.train.validation import apart, batches
@@ -144,7 +144,8 @@ class Resident:
         size, held_out, collate = self.spec.micro_batch_size, self._held_out(trial), self.task.collate
         rest = len(held_out) % size
         shapes = [rows for rows in (held_out[:size], held_out[len(held_out) - rest :]) if rows]
-        warm(trainer, self.adapted, collate(list(self.task.train[:size])), [collate(list(rows)) for rows in shapes])
+        learnt, seen = collate(list(self.task.train[:size])), [collate(list(rows)) for rows in shapes]
+        warm(trainer, self.adapted, loss_of(trainer), learnt, seen)
 
     def _finite(self) -> bool:
         trained = [p for p in self.adapted.parameters() if p.requires_grad]

@@ -92,6 +92,8 @@ class TrainSection(_Section):
     """auto: bf16 on GPUs that have it, fp32 elsewhere; what trains is fp32 always."""
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
+    compile: Literal["auto", "off"] = "auto"
+    """auto: on a GPU the model's blocks are compiled and, where that pays, replayed as CUDA graphs; off: neither."""
     workers: Processes = 0
     """Data loader processes."""
     extra: dict[str, Any] = {}

@@ -10,6 +10,9 @@ So two samples run packed exactly as TRL collates them, and nothing of the first
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,11 +25,15 @@ ROUNDING = 0.05
 """A smaller share is rounding (the first sample changes the group sizes of experts); leaks measure 0.6 to 1."""
 
 
-def check_packing(model: PreTrainedModel, strategy: str = "bfd") -> None:
+Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+
+
+def check_packing(model: PreTrainedModel, strategy: str = "bfd", collate: Collate | None = None) -> None:
     """Refuse packing where samples would see each other; four small forwards with the model as it is.
 
     strategy: TRL's `packing_strategy`. "bfd" packs whole rows, "bfd_split" cuts long ones into rows of their own,
-    "wrapped" joins rows without a border and is refused for every model.
+    "wrapped" joins rows without a border and is refused for every model. collate: what makes batches of them, where it
+    is not TRL's.
 
     Raises:
         LoralignError: the strategy or the model mixes samples.
@@ -34,7 +41,7 @@ def check_packing(model: PreTrainedModel, strategy: str = "bfd") -> None:
     if strategy not in ("bfd", "bfd_split"):
         raise LoralignError(f"packing strategy {strategy!r} lets rows see each other: use bfd, or packing: false")
     try:
-        mixed = _mixing(model)
+        mixed = _mixing(model, collate or DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
     except (TypeError, ValueError, NotImplementedError, RuntimeError, ImportError) as error:
         raise LoralignError(
             f"{type(model).__name__} can't run packed rows ({first_line(error)}): set packing: false"
@@ -47,17 +54,16 @@ def check_packing(model: PreTrainedModel, strategy: str = "bfd") -> None:
 
 
 @torch.no_grad()
-def _mixing(model: PreTrainedModel) -> float:
+def _mixing(model: PreTrainedModel, collate: Collate) -> float:
     """How far sample one moves the logits of sample two when packed, as a share of plain concatenation's."""
     vocab, length = model.config.get_text_config().vocab_size, 8
     draw = torch.Generator().manual_seed(0)
     one, other, second = torch.randint(vocab, (3, length), generator=draw).tolist()
-    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
 
     def logits(first: list[int], lengths: list[int]) -> Tensor:
-        batch = collate([{"input_ids": first + second, "seq_lengths": lengths}])
+        batch = collate([{"input_ids": first + second, "seq_lengths": lengths}] * 2)
         batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
-        return model(**batch, use_cache=False).logits[0, length:].float()
+        return model(**batch, use_cache=False).logits[0, length : 2 * length].float()
 
     training = model.training
     model.eval()

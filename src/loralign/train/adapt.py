@@ -23,6 +23,7 @@ from loralign.carrier.slot_check import self_test
 from loralign.evidence import Evidence, Progress, collect, model_loss
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.combinations import check_combination, check_ranks, probe
+from loralign.train.undisturbed import as_written
 from loralign.types import (
     Batches,
     Directions,
@@ -102,7 +103,8 @@ def gather(
     found = sites(model)
     check_ranks(recipe, found)
     wanted = recipe.init.needs if needs is None else needs
-    return collect(wanted, model, found, batches, loss=loss, seed=recipe.seed, cache=cache, progress=progress)
+    with as_written(model):
+        return collect(wanted, model, found, batches, loss=loss, seed=recipe.seed, cache=cache, progress=progress)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from loralign.plan.combinations import Surroundings, check_combination, check_le
 from loralign.train.adapt import carry_on, check_goes_on, gather, is_trained, optimizer, restore_storage, start
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import whole_note
+from loralign.train.compiled import Until
+from loralign.train.compiled import compile as compile_blocks
 from loralign.train.replaced import ignored, instead_of
 from loralign.train.undisturbed import undisturbed
 from loralign.train.validation import validation_loss
@@ -46,6 +48,7 @@ def attach(
     validation: Iterable[Batch] | None = None,
     progress: Progress | None = None,
     rows: Callable[[Episode | None], Iterable[Batch]] | None = None,
+    compile: Literal["auto", "off"] = "off",
 ) -> RecipeCallback:
     """Prepare a trainer, built with `peft_config=peft_config(recipe, model)`, for the recipe; call before `train()`.
 
@@ -54,6 +57,7 @@ def attach(
         rest_lr: learning rate of tensors outside pairs (a fresh head), where it differs from the trainer's.
         cache: folder for evidence. progress: called with (what, done, total).
         validation: batches for rules that decide by a validation loss.
+        compile: auto: the model's blocks run compiled on a GPU, see `loralign.compile`; for collators of few shapes.
         rows: (episode that begins, None for the first) -> batches for evidence; None: the trainer's training batches.
     Raises:
         LoralignError: a model that is not the recipe's, a reference adapter, DeepSpeed with a pairwise transform.
@@ -113,6 +117,8 @@ def attach(
     trainer.args.max_grad_norm = 0.0
     trainer.args.save_total_limit = None
     trainer.args.ddp_broadcast_buffers = False
+    if compile == "auto":
+        trainer.add_callback(Until(compile_blocks(model)))
     return callback
 
 

@@ -1,28 +1,44 @@
-"""Blocks of a GPU model compiled once for all trials: traces are kept with the code, adapters come and go.
+"""The blocks of a GPU model, compiled: traces are kept with the code of a block, adapters come and go.
 
-torch.compile guards on structure and not on the identity of modules, so a block with a fresh adapter of a known kind
-runs the code that an earlier trial made. What is new at the start of a trial is compiled by `warm`, outside its clock;
-what a rule changes later, such as delta-lora's snapshot, is compiled inside of it. Shapes are static: with dynamic ones
-the numbers would depend on which shapes came before, and an outcome on earlier trials.
+    loralign.compile(model)          # a loop of one's own, before the first step; `attach(…, compile="auto")`, recipes
+
+torch.compile guards on structure and not on the identity of modules, so all blocks of a kind run one piece of code, and
+a fresh adapter of a known kind runs what an earlier one made. Shapes are static: with dynamic ones the numbers would
+depend on which shapes came before. The first call is a trial: one block, forward and backward, its output beside the
+untouched block's. What it raises, a graph that breaks, and shapes without end leave the model as it was, and one line
+says why. Evaluation and generation run as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Trainer
+from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback
 
-from loralign.train.attach import loss_of
+from loralign.train.recorded import Recorded, backbone_of, keeps_cache
 from loralign.train.undisturbed import undisturbed
-from loralign.types import Batch, LoralignError
+from loralign.types import Batch, LoralignError, Loss
 
+log = logging.getLogger("loralign")
 LIMIT = 128
 """Variants of a block: arms × training and evaluation × sizes of a batch. Beyond it torch would fall back to eager code
 without a word; here it raises."""
+STORM = 32
+"""Variants of a block in one run: four lengths, whole batches and the last one of an epoch, the first block and the
+others, before and after a rule changed something. More of them cost more than they bring."""
+ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""By how much, of its norm, a compiled block's output may differ; in half precisions 0.03."""
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -32,6 +48,181 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     if not found:
         raise LoralignError(f"`train.compile`: {type(model).__name__} does not name its blocks; leave it out")
     return found
+
+
+def compile(model: nn.Module, *, backend: str | None = None) -> Blocks:
+    """Compile the blocks of an adapted model for training, where that works; say why where it doesn't.
+
+    Call it after `adapt` or `attach` and before the first step; batches should have few shapes, since each one is
+    compiled by itself.
+
+    Args:
+        backend: of torch.compile; None: "inductor" on a GPU and nothing on a CPU.
+    Returns:
+        the blocks: `why` tells what speaks against them, "" where nothing does; `restore()` gives the model back.
+    Example:
+        >>> import loralign, torch; from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> recipe = loralign.build("lora", r=2)
+        >>> model = loralign.adapt(LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False)), recipe).train()
+        >>> blocks = loralign.compile(model, backend="eager")        # on a GPU: loralign.compile(model)
+        >>> opt = loralign.optimizer(model, recipe, lr=1e-3); ids = torch.ones(1, 4, dtype=torch.long)
+        >>> model(input_ids=ids, labels=ids).loss.backward(); opt.step(); blocks.why
+        ''
+    """
+    made = Blocks(model, backend or "inductor")
+    device = next(model.parameters()).device.type
+    if backend is None and device != "cuda":
+        made.why = "there is no GPU"
+    elif why := made.unfit() or no_compiler(device):
+        made.stop(why)
+    else:
+        made.start()
+    return made
+
+
+class Until(TrainerCallback):
+    """Compiled blocks while a Trainer trains: what comes after it, such as an export, finds the model as it was."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.blocks.restore()
+
+
+def no_compiler(device: str) -> str:
+    """Why nothing can be compiled for a device, "" where something may be."""
+    if device == "cuda" and not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")))):
+        return "there is no C compiler, which Triton needs: install gcc or set CC"
+    return ""
+
+
+class Blocks:
+    """The compiled blocks of one model, until something speaks against them."""
+
+    def __init__(self, model: nn.Module, backend: str) -> None:
+        names = set(getattr(model, "_no_split_modules", None) or ())
+        self.model, self.backend = model, backend
+        self.blocks = [m for m in model.modules() if type(m).__name__ in names]
+        self.why = ""
+        """Why they run as they are; "" while they run compiled."""
+        self.tried = False
+        self.told_of_cache = False
+        self.recorded: Recorded | None = None
+        """Where the backbone's forward and backward may become CUDA graphs."""
+
+    def unfit(self) -> str:
+        """Why they cannot be compiled, as far as that is known without trying; else ""."""
+        if not self.blocks:
+            return f"{type(self.model).__name__} does not name its blocks"
+        split = any(isinstance(p, DTensor) for p in self.model.parameters())
+        return "its parameters are split over processes" if split else ""
+
+    def start(self) -> None:
+        """From the next call on."""
+        config: Any = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, STORM)
+        for block in self.blocks:
+            run = torch.compile(block._call_impl, dynamic=False, fullgraph=True, backend=self.backend)
+            block._compiled_call_impl = partial(self._call, block, run)
+        backbone = backbone_of(self.model)
+        if backbone is not None and next(self.model.parameters()).is_cuda:
+            self.recorded = Recorded(self.model, backbone)
+            self.recorded.start()
+
+    def stop(self, why: str) -> None:
+        """Run as they are from now on, and say why."""
+        self.why = why
+        log.warning("the model's blocks are not compiled, since %s", why)
+
+    def restore(self) -> None:
+        """Leave the model as it was before."""
+        for block in self.blocks:
+            block._compiled_call_impl = None
+        if self.recorded is not None:
+            self.recorded.restore()
+            torch.cuda.empty_cache()
+
+    # ---------------------------------------------------------------------------------------------------------- pieces
+
+    def _call(self, block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One block's call; `block.training` is what a Trainer sets for its own steps alone."""
+        if self.why or not block.training or self._caches(kwargs):
+            return block._call_impl(*args, **kwargs)
+        if not self.tried and torch.is_grad_enabled():
+            self.tried = True
+            if why := self._trial(block, run, args, kwargs):
+                self.stop(why)
+                return block._call_impl(*args, **kwargs)
+        try:
+            return run(*args, **kwargs)
+        except FailOnRecompileLimitHit:
+            self.stop(f"they were compiled {STORM} times: give batches of few shapes (`data.packing: true`)")
+        except TorchDynamoException as error:
+            self.stop(first_line(error))
+        return block._call_impl(*args, **kwargs)
+
+    def _caches(self, kwargs: dict[str, Any]) -> bool:
+        """Whether keys and values are kept, as in generation: their lengths have no end."""
+        keeps = keeps_cache(kwargs)
+        if keeps and not self.told_of_cache and torch.is_grad_enabled():
+            self.told_of_cache = True
+            log.warning("the model's blocks run as they are while it keeps keys and values: pass use_cache=False")
+        return keeps
+
+    def _trial(self, block: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> str:
+        """Why a block cannot run compiled, "" where it can. Weights, buffers, gradients and generators stay."""
+        buffers = [(b, b.clone()) for b in block.buffers()]
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        try:  # within hooks of its own: activation checkpointing counts what the trial would keep for backward
+            with torch.random.fork_rng(devices), saved_tensors_hooks(_as_is, _as_is):
+                given = tuple(a.detach().requires_grad_(a.requires_grad) if _is_float(a) else a for a in args)
+                y = first(run(*given, **kwargs))
+                trained = [t for t in (*given, *block.parameters()) if isinstance(t, Tensor) and t.requires_grad]
+                # with a gradient of zero nobody who counts rows in backward counts these
+                torch.autograd.grad(y, trained, torch.zeros_like(y), allow_unused=True)
+                with torch.no_grad():
+                    return "" if _random(block) else _apart(y.detach(), first(block._call_impl(*args, **kwargs)))
+        except Exception as error:  # whatever it is: the untouched block runs next, and raises what is its own
+            return first_line(error)
+        finally:
+            with torch.no_grad():
+                for b, before in buffers:
+                    b.copy_(before)
+
+
+def first(y: Any) -> Tensor:
+    """A block's hidden states."""
+    found: Tensor = y[0] if isinstance(y, tuple) else y
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """What a failed compilation says, without the pages after it."""
+    cause = getattr(error, "inner_exception", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else 'no reason given'}"[:200]
+
+
+def _as_is(t: Tensor) -> Tensor:
+    return t
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _random(block: nn.Module) -> bool:
+    return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in block.modules())
+
+
+def _apart(y: Tensor, plain: Tensor) -> str:
+    off = float((y.float() - plain.float()).norm() / plain.float().norm().clamp_min(1e-30))
+    return "" if off <= ROUNDING.get(y.dtype, 0.03) else f"a compiled block's output differs by {off:.1e} of its norm"
+
+
+# ------------------------------------------------------------------------------------------------------------- studies
 
 
 @contextmanager
@@ -49,12 +240,12 @@ def compiled(base: nn.Module, backend: str = "inductor") -> Iterator[None]:
                 block._compiled_call_impl = None
 
 
-def warm(trainer: Trainer, model: nn.Module, learnt: Batch, held_out: Sequence[Batch]) -> None:
+def warm(trainer: Trainer, model: nn.Module, loss: Loss, learnt: Batch, held_out: Sequence[Batch]) -> None:
     """Run batches of every shape once, forward and backward; weights, gradients and generators stay as they were."""
     was_training = model.training
     with undisturbed(trainer, model):
         model.train()
-        loss_of(trainer)(model, learnt).backward()
+        loss(model, learnt).backward()
         model.zero_grad(set_to_none=True)
         model.eval()
         for batch in held_out:

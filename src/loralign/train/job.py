@@ -59,6 +59,8 @@ class Training:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on GPUs that have it, fp32 elsewhere. The adapter's own tensors are fp32 always."""
     gradient_checkpointing: bool = False
+    compile: Literal["auto", "off"] = "auto"
+    """auto: the blocks are compiled on a GPU, where that works."""
     workers: int = 0
     """Data loader processes."""
     extra: dict[str, Any] = field(default_factory=dict)

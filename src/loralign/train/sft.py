@@ -59,6 +59,7 @@ from loralign.train.ending import Patience, check_moved, samples, train_to_the_e
 from loralign.train.job import Job
 from loralign.train.journal import Journal
 from loralign.train.model import dtype_of, load
+from loralign.train.quick import quicken
 from loralign.train.rank_log import RankLog
 from loralign.train.record import card_of, describe
 from loralign.train.reference import optimize, save
@@ -240,6 +241,8 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     if job.training.patience is not None:
         trainer.add_callback(Patience(job.training.patience))
     trainer.remove_callback(PrinterCallback)
+    if job.training.compile == "auto":
+        quicken(trainer, packing=job.data.packing, seed=job.seed)
     seconds = time.perf_counter() - started
     start = samples(trainer.model, recipe)
     return Ready(trainer, tokenizer, journal, prompts, rows, resume_from, seconds, start, dtypes)

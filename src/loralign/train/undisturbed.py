@@ -22,6 +22,19 @@ def undisturbed(trainer: Any, model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Within: no module runs compiled code; hooks of evidence would compile it anew."""
+    found = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl is not None]
+    for m, _ in found:
+        m._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for m, run in found:
+            m._compiled_call_impl = run
+
+
+@contextmanager
 def _on_its_device(trainer: Any, model: nn.Module) -> Iterator[None]:
     """Under FSDP, and with `bf16_full_eval`, the Trainer leaves the model on the host until it trains; batches and
     evidence belong on its device."""

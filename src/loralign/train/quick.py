@@ -1,0 +1,85 @@
+"""`train.compile: auto` of a recipe: batches of few shapes for an SFTTrainer, then compiled and recorded blocks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from loralign.data.packing import check_packing
+from loralign.data.widths import Packed, Padded, widths
+from loralign.train.compiled import Blocks, Until, compile, no_compiler
+
+log = logging.getLogger("loralign")
+SHORT = 100
+"""Forwards of a run below which compiling costs more than it saves: half a minute for the first shape."""
+MASKED = ("eager", "sdpa", "flex_attention")
+"""Kinds of attention that keep packed rows apart by a mask, whatever their number in a batch."""
+
+
+def quicken(trainer: SFTTrainer, *, packing: bool, seed: int, backend: str | None = None) -> Blocks | None:
+    """Compile the model of a trainer whose rows are tokens; None, with a line that says why, where it does not pay.
+
+    backend: as in `compile`; None: on a GPU only.
+    """
+    if backend is None and (trainer.args.device.type != "cuda" or trainer.is_fsdp_enabled):
+        return None
+    if why := _unfit(trainer, packing):
+        log.warning("the model's blocks are not compiled, since %s", why)
+        return None
+    _few_shapes(trainer, packing, seed)
+    blocks = compile(trainer.model, backend=backend)
+    trainer.add_callback(Until(blocks))
+    return blocks
+
+
+def _unfit(trainer: SFTTrainer, packing: bool) -> str:
+    """What is known before anything is changed."""
+    args, model = trainer.args, trainer.model
+    if args.torch_compile:
+        return "`train.extra.torch_compile` compiles the whole model"
+    if not isinstance(trainer.data_collator, DataCollatorForLanguageModeling):
+        return "the trainer has a collator of its own"
+    if packing and attention(model) not in MASKED:
+        return f"{attention(model)} joins packed rows to one of another length each time"
+    if (forwards := _forwards(trainer)) < SHORT:
+        return f"the run has {forwards} forwards, and {SHORT} are about what it takes to gain by it"
+    return no_compiler(args.device.type)
+
+
+def attention(model: Any) -> str:
+    """The kind of attention of a possibly adapted model."""
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return str(base.config._attn_implementation)
+
+
+def _forwards(trainer: SFTTrainer) -> int:
+    args, rows = trainer.args, len(trainer.train_dataset)
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / a_step * args.num_train_epochs)
+    return int(steps * args.gradient_accumulation_steps)
+
+
+def _few_shapes(trainer: SFTTrainer, packing: bool, seed: int) -> None:
+    """Give the trainer batches of one shape, or of at most four, and say how much of them is padding."""
+    plain: Any = trainer.data_collator
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    most, size = trainer.args.max_length or max(lengths), trainer.args.per_device_train_batch_size
+    if packing:
+        collate = Packed(plain.pad_token_id, max(most, *lengths))
+        check_packing(trainer.model, collate=collate)
+        trainer.data_collator = collate
+        share = 1 - sum(lengths) / (len(lengths) * collate.length)
+        log.info("packed rows are padded to %d tokens: %.0f %% of a step", collate.length, 100 * share)
+        return
+    found = widths(lengths, size, most, seed)
+    trainer.data_collator = Padded(plain, found)
+    log.info(
+        "rows are padded to one of %s tokens, so that few shapes are compiled: %.0f %% of a step is padding, %.0f %% "
+        "if each batch had its own length",
+        ", ".join(map(str, found.lengths)), 100 * found.padding, 100 * found.least,
+    )  # fmt: skip

@@ -1,0 +1,415 @@
+"""Compiled blocks and recorded backbones in loops and trainers: the steps are the eager ones, what fails is said."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+import loralign
+import toy
+from loralign import Recipe, adapt, attach, build, drive, optimizer, peft_config
+from loralign.data.packing import check_packing
+from loralign.data.widths import Packed, Padded, widths
+from loralign.train import compiled, quick
+from loralign.train.captured import Outputs
+from loralign.train.recorded import Recorded, Recording, backbone_of
+from loralign.train.undisturbed import as_written
+
+TRACED = "aot_eager"
+"""Everything that inductor does but its kernels."""
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("lora", {}),
+    "twins": ("pissa", {}),
+    "gates": ("sora", {}),
+    "one-sided": ("sbora-fa", {}),
+    "cross-layer": ("reslora", {}),
+    "features": ("reslora", {"shortcut": "ms"}),
+    "shared": ("prolora", {}),
+    "inputs": ("prilora", {"interval": 2}),
+    "chain": ("chain-of-lora", {"links": 2}),
+}
+
+
+pytestmark = [  # dynamo's own, of tensors that it looks at
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def recipe_of(form: str, dropout: float = 0.0) -> Recipe:
+    name, options = FORMS[form]
+    made = build(name, options, r=4, dropout=dropout)
+    assert isinstance(made, Recipe)
+    return made
+
+
+def batch(n: int = 8) -> dict[str, Tensor]:
+    ids = torch.randint(1, toy.VOCAB, (2, n))
+    return {"input_ids": ids, "labels": ids}
+
+
+class Loop:
+    """A bare loop on a tiny model, always the same."""
+
+    def __init__(self, form: str, *, checkpointing: bool = False, layers: int = 2) -> None:
+        self.recipe = recipe_of(form)
+        self.model = adapt(toy.llama(num_hidden_layers=layers, use_cache=False), self.recipe).train()
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def run(self, steps: int = 4, lengths: tuple[int, ...] = (8,)) -> list[float]:
+        opt = optimizer(self.model, self.recipe, 1e-2)
+        driver, losses = drive(self.model, self.recipe, opt, steps), []
+        torch.manual_seed(1)
+        for k in range(steps):
+            loss = self.model(**batch(lengths[k % len(lengths)])).loss
+            loss.backward()
+            opt.step()
+            driver.after_step()
+            opt.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+
+QUICK = {"plain", "features"}
+
+
+@pytest.mark.parametrize("form", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FORMS])
+def test_compiled_steps_are_the_steps(form: str) -> None:
+    plain = Loop(form).run()
+    loop = Loop(form)
+    blocks = loralign.compile(loop.model, backend=TRACED)
+    assert loop.run() == pytest.approx(plain, rel=1e-6)
+    assert blocks.why == "" and counters["stats"]["unique_graphs"] >= 1
+    assert not counters["graph_break"]
+    blocks.restore()
+    assert all(block._compiled_call_impl is None for block in blocks.blocks)
+
+
+@pytest.mark.parametrize(
+    "form", ["twins", *(pytest.param(f, marks=pytest.mark.slow) for f in ("plain", "gates", "one-sided", "shared"))]
+)
+def test_compiled_blocks_are_checkpointed(form: str) -> None:
+    plain = Loop(form, checkpointing=True).run(3)
+    loop = Loop(form, checkpointing=True)
+    blocks = loralign.compile(loop.model, backend=TRACED)
+    assert loop.run(3) == pytest.approx(plain, rel=1e-6)
+    assert blocks.why == "" and counters["stats"]["unique_graphs"] >= 1
+
+
+def test_evidence_at_a_knot_finds_the_blocks_as_they_are() -> None:
+    loop = Loop("plain")
+    blocks = loralign.compile(loop.model, backend=TRACED)
+    loop.run(1)
+    before = counters["stats"]["unique_graphs"]
+    with as_written(loop.model):
+        assert all(block._compiled_call_impl is None for block in blocks.blocks)
+        loop.model(**batch(11))
+    assert counters["stats"]["unique_graphs"] == before
+    assert all(block._compiled_call_impl is not None for block in blocks.blocks)
+
+
+# ----------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "are not compiled" in r.getMessage()]
+
+
+def test_a_compiler_that_fails_leaves_the_steps_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nand pages of it")
+
+    plain, loop = Loop("plain").run(2), Loop("plain")
+    blocks: Any = compiled.Blocks(loop.model, broken)  # type: ignore[arg-type]
+    blocks.start()
+    assert loop.run(2) == plain
+    assert len(said(caplog)) == 1 and "Failed to find C compiler" in blocks.why and "pages" not in blocks.why
+
+
+def test_a_compiler_that_is_wrong_is_found_by_the_trial(caplog: pytest.LogCaptureFixture) -> None:
+    def wrong(graph: Any, inputs: Any) -> Callable[..., Any]:
+        return lambda *args: [t * 1.5 if t.is_floating_point() else t for t in graph(*args)]
+
+    plain, loop = Loop("plain").run(2), Loop("plain")
+    compiled.Blocks(loop.model, wrong).start()  # type: ignore[arg-type]
+    assert loop.run(2) == plain
+    assert len(said(caplog)) == 1 and "differs by" in said(caplog)[0]
+
+
+def test_a_block_that_breaks_the_graph_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    class Breaks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return x
+
+    plain, loop = Loop("plain").run(2), Loop("plain")
+    blocks = loralign.compile(loop.model, backend=TRACED)
+    mlp: Any = blocks.blocks[0].mlp
+    mlp.act_fn = nn.Sequential(mlp.act_fn, Breaks())
+    assert loop.run(2) == pytest.approx(plain, rel=1e-6)
+    assert len(said(caplog)) == 1 and "Unsupported" in blocks.why
+
+
+def test_a_storm_of_shapes_ends(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "STORM", 2)
+    lengths = tuple(range(4, 9))
+    plain, loop = Loop("plain").run(5, lengths), Loop("plain")
+    config: Any = torch._dynamo.config
+    with config.patch(recompile_limit=2):
+        blocks = loralign.compile(loop.model, backend=TRACED)
+        assert loop.run(5, lengths) == pytest.approx(plain, rel=1e-6)
+    assert len(said(caplog)) == 1 and "were compiled 2 times" in blocks.why
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_evaluation_and_generation_are_not_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    model = Loop("plain").model
+    loralign.compile(model, backend=TRACED)
+    model.eval()
+    model(**batch())
+    model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=3, do_sample=False)
+    model.train()
+    model(**batch(), use_cache=True)
+    assert counters["stats"]["unique_graphs"] == 0
+    assert "pass use_cache=False" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_nothing_is_done_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        blocks = loralign.compile(Loop("plain").model)
+    assert blocks.why == "there is no GPU" and not said(caplog)
+    assert all(block._compiled_call_impl is None for block in blocks.blocks)
+
+
+def test_a_model_without_blocks_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    blocks = loralign.compile(nn.Linear(2, 2), backend=TRACED)
+    assert said(caplog) and blocks.why == "Linear does not name its blocks"
+
+
+# ------------------------------------------------------------------------------------------------------------ recorded
+
+
+class Replays:
+    """A recording that a CPU can replay: the work again, into the same output tensors."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+        self.recorded += 1
+        kept = [None if t is None else t.detach().clone() for t in work()]
+
+        def replay() -> None:
+            self.replayed += 1
+            for k, t in zip(kept, work(), strict=True):
+                if k is not None and t is not None:
+                    k.copy_(t.detach())
+
+        return kept, replay
+
+
+def record(model: nn.Module, by: Any) -> Recorded:
+    backbone = backbone_of(model)
+    assert backbone is not None
+    made = Recorded(model, backbone, by, timed=0)
+    made.start()
+    return made
+
+
+@pytest.mark.parametrize("form", ["plain", "twins", "inputs", "chain"])
+@pytest.mark.parametrize("blocks", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["as-they-are", "compiled"])
+def test_replayed_backbones_are_the_steps(form: str, blocks: bool) -> None:
+    plain, loop, counted = Loop(form).run(8), Loop(form), Replays()
+    if blocks:
+        loralign.compile(loop.model, backend=TRACED)
+    found = record(loop.model, counted)
+    assert loop.run(8) == pytest.approx(plain, rel=1e-6)
+    assert found.why == "" and counted.replayed >= 4
+    assert counted.recorded == (4 if form == "chain" else 2)  # a knot replaces frozen slots: recorded afresh
+
+
+def test_micro_batches_of_recorded_steps_add_up() -> None:
+    def grads(by: Any) -> list[Tensor]:
+        loop = Loop("plain")
+        if by is not None:
+            record(loop.model, by)
+        torch.manual_seed(2)
+        for _ in range(6):
+            loop.model(**batch()).loss.backward()
+        return [p.grad for p in loop.model.parameters() if p.grad is not None]
+
+    counted = Replays()
+    for a, b in zip(grads(None), grads(counted), strict=True):
+        torch.testing.assert_close(a, b)
+    assert counted.replayed == 2 * 4
+
+
+def test_a_second_forward_before_the_first_backward_runs_as_it_is() -> None:
+    def grads(by: Any) -> list[Tensor]:
+        loop = Loop("plain")
+        found = record(loop.model, by) if by is not None else None
+        torch.manual_seed(3)
+        for _ in range(3):
+            loop.model(**batch()).loss.backward()
+        one, two = loop.model(**batch()).loss, loop.model(**batch()).loss
+        two.backward()
+        one.backward()
+        if found is not None:
+            assert any(isinstance(known, Recording) for known in found.known.values())
+        return [p.grad for p in loop.model.parameters() if p.grad is not None]
+
+    for a, b in zip(grads(None), grads(Replays()), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(work: Callable[[], Outputs]) -> Any:
+        work()
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    plain, loop = Loop("plain").run(6), Loop("plain")
+    with caplog.at_level(logging.INFO):
+        found = record(loop.model, broken)
+        assert loop.run(6) == plain
+    assert found.why == "operation not permitted when stream is capturing"
+    assert caplog.text.count("are not recorded") == 1
+
+
+# --------------------------------------------------------------------------------------------------------- few lengths
+
+
+def test_lengths_are_few_and_cover_the_rows() -> None:
+    draw = torch.Generator().manual_seed(0)
+    lengths = (torch.rand(500, generator=draw).pow(2) * 400 + 20).long().tolist()
+    found = widths(lengths, 4, 512)
+    assert len(found.lengths) == 4 and found.lengths[-1] >= max(lengths) and all(n % 8 == 0 for n in found.lengths)
+    assert [found.of(n) for n in (1, found.lengths[0], found.lengths[0] + 1, 10**4)] == [
+        *(found.lengths[0], found.lengths[0], found.lengths[1], 10**4),
+    ]
+    one = widths(lengths, 4, 512).least
+    assert one < found.padding < one + 0.15
+    assert widths([30] * 50, 4, 30) == (same := widths([30] * 50, 4, 30)) and same.lengths == (30,)
+
+
+def rows(count: int = 12) -> list[dict[str, Any]]:
+    draw = torch.Generator().manual_seed(5)
+    made = [torch.randint(1, toy.VOCAB, (3 + k % 9,), generator=draw).tolist() for k in range(count)]
+    return [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in made]
+
+
+def loss(model: Any, batch: dict[str, Any]) -> float:
+    out = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[:, :-1]
+    return nn.functional.cross_entropy(out.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100).item()
+
+
+def test_padding_and_packing_change_no_loss() -> None:
+    model, given = toy.llama().eval(), rows()
+    plain = DataCollatorForLanguageModeling(pad_token_id=0)
+    alone = [loss(model, plain([row])) * (len(row["labels"]) - 1) for row in given]
+    expected = sum(alone) / sum(len(row["labels"]) - 1 for row in given)
+    padded = Padded(plain, widths([len(r["input_ids"]) for r in given], 4, 40))(given)
+    assert padded["input_ids"].shape == (12, 16) and loss(model, padded) == pytest.approx(expected, rel=1e-5)
+    both = [
+        {k: [x for row in given[j::3] for x in row[k]] for k in ("input_ids", "labels")}
+        | {"seq_lengths": [len(row["input_ids"]) for row in given[j::3]]}
+        for j in range(3)
+    ]
+    packed = Packed(0, 40)(both)
+    assert packed["input_ids"].shape == (3, 40) and loss(model, packed) == pytest.approx(expected, rel=1e-5)
+    check_packing(model, collate=Packed(0, 20))
+
+
+def test_labels_at_the_beginning_of_a_document_do_not_count() -> None:
+    made = Packed(9, 8)([{"input_ids": [1, 2, 3, 4, 5], "seq_lengths": [2, 3]}])
+    assert made["labels"].tolist() == [[-100, 2, -100, 4, 5, -100, -100, -100]]
+    assert made["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2]] and made["input_ids"][0, -1] == 9
+
+
+# ------------------------------------------------------------------------------------------------------------ trainers
+
+
+def trainer_of(folder: Any, packing: bool, **fields: Any) -> SFTTrainer:
+    args = SFTConfig(
+        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        learning_rate=1e-2, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
+        max_length=16, packing=packing, bf16=False, seed=3, **fields,
+    )  # fmt: skip
+    recipe = recipe_of("plain")
+    model, data = toy.llama(use_cache=False), Dataset.from_list(rows(40))
+    trainer = SFTTrainer(
+        model, args, train_dataset=data, peft_config=peft_config(recipe, model), processing_class=tokenizer()
+    )
+    attach(trainer, recipe)
+    return trainer
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{k}": k for k in range(toy.VOCAB)}, unk_token="w3"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
+
+
+def losses_of(trainer: SFTTrainer) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_a_trainer_of_rows_learns_the_same(
+    packing: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = losses_of(trainer_of(tmp_path / "plain", packing))
+    monkeypatch.setattr(quick, "SHORT", 1)
+    trainer = trainer_of(tmp_path / "quick", packing)
+    with caplog.at_level(logging.INFO):
+        blocks = quick.quicken(trainer, packing=packing, seed=0, backend=TRACED)
+    assert "padded to" in caplog.text
+    assert losses_of(trainer) == pytest.approx(plain, rel=1e-5)
+    assert blocks is not None and blocks.why == "" and 1 <= counters["stats"]["unique_graphs"] <= 4
+    assert all(block._compiled_call_impl is None for block in blocks.blocks)  # after the run the model is as it was
+
+
+def test_a_short_run_is_not_compiled(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert quick.quicken(trainer_of(tmp_path, False), packing=False, seed=0, backend=TRACED) is None
+    assert "the run has 8 forwards" in said(caplog)[0]
+
+
+def test_the_example_of_the_documentation_compiles(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "trainers.md").read_text(encoding="utf-8")
+    exec(compile(text.split("```python\n")[1].split("```")[0], "trainers.md", "exec"), {})
+    assert capsys.readouterr().out == "compiled\n" and counters["stats"]["unique_graphs"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize("form", ["plain", "twins", "one-sided"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_inductor_gives_the_steps(form: str, checkpointing: bool) -> None:
+    plain, loop = Loop(form, checkpointing=checkpointing).run(3), Loop(form, checkpointing=checkpointing)
+    blocks = loralign.compile(loop.model, backend="inductor")
+    assert loop.run(3) == pytest.approx(plain, rel=1e-4)
+    assert blocks.why == "" and counters["stats"]["unique_graphs"] >= 1
