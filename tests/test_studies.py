@@ -38,3 +38,12 @@ def test_axes_are_at_equal_budgets() -> None:
     assert all(abs(n / trained["lora"] - 1) < 0.06 for n in trained.values()), trained
     assert {a.recipe.s() for a in arms.values() if isinstance(a.recipe, Recipe)} == {2.0}
     assert {n for n, a in arms.items() if a.family == "primary"} == {"full", "lora"}
+
+
+@pytest.mark.parametrize(("file", "rank"), [("starts_wide", 64), ("starts_wide_r32", 32)])
+def test_wide_starts_are_all_at_the_same_scale(file: str, rank: int) -> None:
+    (spec,) = to_specs(read_study(ROOT / f"{file}.yaml"), 576)
+    recipes = [arm.recipe for arm in spec.arms if isinstance(arm.recipe, Recipe)]
+    assert len(recipes) == 13 and {recipe.r for recipe in recipes} == {rank}
+    assert all(recipe.s() == pytest.approx(rank**0.5, rel=1e-6) for recipe in recipes)
+    assert {arm.family for arm in spec.arms} == {"primary", "start", "spectral", "transform"}
