@@ -379,14 +379,11 @@ def losses_of(trainer: SFTTrainer) -> list[float]:
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
-def test_a_trainer_of_rows_learns_the_same(
-    packing: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_trainer_of_rows_learns_the_same(packing: bool, tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     plain = losses_of(trainer_of(tmp_path / "plain", packing))
-    monkeypatch.setattr(quick, "SHORT", 1)
     trainer = trainer_of(tmp_path / "quick", packing)
     with caplog.at_level(logging.INFO):
-        blocks = quick.quicken(trainer, packing=packing, seed=0, backend=TRACED)
+        blocks = quick.quicken(trainer, packing=packing, seed=0, backend=TRACED, short=1)
     assert "padded to" in caplog.text
     assert losses_of(trainer) == pytest.approx(plain, rel=1e-5)
     assert blocks is not None and blocks.why == "" and 1 <= counters["stats"]["unique_graphs"] <= 4

@@ -1,9 +1,8 @@
 """Batches of few shapes: padded to one of at most four lengths, or packed rows of one length.
 
 What is compiled or recorded is made for one shape, and padding to the longest row of each batch gives as many shapes as
-lengths. The lengths here are quantiles of the longest rows of drawn batches, so that each serves as many
-batches as the others. Padding changes no loss: its labels are ignored, its positions masked, and in packed rows it is a
-document of its own after all others.
+lengths. The lengths here are those by which drawn batches compute the least. Padding changes no
+loss: its labels are ignored, its positions masked, and in packed rows it is a document of its own after all others.
 
 TRL joins the packed rows of a batch to a single one, whose mask grows with the square of the batch and whose length is
 another one each time; here they stay rows.
@@ -11,8 +10,11 @@ another one each time; here they stay rows.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -49,15 +51,30 @@ def widths(lengths: Sequence[int], size: int, most: int, seed: int = 0) -> Width
     draw = keyed_generator(seed, "lengths of batches")
     drawn = rows[torch.randint(len(rows), (batches, size), generator=draw)]
     longest = drawn.max(1).values
-    ends = [
-        *torch.quantile(longest.double(), torch.arange(1, MOST).double() / MOST).ceil().long().tolist(),
-        int(rows.max()),
-    ]
     top = max(most, int(rows.max()))
-    found = tuple(sorted({min(top, -(-int(end) // EIGHT) * EIGHT) for end in ends}))
+    ends = [min(top, -(-int(n) // EIGHT) * EIGHT) for n in (*longest.tolist(), int(rows.max()))]
+    found = _fewest(Counter(ends), MOST)
     taken = torch.tensor([next(n for n in found if n >= end) for end in longest.tolist()])
     real = float(drawn.sum())
     return Widths(found, 1 - real / float(taken.sum() * size), 1 - real / float(longest.sum() * size))
+
+
+def _fewest(batches: Mapping[int, int], most: int) -> tuple[int, ...]:
+    """At most so many of these lengths, the longest among them, that batches padded up to them compute the least.
+
+    batches: how many there are of each length.
+    """
+    ends = sorted(batches)
+    before = [0, *accumulate(batches[end] for end in ends)]
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ()), *((math.inf, ()) for _ in ends)]
+    """For the first 0, 1, 2, … lengths: what they compute, and by which of them."""
+    for _ in range(most):
+        grown = best[:1]
+        for n, end in enumerate(ends, 1):
+            made = ((best[k][0] + end * (before[n] - before[k]), (*best[k][1], end)) for k in range(n))
+            grown.append(min([best[n], *made]))
+        best = grown
+    return best[-1][1]
 
 
 @dataclass(frozen=True)

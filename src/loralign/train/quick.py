@@ -21,14 +21,16 @@ MASKED = ("eager", "sdpa", "flex_attention")
 """Kinds of attention that keep packed rows apart by a mask, whatever their number in a batch."""
 
 
-def quicken(trainer: SFTTrainer, *, packing: bool, seed: int, backend: str | None = None) -> Blocks | None:
+def quicken(
+    trainer: SFTTrainer, *, packing: bool, seed: int, backend: str | None = None, short: int = SHORT
+) -> Blocks | None:
     """Compile the model of a trainer whose rows are tokens; None, with a line that says why, where it does not pay.
 
-    backend: as in `compile`; None: on a GPU only.
+    backend: as in `compile`; None: on a GPU only. short: forwards below which a run is left as it is.
     """
     if backend is None and (trainer.args.device.type != "cuda" or trainer.is_fsdp_enabled):
         return None
-    if why := _unfit(trainer, packing):
+    if why := _unfit(trainer, packing, short):
         log.warning("the model's blocks are not compiled, since %s", why)
         return None
     _few_shapes(trainer, packing, seed)
@@ -37,7 +39,7 @@ def quicken(trainer: SFTTrainer, *, packing: bool, seed: int, backend: str | Non
     return blocks
 
 
-def _unfit(trainer: SFTTrainer, packing: bool) -> str:
+def _unfit(trainer: SFTTrainer, packing: bool, short: int) -> str:
     """What is known before anything is changed."""
     args, model = trainer.args, trainer.model
     if args.torch_compile:
@@ -46,8 +48,8 @@ def _unfit(trainer: SFTTrainer, packing: bool) -> str:
         return "the trainer has a collator of its own"
     if packing and attention(model) not in MASKED:
         return f"{attention(model)} joins packed rows to one of another length each time"
-    if (forwards := _forwards(trainer)) < SHORT:
-        return f"the run has {forwards} forwards, and {SHORT} are about what it takes to gain by it"
+    if (forwards := _forwards(trainer)) < short:
+        return f"the run has {forwards} forwards, and {short} are about what it takes to gain by it"
     return no_compiler(args.device.type)
 
 
