@@ -20,8 +20,8 @@ import toy
 from loralign import LoralignError, Recipe, build, optimizer, peft_config, sites
 from loralign.train.attach import attach
 from loralign.train.checkpoint import last_complete
-from loralign.train.sft import check_whole
-from loralign.types import WorkFailed
+from loralign.train.split import check_split
+from loralign.types import Full, WorkFailed
 from tiny_trl import dpo, settings, sft
 from trainers import rows, toy_trainer
 
@@ -250,17 +250,26 @@ def test_sharding_that_hides_factors_is_refused(tmp_path: Path) -> None:
         attach(trainer, made)
 
 
-def test_a_run_that_fsdp_would_split_is_refused_before_it_starts(tmp_path: Path) -> None:
-    """What the Trainer says of itself is read before anything is spent: `loralign train` could not export at the end.
-
-    The flag stands for an FSDP run, which accelerate starts on GPUs only; sharded factors train in test_distributed.py.
-    """
-    made = recipe()
-    trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=1)
-    check_whole(trainer)
+@pytest.mark.parametrize(
+    ("asked", "best", "why"),
+    [
+        (Full(), False, "full needs whole weights at its end"),
+        (recipe(), True, "put whole weights back"),
+        (recipe(), False, ""),
+    ],
+)
+def test_what_fsdp_could_not_end_is_refused_before_it_starts(
+    asked: Recipe | Full, best: bool, why: str, tmp_path: Path
+) -> None:
+    """What the Trainer says of itself is read before anything is spent; runs that are split are in test_resume.py."""
+    trainer = toy_trainer(tmp_path, peft_config(recipe(), toy.llama()), steps=1)
+    trainer.args.load_best_model_at_end = best
+    check_split(trainer, asked)
     trainer.is_fsdp_enabled = True
-    with pytest.raises(LoralignError, match=r"cannot export what FSDP has split: start it with torchrun"):
-        check_whole(trainer)
+    if not why:
+        return check_split(trainer, asked)
+    with pytest.raises(LoralignError, match=why):
+        check_split(trainer, asked)
 
 
 def test_settings_of_the_trainer_that_no_longer_count_are_named(

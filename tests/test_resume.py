@@ -351,3 +351,32 @@ def test_two_processes_train_one_model_and_resume(world: Path) -> None:
     ours, theirs = (load_file(Path(f, "adapter_model.safetensors")) for f in ("two-again", "two"))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     assert losses("two-again") == losses("two")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["lora", "lora-ga"])
+def test_a_model_that_fsdp_splits_trains_as_two_copies_and_resumes(method: str, world: Path) -> None:
+    """FSDP2 as accelerate prepares it: the first process exports and verifies what was gathered."""
+    few = ["train.batch_size=2", "train.micro_batch_size=2", "train.log_every=1", f"method={method}"]
+    few += ["options={}"] if method == "lora" else []
+    split = str(Path(__file__).with_name("fsdp_on_cpu.py"))
+
+    def train(output: str, *program: str, more: tuple[str, ...] = ()) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *program, "train"]
+        words = [word for o in (*few, f"output={output}") for word in ("--set", o)]
+        done = subprocess.run([*command, "r.yaml", *words, *more], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Verified: ") == 1, "the first process speaks"
+
+    train(f"{method}-split", split)
+    train(f"{method}-copies", "-m", "loralign")
+    assert Path(f"{method}-split/checkpoints/checkpoint-6/pytorch_model_fsdp_0").is_dir(), "it was split"
+    ours, copies = (load_file(Path(f"{method}-{run}", "adapter_model.safetensors")) for run in ("split", "copies"))
+    if method == "lora-ga":
+        shutil.rmtree(f"{method}-split/checkpoints/checkpoint-6")
+        train(f"{method}-split", split, more=("--resume",))
+        again = load_file(Path(f"{method}-split", "adapter_model.safetensors"))
+        assert all(torch.equal(again[k], value) for k, value in ours.items())
+    for k, value in ours.items():
+        torch.testing.assert_close(value, copies[k], rtol=1e-4, atol=1e-5 * float(copies[k].abs().max()))

@@ -35,6 +35,11 @@ def to_grid(B: Tensor) -> Tensor:
     return torch.round(B.double() / step).mul(step).to(B.dtype)
 
 
+def will_be_split() -> bool:
+    """Whether accelerate was asked for FSDP, which it says by the environment."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+
+
 def axis_of(kind: str) -> int:
     return 0 if kind == "A" else 1
 
@@ -104,8 +109,7 @@ class SlotLinear(nn.Linear):
     def raw(self) -> bool:
         """Live and frozen slots go apart into `state_dict()`."""
         # accelerate compares the dict before sharding with the one after, so both must be unfolded under FSDP
-        fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
-        return isinstance(self.live, DTensor) or fsdp
+        return isinstance(self.live, DTensor) or will_be_split()
 
     def _save_to_state_dict(self, dest: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(dest, prefix, keep_vars)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralign.carrier.slot import parted
 from loralign.carrier.storage import SlotLinear
 from loralign.optim.shards import sharded, wholes
 from loralign.types import Grad, Named, Pair, Site, Train
@@ -77,7 +78,9 @@ class Values:
             found = {"A": both[: len(live)], "B": both[len(live) :]}
         for role, frozen in twins.items():
             if frozen:
-                sums = torch._foreach_add([found[role][k] for k, _ in frozen], [t for _, t in frozen])
+                live_ones = [found[role][k] for k, _ in frozen]
+                starts = [parted(t, value) for value, (_, t) in zip(live_ones, frozen, strict=True)]
+                sums = torch._foreach_add(live_ones, starts)
                 for (k, _), value in zip(frozen, sums, strict=True):
                     found[role][k] = value
         rows = zip(live, found["A"], found["B"], strict=True)

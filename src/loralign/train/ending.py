@@ -50,12 +50,12 @@ def _sample(p: Tensor) -> Tensor:
     return p.detach().flatten()[:SAMPLE].float()
 
 
-def check_moved(trainer: Any, recipe: Recipe | Full, before: list[Tensor]) -> None:
+def check_moved(trainer: Any, model: Any, recipe: Recipe | Full, before: list[Tensor]) -> None:
     """Raise WorkFailed where every update is zero, with the reason."""
     if isinstance(recipe, Recipe):
-        moved = any(_adds_something(*factors(site)) for site in sites(trainer.model))
+        moved = any(_adds_something(*factors(site)) for site in sites(model))
     else:
-        trained = [_sample(p) for p in trainer.model.parameters() if p.requires_grad]
+        trained = [_sample(p) for p in model.parameters() if p.requires_grad]
         moved = any(not torch.equal(a.cpu(), b.cpu()) for a, b in zip(trained, before, strict=True))
     if not moved:
         raise WorkFailed(f"the run moved nothing: every update is zero after {_steps(trainer)}; nothing is exported")

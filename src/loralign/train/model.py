@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from loralign.carrier.abilities import width
 from loralign.carrier.slot import is_adapted
+from loralign.carrier.storage import will_be_split
 from loralign.carrier.stored import BadInput, check_base, out_of_memory
 from loralign.types import LoralignError
 
@@ -24,7 +25,7 @@ log = logging.getLogger("loralign")
 def load(
     name: str, *, revision: str | None = None, precision: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model with its tokenizer.
+    """A causal language model with its tokenizer, on the GPU where there is one, or on the host where FSDP will split it.
 
     name: a folder, a hub id, or a `.gguf` file. precision: "fp32", "bf16" or "auto" (bf16 on a GPU that has it).
     trust_remote_code: run code that a model repository ships; off unless asked for. Nothing is unpickled.
@@ -43,7 +44,7 @@ def load(
         raise LoralignError(f"{name!r} is an adapter, not a base model: give the base model in `model`")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not will_be_split():
         model.to("cuda")
     return model, tokenizer
 

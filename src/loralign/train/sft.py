@@ -63,6 +63,7 @@ from loralign.train.quick import quicken
 from loralign.train.rank_log import RankLog
 from loralign.train.record import card_of, describe
 from loralign.train.reference import optimize, save
+from loralign.train.split import check_split, whole_model
 from loralign.train.tokens import name_ends, tokens
 from loralign.train.validation import apart, batches
 from loralign.types import CommonSubspace, Full, LoralignError, Recipe, WorkFailed
@@ -139,27 +140,36 @@ def _run(job: Job, *, resume: bool, progress: Progress | None) -> Result:
     trained = time.perf_counter()
     if isinstance(job.recipe, Full):
         rounded(trainer.model, job.recipe, ready.dtypes)
-    check_moved(trainer, job.recipe, ready.before)
     metrics = _metrics(ready)
-    if not trainer.is_world_process_zero():  # of several processes the first one writes
-        return Result(job.output, metrics, None, False, {"init": ready.init_seconds, "train": trained - started})
-    verified: bool | str = False
-    if isinstance(job.recipe, Full):
-        save(trainer.model, ready.tokenizer, job.output)
-        report = None
-    else:
-        report = export(
-            trainer.model, job.output, base_id=job.model, revision=job.revision, probes=_probes(ready),
-            tokenizer=ready.own_tokenizer, overwrite=True,
-        )  # fmt: skip
-        proof = verify(job.output, base=job.model)
-        verified = proof.passed and (proof.proven or proof.line())
-        if verified is not True:
-            log.warning("%s", verified)
+    probes = _probes(ready)
+    with whole_model(trainer, job, probes) as model:
+        if model is not None:
+            check_moved(trainer, model, job.recipe, ready.before)
+        if not trainer.is_world_process_zero():  # of several processes the first one writes
+            return Result(job.output, metrics, None, False, {"init": ready.init_seconds, "train": trained - started})
+        report, verified = _written(job, ready, model, probes)
     seconds = {"init": ready.init_seconds, "train": trained - started, "export": time.perf_counter() - trained}
     card = replace(ready.card(job), metrics=metrics, export=report, verified=verified)
     describe(job.output, card, seconds)
     return Result(job.output, metrics, report, verified is True, seconds)
+
+
+def _written(
+    job: Job, ready: Ready, model: Any, probes: dict[str, torch.Tensor]
+) -> tuple[ExportReport | None, bool | str]:
+    """Export and its proof; full fine-tuning writes a model."""
+    if isinstance(job.recipe, Full):
+        save(model, ready.tokenizer, job.output)
+        return None, False
+    report = export(
+        model, job.output, base_id=job.model, revision=job.revision, probes=probes,
+        tokenizer=ready.own_tokenizer, overwrite=True,
+    )  # fmt: skip
+    proof = verify(job.output, base=job.model)
+    verified = proof.passed and (proof.proven or proof.line())
+    if verified is not True:
+        log.warning("%s", verified)
+    return report, verified
 
 
 def initialise(
@@ -218,7 +228,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     started = time.perf_counter()
     dtypes = masters(model, recipe) if isinstance(recipe, Full) else {}
     trainer = _trainer(recipe, model, tokenizer, args, train, held_out)
-    check_whole(trainer)
+    check_split(trainer, job.recipe)
     if isinstance(recipe, Recipe):
         check_exportable(trainer.model)
         size, device = trainer.args.per_device_train_batch_size, trainer.args.device
@@ -228,7 +238,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
         )
         journal.note_evidence(callback.evidence)
         trainer.add_callback(RankLog(callback, job.output, step_of(resume_from) if resume_from else None))
-        if resume_from is None:
+        if resume_from is None and not trainer.is_fsdp_enabled:  # no process may have room for the whole model
             check_start(
                 trainer.model,
                 _one_batch(trainer),
@@ -254,15 +264,6 @@ def without_towers(recipe: Recipe | Full, model: PreTrainedModel) -> Recipe | Fu
     if apart:
         log.info("rows of text do not reach %s: left as they are", ", ".join(apart))
     return replace(recipe, exclude=tuple(dict.fromkeys((*recipe.exclude, *apart))))
-
-
-def check_whole(trainer: Any) -> None:
-    """Raise where no process will hold whole weights at the end, which the export and its proof start from."""
-    if trainer.is_fsdp_enabled:
-        raise LoralignError(
-            "`loralign train` cannot export what FSDP has split: start it with torchrun alone (data parallel), or use "
-            "`attach` in a script of your own and gather before saving"
-        )
 
 
 def _trainer(

@@ -169,7 +169,7 @@ class _Run:
         if point is None and trainer.is_world_process_zero():
             note_beginning(self.output, settings)
         train_to_the_end(trainer, point)
-        check_moved(trainer, self.recipe, [])
+        check_moved(trainer, trainer.model, self.recipe, [])
         return self._finish(trainer, base if export_moments else None, export_moments)
 
     def settings(self) -> dict[str, str]:

@@ -1,0 +1,96 @@
+"""A model that FSDP2 has split over processes: its adapter gathered, and put on a base of its own by the first one.
+
+    every process: logits of the probes → tensors of the adapter, whole, on the host
+    the first one: the adapter as checkpoints write it → the base loaded again, on the host → the same logits
+
+What is exported and verified is that second model, so a fault of the gathering cannot pass.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from loralign.carrier.slot import whole
+from loralign.carrier.stored import load_adapter, read_config, read_tensors
+from loralign.io.probes import TOLERANCE, difference
+from loralign.train.job import Job
+from loralign.train.model import dtype_of, load
+from loralign.types import Full, LoralignError, Recipe, WorkFailed
+
+
+def check_split(trainer: Any, recipe: Recipe | Full) -> None:
+    """Raise where a run that FSDP splits could not end with a verified adapter."""
+    if not trainer.is_fsdp_enabled:
+        return
+    if isinstance(recipe, Full):
+        raise LoralignError(f"{recipe.name} needs whole weights at its end, which FSDP splits: start with torchrun")
+    if trainer.args.load_best_model_at_end:
+        raise LoralignError(
+            "`train.load_best` and `train.patience` put whole weights back, which FSDP splits: leave them out, or start "
+            "with torchrun alone (data parallel)"
+        )
+
+
+@contextmanager
+def whole_model(trainer: Any, job: Job, probes: Mapping[str, Tensor]) -> Iterator[Any]:
+    """The trained model as one process has it: the trainer's own, or under FSDP one of the first process alone (None on
+    the others). Enter it on every process."""
+    if not trainer.is_fsdp_enabled:
+        yield trainer.model
+        return
+    found = _logits(trainer, trainer.model, probes)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = gathered(model)
+    if not trainer.is_world_process_zero():
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as name:
+        model.save_pretrained(name, state_dict=state)
+        opened = _opened(Path(name), job)
+    _check_same(_logits(None, opened, probes), found, TOLERANCE[dtype_of(job.training.precision)])
+    yield opened
+
+
+def gathered(model: PeftModel) -> dict[str, Tensor]:
+    """The tensors of the adapter, and of modules that travel along, whole and on the host; on every process."""
+    state = model.state_dict()
+    return {k: whole(v.detach()).cpu() for k, v in state.items() if "lora_" in k or "modules_to_save" in k}
+
+
+def _opened(folder: Path, job: Job) -> Any:
+    base, _ = load(
+        job.model, revision=job.revision, precision=job.training.precision, trust_remote_code=job.trust_remote_code
+    )
+    config = read_config(folder)
+    return load_adapter(base, folder, config, read_tensors(folder, config)).eval()
+
+
+@torch.no_grad()
+def _logits(trainer: Any, model: Any, probes: Mapping[str, Tensor]) -> Tensor:
+    """Of a forward in evaluation mode, fp32, on the host. trainer: whose precision and device; None: the model's own."""
+    training, where = model.training, next(model.parameters()).device
+    model.eval()
+    if trainer is None:
+        found: Tensor = model(**{k: v.to(where) for k, v in probes.items()}).logits
+    else:
+        with trainer.accelerator.autocast():
+            found = model(**{k: v.to(trainer.args.device) for k, v in probes.items()}).logits
+    model.train(training)
+    return found.float().cpu()
+
+
+def _check_same(opened: Tensor, split: Tensor, allowed: float) -> None:
+    gap = difference(opened, split).relative
+    if not gap <= allowed:
+        raise WorkFailed(
+            f"the adapter that was gathered computes other logits than the split model ({gap:.1e}, allowed "
+            f"{allowed:.0e}): nothing is exported, the checkpoints stay"
+        )
