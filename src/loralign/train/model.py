@@ -25,7 +25,7 @@ log = logging.getLogger("loralign")
 def load(
     name: str, *, revision: str | None = None, precision: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model with its tokenizer, on the GPU where there is one, or on the host where FSDP will split it.
+    """A causal language model with its tokenizer, on the GPU where there is one; on the host where FSDP will split it.
 
     name: a folder, a hub id, or a `.gguf` file. precision: "fp32", "bf16" or "auto" (bf16 on a GPU that has it).
     trust_remote_code: run code that a model repository ships; off unless asked for. Nothing is unpickled.

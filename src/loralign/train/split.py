@@ -34,8 +34,8 @@ def check_split(trainer: Any, recipe: Recipe | Full) -> None:
         raise LoralignError(f"{recipe.name} needs whole weights at its end, which FSDP splits: start with torchrun")
     if trainer.args.load_best_model_at_end:
         raise LoralignError(
-            "`train.load_best` and `train.patience` put whole weights back, which FSDP splits: leave them out, or start "
-            "with torchrun alone (data parallel)"
+            "`train.load_best` and `train.patience` put whole weights back, which FSDP splits: leave them out, or "
+            "start with torchrun alone (data parallel)"
         )
 
 
@@ -75,7 +75,7 @@ def _opened(folder: Path, job: Job) -> Any:
 
 @torch.no_grad()
 def _logits(trainer: Any, model: Any, probes: Mapping[str, Tensor]) -> Tensor:
-    """Of a forward in evaluation mode, fp32, on the host. trainer: whose precision and device; None: the model's own."""
+    """Of a forward in evaluation mode, on the host. trainer: whose precision and device; None: the model's own."""
     training, where = model.training, next(model.parameters()).device
     model.eval()
     if trainer is None:
