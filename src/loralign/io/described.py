@@ -8,14 +8,15 @@ from typing import Any
 
 
 def described(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Flat (key, plain value) pairs. Fields at their default are left out, so that a new one changes no old study."""
+    """Flat (key, plain value) pairs. Fields at their default are left out, so that a new one changes no old study, and
+    those that do not compare (`field(compare=False)`), since they say nothing of what is computed."""
     inner = f"{name}." if name else ""
     if is_dataclass(value) and not isinstance(value, type):
         if name:
             yield name, type(value).__qualname__
         for f in fields(value):
             held = getattr(value, f.name)
-            if f.name != "seed" and not _is_default(f, held):
+            if f.name != "seed" and f.compare and not _is_default(f, held):
                 yield from described(held, inner + f.name)
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):

@@ -10,7 +10,7 @@ the combinations.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -121,7 +121,7 @@ class Shrink(RuleBase):
     regulariser: Regulariser = unregularised
     regularised_to_the_end: bool = True
     """A fact of the method: the regulariser acts after the law has settled, too."""
-    transient: float = 2.0
+    transient: float = field(default=2.0, compare=False)
     """As in `Facts`: of the scorer's look at a step, or of the regulariser."""
     needs: RuleNeed = NOTHING
 
