@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import BertForSequenceClassification, BertModel
 
 import warm
 from loralign.carrier.sites import put_in, sites, target_weights
@@ -35,6 +36,8 @@ from loralign.compare.tasks import Rows
 from loralign.train.compiled import blocks, compiled
 from loralign.types import Full, LoralignError, Recipe, WorkFailed
 from tiny_study import SMALL, load, write_study
+from tiny_trl import tokenizer
+from toy import bert
 
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the same to the last bit: claimed on a CPU")
 
@@ -61,6 +64,26 @@ def test_an_outcome_does_not_depend_on_what_ran_before(tmp_path: Path, kind: str
     assert all(timeless(first[arm]) == timeless(again[arm]) for arm in first)
     assert timeless(alone) == timeless(first["lora-ga"])
     assert len({outcome.losses[-1] for outcome in first.values()}) == 3
+
+
+@on_a_cpu
+def test_what_a_base_lacks_is_drawn_alike_by_every_worker(tmp_path: Path) -> None:
+    """An encoder without pooler, and one whose head knew seven labels; another shape elsewhere is refused."""
+    study = load(write_study(tmp_path, "classify"))
+    config = bert().config
+    config.num_labels, found = 7, []
+    for k, base in enumerate((BertModel(config, add_pooling_layer=False), BertForSequenceClassification(config))):
+        base.save_pretrained(tmp_path / f"base-{k}")
+        tokenizer().save_pretrained(tmp_path / f"base-{k}")
+        spec = replace(study, model=str(tmp_path / f"base-{k}"))
+        for other in (1, 2):
+            torch.manual_seed(other)
+            found.append(timeless(Resident(spec).run(trial("full"), never)))
+    assert found[0] == found[1] != found[2] == found[3]
+    written = tmp_path / "base-1" / "config.json"
+    written.write_text(written.read_text(encoding="utf-8").replace('"type_vocab_size": 2', '"type_vocab_size": 3'))
+    with pytest.raises(LoralignError, match=r"token_type_embeddings\.weight has another shape than config"):
+        Resident(spec)
 
 
 @pytest.mark.parametrize("kind", ["text", "classify"])

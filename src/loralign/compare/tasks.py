@@ -126,12 +126,9 @@ def _classify(spec: Spec, device: str) -> Prepared:
         splits.append(
             [{"input_ids": i, "labels": names.index(str(r["label"]))} for i, r in zip(ids, rows, strict=True)]
         )
-    model = AutoModelForSequenceClassification.from_pretrained(
-        where, num_labels=len(names), dtype=torch.float32, use_safetensors=True
-    )
+    model, head = _classifier(where, len(names))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    head = tuple(n for n in ("classifier", "score") if hasattr(model, n))
 
     def collate(rows: Rows) -> dict[str, Tensor]:
         ids = [row["input_ids"] for row in rows]
@@ -141,6 +138,24 @@ def _classify(spec: Spec, device: str) -> Prepared:
 
     train, valid, test = splits
     return Prepared(model.to(device), train, valid, test, collate, accuracy, head)
+
+
+def _classifier(where: str, labels: int) -> tuple[Any, tuple[str, ...]]:
+    """The model and the modules of its head, which every seed draws. What else its files lack, a pooler, is drawn here,
+    alike by every worker."""
+    torch.manual_seed(0)
+    model, found = AutoModelForSequenceClassification.from_pretrained(
+        where,
+        num_labels=labels,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # a head of another number of labels
+        output_loading_info=True,
+    )
+    head = tuple(n for n in ("classifier", "score") if hasattr(model, n))
+    if odd := sorted(name for name, *_ in found["mismatched_keys"] if name.split(".")[0] not in head):
+        raise LoralignError(f"{where}: {odd[0]} has another shape than config.json says: download or copy it again")
+    return model, head
 
 
 def common_width(longest: int, most: int, device: str) -> int:
