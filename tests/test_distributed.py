@@ -59,6 +59,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sora": ("sora", {"threshold": 0.5}),
     "beamlora": ("beamlora", {"interval": 1, "keep": 0.5, "until": 2.0}),
     "prilora": ("prilora", {"interval": 2}),
+    "lora-ga": ("lora-ga", {"micro_batches": 1}),
     "lora-ga + lora-pro": ("lora-ga + lora-pro", {"micro_batches": 1}),
     "lora-ga + lora-rite": ("lora-ga + lora-rite", {"micro_batches": 1}),
 }
