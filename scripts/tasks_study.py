@@ -2,11 +2,15 @@
 
     python scripts/tasks_study.py cifar10 --out runs/tasks-cifar10 --workers 4      DINOv2-S, 5 tasks of 2 classes
     python scripts/tasks_study.py snips --out runs/tasks-snips                      MiniLM, 3 tasks of 3, 2, 2 intents
+    python scripts/tasks_study.py snips --sgd --out runs/tasks-snips-sgd            as SD-LoRA's released code trains
 
 All arms: q and v of every block, rank 10, s = 1, the same head, its rate, row order and number of steps; the loss sees
 the classes of a row's own task. Every arm's rate is the best by final average accuracy on validation rows (seed 0; one
 is added while the best lies at an edge); reported are three other seeds on test rows. A trial that is finished is kept,
 one that was stopped goes on: the same command again.
+
+--sgd: A and B step by SGD with momentum 0.9 and no clip, as the released code does whatever its config says, and
+sd-lora has its options (the live term raw, ‖B‖·‖A‖, α from 0.8); α and the head step by AdamW. Without the joint arm.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,11 +33,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import assets
+from momentum import Momentum
 
 SEEDS, SEARCH = (1, 2, 3), 0
 SPREAD = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t for 95 % of so many values."""
 ARMS = {"sd-lora": ("sd-lora", False), "sequential lora": ("lora", False), "joint lora": ("lora", True)}
+CODE: dict[str, Any] = {"current": "raw", "norm": "factors", "magnitude": 0.8}
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
@@ -51,6 +57,11 @@ class Plan:
     rows: int = 1000
     size: int = 112
     rank: int = 10
+    sgd: bool = False
+
+    @property
+    def arms(self) -> list[str]:
+        return [arm for arm, (_, joint) in ARMS.items() if not (self.sgd and joint)]
 
 
 @dataclass(frozen=True)
@@ -167,9 +178,11 @@ def run(plan: Plan, trial: Trial) -> dict[str, Any]:
     method, joint = ARMS[trial.arm]
     held_out = "valid" if trial.seed == SEARCH else "test"
     tasks = [Task(name, rows["train"], rows[held_out]) for name, rows in HELD["rows"]]
-    options = {"tasks": len(tasks)} if method == "sd-lora" else {}
+    options = {"tasks": len(tasks), **(CODE if plan.sgd else {})} if method == "sd-lora" else {}
     targets = ("q_proj", "v_proj") if plan.data == "cifar10" else ("query", "value")
     recipe: Any = build(method, options, r=plan.rank, alpha=None, targets=targets, seed=trial.seed)
+    if plan.sgd:
+        recipe = replace(recipe, transform=Momentum(), max_grad_norm=0.0)
     training = TaskTraining(
         trial.rate, head_lr=plan.head_lr, epochs=plan.epochs, batch_size=plan.batch, eval_batch_size=256
     )
@@ -195,12 +208,12 @@ def run_all(plan: Plan, trials: Sequence[Trial], pool: ProcessPoolExecutor | Non
 
 def search(plan: Plan, pool: ProcessPoolExecutor | None) -> dict[str, dict[float, float]]:
     """Final average accuracy on validation rows, by arm and rate."""
-    found: dict[str, dict[float, float]] = {arm: {} for arm in ARMS}
-    wanted = [Trial(arm, rate, SEARCH) for arm in ARMS for rate in plan.rates]
+    found: dict[str, dict[float, float]] = {arm: {} for arm in plan.arms}
+    wanted = [Trial(arm, rate, SEARCH) for arm in plan.arms for rate in plan.rates]
     for _ in range(plan.extensions + 1):
         for trial, result in zip(wanted, run_all(plan, wanted, pool), strict=True):
             found[trial.arm][trial.rate] = result["average"]
-        wanted = [Trial(arm, rate, SEARCH) for arm in ARMS if (rate := beyond(found[arm])) is not None]
+        wanted = [Trial(arm, rate, SEARCH) for arm in plan.arms if (rate := beyond(found[arm])) is not None]
         if not wanted:
             break
     return found
@@ -261,19 +274,22 @@ def study(
     data: Annotated[str, typer.Argument(help="cifar10 or snips.")],
     out: Annotated[Path, typer.Option(help="Folder of the study.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the device.")] = 1,
+    sgd: Annotated[bool, typer.Option("--sgd", help="Train as SD-LoRA's released code does.")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="A few rows and steps, to see that it runs.")] = False,
 ) -> None:
     """Train, choose rates, report."""
     given: dict[str, Any] = {} if data == "cifar10" else {"epochs": 6.0, "batch": 16}
+    if sgd:
+        given |= {"sgd": True, "rates": (3e-2, 1e-1, 3e-1)}
     if tiny:
         given |= {"rates": (1e-3, 3e-3), "extensions": 0, "epochs": 1.0, "rows": 20, "size": 28, "batch": 8}
     plan = Plan(data, out, **given)
     context = get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
     searched = search(plan, pool)
-    trials = [Trial(arm, best_rate(searched[arm]), seed) for arm in ARMS for seed in SEEDS]
+    trials = [Trial(arm, best_rate(searched[arm]), seed) for arm in plan.arms for seed in SEEDS]
     results = run_all(plan, trials, pool)
-    final = {arm: [r for t, r in zip(trials, results, strict=True) if t.arm == arm] for arm in ARMS}
+    final = {arm: [r for t, r in zip(trials, results, strict=True) if t.arm == arm] for arm in plan.arms}
     report(plan, searched, final)
 
 
