@@ -107,7 +107,7 @@ def measure(name: str, shape: str, device: str, rank: int, steps: int, repeats: 
     seen = passes
     if driver.inputs is not None:  # with and without hooks in turn
         driver.inputs.remove()
-        pairs = [(seconds(both, device), _watched(both, opt, device)) for _ in range(repeats)]
+        pairs = [(seconds(both, device), _watched(both, model, opt, device)) for _ in range(repeats)]
         passes, seen = (min(times) for times in zip(*pairs, strict=True))
     without, within, after = [], [], []
     for _ in range(steps):  # with and without in turn
@@ -123,8 +123,8 @@ def measure(name: str, shape: str, device: str, rank: int, steps: int, repeats: 
     return {"step": 1e3 * step, **{k: 1e3 * v for k, v in parts.items()}, "share": share, **counted}
 
 
-def _watched(both: Callable[[], None], opt: Any, device: str) -> float:
-    tap = InputTap(list(opt.sites.values()))
+def _watched(both: Callable[[], None], model: Any, opt: Any, device: str) -> float:
+    tap = InputTap(model, list(opt.sites.values()))
     taken = seconds(lambda: (both(), tap.taken()), device)
     tap.remove()
     return taken

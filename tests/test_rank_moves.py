@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loralign import LoralignError, Recipe, adapt, build, drive, optimizer, sites
 from loralign.carrier.slot import live_of, trained_of
+from loralign.evidence.inputs import InputTap
 from loralign.methods.form.gated import beam
 from loralign.methods.rule.allocating_lora import spread
 from loralign.methods.rule.beamlora import beyond, threshold
@@ -19,7 +20,7 @@ from loralign.methods.rule.prilora import least, ranks_by_depth
 from loralign.plan.combinations import check_combination, check_length
 from loralign.types import Live, Moment
 from oracles import allocating_lora, beamlora, prilora
-from toy import batch_for, llama
+from toy import batch_for, llama, t5
 
 
 class Net(nn.Module):
@@ -258,7 +259,7 @@ def test_ranks_grow_with_depth() -> None:
     assert all(v == ((2 if ".0." in n else 6), 2.0) for n, v in found.items())
 
 
-def test_pruning_follows_the_inputs_of_the_tokens_that_learn() -> None:
+def test_pruning_follows_the_inputs_of_the_tokens() -> None:
     """Inputs of every step, padding left out, against the oracle; evaluation counts nothing; exact counts per row."""
     recipe = build("prilora", {"interval": 3}, r=4, alpha=8.0, targets=("v_proj",))
     assert isinstance(recipe, Recipe)
@@ -280,16 +281,65 @@ def test_pruning_follows_the_inputs_of_the_tokens_that_learn() -> None:
         A = _A(sites(model)[0]).detach().clone()
         driver.after_step()
         opt.zero_grad()
-    learn = torch.ones(4, 12, dtype=torch.bool)
-    learn[-1, 8:] = False  # padding, and the last token, which predicts it
-    learn[:, -1] = False  # nothing is predicted from the last one
-    steps = [torch.cat([X[learn.flatten()] for X in seen[k : k + 2]]) for k in (0, 2, 4)]
-    norms = opt.rule_states[0][f"norm|{name}"]
+    there = batch_for(model)["attention_mask"].flatten().bool()
+    assert not there.all()
+    steps = [torch.cat([X[there] for X in seen[k : k + 2]]) for k in (0, 2, 4)]
+    norms = opt.rule_states[0]["norm|0|32"][0]
     assert norms.tolist() == pytest.approx(prilora.norms(steps), rel=1e-4)
     want = prilora.pruned(A, norms.tolist(), 0.5)
     now = _A(sites(model)[0])
     assert [set((row == 0).nonzero().flatten().tolist()) for row in now] == want
     assert torch.equal(now[now != 0], A[now != 0])
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_inputs_count_once_whatever_reads_them_again(reentrant: bool | None) -> None:
+    """Checkpointing runs forward twice; q, k and v share an input; micro-batches add; no gradient, no count."""
+    recipe = build("prilora", r=4, alpha=8.0)
+    assert isinstance(recipe, Recipe)
+    model: Any = adapt(llama(), recipe).train()
+    tap = InputTap(model, sites(model))
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str) -> Any:
+        def hook(layer: Any, args: Any) -> None:
+            x = args[0].detach().flatten(0, 1) * batch["attention_mask"].reshape(-1, 1)
+            seen[name] = seen.get(name, 0.0) + x.square().sum(0)
+
+        return hook
+
+    looks = [site.layer.register_forward_pre_hook(look(site.name)) for site in sites(model)]
+    batches = [batch_for(model, seed=k) for k in range(2)]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for hook in looks:
+        hook.remove()
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for batch in batches:
+        model(**batch).loss.backward()
+    found = {s: row for st in tap.taken() for s, row in zip(st.sites, st.tensors["squares"], strict=True)}
+    assert found.keys() == seen.keys() and all(torch.allclose(found[n], x, rtol=1e-4) for n, x in seen.items())
+    assert not any(stack.tensors["squares"].any() for stack in tap.taken())
+    tap.remove()
+
+
+def test_a_decoder_is_not_masked_by_the_encoders_padding() -> None:
+    recipe = build("prilora", r=4, alpha=8.0, targets=("q",))
+    assert isinstance(recipe, Recipe)
+    model: Any = adapt(t5(), recipe).train()
+    tap, batch = InputTap(model, sites(model)), batch_for(t5())
+    assert not batch["attention_mask"].all()
+    sums = []
+    for mask in (batch["attention_mask"], torch.ones_like(batch["attention_mask"])):
+        model(**{**batch, "attention_mask": mask}).loss.backward()
+        sums.append({s: row for st in tap.taken() for s, row in zip(st.sites, st.tensors["squares"], strict=True)})
+    name = "decoder.block.0.layer.0.SelfAttention.q"
+    assert torch.equal(sums[0][name], sums[1][name])
+    name = name.replace("decoder", "encoder")
+    assert (sums[0][name] < sums[1][name]).all()
 
 
 def test_importance_at_its_special_points() -> None:

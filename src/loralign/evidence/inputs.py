@@ -1,58 +1,89 @@
 """Σx² of every site's input features over the micro-batches of an optimizer step, for rules that weigh by them.
 
-x is staged in forward and counted in backward, so that gradient checkpointing, which runs forward twice, counts once,
-and evaluations count nothing. Rows without a gradient (padding) are left out. Sums are over all processes.
+x is read in forward, once for all sites that share it (q, k and v do), and counted when the gradient comes back:
+gradient checkpointing, which runs forward twice, counts once, evaluations count nothing. Rows that the model's
+attention mask leaves out (padding) are left out. Sums are over all processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from loralign.carrier.layer import first_input, tap
-from loralign.types import Site
+from loralign.types import Site, Stack
+
+MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 class InputTap:
-    """Hooks on the sites' layers; `taken` hands out what was seen since the last call."""
+    """Hooks on the model and its sites' layers; `taken` hands out what was seen since the last call.
 
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self.sums = {site.name: _zeros(site) for site in sites}
-        """Σx² by feature, then the number of rows; changed in place, so that a recorded step adds to them too."""
-        self.hooks = [site.layer.register_forward_hook(self._hook(site.name), with_kwargs=True) for site in sites]
+    Sums are changed in place, so that a recorded step adds to them too.
+    """
 
-    def _hook(self, name: str) -> Any:
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        alike: dict[tuple[int, torch.device, torch.dtype], list[Site]] = {}
+        for site in sites:
+            p = next(site.layer.parameters())
+            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+            alike.setdefault((site.d_in, p.device, wide), []).append(site)
+        self.sums: dict[str, Tensor] = {}
+        self.joint: list[tuple[tuple[str, ...], Tensor]] = []
+        for (d_in, device, wide), same in alike.items():
+            names = tuple(site.name for site in same)
+            joint = torch.zeros(len(names), d_in, dtype=wide, device=device)
+            self.joint.append((names, joint))
+            self.sums.update(zip(names, joint.unbind(), strict=True))
+        both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.masks: dict[str, Tensor] = {}
+        self.shared: tuple[Callable[[], Any], list[str]] = (lambda: None), []
+        """The input that was read last, and the sites that it belongs to."""
+        self.hooks = [model.register_forward_pre_hook(self._batch, with_kwargs=True)]
+        for site in sites:
+            mask = MASKS[both and "decoder" in site.name.split(".")]
+            self.hooks.append(site.layer.register_forward_hook(self._hook(site.name, mask), with_kwargs=True))
+
+    def _batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        found = {name: kwargs.get(name) for name in MASKS}
+        self.masks = {name: m for name, m in found.items() if isinstance(m, Tensor) and m.dim() == 2}
+
+    def _hook(self, name: str, mask: str) -> Any:
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
             if not (layer.training and torch.is_grad_enabled() and y.requires_grad):
                 return None
-            if self.sums[name].device != y.device:
-                self.sums[name] = self.sums[name].to(y.device)
-            total = self.sums[name]
-
-            def seen(delta: Tensor, x: Tensor) -> None:
-                rows = x.detach().reshape(-1, x.shape[-1])
-                used = delta.reshape(len(rows), -1).ne(0).any(1)
-                squares = rows.to(torch.promote_types(rows.dtype, torch.float32)).square()
-                summed = used.to(squares.dtype) @ squares  # one pass over the squares
-                total.add_(torch.cat([summed.double(), used.sum()[None].double()]))
-
-            return tap(y, first_input(args, kwargs), y.new_zeros(()), seen)
+            x = first_input(args, kwargs)
+            if torch.compiler.is_compiling():  # which traces no hook on y, and needs none: it recomputes what is cheap
+                return tap(y, x, y.new_zeros(()), lambda delta, x: self._add([name], norms(x, self.masks.get(mask))))
+            last, names = self.shared
+            if last() is x:
+                names.append(name)
+                return None
+            names, found = [name], norms(x, self.masks.get(mask))
+            self.shared = weakref.ref(x), names
+            y.register_hook(lambda delta: self._add(names, found))
+            return None
 
         return hook
 
-    def taken(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """{site: (Σx² (d_in,), rows)}, summed over all processes; the sums start again."""
-        found = {}
-        for name, total in self.sums.items():
-            seen = total.clone()
+    def _add(self, names: Sequence[str], norms: Tensor) -> None:
+        for name in names:
+            self.sums[name].addcmul_(norms, norms)
+
+    def taken(self) -> list[Stack]:
+        """{"squares": Σx² (n, d_in)} of the sites of each width, summed over all processes; the sums start again."""
+        found = []
+        for k, (names, joint) in enumerate(self.joint):
+            seen = joint.clone()
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 dist.all_reduce(seen)
-            found[name] = (seen[:-1], seen[-1])
-            total.zero_()
+            found.append(Stack(f"{k}|{seen.shape[1]}", names, 0, {"squares": seen}))
+            joint.zero_()
         return found
 
     def remove(self) -> None:
@@ -60,6 +91,13 @@ class InputTap:
             hook.remove()
 
 
-def _zeros(site: Site) -> Tensor:
-    device = next(site.layer.parameters()).device
-    return torch.zeros(site.d_in + 1, dtype=torch.float64, device=device)
+def norms(x: Tensor, mask: Tensor | None) -> Tensor:
+    """‖X_k‖ (d_in,) over the rows that a mask (rows, tokens) leaves in; one pass where there is none."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    used = None if mask is None or mask.numel() != len(rows) else mask.reshape(-1).to(rows.device)
+    if not rows.is_cuda:  # slow there, while products are quick
+        used = torch.ones(len(rows), dtype=wide) if used is None else used.to(wide)
+        return (used @ rows.to(wide).square()).sqrt()
+    rows = rows if used is None else rows * used.to(rows.dtype)[:, None]
+    return torch.linalg.vector_norm(rows, dim=0, dtype=wide)

@@ -47,7 +47,7 @@ class Driver:
         self.episodes = Episodes(recipe, model, gather)
         self.observe = observe or dict
         wants_inputs = any(isinstance(rule.needs, Inputs) for rule in recipe.rules)
-        self.inputs = InputTap(list(optimizer.sites.values())) if wants_inputs else None
+        self.inputs = InputTap(model, list(optimizer.sites.values())) if wants_inputs else None
         self.step, self.total_steps = 0, 0
         self.started = 0
         """Slots of all sites before the first step, where a rule decides about them."""

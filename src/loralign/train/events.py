@@ -230,24 +230,28 @@ def _freeze(stage: Stage, site: Site, verb: Freeze) -> None:
     add_frozen(site.layer, site.adapter, A.clone(), verb.weight * B)
 
 
-def _elements(stage: Stage, site: Site, verb: Elements) -> None:
-    p, _ = _tensor(stage, site.name, verb.name)
-    mask = stage.state[verb.mask]
-    _same_everywhere(mask, f"{site.name}.{verb.name}")
-    write(p, whole(p).masked_fill(mask.to(p.device), 0.0))
+def _elements(stage: Stage, verbs: Sequence[Elements]) -> None:
+    """One comparison and one collective for all of them."""
+    masks = [stage.state[verb.mask] for verb in verbs]
+    _same_everywhere(masks)
+    ps = [_tensor(stage, verb.site, verb.name)[0] for verb in verbs]
+    found = zip(wholes(ps), masks, strict=True)
+    write_all(ps, [value.masked_fill(mask.to(value.device), 0.0) for value, mask in found])
 
 
-def _same_everywhere(mask: Tensor, where: str) -> None:
+def _same_everywhere(masks: Sequence[Tensor]) -> None:
     """Raise where the processes computed different masks."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
-    digest = hashlib.blake2b(mask.cpu().numpy().tobytes(), digest_size=7).digest()
-    mine = torch.tensor([int.from_bytes(digest, "big")], device=mask.device)
+    digest = hashlib.blake2b(digest_size=7)
+    for mask in masks:
+        digest.update(mask.cpu().numpy().tobytes())
+    mine = torch.tensor([int.from_bytes(digest.digest(), "big")], device=masks[0].device)
     low, high = mine.clone(), mine.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN)
     dist.all_reduce(high, dist.ReduceOp.MAX)
     if not torch.equal(low, high):
-        raise WorkFailed(f"the processes computed different element masks of {where}")
+        raise WorkFailed("the processes computed different element masks")
 
 
 ACTIONS: dict[type[Verb], Callable[[Stage, Site, Any], SlotChange | None]] = {
@@ -257,7 +261,6 @@ ACTIONS: dict[type[Verb], Callable[[Stage, Site, Any], SlotChange | None]] = {
     Copy: _copy,
     Set: _set,
     Freeze: _freeze,
-    Elements: _elements,
 }
-TOGETHER: dict[type[Verb], Callable[[Stage, Sequence[Any]], None]] = {Zero: _zero, Prox: _prox}
+TOGETHER: dict[type[Verb], Callable[[Stage, Sequence[Any]], None]] = {Zero: _zero, Prox: _prox, Elements: _elements}
 """Verbs that no optimizer state follows, carried out for all their sites in a few calls."""

@@ -247,8 +247,8 @@ class Moment:
     tensors: values by (site, name). grads: this step's gradients. stacks: both, sites of one shape as one, for what is
     done at every step. All are made when they are read. dead: slots that do not train, by site. losses: of
     the validation rows with these slots alone, for each of several {site: bool (r,)}; a site that is not named keeps
-    its slots. Processes share them, so ask for many at once. Only for rules that need `Validation`. inputs: Σx² and the
-    number of rows, by site; only for rules that need `Inputs`.
+    its slots. Processes share them, so ask for many at once. Only for rules that need `Validation`. inputs: "squares",
+    Σx² (n, d_in), in stacks of one width (their r says nothing); only for rules that need `Inputs`.
     """
 
     step: int
@@ -260,7 +260,7 @@ class Moment:
     dead: Mapping[str, frozenset[int]]
     draw: Callable[[str, str], torch.Generator]
     losses: Callable[[Sequence[Mapping[str, Tensor]]], Sequence[float]] | None = None
-    inputs: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    inputs: Sequence[Stack] | None = None
 
 
 @runtime_checkable

@@ -143,7 +143,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A rule's: mean squares of every site's input features, summed over the micro-batches of each optimizer step."""
+    """A rule's: squares of every site's input features, summed over the tokens of each optimizer step."""
 
     draws: int = 0
 

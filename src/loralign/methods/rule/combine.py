@@ -140,6 +140,8 @@ class Shrink(RuleBase):
         """Gates that were dropped for good stay where they are, at zero."""
         if not any(key.startswith(KEPT) for key in state):
             return None
+        if any(KEPT + stack.key not in state for stack in stacks):
+            raise LoralignError("the checkpoint's final mask is of an older version: resume it with that one, or anew")
         return [{GATE: rows_at(state[KEPT + stack.key], stack)} for stack in stacks]
 
     def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:

@@ -8,11 +8,11 @@ Shapes:  A (r_l, d_in) · X (tokens, d_in), the input of the module · n̄ (d_in
 Source:  Benedek & Wolf, "PRILoRA: Pruned and Rank-Increasing Low-Rank Adaptation", arXiv 2401.11316. Official code: an
          archive at the ACL Anthology that could not be read.
 Differs: s is that of the recipe's rank at every depth (alpha/r_l would make early layers stronger). Ranks are rounded
-         half up. Tokens without a gradient at the
-         module (padding, mostly) are not counted. Inputs before dropout.
+         half up. Tokens that the model's attention
+         mask leaves out (padding) are not counted; where it is given none, all are. Inputs before dropout.
 Unverified: the paper's body could not be read. 0.9 and 0.1, 40 steps, ρ = 0.5 and the comparison within a row are
          provisional.
-Cost:    one reduction over the tokens of each module and micro-batch; a sort of A at every event.
+Cost:    one pass over each input that modules share, three where there is a mask; a sort of A at every event.
 Export:  exact; ranks differ by layer, known at the start.
 Args:    first_share, last_share: r_s/r and r_f/r, 0.5 and 1.5. interval: optimizer steps, 40. pruned: ρ, 0.5.
 Example:
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from loralign.maths.bounds import Count, Positive, Share, bounded
+from loralign.methods.rule.combine import average
 from loralign.types import (
     Elements,
     Facts,
@@ -59,9 +60,9 @@ def ranks_by_depth(layers: int, first: float, last: float) -> list[int]:
 
 def least(A: Tensor, norms: Tensor, share: float) -> Tensor:
     """True at the round(share·d_in) entries of each row whose |A|·n̄ is lowest."""
-    count = round(share * A.shape[1])
-    order = (A.abs() * norms).argsort(dim=1, stable=True)
-    return torch.zeros_like(A, dtype=torch.bool).scatter_(1, order[:, :count], True)
+    count = round(share * A.shape[-1])
+    order = (A.abs() * norms).argsort(dim=-1, stable=True)
+    return torch.zeros_like(A, dtype=torch.bool).scatter_(-1, order[..., :count], True)
 
 
 @dataclass(frozen=True)
@@ -104,19 +105,22 @@ class DepthAndPruning(RuleBase):
             return state, None
         if moment.inputs is None:
             raise LoralignError("prilora weighs entries by the modules' inputs, and nobody collects them")
-        for name, (squares, _) in moment.inputs.items():
-            now = squares.sqrt()
-            known = state.get(f"norm|{name}")
-            before = torch.zeros_like(now) if known is None else known.to(now)
-            state[f"norm|{name}"] = DECAY * before + (1 - DECAY) * now
+        for stack in moment.inputs:
+            now = stack.tensors["squares"].sqrt()
+            average(state, f"norm|{stack.key}", now).lerp_(now, 1 - DECAY)
         if moment.step % self.interval:
             return state, None
+        norms = {
+            site: row
+            for stack in moment.inputs
+            for site, row in zip(stack.sites, state[f"norm|{stack.key}"].unbind(), strict=True)
+        }
         plan = []
-        for site in moment.sites:
-            if f"norm|{site.name}" in state:
-                A = moment.tensors[site.name, "A"]
-                state[f"mask|{site.name}"] = least(A, state[f"norm|{site.name}"].to(A), self.pruned)
-                plan.append(Elements(site.name, "A", f"mask|{site.name}"))
+        for stack in moment.stacks:
+            A = stack.tensors["A"]
+            masks = least(A, torch.stack([norms[site] for site in stack.sites])[:, None].to(A), self.pruned)
+            state.update(zip((f"mask|{site}" for site in stack.sites), masks.unbind(), strict=True))
+            plan += [Elements(site, "A", f"mask|{site}") for site in stack.sites]
         return state, tuple(plan)
 
 
