@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor, nn
 
 from loralign.carrier.layer import first_input, tap
@@ -44,14 +45,15 @@ class InputTap:
         self.masks: dict[str, Tensor] = {}
         self.shared: tuple[Callable[[], Any], list[str]] = (lambda: None), []
         """The input that was read last, and the sites that it belongs to."""
-        self.hooks = [model.register_forward_pre_hook(self._batch, with_kwargs=True)]
+        self.hooks = [m.register_forward_pre_hook(self._batch, with_kwargs=True) for m in _given_masks(model)]
         for site in sites:
             mask = MASKS[both and "decoder" in site.name.split(".")]
             self.hooks.append(site.layer.register_forward_hook(self._hook(site.name, mask), with_kwargs=True))
 
     def _batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        found = {name: kwargs.get(name) for name in MASKS}
-        self.masks = {name: m for name, m in found.items() if isinstance(m, Tensor) and m.dim() == 2}
+        found = {name: kwargs[name] for name in MASKS if name in kwargs}
+        if found or isinstance(model, PeftModel):
+            self.masks = {name: m for name, m in found.items() if isinstance(m, Tensor) and m.dim() == 2}
 
     def _hook(self, name: str, mask: str) -> Any:
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
@@ -89,6 +91,13 @@ class InputTap:
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+def _given_masks(model: nn.Module) -> list[nn.Module]:
+    """The model, and its part below the head, which is what is given the recorded tensors where steps are replayed."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = getattr(base, "base_model", base)
+    return [model] if inner is base else [model, inner]
 
 
 def norms(x: Tensor, mask: Tensor | None) -> Tensor:
