@@ -21,12 +21,12 @@ from loralign.types import Batch, Validation
 SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"start_ratio": 2.0, "orthogonal": 0.01},
     "dynamic-rank-lora": {"start_ratio": 2.0},
-    "sora": {"r": 8, "threshold": 1.2e-2},
+    "sora": {"r": 8, "target_rank": 4},
     "allocating-lora": {"rounds": 16, "moved": 1, "first": 0.2, "every": 0.05, "steps": 1600},
 }
 """AdaLoRA's regulariser is weighed against a loss of about 0.1 here: at its 0.1 it decides (Spearman 0.7 to 0.8). SoRA
-has no budget: its threshold is set so that about the right number of slots is left. ALoRA moves one slot in a round,
-and a new one needs some time until it is worth something."""
+by itself has no budget (at the threshold 1.2e-2 about the right number of slots is left, too). ALoRA moves one slot in
+a round, and a new one needs some time until it is worth something."""
 RANKS = (1, 2, 5, 8) * 3
 WIDTH, ROWS = 24, 64
 

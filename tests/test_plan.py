@@ -198,7 +198,7 @@ CLASHING: dict[str, tuple[Recipe, Surroundings]] = {
     ),
     "reason: change W before": (replace(recipe("lora"), init=NotZero()), Surroundings()),
     "reason: no gradient reaches any": (replace(recipe("lora"), form=recipe("adalora").form), Surroundings()),
-    "reason: more slots at each step": (recipe("rm-lora", r=4, options={"keep": 5}), Surroundings()),
+    "reason: more slots than the rank has": (recipe("rm-lora", r=4, options={"keep": 5}), Surroundings()),
     "reason: wrong under dropout": (recipe("delta-lora", dropout=0.1), Surroundings()),
     "reason: DeepSpeed replaces": (recipe("lora-rite"), DEEPSPEED),
     "reason: reads other layers": (replace(recipe("lora"), form=formed(cross_layer=True)), Surroundings(engine="fsdp")),

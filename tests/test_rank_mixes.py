@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -30,6 +30,8 @@ def made(name: str) -> Recipe:
 @dataclass(frozen=True)
 class Size:
     """A scorer of one's own: the gate's size."""
+
+    transient: ClassVar[float] = 0.0
 
     def observe(self, state: RuleState, moment: Moment) -> None:
         return None

@@ -1,4 +1,4 @@
-"""SoRA (arXiv 2311.11696): the operator by cases, and Adam with it on one number."""
+"""SoRA (arXiv 2311.11696): the operator by cases, Adam with it on one number; our steering."""
 
 from __future__ import annotations
 
@@ -18,3 +18,12 @@ def adam_then_soft(g: float, grads: list[float], lr: float, xi: float) -> list[f
         g = soft(g - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)) ** 0.5 + 1e-8), xi)
         course.append(g)
     return course
+
+
+def first_threshold(sizes: list[float], zeros: int, steps: int) -> float:
+    return sorted(map(abs, sizes))[zeros - 1] / steps
+
+
+def next_threshold(xi: float, sizes: list[float], zeros: int) -> float:
+    within = sum(size <= xi for size in sizes)
+    return xi * 1.05 if within < zeros else xi / 1.05

@@ -126,8 +126,8 @@ CLASHES: tuple[Clash, ...] = (
     ),
     _clash(
         "too few slots",
-        reason="a rule trains more slots at each step than the rank has",
-        instead="lower its `keep`, or raise the rank",
+        reason="a rule asks for more slots than the rank has",
+        instead="lower its `keep` or `target_rank`, or raise the rank",
     ),
     _clash(
         "dropout", "needs dropout 0",

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ def sensitivity(w: Tensors, g: Tensors, mean: Tensors, spread: Tensors, betas: t
 @dataclass(frozen=True)
 class Sensitivity:
     betas: tuple[float, float]
+    transient: ClassVar[float] = 2.0
 
     def observe(self, state: RuleState, moment: Moment) -> None:
         each = [(stack, part) for stack in moment.stacks for part in PARTS]

@@ -10,13 +10,13 @@ the combinations.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from loralign.maths.budget import Window, lowest, narrowed, too_short, widened, window
+from loralign.maths.budget import Slots, Window, lowest, narrowed, too_short, widened, window
 from loralign.types import (
     NOTHING,
     Ctx,
@@ -39,6 +39,9 @@ KEPT = "kept|"
 
 class Scorer(Protocol):
     """Averages over optimizer steps, and the score of every slot that follows from them."""
+
+    transient: ClassVar[float]
+    """As in `Facts`: of a look at a step."""
 
     def observe(self, state: RuleState, moment: Moment) -> None: ...
 
@@ -66,9 +69,25 @@ def average(state: RuleState, key: str, like: Tensor) -> Tensor:
     return state[key]
 
 
-def rows_at(whole: Tensor, stack: Stack) -> Tensor:
-    """What the state holds for the moment's stack, of the sites that are there in a step."""
-    return whole if stack.at is None else whole[list(stack.at)]
+def keep(state: RuleState, moment: Moment, dropped: Slots) -> None:
+    """All but these slots are kept from now on: the mask becomes final."""
+    for stack in moment.stacks:
+        gates = stack.tensors[GATE]
+        on = torch.ones(gates.shape, dtype=torch.bool)
+        off = [(k, j) for k, site in enumerate(stack.sites) for j in dropped.get(site, ())]
+        if off:
+            on[tuple(zip(*off, strict=True))] = False
+        state[KEPT + stack.key] = on.to(gates.device)
+
+
+def final(state: RuleState, stacks: Sequence[Stack]) -> Joint | None:
+    """Gates that were dropped for good stay where they are, at zero."""
+    if not any(key.startswith(KEPT) for key in state):
+        return None
+    if any(KEPT + stack.key not in state for stack in stacks):
+        raise LoralignError("the checkpoint's final mask is of an older version: resume it with that one, or anew")
+    found = [(state[KEPT + stack.key], stack.at) for stack in stacks]
+    return [{GATE: on if at is None else on[list(at)]} for on, at in found]
 
 
 class Regulariser(Protocol):
@@ -121,15 +140,13 @@ class Shrink(RuleBase):
     regulariser: Regulariser = unregularised
     regularised_to_the_end: bool = True
     """A fact of the method: the regulariser acts after the law has settled, too."""
-    transient: float = field(default=2.0, compare=False)
-    """As in `Facts`: of the scorer's look at a step, or of the regulariser."""
     needs: RuleNeed = NOTHING
 
     @property
     def facts(self) -> Facts:
         law = self.law
         schedule: dict[str, Any] = {"slots": law.slots, "too_short": law.too_short, "acts_by": law.acts_by}
-        return Facts(events=True, allocates=True, needs_gate=True, transient=self.transient, **schedule)
+        return Facts(events=True, allocates=True, needs_gate=True, transient=self.scorer.transient, **schedule)
 
     def penalty(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         if not self.regularised_to_the_end and ctx.total_steps and ctx.step - 1 > self.law.window(ctx.total_steps).stop:
@@ -137,12 +154,7 @@ class Shrink(RuleBase):
         return self.regulariser(stacks)
 
     def update_mask(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
-        """Gates that were dropped for good stay where they are, at zero."""
-        if not any(key.startswith(KEPT) for key in state):
-            return None
-        if any(KEPT + stack.key not in state for stack in stacks):
-            raise LoralignError("the checkpoint's final mask is of an older version: resume it with that one, or anew")
-        return [{GATE: rows_at(state[KEPT + stack.key], stack)} for stack in stacks]
+        return final(state, stacks)
 
     def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
         if moment.step == 0:
@@ -155,13 +167,7 @@ class Shrink(RuleBase):
         b0, bT = self.law.ends(moment.sites)
         dropped = lowest(self.scorer.scores(state, moment), b0 - self.law.budget(t, law, b0, bT))
         if t == law.stop:
-            for stack in moment.stacks:
-                gates = stack.tensors[GATE]
-                on = torch.ones(gates.shape, dtype=torch.bool)
-                off = [(k, j) for k, site in enumerate(stack.sites) for j in dropped.get(site, ())]
-                if off:
-                    on[tuple(zip(*off, strict=True))] = False
-                state[KEPT + stack.key] = on.to(gates.device)
+            keep(state, moment, dropped)
         return state, tuple(Zero(site, GATE, at) for site, at in dropped.items())
 
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ def shares(A: Tensor, B: Tensor, c: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class ComponentShare:
     beta: float
+    transient: ClassVar[float] = 1.0
 
     @torch.no_grad()
     def observe(self, state: RuleState, moment: Moment) -> None:
@@ -95,4 +97,4 @@ def component_budget(
     """Dynamic-rank LoRA's allocation of the budget."""
     window_shares(first, last)
     law = Law(start_ratio, first, last, interval, cubic_pruned)
-    return Shrink(ComponentShare(beta), law, Variance(variance), regularised_to_the_end=False, transient=1.0)
+    return Shrink(ComponentShare(beta), law, Variance(variance), regularised_to_the_end=False)
