@@ -128,7 +128,7 @@ def main() -> None:
     english = blocks(assets.build_bbc_articles() / "train.jsonl", 8000)
     german = blocks(assets.build_multiemo("de") / "train.jsonl", 8000)
     rows = german[HELD_OUT:], german[:HELD_OUT]
-    found: dict[str, dict[int, dict[float, list[float]]]] = {m: {} for m in args.methods}
+    found = begun(args)
     for width in args.widths:
         base = read_english(width, english, args.first_steps, args.batch)
         print(
@@ -143,11 +143,25 @@ def main() -> None:
                     adapted_loss(base, method, lr, rows, args, seed) for seed in range(args.seeds)
                 ]
                 print(f"  {method} {lr:.3g}: {' '.join(f'{x:.4f}' for x in own)}", flush=True)
-    report(found, args)
+        report(found, args)
+
+
+def begun(args: argparse.Namespace) -> dict[str, dict[int, dict[float, list[float]]]]:
+    """What an earlier call left in --json: further widths join it."""
+    kept = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.is_file() else {}
+    return {
+        m: {
+            int(w): {float(lr): own for lr, own in losses.items()}
+            for w, losses in kept.get(m, {}).get("losses", {}).items()
+        }
+        for m in args.methods
+    }
 
 
 def report(found: Mapping[str, Mapping[int, Mapping[float, Sequence[float]]]], args: argparse.Namespace) -> None:
-    body: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k not in ("json", "picture")}}
+    body: dict[str, Any] = {
+        "settings": {k: v for k, v in vars(args).items() if k not in ("json", "picture", "widths", "rates")}
+    }
     for method, widths in found.items():
         means = {w: {lr: sum(own) / len(own) for lr, own in losses.items()} for w, losses in widths.items()}
         best = {w: best_rate(losses) for w, losses in means.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -128,3 +129,19 @@ def test_a_preset_is_named_in_the_kind() -> None:
         "full", "lora:8", "spectral:64", "rslora:64", "spectral:128", "spectral:64:stateless", "full-muon",
         "spectral:32",
     ]  # fmt: skip
+
+
+def test_the_power_of_the_width_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses (log lr − log lr*)² with lr* = 0.1/√width, on grids that do not hold lr*; an edge is no best rate."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import width_rates
+
+    best = {}
+    for width in (64, 128, 512):
+        rates = [0.003 * 2.0**i for i in range(4)]
+        losses = {lr: math.log(lr * width**0.5 / 0.1) ** 2 for lr in rates}
+        best[width], inside = width_rates.best_rate(losses)
+        assert inside and best[width] == pytest.approx(0.1 / width**0.5)
+    assert width_rates.power(best) == pytest.approx(0.5)
+    assert width_rates.best_rate({1.0: 3.0, 2.0: 2.0, 4.0: 1.0}) == (4.0, False)
+    assert width_rates.best_rate({1.0: 3.0, 2.0: 2.0, 4.0: math.inf}) == (2.0, False)

@@ -140,8 +140,8 @@ _LINES = (
            LrPrior(2e-3, _LAB + ": 2e-3; how it moves with the width is unknown", power=0.0),
            reference=True, optimizer=muon),
     Method("spectral", "every direction of wide factors moves equally far", "2502.16982", "exact",
-           LrPrior(1.2e-2, _LAB + ": lr·s = 0.0225 at r 64 (3e-3 at s 8, 4e-3 at s 5.66) and width 576; that it falls "
-                   "with √width is reckoned, not measured", power=0.5),
+           LrPrior(1.2e-2, _LAB + ": lr·s·√width = 0.54 at r 64, width 576; on other widths: "
+                   "records/2026-11-29-cpu-width", power=0.5),
            transform=spectral, scale=over_sqrt_rank, fields={"r": 64, "alpha": None, "max_grad_norm": 0.0},
            presets={"stateless": {"momentum": 0.0}}),
     Method("muon-factors", "orthogonalised momentum on each factor", "2502.16982", "exact",
