@@ -12,8 +12,8 @@ default), torch's fused AdamW and clip_grad_norm_; on CUDA a bf16 base under bf1
 the same model and autocast, `loralign.adapt` and `loralign.optimizer`. Floor: the frozen model with input gradients.
 --methods: further arms beside `lora`, with their own options' defaults at the same rank, or as NAME:RANK[:PRESET];
 /lora compares with ours. `full`, `full-muon`: the matrices themselves, in bf16 on CUDA, their states as well.
---compiled: blocks compiled, the floor's too; "recorded": forward and backward are one CUDA graph,
-of compiled blocks as well.
+--compiled: blocks compiled, the floor's too; "train": `loralign.compile`, as recipes and trainers use it, "train
+unrecorded" without its CUDA graphs; "recorded": forward and backward are one CUDA graph, of compiled blocks as well.
 `host` is in bf16 on the CPU too and takes the layer that small outputs have on a GPU; "one node" is the other one.
 """
 
@@ -36,6 +36,7 @@ import transformers
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import loralign
 from loralign import METHODS, Full, Recipe, adapt, build, optimizer, peft_config
 from loralign.carrier.layer import as_on
 from loralign.carrier.sites import target_weights
@@ -172,6 +173,10 @@ def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], 
         model = adapt(model, recipe)
         opt = optimizer(model, recipe, 1e-4)
     model.train()
+    if kind.startswith("train"):
+        compiled = loralign.compile(model)
+        if kind == "train unrecorded" and compiled.recorded is not None:
+            compiled.recorded.restore()
     if "compiled" in kind:
         for block in blocks(model):
             block.compile(dynamic=False)
@@ -246,7 +251,7 @@ def measure(kinds: Sequence[str], shape: str, device: str, repeats: int, dropout
     if device == "cuda":
         for kind in kinds:
             step = step_of(kind, shape, device, dropout)
-            for _ in range(3):
+            for _ in range(12 if kind.startswith("train") else 3):  # what `loralign.compile` finds out by trying
                 step()
             peak = kept_bytes(step, device)
             times = sorted(seconds(step, device) for _ in range(repeats))
@@ -276,7 +281,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=None, choices=tuple(SHAPES))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--compiled", action="store_true", help="also with the model's blocks compiled, as studies do")
+    parser.add_argument("--compiled", action="store_true", help="also with the model's blocks compiled")
     parser.add_argument("--methods", nargs="+", default=[], help="further arms: NAME or NAME:RANK")
     parser.add_argument(
         "--kinds",
@@ -288,7 +293,7 @@ def main() -> None:
     if args.device == "cpu":
         torch.set_num_threads(1)
     shapes = args.shapes or (["small"] if args.device == "cpu" else ["1b", "8b"])
-    kinds = ["floor", "peft", "loralign", *(["compiled floor", "compiled"] if args.compiled else [])]
+    kinds = ["floor", "peft", "loralign", *(["compiled floor", "compiled", "train"] if args.compiled else [])]
     kinds += ["recorded", "recorded compiled"] if args.compiled and args.device == "cuda" else []
     kinds = args.kinds or kinds
     results = {}

@@ -37,6 +37,8 @@ class LowRankVariant(LoraVariant):
         """What hands inputs from layer to layer (`path.py`); None for forms that stay in their layer."""
         self.together: Any = None
         """What makes the factors of all layers at once (`together.py`); None for forms that make one by one."""
+        self.siblings: Any = None
+        """The layers that share this one's input in compiled blocks (`siblings.py`); None: it is by itself."""
         self.links: tuple[int, ...] = ()
         """How many frozen slots each commit left, oldest first."""
         self.train: Train = "AB"
@@ -72,6 +74,10 @@ class LowRankVariant(LoraVariant):
                 return variant.path.forward(module, active_adapter, x, result, writable=fresh)
             A, B = variant.operators(module, active_adapter)
             return applied(result, x, A, B, s, dropout, writable=fresh)
+        siblings = module.lora_variant[active_adapter].siblings if torch.compiler.is_compiling() else None
+        if siblings is not None:
+            y: Tensor = siblings.forward(module, x, result, s)
+            return y
         x = x if dropout.__class__ is nn.Identity else dropout(x)
         A, B = side_A._parameters["weight"], side_B._parameters["weight"]
         if side_A.__class__ is not SlotLinear:

@@ -26,6 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
+from loralign.carrier.siblings import apart, share_inputs
 from loralign.train.recorded import Recorded, backbone_of, keeps_cache
 from loralign.train.undisturbed import undisturbed
 from loralign.types import Batch, LoralignError, Loss
@@ -138,6 +139,7 @@ class Blocks:
 
     def restore(self) -> None:
         """Leave the model as it was before."""
+        apart(self.blocks)
         for block in self.blocks:
             block._compiled_call_impl = None
         if self.recorded is not None:
@@ -177,6 +179,7 @@ class Blocks:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         try:  # within hooks of its own: activation checkpointing counts what the trial would keep for backward
             with torch.random.fork_rng(devices), saved_tensors_hooks(_as_is, _as_is):
+                share_inputs(self.blocks, lambda one: one._call_impl(*args, **kwargs))
                 given = tuple(a.detach().requires_grad_(a.requires_grad) if _is_float(a) else a for a in args)
                 y = first(run(*given, **kwargs))
                 trained = [t for t in (*given, *block.parameters()) if isinstance(t, Tensor) and t.requires_grad]

@@ -21,6 +21,18 @@ MASKED = ("eager", "sdpa", "flex_attention")
 """Kinds of attention that keep packed rows apart by a mask, whatever their number in a batch."""
 
 
+class RowTrainer(SFTTrainer):
+    """SFTTrainer whose `num_tokens` counts packed rows that stay rows; TRL knows one row of them."""
+
+    _total_train_tokens: int
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = inputs.get("position_ids") if "attention_mask" not in inputs else None
+        if rows is not None and model.training:
+            self._total_train_tokens += (rows.shape[0] - 1) * rows.shape[1] * self.accelerator.num_processes
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
 def quicken(
     trainer: SFTTrainer, *, packing: bool, seed: int, backend: str | None = None, short: int = SHORT
 ) -> Blocks | None:
@@ -28,7 +40,7 @@ def quicken(
 
     backend: as in `compile`; None: on a GPU only. short: forwards below which a run is left as it is.
     """
-    if backend is None and (trainer.args.device.type != "cuda" or trainer.is_fsdp_enabled):
+    if backend is None and trainer.args.device.type != "cuda":
         return None
     if why := _unfit(trainer, packing, short):
         log.warning("the model's blocks are not compiled, since %s", why)
@@ -42,6 +54,8 @@ def quicken(
 def _unfit(trainer: SFTTrainer, packing: bool, short: int) -> str:
     """What is known before anything is changed."""
     args, model = trainer.args, trainer.model
+    if trainer.is_fsdp_enabled:
+        return "FSDP splits its parameters over processes"
     if args.torch_compile:
         return "`train.extra.torch_compile` compiles the whole model"
     if not isinstance(trainer.data_collator, DataCollatorForLanguageModeling):

@@ -12,6 +12,7 @@ one's backward runs as it is. What cannot be recorded runs as it is, and that is
 from __future__ import annotations
 
 import logging
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -59,10 +60,17 @@ class Timed:
     events: list[tuple[Any, Any]] = field(default_factory=list)
 
     def bound(self) -> float:
-        """Host time over GPU time, of the middle call."""
-        timed = zip(self.host, self.events, strict=True)
-        shares = sorted(1e3 * host / max(1e-6, begin.elapsed_time(end)) for host, (begin, end) in timed)
-        return shares[len(shares) // 2] if shares else 1.0
+        """Host time over GPU time, of the middle calls."""
+        if not self.events:
+            return 1.0
+        return 1e3 * sorted(self.host)[len(self.host) // 2] / self.ms()
+
+    def ms(self) -> float:
+        """GPU time of the middle call."""
+        for _, end in self.events:
+            end.synchronize()
+        found = sorted(begin.elapsed_time(end) for begin, end in self.events)
+        return found[len(found) // 2] if found else math.inf
 
 
 @dataclass
@@ -77,6 +85,12 @@ class Recording:
     backward: Callable[[], None]
     make: Callable[[Tensor], Any]
     """The model's own output around the hidden states."""
+    before: Timed
+    """Calls that were not replayed."""
+    after: Timed = field(default_factory=Timed)
+    """Replays."""
+    sure: bool = False
+    """Whether they were found to be the faster ones."""
     runs: int = 0
     """Forwards so far: what is kept for backward is the last one's."""
 
@@ -149,7 +163,7 @@ class Recorded:
         key = _key(kwargs)
         known = self.known.get(key)
         if isinstance(known, Recording):
-            return self._replayed(known, kwargs)
+            return self._replayed(known, kwargs) if self._pays(known) else plain(**kwargs)
         if known is None:
             if len(self.known) >= MOST:
                 return plain(**kwargs)
@@ -162,7 +176,7 @@ class Recorded:
         if known.bound() < BOUND:
             self.stop("the GPU is the slower one")
             return plain(**kwargs)
-        made = self._recorded(kwargs)
+        made = self._recorded(kwargs, known)
         if made is None:
             return plain(**kwargs)
         self.known[key] = made
@@ -176,12 +190,23 @@ class Recorded:
     def _replayed(self, known: Recording, kwargs: Mapping[str, Any]) -> Any:
         for name, static in known.inputs.items():
             static.copy_(kwargs[name])
-        known.forward()
+        if len(known.after.events) < self.timed:
+            _timed(known.after, known.forward)
+        else:
+            known.forward()
         flight = Flight(known)
         self.flight = weakref.ref(flight)
         return known.make(_Replay.apply(flight, *self.wiring.trained))
 
-    def _recorded(self, kwargs: Mapping[str, Any]) -> Recording | None:
+    def _pays(self, known: Recording) -> bool:
+        """Whether replays are the faster ones: in recordings Transformers makes a mask that it may do without."""
+        if not known.sure and len(known.after.events) == self.timed:
+            known.sure = True
+            if self.timed and known.after.ms() > known.before.ms():
+                self.stop(f"a replay takes {known.after.ms():.1f} ms, a call {known.before.ms():.1f}")
+        return not self.why
+
+    def _recorded(self, kwargs: Mapping[str, Any], before: Timed) -> Recording | None:
         if why := self._no_room():
             self.stop(why)
             return None
@@ -211,7 +236,7 @@ class Recorded:
         finally:
             latest.clear()
         kind = type(output)
-        return Recording(inputs, hidden, replay, given, grads, replay_back, lambda h: kind(**{HELD: h}))
+        return Recording(inputs, hidden, replay, given, grads, replay_back, lambda h: kind(**{HELD: h}), before)
 
     @property
     def _device(self) -> str:

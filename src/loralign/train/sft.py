@@ -59,7 +59,7 @@ from loralign.train.ending import Patience, check_moved, samples, train_to_the_e
 from loralign.train.job import Job
 from loralign.train.journal import Journal
 from loralign.train.model import dtype_of, load
-from loralign.train.quick import quicken
+from loralign.train.quick import RowTrainer, quicken
 from loralign.train.rank_log import RankLog
 from loralign.train.record import card_of, describe
 from loralign.train.reference import optimize, save
@@ -277,8 +277,8 @@ def _trainer(
     common: dict[str, Any] = {"args": args, "train_dataset": train, "eval_dataset": held_out}
     if isinstance(recipe, Recipe):
         config = peft_config(recipe, model)
-        return SFTTrainer(model, processing_class=tokenizer, peft_config=config, **common)
-    trainer = SFTTrainer(model, processing_class=tokenizer, **common)
+        return RowTrainer(model, processing_class=tokenizer, peft_config=config, **common)
+    trainer = RowTrainer(model, processing_class=tokenizer, **common)
     optimize(trainer, recipe)
     return trainer
 
