@@ -1,4 +1,4 @@
-"""Compiled blocks and recorded backbones in loops and trainers: the steps are the eager ones, what fails is said."""
+"""Compiled blocks in loops and trainers: the steps are the eager ones, what fails is said."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from loralign import Recipe, adapt, attach, build, drive, optimizer, peft_config
 from loralign.data.packing import check_packing
 from loralign.data.widths import Packed, Padded, widths
 from loralign.train import compiled, quick
-from loralign.train.captured import Outputs
-from loralign.train.recorded import Recorded, Recording, backbone_of
 from loralign.train.undisturbed import as_written
 
 TRACED = "aot_eager"
@@ -227,95 +225,6 @@ def test_nothing_is_done_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_model_without_blocks_is_named(caplog: pytest.LogCaptureFixture) -> None:
     blocks = loralign.compile(nn.Linear(2, 2), backend=TRACED)
     assert said(caplog) and blocks.why == "Linear does not name its blocks"
-
-
-# ------------------------------------------------------------------------------------------------------------ recorded
-
-
-class Replays:
-    """A recording that a CPU can replay: the work again, into the same output tensors."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def __call__(self, work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-        self.recorded += 1
-        kept = [None if t is None else t.detach().clone() for t in work()]
-
-        def replay() -> None:
-            self.replayed += 1
-            for k, t in zip(kept, work(), strict=True):
-                if k is not None and t is not None:
-                    k.copy_(t.detach())
-
-        return kept, replay
-
-
-def record(model: nn.Module, by: Any) -> Recorded:
-    backbone = backbone_of(model)
-    assert backbone is not None
-    made = Recorded(model, backbone, by, timed=0)
-    made.start()
-    return made
-
-
-@pytest.mark.parametrize("form", ["plain", "twins", "inputs", "chain"])
-@pytest.mark.parametrize("blocks", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["as-they-are", "compiled"])
-def test_replayed_backbones_are_the_steps(form: str, blocks: bool) -> None:
-    plain, loop, counted = Loop(form).run(8), Loop(form), Replays()
-    if blocks:
-        loralign.compile(loop.model, backend=TRACED)
-    found = record(loop.model, counted)
-    assert loop.run(8) == pytest.approx(plain, rel=1e-6)
-    assert found.why == "" and counted.replayed >= 4
-    assert counted.recorded == (4 if form == "chain" else 2)  # a knot replaces frozen slots: recorded afresh
-
-
-def test_micro_batches_of_recorded_steps_add_up() -> None:
-    def grads(by: Any) -> list[Tensor]:
-        loop = Loop("plain")
-        if by is not None:
-            record(loop.model, by)
-        torch.manual_seed(2)
-        for _ in range(6):
-            loop.model(**batch()).loss.backward()
-        return [p.grad for p in loop.model.parameters() if p.grad is not None]
-
-    counted = Replays()
-    for a, b in zip(grads(None), grads(counted), strict=True):
-        torch.testing.assert_close(a, b)
-    assert counted.replayed == 2 * 4
-
-
-def test_a_second_forward_before_the_first_backward_runs_as_it_is() -> None:
-    def grads(by: Any) -> list[Tensor]:
-        loop = Loop("plain")
-        found = record(loop.model, by) if by is not None else None
-        torch.manual_seed(3)
-        for _ in range(3):
-            loop.model(**batch()).loss.backward()
-        one, two = loop.model(**batch()).loss, loop.model(**batch()).loss
-        two.backward()
-        one.backward()
-        if found is not None:
-            assert any(isinstance(known, Recording) for known in found.known.values())
-        return [p.grad for p in loop.model.parameters() if p.grad is not None]
-
-    for a, b in zip(grads(None), grads(Replays()), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    def broken(work: Callable[[], Outputs]) -> Any:
-        work()
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    plain, loop = Loop("plain").run(6), Loop("plain")
-    with caplog.at_level(logging.INFO):
-        found = record(loop.model, broken)
-        assert loop.run(6) == plain
-    assert found.why == "operation not permitted when stream is capturing"
-    assert caplog.text.count("are not recorded") == 1
 
 
 # --------------------------------------------------------------------------------------------------------- few lengths

@@ -93,7 +93,7 @@ class TrainSection(_Section):
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
     compile: Literal["auto", "off"] = "auto"
-    """auto: on a GPU the model's blocks are compiled and, where that pays, replayed as CUDA graphs; off: neither."""
+    """auto: on a GPU the model's blocks are compiled, where a trial of one of them works; off: they are not."""
     workers: Processes = 0
     """Data loader processes."""
     extra: dict[str, Any] = {}

@@ -29,10 +29,10 @@ MOST = 8
 """Shapes that are recorded, of training and evaluation each: every recording keeps its activations."""
 
 
-def cuda_graph(work: Callable[[], Outputs], pool: Any = None) -> tuple[Outputs, Callable[[], None]]:
-    """Record the work, which is not executed; replaying it fills the outputs. pool: memory that recordings share."""
+def cuda_graph(work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+    """Record the work, which is not executed; replaying it fills the outputs."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = work()
     return outputs, graph.replay
 

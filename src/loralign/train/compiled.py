@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from loralign.carrier.siblings import apart, share_inputs
-from loralign.train.recorded import Recorded, backbone_of, keeps_cache
 from loralign.train.undisturbed import undisturbed
 from loralign.types import Batch, LoralignError, Loss
 
@@ -110,8 +109,6 @@ class Blocks:
         """Why they run as they are; "" while they run compiled."""
         self.tried = False
         self.told_of_cache = False
-        self.recorded: Recorded | None = None
-        """Where the backbone's forward and backward may become CUDA graphs."""
 
     def unfit(self) -> str:
         """Why they cannot be compiled, as far as that is known without trying; else ""."""
@@ -127,10 +124,6 @@ class Blocks:
         for block in self.blocks:
             run = torch.compile(block._call_impl, dynamic=False, fullgraph=True, backend=self.backend)
             block._compiled_call_impl = partial(self._call, block, run)
-        backbone = backbone_of(self.model)
-        if backbone is not None and next(self.model.parameters()).is_cuda:
-            self.recorded = Recorded(self.model, backbone)
-            self.recorded.start()
 
     def stop(self, why: str) -> None:
         """Run as they are from now on, and say why."""
@@ -142,9 +135,6 @@ class Blocks:
         apart(self.blocks)
         for block in self.blocks:
             block._compiled_call_impl = None
-        if self.recorded is not None:
-            self.recorded.restore()
-            torch.cuda.empty_cache()
 
     # ---------------------------------------------------------------------------------------------------------- pieces
 
@@ -167,7 +157,7 @@ class Blocks:
 
     def _caches(self, kwargs: dict[str, Any]) -> bool:
         """Whether keys and values are kept, as in generation: their lengths have no end."""
-        keeps = keeps_cache(kwargs)
+        keeps = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))  # as versions name them
         if keeps and not self.told_of_cache and torch.is_grad_enabled():
             self.told_of_cache = True
             log.warning("the model's blocks run as they are while it keeps keys and values: pass use_cache=False")

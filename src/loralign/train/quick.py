@@ -1,4 +1,4 @@
-"""`train.compile: auto` of a recipe: batches of few shapes for an SFTTrainer, then compiled and recorded blocks."""
+"""`train.compile: auto` of a recipe: batches of few shapes for an SFTTrainer, then compiled blocks."""
 
 from __future__ import annotations
 
