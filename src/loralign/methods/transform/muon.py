@@ -8,8 +8,8 @@ the optimizer's state, is what holds LoRA back.
 
 A step moves a factor by about ‖dA‖₂ = 0.2·lr·√d_in, ‖dB‖₂ = 0.2·lr·√d_out. A starts with singular values near 1/√3 at
 any width and B = 0, so that ΔW = s·BA grows by s·0.2·lr·√(d_out/3) a step while A is near its start and as
-s·(0.2·lr)²·t²·√(d_in·d_out) once it has moved. ΔW of spectral size √(d_out/d_in), which changes features equally at any width (Yang et
-al. 2023, arXiv 2310.17813), asks for lr ∝ 1/(s·√width) in the first case, 1/√(s·width) in the second:
+s·(0.2·lr)²·t²·√(d_in·d_out) once it has moved. ΔW of spectral size √(d_out/d_in), which changes features equally at any
+width (Yang et al. 2023, arXiv 2310.17813), asks for lr ∝ 1/(s·√width) in the first case, 1/√(s·width) in the second:
 
     lr = c / (s·√width),    c = 0.54
 
