@@ -9,6 +9,7 @@ Differs: ε makes the start B = 0 a function (the paper divides 0 by 0) and the 
          the code, which divides by ‖B‖·‖A‖ (norm: factors), does not normalise the live term (current: raw), begins at
          α = 0.8 and puts all α back to that at every task: here the function stays the same at a switch. Under `raw` a
          shared α cannot take over norms that differ from module to module, so kept links stay as long as they are.
+         The code trains by SGD with momentum whatever its config says; ours by AdamW.
 Unverified: the paper's body could not be read: equations from a third party's summary, and the code.
 Cost:    r²·(d_in + d_out) FLOPs for the norm, and 2·r·t·(d_in + d_out) per token; one number per task.
 Export:  exact, rank r·tasks: α and norms are folded into B.
