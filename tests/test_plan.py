@@ -103,12 +103,6 @@ class Allocates:
     facts: ClassVar[Facts] = Facts(allocates=True)
 
 
-class Scheduled(Allocates):
-    """One whose budget of slots follows a schedule."""
-
-    facts: ClassVar[Facts] = Facts(allocates=True, too_short=lambda steps: "")
-
-
 @dataclass(frozen=True)
 class Declared:
     """A form that computes what the plain one does and declares something of itself."""
@@ -187,7 +181,6 @@ CLASHING: dict[str, tuple[Recipe, Surroundings]] = {
     "reason: places in W": (replace(recipe("sbora-fa"), rules=(Allocates(),)), Surroundings()),  # type: ignore[arg-type]
     "reason: the learning rates of B and A says nothing": (recipe("sbora-fa + lora-plus"), Surroundings()),
     "reason: two rules would decide": (replace(recipe("lora"), rules=(Allocates(), Allocates())), Surroundings()),  # type: ignore[arg-type]
-    "reason: a budget of slots runs": (replace(recipe("lora"), rules=(Scheduled(),), outer=Links()), Surroundings()),  # type: ignore[arg-type]
     "reason: switches slots by a trained gate": (
         replace(recipe("lora"), rules=recipe("adalora").rules),
         Surroundings(),

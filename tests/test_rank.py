@@ -595,6 +595,9 @@ RESUMED: dict[str, dict[str, Any]] = {
     "sora, steered": {"target_rank": 1, "last": 0.6},
     "beamlora": {"interval": 4, "keep": 0.6, "until": 2.0},
     "prilora": {"interval": 4},
+    "chain-of-lora + adalora": {"links": 2, "first": 0.0, "last": 0.4},
+    "chain-of-lora + beamlora": {"links": 2, "interval": 2, "keep": 0.6, "until": 2.0},
+    "xgblora + sora": {"link_steps": 5, "target_rank": 1, "last": 0.4},
 }
 
 
@@ -612,14 +615,14 @@ def _run(folder: Path, name: str, steps: int, resume: Path | None, **args: Any) 
 @pytest.mark.parametrize("name", RESUMED)
 def test_stopped_before_at_and_after_an_event_and_resumed_is_the_same_run(name: str, tmp_path: Path) -> None:
     """Averages, masks and snapshots come back; the budget counts from its own start (PEFT's counts the cut layers, and
-    prunes too much).
+    prunes too much). In a chain the schedule starts again after step 5, the knot.
     """
     whole, callback = _run(tmp_path / "whole", name, 10, None, save_steps=1)
     assert callback.driver.changes
     want = {n: p.detach().clone() for n, p in whole.named_parameters() if "lora_" in n}
     kept = tmp_path / "whole" / "ranks.jsonl"
     lines = kept.read_text() if name == "adalora" else ""
-    for step in (3, 4, 5):
+    for step in (4, 5, 6) if " + " in name else (3, 4, 5):
         (tmp_path / f"from-{step}").mkdir()
         (tmp_path / f"from-{step}" / "ranks.jsonl").write_text("\n".join(lines.splitlines()[:9]) + '\n{"step": 9, "ra')
         model, again = _run(tmp_path / f"from-{step}", name, 10, tmp_path / "whole" / f"checkpoint-{step}")

@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from loralign import METHODS, LoralignError, Recipe, adapt, build, drive, optimizer
+from loralign import METHODS, LoralignError, Recipe, adapt, build, drive, optimizer, sites
+from loralign.carrier.slot import live_of
+from loralign.io.export import export
 from loralign.maths.budget import Window, cubic_budget, cubic_pruned
 from loralign.methods.rule.adalora import Orthogonal, Sensitivity
 from loralign.methods.rule.combine import GATE, Law, Shrink, unregularised
 from loralign.methods.rule.dynamic_rank import ComponentShare, Variance
-from loralign.plan.combinations import check_combination
+from loralign.plan.combinations import check_combination, check_length
 from loralign.types import Moment, RuleState, Validation
+from toy import batch_for, llama
 
 
 def made(name: str) -> Recipe:
@@ -181,3 +186,53 @@ def _run(recipe: Recipe, compiled: bool) -> tuple[list[Tensor], list[tuple[int, 
     driver.close()
     assert len(driver.changes) > 1
     return [p.detach().clone() for p in model.parameters() if p.requires_grad], ranks
+
+
+LINKS: dict[str, dict[str, Any]] = {
+    "chain-of-lora + adalora": {"links": 3, "first": 0.0, "last": 0.3},
+    "chain-of-lora + sora": {"links": 3, "target_rank": 1},
+    "rac-lora + allocating-lora": {"links": 3, "rounds": 1, "moved": 2},
+    "xgblora + dynamic-rank-lora": {"link_steps": 6, "first": 0.0, "last": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_rule_acts_in_every_link_and_what_it_left_is_exported_exactly(name: str, tmp_path: Path) -> None:
+    """The schedule runs over each link, among the modules that train in it; slots that are off are not committed."""
+    recipe = build(name, LINKS[name], r=2, alpha=4.0)
+    assert isinstance(recipe, Recipe)
+    check_combination(recipe)
+    model: Any = adapt(llama(), recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    losses = {"losses": lambda masks: [float(k) for k, _ in enumerate(masks)]}
+    driver = drive(model, recipe, opt, 18, observe=(lambda: losses) if "allocating" in name else None)
+    left: dict[str, int] = dict.fromkeys(opt.sites, 0)
+    for step in range(1, 19):
+        model(**batch_for(model, seed=step)).loss.backward()
+        opt.step()
+        if step in (6, 12):
+            driver.after_optimizer_step()
+            ends, budget = driver.ranks(), sum(s.r for s in opt.awake)
+            assert sum(ends.values()) < budget and all(ends[site] == 0 for site in opt.asleep)
+            left = {site: left[site] + ends[site] for site in left}
+            driver.end_step(step)
+            for site in sites(model):
+                assert live_of(site.layer, site.adapter).A0.shape[0] == left[site.name], site.name
+        else:
+            driver.after_step()
+        opt.zero_grad()
+    assert {max(step - 1, 0) // 6 for step, _ in driver.changes} == {0, 1, 2}  # allocating-lora has one before step 1
+    with torch.no_grad():
+        before = model.eval()(**batch_for(model)).logits
+    export(model, tmp_path / "out", base_id="toy", probes=batch_for(model))
+    stock = PeftModel.from_pretrained(llama(), tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.allclose(stock(**batch_for(stock)).logits, before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_link_without_room_for_the_schedule_is_refused_beforehand() -> None:
+    recipe = build("chain-of-lora + adalora", {"links": 6}, r=2)
+    assert isinstance(recipe, Recipe)
+    check_length(recipe, 18)
+    with pytest.raises(LoralignError, match="in a link of 1 steps, its budget shrinks"):
+        check_length(recipe, 6)

@@ -297,7 +297,10 @@ def commit(layer: Any, adapter: str, fresh: Start, slots: int | None = None) -> 
         A, B = torch.cat([A, A0.to(A)]), torch.cat([B0.to(B) + B, B], dim=1)
         side_A.frozen, side_B.frozen = side_A.frozen[r:], side_B.frozen[:, r:]
         side_B.kind = "B"
-    if slots != 0:
+    elif layer.lora_variant[adapter].form.facts.link is None:  # slots that a rule switched off leave nothing
+        on = A.ne(0).any(1) & B.ne(0).any(0)
+        A, B = A[on], B[:, on]
+    if slots != 0 and len(A):
         add_frozen(layer, adapter, A, B)
     if fresh.twin:
         side_A.frozen = torch.cat([fresh.A.to(side_A.frozen), side_A.frozen])

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,13 @@ from loralign.types import (
 )
 
 Own = dict[tuple[str, str], nn.Parameter]
+
+
+class Link(NamedTuple):
+    """The run of the rules: optimizer steps before it and in it, 0 where unknown."""
+
+    taken: int
+    steps: int
 
 
 class PairOptimizer(torch.optim.Optimizer):
@@ -88,7 +95,8 @@ class PairOptimizer(torch.optim.Optimizer):
         self.elementwise = "sharded" in transform.facts.accepts and not self.rules
         """Nobody needs whole factors, so sharded ones stay apart."""
         self.values = Values(sites, whole=not self.elementwise)
-        self.max_grad_norm, self.seed, self.total_steps = max_grad_norm, seed, 0
+        self.max_grad_norm, self.seed = max_grad_norm, seed
+        self.link = Link(0, 0)
         self.dead = DeadSlots()
         self.asleep: set[str] = set()
         """Sites that sit out this episode."""
@@ -99,7 +107,7 @@ class PairOptimizer(torch.optim.Optimizer):
         self.applied, self.steps_here, self.grad_norm, self.lr_factor = 0, 0, float("nan"), 1.0
         made = groups(sites, rest, shared or {}, transform, lr, rest_lr, weight_decay)
         super().__init__(made, {"lr": lr, "weight_decay": weight_decay})
-        self.layout = Layout(self.shapes, self.param_groups)
+        self.awake, self.layout = self.shapes, Layout(self.shapes, self.param_groups)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -121,7 +129,7 @@ class PairOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_driven()
         self.param_groups[0]["step"] = self.param_groups[0].get("step", 0) + 1
-        live, own, ctx = live_pairs(self.param_groups), live_own(self.param_groups), self._ctx()
+        live, own, ctx = live_pairs(self.param_groups), live_own(self.param_groups), self._in_link()
         self._rest(live, own)
         awake = {n: ps for n, ps in live.items() if any(p.grad is not None for p in ps.values())}
         pairs = self.values.pairs(awake, {n: _trained(ps) for n, ps in awake.items()})
@@ -192,7 +200,19 @@ class PairOptimizer(torch.optim.Optimizer):
         def draw(purpose: str, name: str) -> torch.Generator:
             return keyed_generator(seed, purpose, step, name)
 
-        return Ctx(rate.get("A", 0.0), rate.get("B", 0.0), step, draw, self.total_steps)
+        return Ctx(rate.get("A", 0.0), rate.get("B", 0.0), step, draw)
+
+    def _in_link(self) -> Ctx:
+        """As rules see it: their run is a link of a chain, or the whole one. Draws are keyed by the step of the run."""
+        ctx = self._ctx()
+        return replace(ctx, step=ctx.step - self.link.taken, total_steps=self.link.steps)
+
+    def begin_link(self, taken: int, steps: int) -> None:
+        """Rules begin anew: so many steps were `taken` before, and they see the sites that do not sleep."""
+        self.link = Link(taken, steps)
+        self.awake = [shape for shape in self.shapes if shape.name not in self.asleep]
+        self.layout = Layout(self.awake, self.param_groups)
+        self.rule_states = [rule.init(self.awake, steps) for rule in self.rules]
 
     def _places(self, pairs: Sequence[Pair]) -> list[Place]:
         """Where rules find the tensors of a step: the factors that train, and the form's own tensors beside them."""
@@ -278,8 +298,8 @@ class PairOptimizer(torch.optim.Optimizer):
 
         Made when a rule reads it, so read it before the next step, and under FSDP2 on every rank or on none.
         """
-        ctx = replace(self._ctx(), total_steps=total_steps)
-        return moment(self.param_groups, self.values, self.layout, self.shapes, self.dead, ctx, **seen)
+        ctx = replace(self._in_link(), total_steps=total_steps)
+        return moment(self.param_groups, self.values, self.layout, self.awake, self.dead, ctx, **seen)
 
     def on_slots(self, name: str, change: SlotChange) -> None:
         """Adjust the state of one site whose slots changed."""

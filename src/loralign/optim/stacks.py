@@ -53,7 +53,7 @@ class Layout:
         for group in groups:
             for k, key in enumerate(group["names"] if group["role"] in lists else ()):
                 site, _, name = key.rpartition("|") if group["role"] == "form" else (key, "", group["role"])
-                if site:  # else the model's
+                if site in where:  # else the model's, or asleep
                     where[site][name] = group["role"], k
         self.names = {site: tuple(found) for site, found in where.items()}
         self.known: dict[object, list[Place]] = {}

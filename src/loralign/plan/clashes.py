@@ -100,11 +100,6 @@ CLASHES: tuple[Clash, ...] = (
         instead="keep one of them",
     ),
     _clash(
-        "schedule of slots", "chain",
-        reason="a budget of slots runs over the whole run, and each link of a chain starts its slots anew",
-        instead="train the rank method by itself",
-    ),
-    _clash(
         "needs a gate", "no switch",
         reason="its rule switches slots by a trained gate, which this form does not have",
         instead="take the form that the rule's method brings",

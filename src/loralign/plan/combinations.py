@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -131,7 +132,6 @@ def facts(recipe: Recipe) -> frozenset[str]:
             "dropout": recipe.dropout > 0,
             "needs dropout 0": any(part.facts.needs_no_dropout for part in _parts(recipe)),
             "allocates": any(rule.allocates for rule in rules),
-            "schedule of slots": any(rule.allocates and rule.too_short is not None for rule in rules),
             "needs a gate": any(rule.needs_gate for rule in rules),
             "no switch": not form.switches,
             "needs shares": any(rule.needs_shares for rule in rules),
@@ -217,8 +217,11 @@ draw = draw_for(0, "probe")
 def idle(recipe: Recipe, total_steps: int | None) -> str:
     """What to say where a run ends before a rule acts, with the mend; "" where all act. None: of unknown length."""
     for rule in recipe.rules:
-        if total_steps and rule.facts.too_short is not None and (why := rule.facts.too_short(total_steps)):
-            return f"{recipe.name}: {why}"
+        if total_steps and rule.facts.too_short is not None:
+            link = shortest_link(recipe, total_steps)
+            if why := rule.facts.too_short(link):
+                where = f"in a link of {link} steps, " * (link < total_steps)
+                return f"{recipe.name}: {where}{why}"
     first = 1 + max((rule.facts.wait_steps for rule in recipe.rules if rule.facts.wait_steps is not None), default=-1)
     if not first or (total_steps and first < total_steps):
         return ""
@@ -234,8 +237,22 @@ def idle(recipe: Recipe, total_steps: int | None) -> str:
 
 def check_length(recipe: Recipe, total_steps: int | None) -> None:
     """Raise LoralignError where a rule's schedule cannot act in a run of so many steps (None, 0: of unknown length)."""
-    if total_steps and any(rule.facts.too_short and rule.facts.too_short(total_steps) for rule in recipe.rules):
-        raise LoralignError(idle(recipe, total_steps))
+    scheduled = [facts for rule in recipe.rules if (facts := rule.facts).too_short]
+    if total_steps and scheduled:
+        link = shortest_link(recipe, total_steps)
+        if any(facts.too_short and facts.too_short(link) for facts in scheduled):
+            raise LoralignError(idle(recipe, total_steps))
+
+
+def shortest_link(recipe: Recipe, total_steps: int) -> int:
+    """Steps of the shortest link of a run: a rule's schedule runs over each of them."""
+    names, least = [f"model.layers.{i}.self_attn.q_proj" for i in range(4)], total_steps
+    for index in count():
+        episode = recipe.outer.episode(index, total_steps, names, draw)
+        if episode is None:
+            return least
+        least = min(least, episode.steps)
+    raise AssertionError
 
 
 def snapshots(recipe: Recipe, total_steps: int | None) -> int:

@@ -23,7 +23,7 @@ from loralign.optim.pairs import PairOptimizer
 from loralign.plan.combinations import check_length
 from loralign.train.episodes import Episodes, Gather
 from loralign.train.events import Stage, agreed, apply_plan
-from loralign.types import Inputs, LoralignError, Prox, Recipe, WorkFailed
+from loralign.types import Facts, Inputs, LoralignError, Prox, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
 
@@ -61,14 +61,24 @@ class Driver:
     def begin(self, total_steps: int, *, step: int = 0, episode: int = 0, episode_start: int = 0) -> None:
         """Before the first step, or before the first one after a resume, whose state `load` brings."""
         check_length(self.recipe, total_steps)
-        self.total_steps = self.optimizer.total_steps = total_steps
+        self.total_steps = total_steps
         self.step = step
         self.episodes.begin(total_steps, self.optimizer, episode, episode_start)
-        rules = self.recipe.rules
-        self.optimizer.rule_states = [rule.init(self.optimizer.shapes, total_steps) for rule in rules]
+        self.optimizer.begin_link(episode_start, self._link_steps)
         if step == 0:
-            self._rules_act(0)
-            self.started = sum(self.ranks().values()) if self.allocates else 0
+            self._rules_begin()
+
+    @property
+    def _link_steps(self) -> int:
+        """Of the run of the rules: a link of a chain, or the whole run."""
+        current = self.episodes.current
+        return self.total_steps if current is None else min(current.steps, self.total_steps - self.episodes.started)
+
+    def _rules_begin(self) -> None:
+        """Before the first step of a link."""
+        self.acted = [False] * len(self.facts)
+        self._rules_act(self.step)
+        self.started = sum(self.ranks().values()) if self.allocates else 0
 
     def before_step(self, course: Callable[[int], float] | None = None) -> None:
         self.optimizer.lr_factor = self.episodes.lr_factor(self.step, course)
@@ -94,15 +104,15 @@ class Driver:
             self.inputs.remove()
 
     def ranks(self) -> dict[str, int]:
-        """Slots by site that are neither dead nor unborn, nor switched off by a gate that is zero. Before the first
-        step zero is where gates start, and switches nothing off."""
-        found = {}
+        """Slots by site that are neither dead nor unborn, nor switched off by a gate that is zero; none where a site
+        sleeps. Before the first step of a link zero is where gates start, and switches nothing off."""
+        found, moved = {}, self.optimizer.steps > self.optimizer.link.taken
         for site in sites(self.model):
             form, own = form_of(site.layer, site.adapter), trained_of(site.layer, site.adapter)
             on = ~self.optimizer.dead.get(site.name, torch.zeros(site.r, dtype=torch.bool))
-            for name in form.facts.switches if form is not None and self.optimizer.steps else ():
+            for name in form.facts.switches if form is not None and moved else ():
                 on = on & whole(own[name].detach()).ne(0).cpu()
-            found[site.name] = int(on.sum())
+            found[site.name] = int(on.sum()) if site.name not in self.optimizer.asleep else 0
         return found
 
     @property
@@ -118,26 +128,33 @@ class Driver:
     def end_step(self, step: int) -> None:
         self.step = step
         self._check_schedules()
-        self.episodes.after_step(step, self.optimizer)
+        if self.episodes.after_step(step, self.optimizer):
+            self.optimizer.begin_link(self.optimizer.steps, self._link_steps)
+            self._rules_begin()
 
     def unfinished(self) -> str:
         """What to say of a rule whose schedule has not come to its end; "" where all have."""
-        for facts in self.facts:
-            by = facts.acts_by(self.total_steps) if facts.acts_by else 0
-            if self.optimizer.steps < by:
-                return f"{self.recipe.name}: its schedule acts until step {by}, and {self.optimizer.steps} were taken"
+        taken = self.optimizer.steps - self.optimizer.link.taken
+        for by in map(self._acts_by, self.facts):
+            if taken < by:
+                return f"{self.recipe.name}: its schedule acts until step {by}, and {taken} were taken"
         return ""
+
+    def _acts_by(self, facts: Facts) -> int:
+        return facts.acts_by(self._link_steps) if facts.acts_by else 0
 
     def _check_schedules(self) -> None:
         """Raise as soon as a rule did not act when it was to, or cannot any more because steps were skipped."""
-        taken, left = self.optimizer.steps, self.total_steps - self.step
+        taken = self.optimizer.steps - self.optimizer.link.taken
+        seen = self.step - self.episodes.started
+        left = self._link_steps - seen
         for facts, acted in zip(self.facts, self.acted, strict=True):
-            by = facts.acts_by(self.total_steps) if facts.acts_by else 0
+            by = self._acts_by(facts)
             if by and taken >= by and not acted:
                 raise WorkFailed(f"{self.recipe.name}: its schedule was to act by step {by}, and nothing happened")
             if by > taken + left:
                 raise WorkFailed(
-                    f"{self.recipe.name}: gradients overflowed at {self.step - taken} of {self.step} steps, so the "
+                    f"{self.recipe.name}: gradients overflowed at {seen - taken} of {seen} steps, so the "
                     f"{by} steps that its schedule needs are out of reach: train in bf16 or fp32, or longer"
                 )
 
@@ -148,9 +165,10 @@ class Driver:
             seen["inputs"] = self.inputs.taken()
         for i, rule in enumerate(self.recipe.rules):
             state = self.optimizer.rule_states[i]
-            state, plan = rule.step(state, self.optimizer.moment(self.total_steps, **seen))
+            moment = self.optimizer.moment(self._link_steps, **seen)
+            state, plan = rule.step(state, moment)
             self.optimizer.rule_states[i] = state
-            self.acted[i] |= plan is not None and step > 0
+            self.acted[i] |= plan is not None and moment.step > 0
             if self.facts[i].events and (verbs := agreed(plan)):
                 stage = Stage(self.optimizer, state, self.recipe.seed, step)
                 changed = apply_plan(stage, verbs)
@@ -166,6 +184,8 @@ class Driver:
     def state(self) -> dict[str, Tensor]:
         """What cannot be read from A and B of a checkpoint; call it on every rank, sharded tensors are gathered."""
         found = {f"dead|{name}": mask for name, mask in self.optimizer.dead.items()}
+        if self.recipe.rules:
+            found["taken"] = torch.tensor(self.optimizer.link.taken)
         if self.allocates:
             found["started"] = torch.tensor(self.started)
         scheduled = [i for i, facts in enumerate(self.facts) if facts.acts_by]
@@ -191,6 +211,8 @@ class Driver:
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.optimizer.dead = DeadSlots({k[5:]: mask.clone() for k, mask in state.items() if k.startswith("dead|")})
         self.started = int(state.get("started", sum(shape.r for shape in self.optimizer.shapes)))
+        taken = int(state.get("taken", self.episodes.started))  # older checkpoints do not say
+        self.optimizer.link = self.optimizer.link._replace(taken=taken)
         for i, acted in enumerate(self.acted):
             self.acted[i] = acted or bool(state.get(f"acted|{i}", True))  # older checkpoints do not say
             head = f"rule|{i}|"
