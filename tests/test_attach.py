@@ -117,6 +117,33 @@ def test_evidence_changes_neither_randomness_nor_metrics(kind: str, tmp_path: Pa
     assert runs["lora"][1] == runs["lora-ga"][1]
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_judging_by_validation_rows_changes_neither_randomness_nor_metrics(kind: str, tmp_path: Path) -> None:
+    """allocating-lora's forwards go through the trainer's own loss, whose averages the next evaluation would log."""
+    runs = {}
+    for name in ("lora", "allocating-lora"):
+        made = build(name, {"rounds": 1, "scored": 4} if name != "lora" else {}, r=3, alpha=6.0, seed=11)
+        assert isinstance(made, Recipe)
+        trainer = TRAINERS[kind](tmp_path, peft_config(made, toy.llama()), toy.llama(attention_dropout=0.1))
+        judges = [next(iter(trainer.get_train_dataloader()))] if name != "lora" else None
+        attach(trainer, made, validation=judges)
+        batches: list[Tensor] = []
+        judged: list[bool] = []
+        compute = trainer.compute_loss
+
+        def spy(model: Any, inputs: Any, compute: Any = compute, seen: Any = (batches, judged), **kw: Any) -> Any:
+            seen[0 if model.training else 1].append(inputs["input_ids"].clone() if model.training else True)
+            return compute(model, inputs, **kw)
+
+        trainer.compute_loss = spy
+        trainer.train()
+        assert bool(judged) == (name != "lora")
+        assert not any(trainer._metrics["eval"].values())
+        runs[name] = batches, [h["num_tokens"] for h in trainer.state.log_history if "num_tokens" in h]
+    assert all(torch.equal(a, b) for a, b in zip(runs["lora"][0], runs["allocating-lora"][0], strict=True))
+    assert runs["lora"][1] == runs["allocating-lora"][1]
+
+
 def test_evidence_is_collected_with_gradient_checkpointing(tmp_path: Path) -> None:
     """A trainer told to checkpoint activations does so for evidence too, and the start is the same."""
     starts, forwards = [], []

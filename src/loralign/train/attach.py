@@ -31,7 +31,7 @@ from loralign.train.checkpoint import whole_note
 from loralign.train.compiled import Until
 from loralign.train.compiled import compile as compile_blocks
 from loralign.train.replaced import ignored, instead_of
-from loralign.train.undisturbed import undisturbed
+from loralign.train.undisturbed import same_metrics, undisturbed
 from loralign.train.validation import validation_loss
 from loralign.types import Batch, Episode, LoralignError, Nothing, Recipe, Validation
 
@@ -106,7 +106,9 @@ def attach(
         wrapped=lambda: trainer.model_wrapped,
         evidence=facts,
         gather=lambda episode: _at_knot(trainer, model, recipe, episode, rows, progress),
-        observe=validation_loss(model, validation, loss_of(trainer)) if judges and validation else None,
+        observe=validation_loss(model, validation, loss_of(trainer), lambda: same_metrics(trainer))
+        if judges and validation
+        else None,
     )
     trainer.add_callback(callback)
     lr = float(trainer.args.learning_rate)

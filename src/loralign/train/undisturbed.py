@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 @contextmanager
 def undisturbed(trainer: Any, model: nn.Module) -> Iterator[None]:
     """Within: evidence may be collected; randomness, metrics and modes of the trainer are as before afterwards."""
-    with _same_randomness(), _same_metrics(trainer), _on_its_device(trainer, model), _as_in_training(trainer, model):
+    with same_randomness(), same_metrics(trainer), _on_its_device(trainer, model), _as_in_training(trainer, model):
         yield
 
 
@@ -50,8 +50,8 @@ def _on_its_device(trainer: Any, model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _same_randomness() -> Iterator[None]:
-    """Leave the global generators as they were: evidence must not change data order or dropout."""
+def same_randomness() -> Iterator[None]:
+    """Leave the global generators as they were: evidence and judgement must not change data order or dropout."""
     state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
@@ -65,8 +65,8 @@ def _same_randomness() -> Iterator[None]:
 
 
 @contextmanager
-def _same_metrics(trainer: Any) -> Iterator[None]:
-    """TRL's trainers average what `compute_loss` saw into the next log; evidence must not count there."""
+def same_metrics(trainer: Any) -> Iterator[None]:
+    """TRL's trainers average what `compute_loss` saw into the next log; evidence and judgement must not count there."""
     kept = {k: copy.deepcopy(v) for k, v in vars(trainer).items() if k in ("_metrics", "_total_train_tokens")}
     try:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from loralign.carrier.sites import sites
 from loralign.carrier.slot import whole, write
 from loralign.maths.draws import keyed_generator
+from loralign.train.undisturbed import same_randomness
 from loralign.types import Batch, LoralignError, Loss, Recipe, Validation
 
 
@@ -43,28 +45,33 @@ def batches(rows: Any, collate: Callable[[list[Any]], Batch], size: int, device:
     return [{key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()} for batch in made]
 
 
-def validation_loss(model: PeftModel, batches: Sequence[Batch], loss: Loss) -> Callable[[], Mapping[str, Any]]:
+def validation_loss(
+    model: PeftModel,
+    batches: Sequence[Batch],
+    loss: Loss,
+    within: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Callable[[], Mapping[str, Any]]:
     """() -> {"losses": (masks, masks, …) -> mean losses}, what `Moment` offers.
 
     masks: site -> bool (r,), True where a slot stays; sites that are not named stay as they are. In evaluation mode,
-    without gradients; the factors, the mode and torch's randomness are as before afterwards. Processes that hold the
-    whole model share the masks, each takes as many forwards as the others (a loss may gather over processes).
+    without gradients; the factors, the mode and all randomness are as before afterwards, what a trainer counts is where
+    `within` puts it back. Processes that hold
+    the whole model share the masks, each takes as many forwards as the others (a loss may gather over processes).
     """
 
     @torch.no_grad()
     def measured(masks: Sequence[Mapping[str, Tensor]]) -> list[float]:
-        training, random = model.training, torch.get_rng_state()
-        switch, mine = _Switch(model), _share(model, len(masks))
+        training, switch, mine = model.training, _Switch(model), _share(model, len(masks))
         values = torch.zeros(len(masks), dtype=torch.float64)
         model.eval()
-        try:
-            for k in mine:
-                switch.to(masks[k])
-                values[k] = sum(float(loss(model, batch)) for batch in batches) / len(batches)
-        finally:
-            switch.to({})
-            model.train(training)
-            torch.set_rng_state(random)
+        with same_randomness(), within():
+            try:
+                for k in mine:
+                    switch.to(masks[k])
+                    values[k] = sum(float(loss(model, batch)) for batch in batches) / len(batches)
+            finally:
+                switch.to({})
+                model.train(training)
         return _together(values, mine).tolist()
 
     return lambda: {"losses": measured}
