@@ -10,6 +10,9 @@ to forward and backward. ops: calls into torch that the rule adds to a step, a m
 optimizer without it: what a fast GPU's host pays for, whatever the machine. The gradients of the optimizer's steps are
 those of the first backward, so that a run is short.
 On a GPU wall time between synchronisations: a rule pays for what it makes the device wait. Shapes are bench_step's.
+--whole: besides, real steps with the rule and without it, ten of each in turn until --steps with it are through, waited
+for only at the end of ten, as a Trainer does: what the host does while the device computes costs nothing there. "whole"
+is the median of the pairs of ten.
 """
 
 from __future__ import annotations
@@ -123,6 +126,44 @@ def measure(name: str, shape: str, device: str, rank: int, steps: int, repeats: 
     return {"step": 1e3 * step, **{k: 1e3 * v for k, v in parts.items()}, "share": share, **counted}
 
 
+def whole(name: str, shape: str, device: str, rank: int, steps: int, chunk: int = 10) -> float:
+    """The rule's share of real steps: time with it over time without, less one."""
+    recipe = build(name, RULES[name], r=rank, alpha=2.0 * rank)
+    assert isinstance(recipe, Recipe)
+    model: Any = adapt(base_model(shape, device), recipe).train()
+    ids = torch.randint(0, 8000, SHAPES[shape][1:], device=device)
+    plain, opt = optimizer(model, replace(recipe, rules=()), 1e-3), optimizer(model, recipe, 1e-3)
+    driver = drive(model, recipe, opt, steps)
+    watches = driver.inputs is not None
+
+    def run(opt: Any, after: Callable[[], object], count: int) -> None:
+        for _ in range(count):
+            with torch.autocast(device, torch.bfloat16) if half(shape, device) else nullcontext():
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            opt.step()
+            after()
+            opt.zero_grad(set_to_none=True)
+
+    def without() -> None:
+        run(plain, lambda: None, chunk)
+
+    def within() -> None:
+        run(opt, driver.after_step, chunk)
+
+    run(opt, driver.after_step, steps % chunk + chunk)
+    ratios = []
+    for _ in range(steps // chunk - 1):
+        if watches and driver.inputs is not None:
+            driver.inputs.remove()
+        base = seconds(without, device)
+        if watches:
+            driver.inputs = InputTap(model, list(opt.sites.values()))
+        ratios.append(seconds(within, device) / base)
+    driver.close()
+    return statistics.median(ratios) - 1
+
+
 def _watched(both: Callable[[], None], model: Any, opt: Any, device: str) -> float:
     tap = InputTap(model, list(opt.sites.values()))
     taken = seconds(lambda: (both(), tap.taken()), device)
@@ -138,21 +179,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=tuple(RULES))
+    parser.add_argument("--whole", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(1)
     shape = args.shape or ("small" if args.device == "cpu" else "1b")
     found = {n: measure(n, shape, args.device, args.rank, args.steps, args.repeats) for n in args.rules}
+    for name, row in found.items() if args.whole else ():
+        row["whole"] = whole(name, shape, args.device, args.rank, args.steps)
     if args.json:
         args.json.write_text(
             json.dumps({"shape": shape, "device": args.device, "rank": args.rank, "ms": found}, indent=1)
         )
-    heads = ("step", "masks", "after", "inputs", "share", "ops", "/ optim.")
+    heads = ("step", "masks", "after", "inputs", "share", "ops", "/ optim.", *(["whole"] if args.whole else []))
     print(f"{'rule':20}" + "".join(f"{k:>10}" for k in heads) + "    (ms)")
     for name, row in found.items():
         print(f"{name:20}" + "".join(f"{row[k]:10.2f}" for k in ("step", "masks", "after", "inputs")), end="")
-        print(f"{100 * row['share']:8.2f} %{row['ops']:10.0f}{row['optimizer_ops']:10.0f}")
+        print(f"{100 * row['share']:8.2f} %{row['ops']:10.0f}{row['optimizer_ops']:10.0f}", end="")
+        print(f"{100 * row['whole']:8.2f} %" if args.whole else "")
 
 
 if __name__ == "__main__":
