@@ -12,8 +12,8 @@ default), torch's fused AdamW and clip_grad_norm_; on CUDA a bf16 base under bf1
 the same model and autocast, `loralign.adapt` and `loralign.optimizer`. Floor: the frozen model with input gradients.
 --methods: further arms beside `lora`, with their own options' defaults at the same rank, or as NAME:RANK[:PRESET];
 /lora compares with ours. `full`, `full-muon`: the matrices themselves, in bf16 on CUDA, their states as well.
---compiled: blocks compiled, the floor's too; "train": `loralign.compile`, as recipes and trainers use it, "train
-unrecorded" without its CUDA graphs; "recorded": forward and backward are one CUDA graph, of compiled blocks as well.
+--compiled: blocks compiled, the floor's too; "train": `loralign.compile`, as recipes and trainers use it;
+"recorded": forward and backward are one CUDA graph, of compiled blocks as well.
 `host` is in bf16 on the CPU too and takes the layer that small outputs have on a GPU; "one node" is the other one.
 """
 
@@ -173,10 +173,8 @@ def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], 
         model = adapt(model, recipe)
         opt = optimizer(model, recipe, 1e-4)
     model.train()
-    if kind.startswith("train"):
-        compiled = loralign.compile(model)
-        if kind == "train unrecorded" and compiled.recorded is not None:
-            compiled.recorded.restore()
+    if kind == "train":
+        loralign.compile(model)
     if "compiled" in kind:
         for block in blocks(model):
             block.compile(dynamic=False)
@@ -251,7 +249,7 @@ def measure(kinds: Sequence[str], shape: str, device: str, repeats: int, dropout
     if device == "cuda":
         for kind in kinds:
             step = step_of(kind, shape, device, dropout)
-            for _ in range(12 if kind.startswith("train") else 3):  # what `loralign.compile` finds out by trying
+            for _ in range(3):
                 step()
             peak = kept_bytes(step, device)
             times = sorted(seconds(step, device) for _ in range(repeats))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from loralign.compare.runner import Resident
-from loralign.train.captured import MOST, Outputs, Recorder
+from loralign.train.captured import MOST, Outputs, Recorder, without_compiling
 from test_compare_run import never, on_a_cpu, timeless, trial
 from tiny_study import SMALL, load, write_study
 
@@ -115,3 +115,29 @@ def test_shapes_beyond_the_most_are_not_recorded() -> None:
         for rows in range(1, MOST + 4):
             recorder.run("training", lambda batch: [model(batch["x"])], {"x": torch.ones(rows, 2)})
     assert counted.recorded == MOST
+
+
+def test_nothing_is_compiled_while_a_step_is_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model, counted = Doubled(2, 2), Counted()
+    model.compile(dynamic=False, backend="eager")
+
+    def guarded(work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+        with without_compiling():
+            work()
+        return counted(work)
+
+    def run(recorder: Recorder, later: int) -> None:
+        """later: rows of a batch that the second call of a shape makes of its own, as a mask made in a recording is."""
+        calls = iter([2, later, 2, 2])
+        for _ in range(2):
+            recorder.run("training", lambda batch: [model(torch.ones(next(calls), 2))], {"x": torch.ones(1)})
+
+    run(Recorder(model, guarded), later=2)
+    assert counted.recorded == 1 and "cannot be recorded" not in caplog.text
+    run(Recorder(model, guarded), later=3)
+    assert counted.recorded == 1 and "cannot be recorded" in caplog.text
+    torch._dynamo.reset()

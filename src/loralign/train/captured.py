@@ -29,10 +29,16 @@ MOST = 8
 """Shapes that are recorded, of training and evaluation each: every recording keeps its activations."""
 
 
+def without_compiling() -> Any:
+    """Within: what is compiled already runs, what would be compiled raises a RuntimeError. A compiler that runs while
+    kernels are recorded launches its own, which spoils the recording and the generators after it."""
+    return torch.compiler.set_stance("fail_on_recompile")
+
+
 def cuda_graph(work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
     """Record the work, which is not executed; replaying it fills the outputs."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with without_compiling(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = work()
     return outputs, graph.replay
 
