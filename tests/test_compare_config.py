@@ -138,9 +138,9 @@ def test_a_prior_tuned_on_these_rows_is_told(study: Path, tmp_path: Path) -> Non
     spec = load(study, "arms=[hrp, {method: lora-plus, lr: 1e-3}]")
     by_name = {a.name: a for a in spec.arms}
     assert by_name["hrp"].tuned_on[0][0] == "reviews in German (MultiEmo)" and not by_name["lora-plus"].tuned_on
-    assert not any("tuned on this very task" in note for note in notes(spec, {}, collect(spec, {})))
+    assert not any("tuned on this very task" in note for note in notes(spec, {}, collect(spec, {}), {}))
     same = replace(spec, content={**spec.content, "task.train": by_name["hrp"].tuned_on[0][1]})
-    said = notes(same, {}, collect(same, {}))
+    said = notes(same, {}, collect(same, {}), {})
     assert "the rates of hrp are centred where they were tuned on this very task: reviews in German (MultiEmo)" in said
     here = replace(spec, output=tmp_path)
     Store(here)
@@ -197,7 +197,7 @@ def test_the_demo_is_such_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import compare_demo
 
-    monkeypatch.setattr(compare_demo, "write_rows", lambda folder: dict.fromkeys(("train", "valid", "test"), "x.jsonl"))
+    monkeypatch.setattr(compare_demo, "write_rows", lambda folder, part: dict.fromkeys(("train", "valid", "test"), "x.jsonl"))
     (spec,) = to_specs(parse_study(compare_demo.study(Path("out"))), 384)
     assert [a.name for a in spec.arms] == ["full", "lora", "lora-ga"]
     assert (spec.rates, spec.seeds, spec.task.head_lr) == (4, 3, 1e-3)
