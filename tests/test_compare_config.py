@@ -197,7 +197,8 @@ def test_the_demo_is_such_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import compare_demo
 
-    monkeypatch.setattr(compare_demo, "write_rows", lambda folder, part: dict.fromkeys(("train", "valid", "test"), "x.jsonl"))
+    rows = dict.fromkeys(("train", "valid", "test"), "x.jsonl")
+    monkeypatch.setattr(compare_demo, "write_rows", lambda folder, part: rows)
     (spec,) = to_specs(parse_study(compare_demo.study(Path("out"))), 384)
     assert [a.name for a in spec.arms] == ["full", "lora", "lora-ga"]
     assert (spec.rates, spec.seeds, spec.task.head_lr) == (4, 3, 1e-3)
