@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from uuid import uuid4
@@ -124,11 +124,25 @@ def work_here(spec: Spec, started: float, session: str, on_done: object = None) 
     done = Store(spec).outcomes()
     if all(t.key in done for t in wanted(spec, done)):
         return True
+    with _said_once():
+        return work(spec, Residents(spec).run, on_done=on_done, started=started, session=session)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Within: what every trial says of itself is for --debug alone, and what it warns of is said once."""
     log = logging.getLogger("loralign")
-    if log.getEffectiveLevel() == logging.INFO:  # what every trial says of itself is for --debug
-        log.setLevel(logging.WARNING)
-        log.addFilter(_Once())
-    return work(spec, Residents(spec).run, on_done=on_done, started=started, session=session)  # type: ignore[arg-type]
+    if log.getEffectiveLevel() != logging.INFO:
+        yield
+        return
+    level, once = log.level, _Once()
+    log.setLevel(logging.WARNING)
+    log.addFilter(once)
+    try:
+        yield
+    finally:
+        log.removeFilter(once)
+        log.setLevel(level)
 
 
 class _Once(logging.Filter):
