@@ -16,29 +16,16 @@ import argparse
 import gc
 import json
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import SHAPES, base_model, half
+from bench_step import SHAPES, base_model, half, seconds
 
 from loralign import Recipe, adapt, build, drive, optimizer
 from loralign.train.compiled import blocks
-
-
-def seconds(call: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-    start = time.process_time()
-    call()
-    return time.process_time() - start
 
 
 def middle(call: Callable[[], object], device: str, repeats: int) -> float:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import SHAPES, base_model, half
+from bench_step import SHAPES, base_model, half, seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loralign import Recipe, adapt, build, drive, optimizer
@@ -41,18 +40,6 @@ RULES: dict[str, dict[str, Any]] = {
     "beamlora": {},
     "prilora": {},
 }
-
-
-def seconds(call: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-    start = time.process_time()
-    call()
-    return time.process_time() - start
 
 
 class Calls(TorchDispatchMode):

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from assets import asset, needs
+from cached_assets import asset, needs
 from data_world import CONVERSATIONS, INST, SMOL, assistant, byte_tokenizer, pieces, rows_of, sft, user
 from loralign.data.chat import fit
 from loralign.data.prompt import CHATML, give_template

@@ -20,7 +20,7 @@ from peft import AdaLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from assets import asset, needs
+from cached_assets import asset, needs
 from cli_world import Done, assert_one_sentence, bytes_of, run, run_process, world_in
 from loralign import METHODS
 from loralign.cli.guard import explained

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from assets import asset, needs
+from cached_assets import asset, needs
 from loralign.config.study import load_study
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))

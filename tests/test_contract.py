@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import toy
 import warm
-from assets import asset, needs
+from cached_assets import asset, needs
 from loralign import METHODS, Recipe, adapt, build, drive, factors, optimizer, peft_config, sites
 from loralign.evidence import model_loss
 from loralign.io.export import export

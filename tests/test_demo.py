@@ -16,7 +16,7 @@ from peft import PeftModel
 from rich.console import Console
 from trl import DPOConfig, DPOTrainer
 
-from assets import asset, needs
+from cached_assets import asset, needs
 from tiny_trl import preferences, settings, tokenizer
 from toy import VOCAB, llama
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from assets import asset, needs
+from cached_assets import asset, needs
 from loralign import Recipe, adapt, build, optimizer, sites
 from loralign.methods.transform.lora_pro import closest
 from loralign.optim.pairs import PairOptimizer

@@ -173,7 +173,7 @@ class InvariantAdam:
         A: list[Tensor | None] = [None] * len(pairs)
         B: list[Tensor | None] = [None] * len(pairs)
         for side, states_here, *maps in zip(sides, own, *(whole.split(sizes) for whole in parts), strict=True):
-            a, b = self._moved(side, kept(states_here, "first"), side.gradients(grads), maps, ctx)
+            a, b = self._moved(side, kept(states_here, "first"), grads, maps, ctx)
             for k, row in zip(side.of_A, a.unbind(), strict=True):
                 A[k] = row
             for k, row in zip(side.of_B, b.unbind(), strict=True):
@@ -197,9 +197,10 @@ class InvariantAdam:
         return torch.cat(R_inv), torch.cat(P)
 
     @staticmethod
-    def _moved(side: Side, M: Tensor, g: Tensor, maps: Sequence[Tensor], ctx: Ctx) -> tuple[Tensor, Tensor]:
+    def _moved(side: Side, M: Tensor, grads: Sequence[Grad], maps: Sequence[Tensor], ctx: Ctx) -> tuple[Tensor, Tensor]:
         """(n, r, m) and (n, m, r): the updates of one side's A and B; M, its first moment, is changed in place."""
         f, carry, back = maps
+        g = side.gradients(grads)  # here: a caller that torch.compile watches keeps what it passed on
         now = (g @ f).baddbmm_(M.to(g.dtype), carry)
         M.copy_(now)
         del g
