@@ -23,6 +23,8 @@ export OMP_NUM_THREADS := 1
 # Weights and data come from the asset cache, never from a hub.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Every process that a test starts would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'

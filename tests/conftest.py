@@ -4,12 +4,13 @@ import gc
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True, scope="module")
 def same_threads() -> Iterator[None]:
     """A study that runs in this process sets its threads, and sums depend on them."""
+    import torch  # here: the process that hands out the tests needs no torch
+
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -229,18 +229,21 @@ def test_of_many_claims_one_wins(tmp_path: Path) -> None:
 
 
 def test_a_process_that_died_here_is_taken_over_at_once(tmp_path: Path) -> None:
-    program = (
-        "import sys, os; sys.path.insert(0, 'tests'); from pathlib import Path; import test_compare_store as t; "
-        "t.Store(t.spec(Path(sys.argv[1]))).claim(t.FIRST); print('claimed', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    root = Path(__file__).parent.parent
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True) as other:
-        assert other.stdout and other.stdout.readline() == "claimed\n"
-        here = Store(spec(tmp_path))
-        assert set(here.running()) == {FIRST.key} and here.claim(FIRST) is None
-        other.kill()
-        other.wait()
+    context = get_context("fork")
+    claimed = context.Event()
+
+    def hold() -> None:
+        importlib.reload(storing).Store(spec(tmp_path)).claim(FIRST)  # who owns a claim is known at the import
+        claimed.set()
+        time.sleep(60)
+
+    other = context.Process(target=hold)
+    other.start()
+    assert claimed.wait(30)
+    here = Store(spec(tmp_path))
+    assert set(here.running()) == {FIRST.key} and here.claim(FIRST) is None
+    other.kill()
+    other.join()
     assert here.running() == {}
     claim = here.claim(FIRST)
     assert claim and claim.finish(ended()) and set(here.outcomes()) == {FIRST.key}

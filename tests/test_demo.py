@@ -14,8 +14,10 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+import warm
 from cached_assets import asset, needs
 from tiny_trl import preferences, settings, tokenizer
 from toy import VOCAB, llama
@@ -28,14 +30,41 @@ from demo_report import Seen, sentences, table, write_picture  # noqa: E402
 # --- the demo ---------------------------------------------------------------------------------------------------------
 
 
+FORKED = """
+import multiprocessing, runpy, sys
+import pytest
+sys.path.insert(0, sys.argv.pop(1))
+import warm
+
+context = multiprocessing.get_context
+multiprocessing.get_context = lambda method: context("fork")
+warm.verification(pytest.MonkeyPatch())
+warm.server(True)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""The demo where its libraries are imported already: its workers are forked, and so is the clean process of a proof."""
+
+
+def narrow(folder: Path) -> Path:
+    """The tokenizer of SmolLM2 and a random model for it that is done in no time."""
+    AutoTokenizer.from_pretrained(asset("smollm2-2layer")).save_pretrained(folder)
+    llama(vocab_size=49152, max_position_embeddings=256).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.assets
 @needs("smollm2-2layer")
 @needs("bbc")
-def test_demo_trains_verifies_and_tells(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
+@pytest.mark.parametrize("how", ["forked", pytest.param("as people run it", marks=pytest.mark.slow)])
+def test_demo_trains_verifies_and_tells(how: str, tmp_path: Path) -> None:
+    """As people run it: on two real layers."""
+    out, forked = tmp_path / "demo", how == "forked"
+    base = narrow(tmp_path / "base") if forked else asset("smollm2-2layer")
+    start, program = (warm.run, ["-c", FORKED, str(ROOT / "tests")]) if forked else (subprocess.run, [])
     sizes = ["--steps", "2", "--valid", "2", "--test", "2"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/demo.py"), "--model", str(asset("smollm2-2layer")), "--out", out, *sizes],
+    done: Any = start(
+        [sys.executable, *program, str(ROOT / "scripts/demo.py"), "--model", str(base), "--out", str(out), *sizes],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
         capture_output=True,
         text=True,
@@ -60,7 +89,7 @@ def test_demo_trains_verifies_and_tells(tmp_path: Path) -> None:
 @needs("bbc")
 def test_demo_says_bad_input_in_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts/demo.py"), "--model", str(tmp_path), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = warm.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("demo: ")

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import toy
+import warm
 from loralign import build, factors, sites
 from loralign.io.export import export
 from loralign.io.verify import VerifyJob, verify_many
@@ -99,7 +100,9 @@ def test_the_file_is_what_llama_cpp_reads(adapted: dict[str, tuple[Any, Path]], 
         assert not tensors
 
 
-def test_a_clean_process_reads_it_back(adapted: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
+def test_a_clean_process_reads_it_back(
+    adapted: dict[str, tuple[Any, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every family and precision; a cut, an empty and a rescaled file, and one of another model, are named."""
     jobs, bad = {}, ("cut", "emptied", "scaled", "of another")
     for name in (*MODELS, "float16", "bfloat16", *bad):
@@ -114,6 +117,7 @@ def test_a_clean_process_reads_it_back(adapted: dict[str, tuple[Any, Path]], tmp
         if name == "scaled":
             alpha = np.float32(gguf.GGUFReader(str(file)).get_field("adapter.lora.alpha").contents())
             file.write_bytes(whole.replace(alpha.tobytes(), (1.2 * alpha).astype(np.float32).tobytes(), 1))
+    warm.verification(monkeypatch)
     for name, found in zip(jobs, verify_many(list(jobs.values())), strict=True):
         if name not in bad:
             assert found.passed and found.proven, found.failure

@@ -6,10 +6,13 @@ links); found by its entry point in a process of its own, trained, killed and re
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+import warm
+from loralign import verify
 
 FORM = '''
 from dataclasses import dataclass
@@ -77,8 +80,9 @@ METHOD = Method("stranger", "sizes, culls, two links", "2401.00001", "exact, ran
 USE = """
 import json, sys
 from pathlib import Path
+sys.path[:0] = sys.argv[2:]
 import torch
-from loralign import METHODS, build, export, peft_config, sites, verify
+from loralign import METHODS, build, export, peft_config, sites
 from loralign.train.attach import attach
 from toy import batch_for, llama
 from trainers import toy_trainer
@@ -103,13 +107,12 @@ for step in (1, 2, 3, 4):
     with torch.no_grad():
         assert torch.equal(again(**batch_for(again)).logits, out), step
 export(whole, folder / "out", base_id="toy/base", probes=batch_for(whole))
-verify(folder / "out", folder / "base")
 config = json.loads((folder / "out" / "adapter_config.json").read_text())
 print("rank", config["r"])
 """
 
 
-def test_one_file_per_axis_and_one_line_make_a_method(tmp_path: Path) -> None:
+def test_one_file_per_axis_and_one_line_make_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package, info = tmp_path / "site" / "stranger", tmp_path / "site" / "stranger-1.0.dist-info"
     package.mkdir(parents=True)
     info.mkdir()
@@ -117,8 +120,9 @@ def test_one_file_per_axis_and_one_line_make_a_method(tmp_path: Path) -> None:
         (package / f"{name}.py").write_text(text, encoding="utf-8")
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text("[loralign.methods]\nstranger = stranger.table:METHOD\n", encoding="utf-8")
-    paths = (str(tmp_path / "site"), str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-    done = subprocess.run([sys.executable, "-c", USE, str(tmp_path)], env=env, capture_output=True, text=True)
+    places = [str(tmp_path / "site"), str(Path(__file__).parent)]
+    done = warm.run([sys.executable, "-P", "-c", USE, str(tmp_path), *places])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "rank 4"  # two links of 3, each without the slot that it lost
+    warm.verification(monkeypatch)
+    verify(tmp_path / "out", tmp_path / "base")

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import warm
 from cli_world import Done, run
 from data_world import SMOL, assistant, byte_tokenizer, jsonl, pieces, rows_of, user
 from loralign.data.chat import Coder, fit
@@ -128,6 +129,7 @@ def test_the_end_of_an_answer_is_found() -> None:
 def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        warm.verification(patch)
         yield tmp_path_factory.mktemp("prompts")
 
 

@@ -21,6 +21,8 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import get_context
+from multiprocessing.synchronize import Lock
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 CLEAN = ("torch", "transformers", "peft", "safetensors.torch", "transformers.models.llama.modeling_llama")
 WHOLE = (*CLEAN, "transformers.models.bert.modeling_bert", "transformers.trainer", "accelerate", "datasets", "trl")
-TRAINER = "trl.trainer.sft_trainer"
+LATE = ("trl.trainer.sft_trainer", "optuna", "scipy.special", "matplotlib.figure", "matplotlib.backends.backend_agg")
 
 
 def run(
@@ -76,11 +78,12 @@ def _run(
         for each in rooms:
             each.mkdir()
         asked["calls"] = [[list(c[1 + isolated :]), str(each)] for c, each in zip(commands, rooms, strict=True)]
-        server = _server(isolated)
-        assert server.stdin is not None and server.stdout is not None
-        server.stdin.write(json.dumps(asked) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
+        process, turn = server(isolated)
+        assert process.stdin is not None and process.stdout is not None
+        with turn:
+            process.stdin.write(json.dumps(asked) + "\n")
+            process.stdin.flush()
+            codes = json.loads(process.stdout.readline())
         said = [[(each / name).read_text(encoding="utf-8") for name in ("out", "err")] for each in rooms]
     return [subprocess.CompletedProcess(list(c), n, *s) for c, n, s in zip(commands, codes, said, strict=True)]
 
@@ -91,12 +94,13 @@ def verification(patch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def _server(isolated: bool) -> subprocess.Popen[str]:
-    """It ends when its pipe is closed."""
-    command = [sys.executable, *(["-I"] if isolated else []), __file__, *(CLEAN if isolated else (*WHOLE, TRAINER))]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(server.communicate)
-    return server
+def server(isolated: bool) -> tuple[subprocess.Popen[str], Lock]:
+    """The process, and whose turn it is: those that are forked after this call ask the same one. It ends when its pipe
+    is closed."""
+    command = [sys.executable, *(["-I"] if isolated else []), __file__, *(CLEAN if isolated else (*WHOLE, *LATE))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.communicate)
+    return process, get_context("fork").Lock()
 
 
 def _serve(modules: Sequence[str]) -> None:
