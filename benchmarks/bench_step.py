@@ -10,8 +10,10 @@
 A step is forward, backward, clip, optimizer, zero_grad on the same tokens. PEFT: stock layers, fp32 adapters (its
 default), torch's fused AdamW and clip_grad_norm_; on CUDA a bf16 base under bf16 autocast, as `bf16=True` gives. Ours:
 the same model and autocast, `loralign.adapt` and `loralign.optimizer`. Floor: the frozen model with input gradients.
---methods: further arms beside `lora`, with their own options' defaults at the same rank, or as NAME:RANK[:PRESET];
-/lora compares with ours. `full`, `full-muon`: the matrices themselves, in bf16 on CUDA, their states as well.
+--methods: further arms beside `lora`, as NAME, NAME:RANK or NAME:RANK:PRESET (rank 16 and the defaults of its options
+where not said); /lora compares with ours. --kinds: these instead of all, such an arm or one of the table's, "compiled"
+and "recorded" before it: "compiled spectral:64". --dropout: of the adapters, PEFT's and ours, 0 where not said.
+`full`, `full-muon`: the matrices themselves, in bf16 on CUDA, their states as well.
 --compiled: blocks compiled, the floor's too; "train": `loralign.compile`, as recipes and trainers use it;
 "recorded": forward and backward are one CUDA graph, of compiled blocks as well.
 `host` is in bf16 on the CPU too and takes the layer that small outputs have on a GPU; "one node" is the other one.
@@ -126,6 +128,25 @@ def fresh_model(shape: str, device: str) -> LlamaForCausalLM:
         model = LlamaForCausalLM(config)
         torch.set_default_dtype(dtype)
     return model.train()
+
+
+ALONE = ("peft", "train", "one node")
+"""Kinds of plain LoRA that nothing stands before or behind."""
+
+
+def known(kind: str) -> str:
+    """A kind that `step_of` has; argparse refuses another."""
+    words = [word for word in kind.split() if word not in ("recorded", "compiled")]
+    name, *more = " ".join(words).split(":")
+    if kind in ALONE or (kind and not more and name in ("", "floor", "loralign")):
+        return kind
+    presets = tuple(METHODS[name].presets) if name in METHODS else ()
+    ranked = not more or (more[0].isdecimal() and int(more[0]) > 0)
+    if name in METHODS and ranked and (len(more) < 2 or (len(more) == 2 and more[1] in presets)):
+        return kind
+    ways = f"{', '.join(ALONE)}; floor, loralign and NAME[:RANK[:PRESET]], also after recorded, compiled or both"
+    why = f"presets of {name}: {', '.join(presets) or 'none'}" if name in METHODS else f"names: {', '.join(METHODS)}"
+    raise argparse.ArgumentTypeError(f"no kind {kind!r}. Known: {ways}; {why}")
 
 
 def recipe_of(kind: str, dropout: float) -> Recipe | Full:
@@ -280,11 +301,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--compiled", action="store_true", help="also with the model's blocks compiled")
-    parser.add_argument("--methods", nargs="+", default=[], help="further arms: NAME or NAME:RANK")
+    parser.add_argument(
+        "--methods", nargs="+", default=[], type=known, help="further arms: NAME, NAME:RANK or NAME:RANK:PRESET"
+    )
     parser.add_argument(
         "--kinds",
         nargs="+",
-        help='these instead, as in "compiled spectral:64"; ratios to kinds not measured are left out',
+        type=known,
+        help='these instead, as in "compiled spectral:64" (NAME, NAME:RANK or NAME:RANK:PRESET); ratios to kinds not '
+        "measured are left out",
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -4,7 +4,7 @@
     python benchmarks/bench_train.py --device cuda --shapes 1b 135m --json out.json
     python benchmarks/bench_train.py --device cuda --shapes 1b --rows equal     every row as long as the longest may be
 
-loralign: the trainer of `loralign train` (SFTTrainer, `attach` and `quicken`, which is `train.compile: auto`), or
+loralign: the trainer of `loralign train` (RowTrainer, `attach` and `quicken`, which is `train.compile: auto`), or
 without compiling ("loralign off"). peft: SFTTrainer with `peft_config`, bf16, torch's fused AdamW. "compile": with the
 Trainer's own `torch_compile`. "packed": TRL's packing. Same model, rows, rank and rate; a step is a batch. Times are
 of the steps after the first `--warm` ones; tokens are those of the rows, padding is not counted. With equal rows the
@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from loralign import Recipe, attach, build, peft_config
-from loralign.train.quick import quicken
+from loralign.train.quick import RowTrainer, quicken
 
 KINDS = ("peft", "peft packed", "loralign", "loralign packed")
 MORE = ("peft compile", "peft packed compile", "loralign off", "loralign packed off")
@@ -99,7 +99,7 @@ def trainer_of(kind: str, shape: str, args: argparse.Namespace, folder: str) -> 
         return SFTTrainer(model, peft_config=stock, **common)
     recipe = build("lora", r=16, alpha=32)
     assert isinstance(recipe, Recipe)
-    trainer = SFTTrainer(model, peft_config=peft_config(recipe, model), **common)
+    trainer = RowTrainer(model, peft_config=peft_config(recipe, model), **common)
     attach(trainer, recipe)
     if "off" not in kind:
         backend = None if cuda else "aot_eager"

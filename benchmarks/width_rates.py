@@ -31,6 +31,8 @@ import assets
 LENGTH, HELD_OUT = 128, 48
 CENTRES = {"spectral": 1.6e-2, "lora": 4e-3, "full": 1e-3}
 """At width 256, of grids that move with 1/√width."""
+SETTINGS = ("rank", "steps", "first_steps", "batch", "seeds")
+"""What widths must have in common to be compared."""
 
 
 def blocks(file: Path, most: int) -> Tensor:
@@ -147,21 +149,22 @@ def main() -> None:
 
 
 def begun(args: argparse.Namespace) -> dict[str, dict[int, dict[float, list[float]]]]:
-    """What an earlier call left in --json: further widths join it."""
+    """What an earlier call left in --json: further widths and methods join it, under its settings alone."""
     kept = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.is_file() else {}
+    if kept and (other := [k for k in SETTINGS if kept["settings"].get(k) != vars(args)[k]]):
+        there = ", ".join(f"{k.replace('_', '-')} {kept['settings'].get(k)}, not {vars(args)[k]}" for k in other)
+        raise SystemExit(f"{args.json} was measured with {there}: name another file, or give the same settings")
     return {
-        m: {
-            int(w): {float(lr): own for lr, own in losses.items()}
-            for w, losses in kept.get(m, {}).get("losses", {}).items()
-        }
-        for m in args.methods
+        m: {int(w): {float(lr): own for lr, own in losses.items()} for w, losses in kept[m]["losses"].items()}
+        if m in kept
+        else {}
+        for m in CENTRES
+        if m in kept or m in args.methods
     }
 
 
 def report(found: Mapping[str, Mapping[int, Mapping[float, Sequence[float]]]], args: argparse.Namespace) -> None:
-    body: dict[str, Any] = {
-        "settings": {k: v for k, v in vars(args).items() if k not in ("json", "picture", "widths", "rates")}
-    }
+    body: dict[str, Any] = {"settings": {k: vars(args)[k] for k in SETTINGS}}
     for method, widths in found.items():
         means = {w: {lr: sum(own) / len(own) for lr, own in losses.items()} for w, losses in widths.items()}
         best = {w: best_rate(losses) for w, losses in means.items()}

@@ -157,9 +157,9 @@ def trials_of(asked: Asked, arms: Sequence[str], repeat: int, together: Callable
         started = time.perf_counter()
         resident.run(Trial("seed", arm, 0, rate_of(spec, arm), 0), lambda step, loss: True)
         first_s = time.perf_counter() - started
-        spent.clear()
         together()
         for seed in range(repeat):
+            spent.clear()
             began = time.time()
             outcome = resident.run(Trial("seed", arm, 0, rate_of(spec, arm), seed), lambda step, loss: False)
             ended = {"arm": arm, "began": began, "ended": time.time(), "first_s": first_s}
