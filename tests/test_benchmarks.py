@@ -1,4 +1,4 @@
-"""Benchmarks and scripts are not run by the tests, but imported: every name they use is still there; what they refuse."""
+"""Benchmarks and scripts are imported and not run: every name they use is still there; what they refuse."""
 
 import argparse
 import importlib.util
