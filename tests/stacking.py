@@ -27,10 +27,9 @@ def stacks_of(tensors: Named) -> list[Stack]:
 
 
 def by_name(stacks: Sequence[Stack], joint: Joint | None) -> dict[tuple[str, str], Tensor]:
-    """Rows of what a rule answered, of the names that a stack has."""
+    """Rows of what a rule answered."""
     found: dict[tuple[str, str], Tensor] = {}
     for stack, answer in zip(stacks, joint or [], strict=True):
         for name, rows in answer.items():
-            if name in stack.tensors:
-                found.update({(site, name): row for site, row in zip(stack.sites, rows, strict=True)})
+            found.update({(site, name): row for site, row in zip(stack.sites, rows, strict=True)})
     return found

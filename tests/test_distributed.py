@@ -29,10 +29,11 @@ from loralign.carrier.slot import live_of, whole
 from loralign.optim.pairs import PairOptimizer
 from loralign.train.attach import attach
 from loralign.train.driver import drive
+from loralign.train.events import Stage, apply_plan
 from loralign.train.task_rows import Task
 from loralign.train.task_trainer import TaskTraining
 from loralign.train.tasks import run_tasks
-from loralign.types import LoralignError
+from loralign.types import Elements, LoralignError, WorkFailed
 from trainers import toy_trainer
 
 pytestmark = pytest.mark.distributed
@@ -228,6 +229,18 @@ def replicas(rank: int, folder: Path) -> str:
     return ""
 
 
+def different_masks(rank: int) -> str:
+    """What is said where each process would prune other entries."""
+    model, made = prepared("prilora")
+    masks = {s.name: torch.zeros(live_of(s.layer, s.adapter).A.shape, dtype=torch.bool) for s in sites(model)}
+    masks["blocks.1.up"][0, rank] = True
+    try:
+        apply_plan(Stage(optimizer(model, made, 1e-2), masks, 0, 1), tuple(Elements(n, "A", n) for n in masks))
+    except WorkFailed as error:
+        return str(error)
+    return ""
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of foreign packages; this process has no pytest to turn them into errors
@@ -239,6 +252,7 @@ def worker(rank: int, folder: str) -> None:
     for name in TRAINERS:
         found[name, "trainer"] = with_trainer(name, Path(folder, name), 2)
     found["tasks", "trainer"] = with_tasks(Path(folder), 2)
+    found["prilora", "masks"] = different_masks(rank)
     found["pissa", "replicas"] = replicas(rank, Path(folder, "replicas"))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -291,6 +305,11 @@ def test_tasks_on_two_processes_equal_one(tmp_path: Path, pair_of_processes: lis
     for key, value in want["tensors"].items():
         assert torch.equal(one["tensors"][key], two["tensors"][key]), key
         assert float((one["tensors"][key] - value).abs().max()) <= 1e-3 * float(value.abs().max()), key
+
+
+def test_different_masks_are_refused(pair_of_processes: list[dict[tuple[str, str], Any]]) -> None:
+    for found in pair_of_processes:
+        assert found["prilora", "masks"] == "the processes computed different element masks at blocks.1.up"
 
 
 def test_a_start_from_weights_that_one_process_lacks_is_refused(

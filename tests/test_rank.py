@@ -484,27 +484,28 @@ def test_gates_have_a_rate_of_their_own(name: str) -> None:
 
 
 def test_a_target_rank_finds_the_threshold() -> None:
-    """Gates equal those of an oracle that steers by itself; the budget is met, and what was cut stays zero."""
-    recipe, T = made("sora", target_rank=2, last=0.25), 40
+    """Gates equal those of an oracle that steers by itself, at every second step of so many; the budget is met, and
+    what was cut stays zero."""
+    recipe, T, end, n = made("sora", target_rank=2, last=0.25), 240, 180, 2
     model = toy(recipe)
     opt = optimizer(model, recipe, 1e-2)
     driver = drive(model, recipe, opt, T)
-    xi, off = sora.first_threshold(torch.cat(list(gates(model).values())).tolist(), 6, 30), set[tuple[str, int]]()
+    xi, off = sora.first_threshold(torch.cat(list(gates(model).values())).tolist(), 6, end), set[tuple[str, int]]()
     for t in range(1, T + 1):
         backward(model, t)
         opt.step()
         stepped = gates(model)
         driver.after_step()
         flat = [abs(float(g)) for c in stepped.values() for g in c]
-        if t <= 30:
-            xi = sora.next_threshold(xi, flat, round(6 * t / 30))
+        if t <= end:
+            xi = xi if t % n else sora.next_threshold(xi, flat, round(6 * t / end))
             want = {n: [sora.soft(float(g), xi) for g in c] for n, c in stepped.items()}
             assert all(c.tolist() == pytest.approx(want[n], abs=1e-12) for n, c in gates(model).items()), t
-        elif t == 31:
+        elif t == end + 1:
             off = {slot for slot in zeros(model)}
             rank = sorted(((abs(float(g)), n, j) for n, c in stepped.items() for j, g in enumerate(c)))
             assert off == {(n, j) for _, n, j in rank[:6]}
-        assert t < 31 or zeros(model) == off
+        assert t <= end or zeros(model) == off
     assert sum(driver.ranks().values()) == 6
     with pytest.raises(LoralignError, match="leave one of the two out"):
         made("sora", target_rank=2, threshold=1e-3)
@@ -670,5 +671,6 @@ def test_planted_ranks_are_found(name: str) -> None:
     steps = {key: value for key, value in SETTINGS[name].items() if key == "steps"}
     uniform = [planted("lora", seed, **steps).loss for seed in range(10)]
     assert median(found.rho for found in runs) >= 0.9, [found.rho for found in runs]
-    assert all(sum(found.ranks) == sum(PLANTED) for found in runs)
+    most = 6 if "threshold" in SETTINGS[name] else 0
+    assert all(abs(sum(found.ranks) - sum(PLANTED)) <= most for found in runs)
     assert all(found.loss < plain for found, plain in zip(runs, uniform, strict=True)), (runs, uniform)

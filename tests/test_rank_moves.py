@@ -18,7 +18,9 @@ from loralign.methods.rule.allocating_lora import spread
 from loralign.methods.rule.beamlora import beyond, threshold
 from loralign.methods.rule.prilora import least, ranks_by_depth
 from loralign.plan.combinations import check_combination, check_length
-from loralign.types import Live, Moment
+from loralign.train.driver import Driver
+from loralign.train.events import Stage, apply_plan
+from loralign.types import Elements, Live, Moment, RuleState, Stack, Zero
 from oracles import allocating_lora, beamlora, prilora
 from toy import batch_for, llama, t5
 
@@ -324,6 +326,50 @@ def test_inputs_count_once_whatever_reads_them_again(reentrant: bool | None) -> 
     assert found.keys() == seen.keys() and all(torch.allclose(found[n], x, rtol=1e-4) for n, x in seen.items())
     assert not any(stack.tensors["squares"].any() for stack in tap.taken())
     tap.remove()
+
+
+def test_the_sums_lie_where_the_layers_are_when_the_run_begins() -> None:
+    """A Trainer moves and casts a model after its driver was made."""
+    recipe = build("prilora", {"interval": 2}, r=4, alpha=8.0)
+    assert isinstance(recipe, Recipe)
+    model: Any = adapt(llama(), recipe).train()
+    driver = Driver(recipe, model, optimizer(model, recipe, 1e-2))
+    assert driver.inputs is not None and {x.dtype for x in driver.inputs.sums.values()} == {torch.float32}
+    model.double()
+    driver.begin(4)
+    assert {x.dtype for x in driver.inputs.sums.values()} == {torch.float64}
+    model(**batch_for(model)).loss.backward()
+    assert all(stack.tensors["squares"].dtype == torch.float64 for stack in driver.inputs.taken())
+    driver.close()
+
+
+def test_averages_of_another_version_are_refused() -> None:
+    (rule,) = made("prilora", interval=2).rules
+    state: RuleState = {"norm|one": torch.ones(6)}
+    seen = [Stack("0|6", ("one",), 0, {"squares": torch.ones(1, 6)})]
+    moment = Moment(1, 4, (), {}, {}, (), {}, None, None, seen)  # type: ignore[arg-type]
+    with pytest.raises(LoralignError, match="average of the inputs was made for other stacks"):
+        rule.step(state, moment)
+    rule.step(known := RuleState(), moment)
+    rule.step(known, moment)
+    assert list(known) == ["norm|0|6"]
+
+
+def test_verbs_of_one_tensor_unite() -> None:
+    """Neither of two `Zero`, nor of two `Elements`, undoes the other."""
+    recipe = made("prilora", interval=2)
+    model = net(recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    name = sites(model)[0].name
+    masks = {side: torch.arange(24).reshape(4, 6).eq(k) for k, side in enumerate("ab")}
+    stage = Stage(opt, masks, seed=0, step=1)
+    before = _A(sites(model)[0]).detach().clone()
+    apply_plan(stage, (Zero(name, "A", (0,)), Zero(name, "A", (2, 0))))
+    assert _A(sites(model)[0]).eq(0).all(1).tolist() == [True, False, True, False]
+    with torch.no_grad():
+        _A(sites(model)[0]).copy_(before)
+    apply_plan(stage, (Elements(name, "A", "a"), Elements(name, "A", "b")))
+    assert torch.equal(_A(sites(model)[0]), before.masked_fill(masks["a"] | masks["b"], 0.0))
 
 
 def test_a_decoder_is_not_masked_by_the_encoders_padding() -> None:

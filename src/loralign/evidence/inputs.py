@@ -29,18 +29,8 @@ class InputTap:
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        alike: dict[tuple[int, torch.device, torch.dtype], list[Site]] = {}
-        for site in sites:
-            p = next(site.layer.parameters())
-            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-            alike.setdefault((site.d_in, p.device, wide), []).append(site)
-        self.sums: dict[str, Tensor] = {}
-        self.joint: list[tuple[tuple[str, ...], Tensor]] = []
-        for (d_in, device, wide), same in alike.items():
-            names = tuple(site.name for site in same)
-            joint = torch.zeros(len(names), d_in, dtype=wide, device=device)
-            self.joint.append((names, joint))
-            self.sums.update(zip(names, joint.unbind(), strict=True))
+        self.sites = list(sites)
+        self.place()
         both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.masks: dict[str, Tensor] = {}
         self.shared: tuple[Callable[[], Any], list[str]] = (lambda: None), []
@@ -49,6 +39,20 @@ class InputTap:
         for site in sites:
             mask = MASKS[both and "decoder" in site.name.split(".")]
             self.hooks.append(site.layer.register_forward_hook(self._hook(site.name, mask), with_kwargs=True))
+
+    def place(self) -> None:
+        """Sums of zero, where the layers are now: a Trainer moves and shards a model that has its hooks already."""
+        alike: dict[tuple[int, torch.device, torch.dtype], list[str]] = {}
+        for site in self.sites:
+            p = next(site.layer.parameters())
+            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+            alike.setdefault((site.d_in, p.device, wide), []).append(site.name)
+        self.sums: dict[str, Tensor] = {}
+        self.joint: list[tuple[tuple[str, ...], Tensor]] = []
+        for (d_in, device, wide), names in alike.items():
+            joint = torch.zeros(len(names), d_in, dtype=wide, device=device)
+            self.joint.append((tuple(names), joint))
+            self.sums.update(zip(names, joint.unbind(), strict=True))
 
     def _batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         found = {name: kwargs[name] for name in MASKS if name in kwargs}
@@ -61,7 +65,7 @@ class InputTap:
                 return None
             x = first_input(args, kwargs)
             if torch.compiler.is_compiling():  # which traces no hook on y, and needs none: it recomputes what is cheap
-                return tap(y, x, y.new_zeros(()), lambda delta, x: self._add([name], norms(x, self.masks.get(mask))))
+                return tap(y, x, y.new_zeros(()), lambda delta, x: self._add([name], self._traced(delta, x, mask)))
             last, names = self.shared
             if last() is x:
                 names.append(name)
@@ -72,6 +76,10 @@ class InputTap:
             return None
 
         return hook
+
+    def _traced(self, delta: Tensor, x: Tensor, mask: str) -> Tensor:
+        """In compiled code a gradient of zero counts nothing: a block's trial has it."""
+        return norms(x, self.masks.get(mask)) * delta.any()
 
     def _add(self, names: Sequence[str], norms: Tensor) -> None:
         for name in names:

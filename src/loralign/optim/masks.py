@@ -62,21 +62,21 @@ class DeadSlots(MutableMapping[str, Tensor]):
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
         self._masks: dict[str, Tensor] = {}
-        self._made: dict[int, tuple[Sequence[Place], list[dict[str, Tensor]]]] = {}
+        self._made: tuple[Sequence[Place], list[dict[str, Tensor]]] | None = None
         self.update(masks or {})
 
     def __getitem__(self, site: str) -> Tensor:
         return self._masks[site]
 
     def __setitem__(self, site: str, mask: Tensor) -> None:
-        self._made.clear()
+        self._made = None
         if bool(mask.any()):
             self._masks[site] = mask
         else:
             self._masks.pop(site, None)
 
     def __delitem__(self, site: str) -> None:
-        self._made.clear()
+        self._made = None
         del self._masks[site]
 
     def __iter__(self) -> Iterator[str]:
@@ -89,9 +89,9 @@ class DeadSlots(MutableMapping[str, Tensor]):
         """Zero where a slot is dead. per_slot: site -> its form's names with one entry a slot."""
         if not self._masks:
             return None
-        if id(places) not in self._made:  # the places are kept, so that no others get their id
-            self._made[id(places)] = places, [self._of(place, per_slot(place.sites[0])) for place in places]
-        return self._made[id(places)][1]
+        if self._made is None or self._made[0] is not places:
+            self._made = places, [self._of(place, per_slot(place.sites[0])) for place in places]
+        return self._made[1]
 
     def _of(self, place: Place, per_slot: frozenset[str]) -> dict[str, Tensor]:
         if not any(site in self._masks for site in place.sites):

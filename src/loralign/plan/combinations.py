@@ -78,8 +78,8 @@ def misfit(recipe: Recipe, site: Site) -> str:
     least = max((rule.facts.least_rank for rule in recipe.rules), default=1)
     if site.r < least:
         return (
-            f"rank {site.r} is too small for {recipe.name} at {at}, which trains {least} slots at each step: lower its "
-            "`keep`, or raise the rank"
+            f"rank {site.r} is too small for {recipe.name} at {at}, which asks for {least} slots: lower its `keep` or "
+            "`target_rank`, or raise the rank"
         )
     if site.r < recipe.form.facts.least_rank:
         least = recipe.form.facts.least_rank

@@ -63,6 +63,8 @@ class Driver:
         check_length(self.recipe, total_steps)
         self.total_steps = total_steps
         self.step = step
+        if self.inputs is not None:
+            self.inputs.place()
         self.episodes.begin(total_steps, self.optimizer, episode, episode_start)
         self.optimizer.begin_link(episode_start, self._link_steps)
         if step == 0:

@@ -1,7 +1,8 @@
 """Carry out what rules plan: slots die, come alive, are copied; Parameters and shapes stay, optimizer state follows.
 
 Every process computes the plan, since a rule's memory must be the same everywhere; what rank 0 planned is carried out
-by all, so that no rounding can drive them apart.
+by all, so that no rounding can drive them apart. `Prox`, which is due at every step, is not sent: it follows from what
+is the same everywhere.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, groupby
 from typing import Any
@@ -60,10 +61,6 @@ def agreed(plan: Plan | None) -> Plan:
     dist.broadcast(body, 0)
     found = json.loads(bytes(body.cpu().tolist()))
     return tuple(VERBS[name](*map(_tuples, values)) for name, values in found)
-
-
-def _sites(verb: Verb) -> tuple[str, ...]:
-    return verb.sites if isinstance(verb, Prox) else (verb.site,)
 
 
 def _tuples(value: Any) -> Any:
@@ -134,19 +131,18 @@ def apply_plan(stage: Stage, plan: Plan) -> set[str]:
     """Carry out the verbs in order; the names of the sites whose slots changed."""
     changes: dict[str, list[SlotChange]] = {}
     for kind, alike in groupby(plan, type):
-        verbs = list(alike)
+        verbs: list[Any] = list(alike)
         if kind in TOGETHER:
             TOGETHER[kind](stage, verbs)
             continue
         for verb in verbs:
-            (name,) = _sites(verb)
-            change = ACTIONS[kind](stage, stage.site(name), verb)
+            change = ACTIONS[kind](stage, stage.site(verb.site), verb)
             if change is not None:
-                changes.setdefault(name, []).append(change)
+                changes.setdefault(verb.site, []).append(change)
     for name, found in changes.items():
         for change in found:
             stage.optimizer.on_slots(name, change)
-    return {site for verb in plan for site in _sites(verb)}
+    return {site for verb in plan for site in (verb.sites if isinstance(verb, Prox) else (verb.site,))}
 
 
 def _off(stage: Stage, site: Site, verb: Any) -> SlotChange:
@@ -165,16 +161,19 @@ def _on(stage: Stage, site: Site, verb: On) -> SlotChange:
 
 def _zero(stage: Stage, verbs: Sequence[Zero]) -> None:
     """One collective for sharded tensors; vectors (gates) as one, with one copy of the places to the device."""
-    kinds: dict[Any, list[tuple[Tensor, int, tuple[int, ...]]]] = {}
+    wanted: dict[tuple[str, str], tuple[int, ...]] = {}
     for verb in verbs:
-        p, axis = _tensor(stage, verb.site, verb.name)
-        kinds.setdefault((p.device, p.dtype, p.dim() > 1), []).append((p, axis, verb.slots))
+        wanted[verb.site, verb.name] = wanted.get((verb.site, verb.name), ()) + verb.slots
+    kinds: dict[Any, list[tuple[Tensor, int, tuple[int, ...]]]] = {}
+    for (site, name), slots in wanted.items():
+        p, axis = _tensor(stage, site, name)
+        kinds.setdefault((p.device, p.dtype, p.dim() > 1), []).append((p, axis, slots))
     for (device, _, wide), found in kinds.items():
         ps = [p for p, *_ in found]
         values = wholes(ps)
         if wide:
-            slots = [torch.tensor(at, device=device) for *_, at in found]
-            made = [x.index_fill(axis, at, 0.0) for x, at, (_, axis, _) in zip(values, slots, found, strict=True)]
+            rows = [torch.tensor(at, device=device) for *_, at in found]
+            made = [x.index_fill(axis, at, 0.0) for x, at, (_, axis, _) in zip(values, rows, found, strict=True)]
         else:
             starts = accumulate((len(x) for x in values), initial=0)
             places = [start + j for start, (*_, at) in zip(starts, found, strict=False) for j in at]
@@ -232,26 +231,28 @@ def _freeze(stage: Stage, site: Site, verb: Freeze) -> None:
 
 def _elements(stage: Stage, verbs: Sequence[Elements]) -> None:
     """One comparison and one collective for all of them."""
-    masks = [stage.state[verb.mask] for verb in verbs]
+    masks: dict[tuple[str, str], Tensor] = {}
+    for verb in verbs:
+        key, mask = (verb.site, verb.name), stage.state[verb.mask]
+        masks[key] = masks[key] | mask if key in masks else mask
     _same_everywhere(masks)
-    ps = [_tensor(stage, verb.site, verb.name)[0] for verb in verbs]
-    found = zip(wholes(ps), masks, strict=True)
+    ps = [_tensor(stage, *key)[0] for key in masks]
+    found = zip(wholes(ps), masks.values(), strict=True)
     write_all(ps, [value.masked_fill(mask.to(value.device), 0.0) for value, mask in found])
 
 
-def _same_everywhere(masks: Sequence[Tensor]) -> None:
-    """Raise where the processes computed different masks."""
+def _same_everywhere(masks: Mapping[tuple[str, str], Tensor]) -> None:
+    """Raise where the processes computed different masks, of tensors by (site, name)."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
-    digest = hashlib.blake2b(digest_size=7)
-    for mask in masks:
-        digest.update(mask.cpu().numpy().tobytes())
-    mine = torch.tensor([int.from_bytes(digest.digest(), "big")], device=masks[0].device)
+    digests = [hashlib.blake2b(mask.cpu().numpy().tobytes(), digest_size=7).digest() for mask in masks.values()]
+    mine = torch.tensor([int.from_bytes(d, "big") for d in digests], device=next(iter(masks.values())).device)
     low, high = mine.clone(), mine.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN)
     dist.all_reduce(high, dist.ReduceOp.MAX)
-    if not torch.equal(low, high):
-        raise WorkFailed("the processes computed different element masks")
+    apart = [site for (site, _), differs in zip(masks, low.ne(high).tolist(), strict=True) if differs]
+    if apart:
+        raise WorkFailed(f"the processes computed different element masks at {apart[0]}")
 
 
 ACTIONS: dict[type[Verb], Callable[[Stage, Site, Any], SlotChange | None]] = {

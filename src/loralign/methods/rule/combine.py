@@ -35,6 +35,8 @@ from loralign.types import (
 
 GATE = "gate"
 KEPT = "kept|"
+FOREIGN = "was made for other stacks (an older version, or other devices): resume it as it was made, or start anew"
+"""What to say of a checkpoint's tensors that fit no stack of the run."""
 
 
 class Scorer(Protocol):
@@ -85,7 +87,7 @@ def final(state: RuleState, stacks: Sequence[Stack]) -> Joint | None:
     if not any(key.startswith(KEPT) for key in state):
         return None
     if any(KEPT + stack.key not in state for stack in stacks):
-        raise LoralignError("the checkpoint's final mask is of an older version: resume it with that one, or anew")
+        raise LoralignError(f"the checkpoint's final mask {FOREIGN}")
     found = [(state[KEPT + stack.key], stack.at) for stack in stacks]
     return [{GATE: on if at is None else on[list(at)]} for on, at in found]
 

@@ -25,14 +25,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loralign.maths.bounds import Count, Positive, Share, bounded
-from loralign.methods.rule.combine import average
+from loralign.methods.rule.combine import FOREIGN, average
 from loralign.types import (
     Elements,
     Facts,
@@ -63,6 +63,11 @@ def least(A: Tensor, norms: Tensor, share: float) -> Tensor:
     count = round(share * A.shape[-1])
     order = (A.abs() * norms).argsort(dim=-1, stable=True)
     return torch.zeros_like(A, dtype=torch.bool).scatter_(-1, order[..., :count], True)
+
+
+def foreign(state: RuleState, keys: Sequence[str]) -> bool:
+    """Averages are there, and not under these keys."""
+    return any(key not in state for key in keys) and any(key.startswith("norm|") for key in state)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ class DepthAndPruning(RuleBase):
             return state, None
         if moment.inputs is None:
             raise LoralignError("prilora weighs entries by the modules' inputs, and nobody collects them")
+        if foreign(state, [f"norm|{stack.key}" for stack in moment.inputs]):
+            raise LoralignError(f"the checkpoint's average of the inputs {FOREIGN}")
         for stack in moment.inputs:
             now = stack.tensors["squares"].sqrt()
             average(state, f"norm|{stack.key}", now).lerp_(now, 1 - DECAY)
