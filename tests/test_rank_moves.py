@@ -20,7 +20,7 @@ from loralign.methods.rule.prilora import least, ranks_by_depth
 from loralign.plan.combinations import check_combination, check_length
 from loralign.train.driver import Driver
 from loralign.train.events import Stage, apply_plan
-from loralign.types import Elements, Live, Moment, RuleState, Stack, Zero
+from loralign.types import Elements, InputSquares, Live, Moment, RuleState, Zero
 from oracles import allocating_lora, beamlora, prilora
 from toy import batch_for, llama, t5
 
@@ -322,9 +322,9 @@ def test_inputs_count_once_whatever_reads_them_again(reentrant: bool | None) -> 
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
     for batch in batches:
         model(**batch).loss.backward()
-    found = {s: row for st in tap.taken() for s, row in zip(st.sites, st.tensors["squares"], strict=True)}
+    found = {s: row for some in tap.taken() for s, row in zip(some.sites, some.squares, strict=True)}
     assert found.keys() == seen.keys() and all(torch.allclose(found[n], x, rtol=1e-4) for n, x in seen.items())
-    assert not any(stack.tensors["squares"].any() for stack in tap.taken())
+    assert not any(some.squares.any() for some in tap.taken())
     tap.remove()
 
 
@@ -339,14 +339,14 @@ def test_the_sums_lie_where_the_layers_are_when_the_run_begins() -> None:
     driver.begin(4)
     assert {x.dtype for x in driver.inputs.sums.values()} == {torch.float64}
     model(**batch_for(model)).loss.backward()
-    assert all(stack.tensors["squares"].dtype == torch.float64 for stack in driver.inputs.taken())
+    assert all(seen.squares.dtype == torch.float64 for seen in driver.inputs.taken())
     driver.close()
 
 
 def test_averages_of_another_version_are_refused() -> None:
     (rule,) = made("prilora", interval=2).rules
     state: RuleState = {"norm|one": torch.ones(6)}
-    seen = [Stack("0|6", ("one",), 0, {"squares": torch.ones(1, 6)})]
+    seen = [InputSquares(("one",), torch.ones(1, 6))]
     moment = Moment(1, 4, (), {}, {}, (), {}, None, None, seen)  # type: ignore[arg-type]
     with pytest.raises(LoralignError, match="average of the inputs was made for other stacks"):
         rule.step(state, moment)
@@ -381,7 +381,7 @@ def test_a_decoder_is_not_masked_by_the_encoders_padding() -> None:
     sums = []
     for mask in (batch["attention_mask"], torch.ones_like(batch["attention_mask"])):
         model(**{**batch, "attention_mask": mask}).loss.backward()
-        sums.append({s: row for st in tap.taken() for s, row in zip(st.sites, st.tensors["squares"], strict=True)})
+        sums.append({s: row for some in tap.taken() for s, row in zip(some.sites, some.squares, strict=True)})
     name = "decoder.block.0.layer.0.SelfAttention.q"
     assert torch.equal(sums[0][name], sums[1][name])
     name = name.replace("decoder", "encoder")

@@ -21,7 +21,7 @@ from loralign.maths.draws import keyed_generator
 from loralign.methods.form.delta_lora import boosted
 from loralign.methods.form.plain import plain
 from loralign.methods.rule.delta_lora import snapshot
-from loralign.methods.rule.rm_lora import masked_orthogonal, regulariser, slope
+from loralign.methods.rule.rm_lora import masked_orthogonal, regulariser, slopes
 from loralign.methods.transform.adamw import adamw
 from loralign.methods.transform.combine import descend
 from loralign.optim.pairs import PairOptimizer
@@ -131,9 +131,10 @@ def test_regulariser_at_its_special_points() -> None:
     A, B = torch.linalg.qr(normal(10, r))[0], torch.linalg.qr(normal(12, r))[0]
     assert float(regulariser([A, B], 1.0)) < 1e-12
     assert float(regulariser([A, torch.zeros(12, r).double()], 1.0)) == pytest.approx(r**0.5 / 2, abs=1e-12)
-    assert not slope(torch.zeros(1, 12, r)).any()
-    exact = slope(torch.eye(12, r)[None])
-    assert torch.isfinite(exact).all() and not exact.any()
+    for minimum in (torch.zeros(12, r), torch.eye(12, r)):
+        stacks = stacks_of({("w", "B"): minimum})
+        found = by_name(stacks, slopes(stacks, 1.0))["w", "B"]
+        assert torch.isfinite(found).all() and not found.any()
 
 
 @pytest.mark.parametrize("mask_target", ["grad", "update"])

@@ -52,13 +52,12 @@ def _whole_A(layer: Any, adapter: str) -> Tensor:
     return fold_A(side._parameters["weight"], side.frozen if isinstance(side, SlotLinear) else None)
 
 
-def share_inputs(blocks: Sequence[nn.Module], call: Callable[[nn.Module], Any]) -> int:
-    """Let layers of one input share their product with A in these blocks; how many groups there are.
+def share_inputs(blocks: Sequence[nn.Module], call: Callable[[nn.Module], Any]) -> None:
+    """Let layers of one input share their product with A in these blocks.
 
     call: (block) -> runs it, as it is, on an input such as it gets; called for the first block of each kind.
     """
     found: dict[type[nn.Module], list[list[str]]] = {}
-    made = 0
     for block in blocks:
         if any(getattr(m, "gradient_checkpointing", False) for m in block.modules()):
             continue
@@ -66,8 +65,7 @@ def share_inputs(blocks: Sequence[nn.Module], call: Callable[[nn.Module], Any]) 
             found[type(block)] = _of_one_input(block, call)
         inside = dict(block.named_modules())
         for names in found[type(block)]:
-            made += _join([inside.get(name) for name in names])
-    return made
+            _join([inside.get(name) for name in names])
 
 
 def apart(blocks: Sequence[nn.Module]) -> None:
@@ -100,18 +98,17 @@ def _of_one_input(block: nn.Module, call: Callable[[nn.Module], Any]) -> list[li
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _join(layers: Sequence[Any]) -> bool:
-    """Whether these layers can share, which they then do: plain factors, no dropout, one adapter."""
+def _join(layers: Sequence[Any]) -> None:
+    """Let these layers share where they can: plain factors, no dropout, one adapter."""
     adapters = {name for layer in layers if isinstance(layer, LoraLayer) for name in layer.lora_variant}
     if len(adapters) != 1 or not all(isinstance(layer, LoraLayer) for layer in layers):
-        return False
+        return
     (adapter,) = adapters
     variants = [layer.lora_variant.get(adapter) for layer in layers]
     if not all(isinstance(v, LowRankVariant) and v.form.facts.identity for v in variants):
-        return False
+        return
     if not all(isinstance(layer.lora_dropout[adapter], nn.Identity) for layer in layers):
-        return False
+        return
     shared = Siblings(layers, adapter)
     for variant in variants:
         variant.siblings = shared
-    return True

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from loralign.carrier.layer import first_input, tap
-from loralign.types import Site, Stack
+from loralign.types import InputSquares, Site
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 
@@ -85,14 +85,14 @@ class InputTap:
         for name in names:
             self.sums[name].addcmul_(norms, norms)
 
-    def taken(self) -> list[Stack]:
-        """{"squares": Σx² (n, d_in)} of the sites of each width, summed over all processes; the sums start again."""
+    def taken(self) -> list[InputSquares]:
+        """Of the sites of each width, summed over all processes; the sums start again."""
         found = []
-        for k, (names, joint) in enumerate(self.joint):
+        for names, joint in self.joint:
             seen = joint.clone()
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 dist.all_reduce(seen)
-            found.append(Stack(f"{k}|{seen.shape[1]}", names, 0, {"squares": seen}))
+            found.append(InputSquares(names, seen))
             joint.zero_()
         return found
 

@@ -46,18 +46,10 @@ def by_site(slots: Sequence[tuple[str, int]]) -> Slots:
 def lowest(scores: Mapping[str, Tensor], count: int) -> Slots:
     """The `count` slots of lowest score, by site."""
     names, flat = _flat(scores)
-    order = flat.sort(descending=True, stable=True).indices
-    at = sorted(order[len(order) - count :].tolist())
-    found, start, k = Slots(), 0, 0
-    for name in names:
-        stop = start + scores[name].shape[0]
-        first = k
-        while k < len(at) and at[k] < stop:
-            k += 1
-        if k > first:
-            found[name] = tuple(place - start for place in at[first:k])
-        start = stop
-    return found
+    off = torch.zeros(len(flat), dtype=torch.bool)
+    off[flat.sort(descending=True, stable=True).indices[len(flat) - count :]] = True
+    parts = off.split([scores[name].shape[0] for name in names])
+    return {n: tuple(part.nonzero().flatten().tolist()) for n, part in zip(names, parts, strict=True) if part.any()}
 
 
 @lru_cache

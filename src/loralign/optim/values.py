@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loralign.carrier.slot import parted
 from loralign.carrier.storage import SlotLinear
 from loralign.optim.shards import sharded, wholes
-from loralign.types import Grad, Named, Pair, Site, Train
+from loralign.types import Grad, Pair, Site, Train
 
 Live = dict[str, dict[str, nn.Parameter]]
 """Site -> the Parameters of its pair, "A" and "B"."""
@@ -111,8 +111,3 @@ def named_grads(grads: Mapping[str, Grad], own: Mapping[tuple[str, str], Tensor]
     """As `named`, of gradients or updates."""
     found = {(n, f): getattr(g, f) for n, g in grads.items() for f in "AB" if getattr(g, f) is not None}
     return {**found, **own}
-
-
-def as_grads(values: Named, names: Iterable[str]) -> dict[str, Grad]:
-    """The factors' part of `values`, by site."""
-    return {n: Grad(values.get((n, "A")), values.get((n, "B"))) for n in names}

@@ -15,7 +15,6 @@ five axes (`axes`):
 
 from loralign.types.axes import Ctx as Ctx
 from loralign.types.axes import Episode as Episode
-from loralign.types.axes import Facts as Facts
 from loralign.types.axes import Form as Form
 from loralign.types.axes import FormBase as FormBase
 from loralign.types.axes import Group as Group
@@ -29,6 +28,7 @@ from loralign.types.axes import Transform as Transform
 from loralign.types.errors import LoralignError as LoralignError
 from loralign.types.errors import VerificationFailed as VerificationFailed
 from loralign.types.errors import WorkFailed as WorkFailed
+from loralign.types.facts import Facts as Facts
 from loralign.types.needs import NOTHING as NOTHING
 from loralign.types.needs import Activations as Activations
 from loralign.types.needs import Batch as Batch
@@ -59,6 +59,7 @@ from loralign.types.slots import Copy as Copy
 from loralign.types.slots import Elements as Elements
 from loralign.types.slots import Freeze as Freeze
 from loralign.types.slots import Grad as Grad
+from loralign.types.slots import InputSquares as InputSquares
 from loralign.types.slots import Joint as Joint
 from loralign.types.slots import Live as Live
 from loralign.types.slots import Named as Named

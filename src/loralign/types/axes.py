@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from loralign.types.needs import Directions, Draw, Need, RuleNeed, Train, Weight
+from loralign.types.facts import Facts
+from loralign.types.needs import NOTHING, Directions, Draw, Need, RuleNeed, Train, Weight
 from loralign.types.slots import (
     Grad,
+    InputSquares,
     Joint,
     Live,
     Named,
@@ -25,102 +27,6 @@ from loralign.types.slots import (
     Start,
     State,
 )
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a part declares of itself. `plan` and the drivers read facts and ask nothing else of a part."""
-
-    # of any part
-    needs_no_dropout: bool = False
-    """It is wrong under dropout."""
-
-    # of an init
-    turns: bool = False
-    """The factor that trains may differ from link to link: both stay in autograd, and one rests by a mask."""
-
-    # of a transform
-    accepts: frozenset[str] = frozenset()
-    """"one_sided" pairs, "gated" factors, "bf16" factors, "sharded" factors (parts of them), several "shapes" in a
-    group, "slots" that change (`on_slots` knows what to do); "elementwise": every number steps by itself."""
-    global_scalars: bool = False
-    """`prepare` returns scalars that all groups must have before any `update`; else groups are released one by one."""
-    transient: float = 0.0
-    """Bytes of a step at its fullest moment beside the updates themselves, over the bytes of the trained factors; of a
-    rule too. Measured (`tests/test_optim_memory.py`); `plan` counts with it."""
-
-    # of a form
-    stock: str = "AB"
-    """Which of PEFT's own tensors A and B train: "AB", "A", "B" or ""."""
-    identity: bool = False
-    """(A, B) are the stock tensors with their frozen slots: nothing is computed."""
-    exact: bool = True
-    """The folded factors compute the same function as training did."""
-    commits: bool = False
-    """`factors` appends frozen slots unchanged to what it makes of the live tensors, so that links can be committed."""
-    gated: bool = False
-    """A trained gate stands between A and B."""
-    tied: bool = False
-    """Entries of A or B are shared: no pairwise transform and no gradient start fits them."""
-    cross_layer: bool = False
-    """`factors` reads other sites."""
-    path: Literal["", "inputs", "features"] = ""
-    """In training the neighbours' "inputs" x, or "features" A·x, are added to the site's own; `factors` is what is
-    merged and exported."""
-    together: Callable[[Sequence[Live]], Sequence[tuple[Operator, Operator]]] | None = None
-    """`factors` of many sites, whose tensors have equal shapes, in as few calls as one site's; None: one by one."""
-    per_slot: frozenset[str] = frozenset()
-    """The form's own trained tensors that have one entry per slot, along their first axis."""
-    link: Callable[[Live], tuple[Tensor, Tensor]] | None = None
-    """It weighs the links of a chain (`Live.links`): A and B that a link leaves of its live tensors, before its weight;
-    None: what `factors` makes of them, without a weight."""
-    weights: str = ""
-    """Of such a form: its shared tensor with one entry per link; the live link's is entry `len(links)`."""
-    switches: frozenset[str] = frozenset()
-    """Those of `per_slot` whose zeros switch a slot off: such slots are left out of exports."""
-    shares: bool = False
-    """Its gate shares the rank out among the slots (a softmax, which is never zero)."""
-    own_lr: float = 1.0
-    """Learning rate of the form's own tensors over that of A."""
-    own_decay: bool = False
-    """Weight decay acts on the form's own tensors too."""
-
-    version: int = 1
-    """Of what `factors` makes of stored tensors; a compact file of another version is not read."""
-
-    # of a form or a rule
-    least_rank: int = 1
-    """Fewest slots that it can work with."""
-
-    # of a rule
-    events: bool = False
-    """`step` plans something sooner or later, so somebody must call it after every optimizer step."""
-    allocates: bool = False
-    """It decides which slots live."""
-    wait_steps: int | None = None
-    """It rests for so many optimizer steps, the name of the option that says so; None: it acts from the first on."""
-    freezes: int = 0
-    """Frozen slots per live one that it adds."""
-    needs_gate: bool = False
-    """It switches slots by a gate of the form, named "gate"."""
-    needs_shares: bool = False
-    """It weighs slots by the form's gate as shares of the rank."""
-    slots: Callable[[Mapping[str, int]], Mapping[str, int]] | None = None
-    """{module: the recipe's rank} -> {module: slots to insert}; s stays that of the recipe's rank. None: as many."""
-    forwards: Callable[[int], int] | None = None
-    """slots at the start -> forwards of the validation rows in the whole run."""
-    too_short: Callable[[int], str] | None = None
-    """(optimizer steps of the run) -> why its schedule cannot act in them, with the mend; "" where it can."""
-
-    acts_by: Callable[[int], int] | None = None
-    """(optimizer steps of the run) -> the step after which its schedule must have acted: its last event, or the first
-    of those that go on. The driver sees to it."""
-
-    # of an outer loop
-    trains: Train = "AB"
-    """Factors that train in one episode or another."""
-    narrows: bool = False
-    """Some episode trains fewer slots than the rank."""
 
 
 @runtime_checkable
@@ -186,7 +92,8 @@ class FormBase:
 
 @dataclass(frozen=True)
 class Ctx:
-    """What a transform or rule may know of the step: rates of A and B, 1-based step, keyed draws."""
+    """What a transform or rule may know of the step: rates of A and B, 1-based step, keyed draws. Rules count steps
+    from the start of a link of a chain, which is their run."""
 
     lr_A: float
     lr_B: float
@@ -194,7 +101,7 @@ class Ctx:
     draw: Callable[[str, str], torch.Generator]
     """draw(purpose, module name) -> generator keyed by (seed, purpose, step, name): equal on every rank."""
     total_steps: int = 0
-    """Optimizer steps of the run, 0 where unknown."""
+    """Optimizer steps of the rule's run, 0 where unknown."""
 
 
 class Group(NamedTuple):
@@ -242,13 +149,14 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class Moment:
-    """What a rule sees after optimizer step `step`; before the first one (step 0) without gradients.
+    """What a rule sees after optimizer step `step` of a link of a chain, or of the run, which has `total_steps`; before
+    the first one (step 0) gradients are none of it.
 
     tensors: values by (site, name). grads: this step's gradients. stacks: both, sites of one shape as one, for what is
     done at every step. All are made when they are read. dead: slots that do not train, by site. losses: of
     the validation rows with these slots alone, for each of several {site: bool (r,)}; a site that is not named keeps
-    its slots. Processes share them, so ask for many at once. Only for rules that need `Validation`. inputs: "squares",
-    Σx² (n, d_in), in stacks of one width (their r says nothing); only for rules that need `Inputs`.
+    its slots. Processes share them, so ask for many at once. Only for rules that need `Validation`. inputs: of all
+    sites, by their width; only for rules that need `Inputs`.
     """
 
     step: int
@@ -260,7 +168,7 @@ class Moment:
     dead: Mapping[str, frozenset[int]]
     draw: Callable[[str, str], torch.Generator]
     losses: Callable[[Sequence[Mapping[str, Tensor]]], Sequence[float]] | None = None
-    inputs: Sequence[Stack] | None = None
+    inputs: Sequence[InputSquares] | None = None
 
 
 @runtime_checkable
@@ -301,7 +209,9 @@ class Rule(Protocol):
 
 
 class RuleBase:
-    """What a rule does where it says nothing: it remembers, adds and masks nothing."""
+    """What a rule does where it says nothing: it needs, remembers, adds, masks and plans nothing."""
+
+    needs: RuleNeed = NOTHING
 
     def init(self, sites: Sequence[SiteShape], total_steps: int) -> RuleState:
         return {}
@@ -314,6 +224,9 @@ class RuleBase:
 
     def update_mask(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         return None
+
+    def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
+        return state, None
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,13 @@ class Stack(NamedTuple):
     at: tuple[int, ...] | None = None
 
 
+class InputSquares(NamedTuple):
+    """squares: Σx² (n, d_in) of the inputs of these n sites, of one width."""
+
+    sites: tuple[str, ...]
+    squares: Tensor
+
+
 Joint = Sequence[Mapping[str, Tensor]]
 """One mapping for each stack given: rows (n, ...) by the tensor's name; what is not named is left as it is."""
 

@@ -35,21 +35,10 @@ from torch import Tensor
 
 from loralign.maths.bounds import Count, Positive, Share, bounded
 from loralign.maths.budget import Slots, by_site, ordered
-from loralign.methods.rule.combine import slots_of
-from loralign.types import (
-    NOTHING,
-    Copy,
-    Facts,
-    Moment,
-    Plan,
-    RuleBase,
-    RuleNeed,
-    RuleState,
-    Set,
-    Verb,
-)
+from loralign.methods.rule.combine import GATE, gates_of
+from loralign.types import Copy, Facts, Moment, Plan, RuleBase, RuleState, Set, Verb
 
-GATE, SNAPSHOT = "gate", "snapshot"
+SNAPSHOT = "snapshot"
 
 
 def threshold(t: float, end: float, p0: float) -> float:
@@ -71,7 +60,6 @@ class Beam(RuleBase):
     keep: float
     interval: int | None
     until: float
-    needs: RuleNeed = NOTHING
 
     @property
     def facts(self) -> Facts:
@@ -102,8 +90,7 @@ class Beam(RuleBase):
         p = threshold(t - 1, self.until * T, self.keep)
         if t % every or T - t < every or p >= 1 - 1e-6:
             return state, None
-        found = slots_of(moment.stacks, [stack.tensors[GATE] for stack in moment.stacks])
-        gates = {name: c.double() for name, c in found.items()}
+        gates = {name: c.double() for name, c in gates_of(moment).items()}
         phi = {name: len(c) * torch.softmax(c / self.tau, 0) for name, c in gates.items()}
         return state, tuple(
             verb for name, at in beyond(phi, p).items() for verb in self._copies(name, at, phi[name], gates, moment)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from loralign.maths.budget import Slots, Window, lowest, narrowed, too_short, widened, window
 from loralign.types import (
-    NOTHING,
     Ctx,
     Facts,
     Joint,
@@ -26,7 +25,6 @@ from loralign.types import (
     Moment,
     Plan,
     RuleBase,
-    RuleNeed,
     RuleState,
     SiteShape,
     Stack,
@@ -61,6 +59,11 @@ def slots_of(stacks: Sequence[Stack], joint: Sequence[Tensor]) -> dict[str, Tens
     for stack, part in zip(stacks, parts, strict=True):
         found.update(zip(stack.sites, part.view(len(stack.sites), stack.r).unbind(), strict=True))
     return found
+
+
+def gates_of(moment: Moment) -> dict[str, Tensor]:
+    """(r,) by site, on the CPU."""
+    return slots_of(moment.stacks, [stack.tensors[GATE] for stack in moment.stacks])
 
 
 def average(state: RuleState, key: str, like: Tensor) -> Tensor:
@@ -142,7 +145,6 @@ class Shrink(RuleBase):
     regulariser: Regulariser = unregularised
     regularised_to_the_end: bool = True
     """A fact of the method: the regulariser acts after the law has settled, too."""
-    needs: RuleNeed = NOTHING
 
     @property
     def facts(self) -> Facts:

@@ -22,23 +22,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loralign.maths.bounds import NotNegative, Steps, bounded
-from loralign.types import (
-    NOTHING,
-    Facts,
-    Freeze,
-    Moment,
-    Plan,
-    RuleBase,
-    RuleNeed,
-    RuleState,
-)
+from loralign.types import Facts, Freeze, Moment, Plan, RuleBase, RuleState
 
 
 @dataclass(frozen=True)
 class Snapshot(RuleBase):
     boost: float
     wait_steps: int
-    needs: RuleNeed = NOTHING
 
     @property
     def facts(self) -> Facts:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +63,6 @@ def least(A: Tensor, norms: Tensor, share: float) -> Tensor:
     count = round(share * A.shape[-1])
     order = (A.abs() * norms).argsort(dim=-1, stable=True)
     return torch.zeros_like(A, dtype=torch.bool).scatter_(-1, order[..., :count], True)
-
-
-def foreign(state: RuleState, keys: Sequence[str]) -> bool:
-    """Averages are there, and not under these keys."""
-    return any(key not in state for key in keys) and any(key.startswith("norm|") for key in state)
 
 
 @dataclass(frozen=True)
@@ -110,18 +105,15 @@ class DepthAndPruning(RuleBase):
             return state, None
         if moment.inputs is None:
             raise LoralignError("prilora weighs entries by the modules' inputs, and nobody collects them")
-        if foreign(state, [f"norm|{stack.key}" for stack in moment.inputs]):
+        averaged = {f"norm|{k}|{seen.squares.shape[1]}": seen for k, seen in enumerate(moment.inputs)}
+        if any(key.startswith("norm|") and key not in averaged for key in state):
             raise LoralignError(f"the checkpoint's average of the inputs {FOREIGN}")
-        for stack in moment.inputs:
-            now = stack.tensors["squares"].sqrt()
-            average(state, f"norm|{stack.key}", now).lerp_(now, 1 - DECAY)
+        for key, seen in averaged.items():
+            now = seen.squares.sqrt()
+            average(state, key, now).lerp_(now, 1 - DECAY)
         if moment.step % self.interval:
             return state, None
-        norms = {
-            site: row
-            for stack in moment.inputs
-            for site, row in zip(stack.sites, state[f"norm|{stack.key}"].unbind(), strict=True)
-        }
+        norms = {site: row for key, seen in averaged.items() for site, row in zip(seen.sites, state[key], strict=True)}
         plan = []
         for stack in moment.stacks:
             A = stack.tensors["A"]

@@ -35,30 +35,13 @@ from torch import Tensor
 from loralign.maths.bounds import Count, NotNegative, bounded
 from loralign.maths.draws import keyed_scores
 from loralign.maths.linalg import gram
-from loralign.types import (
-    NOTHING,
-    Ctx,
-    Facts,
-    Joint,
-    LoralignError,
-    Moment,
-    Plan,
-    RuleBase,
-    RuleNeed,
-    RuleState,
-    Stack,
-)
+from loralign.types import Ctx, Facts, Joint, LoralignError, RuleBase, RuleState, Stack
 
 
 def regulariser(factors: Sequence[Tensor], c: float) -> Tensor:
     """R of upright factors (d, r): pass Aᵀ and B."""
-    sizes = [torch.linalg.matrix_norm(_excess(X)) for X in factors]
+    sizes = [torch.linalg.matrix_norm(_excess(gram(X))) for X in factors]
     return c / len(sizes) * torch.stack(sizes).sum()
-
-
-def slope(X: Tensor, c: float = 1.0) -> Tensor:
-    """c·d‖XᵀX − I‖/dX = 2c·X·(XᵀX − I)/‖XᵀX − I‖ of X (n, d, r), 0 at the minimum."""
-    return torch.bmm(X, _scaled(_excess(X), c))
 
 
 def _scaled(E: Tensor, c: float) -> Tensor:
@@ -68,7 +51,8 @@ def _scaled(E: Tensor, c: float) -> Tensor:
 
 
 def slopes(stacks: Sequence[Stack], c: float) -> Joint | None:
-    """c·slope of each factor over their number; A's directions are its rows, B's its columns.
+    """c·d‖XᵀX − I‖/dX = 2c·X·(XᵀX − I)/‖XᵀX − I‖ of each factor, over their number; 0 at the minimum. A's directions
+    are its rows, B's its columns.
 
     The small matrices of all stacks of a rank are treated together: launches count more than arithmetic here.
     """
@@ -81,16 +65,15 @@ def slopes(stacks: Sequence[Stack], c: float) -> Joint | None:
     for k, name, X in found:
         kinds.setdefault((stacks[k].r, X.device), []).append((k, name, X))
     for alike in kinds.values():
-        E = torch.cat([gram(X.mT if name == "A" else X) for _, name, X in alike])
-        E.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        E = _excess(torch.cat([gram(X.mT if name == "A" else X) for _, name, X in alike]))
         parts = _scaled(E, c / count).split([X.shape[0] for *_, X in alike])
         for (k, name, X), part in zip(alike, parts, strict=True):
             made[k][name] = torch.bmm(part, X) if name == "A" else torch.bmm(X, part)  # E is symmetric
     return made
 
 
-def _excess(X: Tensor) -> Tensor:
-    H = gram(X)
+def _excess(H: Tensor) -> Tensor:
+    """H − I, in place."""
     H.diagonal(dim1=-2, dim2=-1).sub_(1.0)
     return H
 
@@ -101,7 +84,6 @@ class MaskedOrthogonal(RuleBase):
     keep: int | None
     draw: Literal["shared", "separate"]
     mask_target: Literal["grad", "update"]
-    needs: RuleNeed = NOTHING
 
     @property
     def facts(self) -> Facts:
@@ -115,9 +97,6 @@ class MaskedOrthogonal(RuleBase):
 
     def update_mask(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         return self._masks(stacks, ctx) if self.mask_target == "update" else None
-
-    def step(self, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
-        return state, None
 
     def _masks(self, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         """The same for gradients and updates of a step: the draw is keyed. None where all slots train."""

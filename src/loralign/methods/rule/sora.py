@@ -35,9 +35,8 @@ from torch import Tensor
 
 from loralign.maths.bounds import Count, NotNegative, Share, bounded
 from loralign.maths.budget import Window, lowest, too_short, window
-from loralign.methods.rule.combine import GATE, final, keep, slots_of
+from loralign.methods.rule.combine import GATE, final, gates_of, keep
 from loralign.types import (
-    NOTHING,
     Ctx,
     Facts,
     Joint,
@@ -46,7 +45,6 @@ from loralign.types import (
     Plan,
     Prox,
     RuleBase,
-    RuleNeed,
     RuleState,
     SiteShape,
     Stack,
@@ -57,7 +55,6 @@ log = logging.getLogger("loralign")
 
 EVENTS = 100
 """Times at which ξ is set anew, of a run."""
-
 
 GROWTH = 1.05
 
@@ -79,7 +76,7 @@ class Target:
 
     def zeros(self, t: int, course: Window, sites: Sequence[SiteShape]) -> int:
         """Slots that are to be off after step t."""
-        return round(sum(max(0, site.r - self.rank) for site in sites) * course.progress(t))
+        return round(sum(site.r - self.rank for site in sites) * course.progress(t))
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,6 @@ class SoftThreshold(RuleBase):
     threshold: float
     l1: float
     target: Target | None = None
-    needs: RuleNeed = NOTHING
 
     @property
     def facts(self) -> Facts:
@@ -122,9 +118,9 @@ class SoftThreshold(RuleBase):
     def _steer(self, target: Target, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
         t, course = moment.step, target.window(moment.total_steps)
         if t > course.stop:
-            return self._cut(target, state, moment) if t == course.stop + 1 else (state, None)
+            return self._cut(target, state, moment, course) if t == course.stop + 1 else (state, None)
         if t % course.interval == 0:
-            sizes = torch.cat(list(_gates(moment).values())).abs().double()
+            sizes = torch.cat(list(gates_of(moment).values())).abs().double()
             if t == 0:  # what takes as many as are to be off at the end to zero until then, if nothing holds them up
                 zeros = target.zeros(course.stop, course, moment.sites)
                 xi = float(sizes.sort().values[zeros - 1]) / course.stop if zeros else 0.0
@@ -133,20 +129,15 @@ class SoftThreshold(RuleBase):
             state["threshold"] = torch.tensor(xi, dtype=torch.float64)
         return state, _shrink(moment, float(state["threshold"])) if t else None
 
-    def _cut(self, target: Target, state: RuleState, moment: Moment) -> tuple[RuleState, Plan | None]:
-        sizes = {name: c.abs() for name, c in _gates(moment).items()}
-        dropped = lowest(sizes, target.zeros(moment.step, target.window(moment.total_steps), moment.sites))
+    def _cut(self, target: Target, state: RuleState, moment: Moment, course: Window) -> tuple[RuleState, Plan | None]:
+        sizes = {name: c.abs() for name, c in gates_of(moment).items()}
+        dropped = lowest(sizes, target.zeros(moment.step, course, moment.sites))
         keep(state, moment, dropped)
         xi = float(state["threshold"])
         late = [float(sizes[name][j]) - xi for name, at in dropped.items() for j in at if sizes[name][j] > xi]
         said = "%d slots were still on when the budget was cut to %d a module, with gates up to %.2g"
         log.info(said, len(late), target.rank, max(late, default=0.0))
         return state, tuple(Zero(site, GATE, at) for site, at in dropped.items())
-
-
-def _gates(moment: Moment) -> dict[str, Tensor]:
-    """On the CPU: the host waits once."""
-    return slots_of(moment.stacks, [stack.tensors[GATE] for stack in moment.stacks])
 
 
 def _shrink(moment: Moment, threshold: float) -> Plan | None:
