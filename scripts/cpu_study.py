@@ -1,5 +1,6 @@
 """A study file of MiniLM on BBC News, run on the CPU with the rows of compare_demo.py: first 48 words, five topics.
 
+    python scripts/assets.py minilm && python scripts/assets.py bbc       once, on a fresh machine
     python scripts/cpu_study.py scripts/studies/axes-minilm.yaml --output runs/axes-minilm [--workers 2]
 
 Stopped at any moment, the same command goes on where it was. A journal beside the study file is continued.
