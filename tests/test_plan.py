@@ -28,9 +28,8 @@ from loralign.plan.combinations import (
     check_ranks,
     draw,
     facts,
-    idle,
 )
-from loralign.plan.course import links
+from loralign.plan.course import idle, links
 from loralign.plan.memory import Estimate, estimate
 from loralign.plan.trace import LiveBytes, Step, example_batch, usual_loss
 from loralign.train.attach import attach

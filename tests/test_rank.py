@@ -23,7 +23,8 @@ from loralign.methods.rule.adalora import Orthogonal, sensitivity
 from loralign.methods.rule.dynamic_rank import Variance
 from loralign.methods.rule.dynamic_rank import shares as component_shares
 from loralign.methods.rule.sora import SoftThreshold
-from loralign.plan.combinations import check_combination, check_length, idle
+from loralign.plan.combinations import check_combination
+from loralign.plan.course import check_length, idle
 from loralign.train.attach import attach
 from loralign.train.rank_log import RankLog
 from loralign.types import Ctx, Facts, Moment, Plan, RuleState, WorkFailed

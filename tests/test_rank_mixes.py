@@ -21,7 +21,8 @@ from loralign.maths.budget import Window, cubic_budget, cubic_pruned
 from loralign.methods.rule.adalora import Orthogonal, Sensitivity
 from loralign.methods.rule.combine import GATE, Law, Shrink, unregularised
 from loralign.methods.rule.dynamic_rank import ComponentShare, Variance
-from loralign.plan.combinations import check_combination, check_length
+from loralign.plan.combinations import check_combination
+from loralign.plan.course import check_length
 from loralign.types import Moment, RuleState, Validation
 from toy import batch_for, llama
 

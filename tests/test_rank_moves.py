@@ -17,7 +17,8 @@ from loralign.methods.form.gated import beam
 from loralign.methods.rule.allocating_lora import spread
 from loralign.methods.rule.beamlora import beyond, threshold
 from loralign.methods.rule.prilora import least, ranks_by_depth
-from loralign.plan.combinations import check_combination, check_length
+from loralign.plan.combinations import check_combination
+from loralign.plan.course import check_length
 from loralign.train.driver import Driver
 from loralign.train.events import Stage, apply_plan
 from loralign.types import Elements, InputSquares, Live, Moment, RuleState, Zero

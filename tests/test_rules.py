@@ -26,7 +26,7 @@ from loralign.methods.transform.adamw import adamw
 from loralign.methods.transform.combine import descend
 from loralign.optim.pairs import PairOptimizer
 from loralign.optim.values import named
-from loralign.plan.combinations import idle
+from loralign.plan.course import idle
 from loralign.train.attach import attach
 from loralign.train.driver import Driver
 from loralign.types import (

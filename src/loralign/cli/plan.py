@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from loralign.config.recipe import RunFile, to_job
 from loralign.evidence.subspace import check_sources
 from loralign.methods.table import method
-from loralign.plan.combinations import Surroundings, check_combination, idle
+from loralign.plan.combinations import Surroundings, check_combination
+from loralign.plan.course import idle
 from loralign.plan.memory import Estimate, estimate
 from loralign.plan.quantised import UnknownQuantisation, quantisation, saved_bytes
 from loralign.plan.several import ALONE, Layout

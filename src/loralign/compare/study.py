@@ -19,7 +19,7 @@ from loralign.compare.failures import check_worth_going_on, failure_of, is_the_a
 from loralign.compare.schedule import should_stop, wanted
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.compare.store import Claim, Store
-from loralign.plan.combinations import check_length, idle
+from loralign.plan.course import check_length, idle
 from loralign.types import LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")

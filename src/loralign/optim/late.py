@@ -4,44 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
+C = TypeVar("C", bound=Mapping[Any, Any] | Sequence[Any])
 
 
-class LateMapping(Mapping[K, V]):
-    """A mapping that is made when it is first read."""
+class Late(Generic[C]):
+    """What both kinds have: they are made when they are first read."""
 
-    def __init__(self, make: Callable[[], Mapping[K, V]]) -> None:
+    def __init__(self, make: Callable[[], C]) -> None:
         self._make = make
 
     @cached_property
-    def _made(self) -> Mapping[K, V]:
+    def _made(self) -> C:
         return self._make()
 
-    def __getitem__(self, key: K) -> V:
+    def __getitem__(self, key: Any) -> Any:
         return self._made[key]
 
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+class LateMapping(Late[Mapping[K, V]], Mapping[K, V]):
     def __iter__(self) -> Iterator[K]:
         return iter(self._made)
 
-    def __len__(self) -> int:
-        return len(self._made)
 
-
-class LateSequence(Sequence[V]):
-    """A sequence that is made when it is first read."""
-
-    def __init__(self, make: Callable[[], Sequence[V]]) -> None:
-        self._make = make
-
-    @cached_property
-    def _made(self) -> Sequence[V]:
-        return self._make()
-
-    def __getitem__(self, at: Any) -> Any:
-        return self._made[at]
-
-    def __len__(self) -> int:
-        return len(self._made)
+class LateSequence(Late[Sequence[V]], Sequence[V]):
+    pass

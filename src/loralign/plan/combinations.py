@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -212,47 +211,6 @@ def probe(recipe: Recipe, s: float, shape: tuple[int, int] = (48, 40)) -> Probe:
 
 draw = draw_for(0, "probe")
 """Keyed randomness of planning; nothing of a run depends on it."""
-
-
-def idle(recipe: Recipe, total_steps: int | None) -> str:
-    """What to say where a run ends before a rule acts, with the mend; "" where all act. None: of unknown length."""
-    for rule in recipe.rules:
-        if total_steps and rule.facts.too_short is not None:
-            link = shortest_link(recipe, total_steps)
-            if why := rule.facts.too_short(link):
-                where = f"in a link of {link} steps, " * (link < total_steps)
-                return f"{recipe.name}: {where}{why}"
-    first = 1 + max((rule.facts.wait_steps for rule in recipe.rules if rule.facts.wait_steps is not None), default=-1)
-    if not first or (total_steps and first < total_steps):
-        return ""
-    said = f"{recipe.name}: its rule acts after step {first}"
-    if not total_steps:
-        return f"{said}: the run must have more, and how many `train.epochs` makes is known only with the rows"
-    lower = f"lower `options.wait_steps` to {total_steps - 2} at most or " if total_steps > 1 else ""
-    return (
-        f"{said} and the run has {total_steps} steps, so it is trained as if without it: {lower}raise `train.steps` to "
-        f"{first + 1} at least"
-    )
-
-
-def check_length(recipe: Recipe, total_steps: int | None) -> None:
-    """Raise LoralignError where a rule's schedule cannot act in a run of so many steps (None, 0: of unknown length)."""
-    scheduled = [facts for rule in recipe.rules if (facts := rule.facts).too_short]
-    if total_steps and scheduled:
-        link = shortest_link(recipe, total_steps)
-        if any(facts.too_short and facts.too_short(link) for facts in scheduled):
-            raise LoralignError(idle(recipe, total_steps))
-
-
-def shortest_link(recipe: Recipe, total_steps: int) -> int:
-    """Steps of the shortest link of a run: a rule's schedule runs over each of them."""
-    names, least = [f"model.layers.{i}.self_attn.q_proj" for i in range(4)], total_steps
-    for index in count():
-        episode = recipe.outer.episode(index, total_steps, names, draw)
-        if episode is None:
-            return least
-        least = min(least, episode.steps)
-    raise AssertionError
 
 
 def snapshots(recipe: Recipe, total_steps: int | None) -> int:

@@ -24,7 +24,8 @@ from loralign.carrier.sites import ADAPTER, as_layers, beside, differing_target,
 from loralign.evidence import Evidence, Progress
 from loralign.evidence.store import check_replicas
 from loralign.maths.draws import keyed_generator
-from loralign.plan.combinations import Surroundings, check_combination, check_length, idle, probe
+from loralign.plan.combinations import Surroundings, check_combination, probe
+from loralign.plan.course import check_length, idle
 from loralign.train.adapt import carry_on, check_goes_on, gather, is_trained, optimizer, restore_storage, start
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import whole_note

@@ -18,7 +18,7 @@ from loralign.carrier.abilities import drops_layers
 from loralign.carrier.sites import sync_config
 from loralign.evidence import Spent
 from loralign.optim.pairs import PairOptimizer
-from loralign.plan.combinations import idle
+from loralign.plan.course import idle
 from loralign.train.adapt import Storage
 from loralign.train.checkpoint import Note, check_resumed, complete, read_note, read_state, reopen
 from loralign.train.driver import Driver, Observe

@@ -20,7 +20,7 @@ from loralign.carrier.storage import SlotLinear
 from loralign.evidence.inputs import InputTap
 from loralign.optim.masks import DeadSlots
 from loralign.optim.pairs import PairOptimizer
-from loralign.plan.combinations import check_length
+from loralign.plan.course import check_length
 from loralign.train.episodes import Episodes, Gather
 from loralign.train.events import Stage, agreed, apply_plan
 from loralign.types import Facts, Inputs, LoralignError, Prox, Recipe, WorkFailed
