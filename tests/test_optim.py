@@ -435,7 +435,7 @@ def test_a_moment_is_made_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> No
     seen: list[int] = []
     pairs = stepper.values.pairs
     monkeypatch.setattr(stepper.values, "pairs", lambda *given: seen.append(1) or pairs(*given))
-    moment = stepper.moment(10)
+    moment = stepper.moment()
     assert made.rules[0].step({}, moment) == ({}, None) and not seen
     assert len(moment.tensors) == len(moment.grads) == 2 * len(stepper.sites)
     assert list(moment.tensors) == list(moment.grads)

@@ -257,7 +257,7 @@ def test_scores_masks_and_budget_equal_the_oracle(interval: int) -> None:
         backward(model, t)
         opt.step()
         regrown |= t < 21 and bool(last - zeros(model))
-        moment: Moment = opt.moment(T)
+        moment: Moment = opt.moment()
         if t < T - 9:
             for name, found in averages.items():
                 keys = [key for key in moment.tensors if key[0] == name]
@@ -438,7 +438,7 @@ def test_dynamic_rank_drops_what_the_oracle_drops() -> None:
         backward(model, t)
         opt.step()
         for site in sites(model):
-            values = opt.moment(T).tensors
+            values = opt.moment().tensors
             now = dynamic_rank_lora.shares(*(values[site.name, n] for n in ("A", "B", "gate")))
             if t < 12:
                 averages[site.name] = [0.9 * a + 0.1 * b for a, b in zip(averages[site.name], now, strict=True)]

@@ -199,7 +199,7 @@ def test_the_least_important_slots_die_and_others_are_born_without_moving_the_fu
         n: [v + sum(held.values()) - held[n] for v in allocating_lora.importance(weights[n], parts[n], x, y)]
         for n in weights
     }
-    state, plan = rule.step({}, replace(opt.moment(10, losses=losses), step=1))
+    state, plan = rule.step({}, replace(opt.moment(losses=losses), step=1, total_steps=10))
     assert not state and plan is not None
     lowest = min((value, n, j) for n, found in want.items() for j, value in enumerate(found))
     off, on = plan
@@ -232,12 +232,12 @@ def test_a_subsample_is_drawn_and_the_same_everywhere() -> None:
         return [float(n) for n in calls[-len(found) :]]
 
     drive(model, recipe, opt, 10, observe=lambda: {"losses": losses})
-    moment: Moment = replace(opt.moment(10, losses=losses), step=1)
+    moment: Moment = replace(opt.moment(losses=losses), step=1, total_steps=10)
     (rule,) = recipe.rules
     first, again = rule.step({}, moment)[1], rule.step({}, moment)[1]
     assert first == again and calls == ([11] * 5 + [1] * 5) * 2
     with pytest.raises(LoralignError, match="none were given"):
-        rule.step({}, replace(opt.moment(10), step=1))
+        rule.step({}, replace(opt.moment(), step=1, total_steps=10))
 
 
 def test_they_go_with_what_they_may() -> None:

@@ -25,18 +25,17 @@ from torch import Tensor, nn
 from loralign.carrier.slot import form_of
 from loralign.maths.draws import keyed_generator
 from loralign.maths.lists import adam_slots
+from loralign.optim.added import add_updates, decayed, form_updates, step_rest
 from loralign.optim.clip import clip
 from loralign.optim.groups import groups
 from loralign.optim.masks import DeadSlots, masked, penalise
 from loralign.optim.moments import grads_of, moment, seen_in_step
-from loralign.optim.rest import adamw_updates
-from loralign.optim.shards import add_, wholes
+from loralign.optim.shards import wholes
 from loralign.optim.stacks import Layout, Place
 from loralign.optim.transformed import transformed
-from loralign.optim.values import Live, Values, leave_stacks, live_own, live_pairs
+from loralign.optim.values import Values, leave_out, leave_stacks, letters, live_own, live_pairs, with_grads
 from loralign.types import (
     Ctx,
-    Grad,
     Joint,
     Moment,
     Pair,
@@ -50,10 +49,8 @@ from loralign.types import (
     WorkFailed,
 )
 
-Own = dict[tuple[str, str], nn.Parameter]
 
-
-class Link(NamedTuple):
+class Span(NamedTuple):
     """The run of the rules: optimizer steps before it and in it, 0 where unknown."""
 
     taken: int
@@ -92,11 +89,9 @@ class PairOptimizer(torch.optim.Optimizer):
         self.rule_states: list[RuleState] = [rule.init(self.shapes, 0) for rule in self.rules]
         self.driven = False
         """Somebody calls the rules' `step` after every step (`train.driver`)."""
-        self.elementwise = "sharded" in transform.facts.accepts and not self.rules
-        """Nobody needs whole factors, so sharded ones stay apart."""
-        self.values = Values(sites, whole=not self.elementwise)
+        self.values = Values(sites, whole=bool(rules) or "sharded" not in transform.facts.accepts)
         self.max_grad_norm, self.seed = max_grad_norm, seed
-        self.link = Link(0, 0)
+        self.link = Span(0, 0)
         self.dead = DeadSlots()
         self.asleep: set[str] = set()
         """Sites that sit out this episode."""
@@ -130,9 +125,9 @@ class PairOptimizer(torch.optim.Optimizer):
         self._check_driven()
         self.param_groups[0]["step"] = self.param_groups[0].get("step", 0) + 1
         live, own, ctx = live_pairs(self.param_groups), live_own(self.param_groups), self._in_link()
-        self._rest(live, own)
+        leave_out(live, own, self.asleep, self.trains)
         awake = {n: ps for n, ps in live.items() if any(p.grad is not None for p in ps.values())}
-        pairs = self.values.pairs(awake, {n: _trained(ps) for n, ps in awake.items()})
+        pairs = self.values.pairs(awake, {n: with_grads(ps) for n, ps in awake.items()})
         places = self._places(pairs)
         self._penalise(pairs, places, ctx)
         norm = clip(
@@ -146,25 +141,24 @@ class PairOptimizer(torch.optim.Optimizer):
                 "no pair of the adapter received a gradient, so nothing was trained: "
                 "is the loss computed from the adapted model?"
             )
-        own_grads = self._own_grads(own)
+        own_grads = self._whole({key: p.grad for key, p in own.items() if p.grad is not None})
         grad_masks = self._masks([rule.grad_mask for rule in self.rules], pairs, places, ctx)
         grads, own_grads = masked(grads, own_grads, places, grad_masks)
         try:
             leave_stacks(self.state, live, pairs)
             state = {p.name: {factor: self.state[live[p.name][factor]] for factor in p.train} for p in pairs}
-            updates = self._decayed(transformed(self.transform, pairs, grads, state, self._ctx()), live)
+            updates = transformed(self.transform, pairs, grads, state, self._ctx())
+            updates = decayed(updates, live, self.param_groups, self.lr_factor, whole=self.values.whole)
         except torch.linalg.LinAlgError:
             self._checked(norm)  # says it better where the gradient is to blame
             raise
-        own_updates = self._own_updates(own, own_grads)
+        own_updates = form_updates(own, own_grads, self._whole, self.param_groups, self.state, self.lr_factor)
         masks = self._masks([rule.update_mask for rule in self.rules], pairs, places, ctx)
         alive = self.dead.masks(places, self._per_slot)
         updates, own_updates = masked(updates, own_updates, places, masks if alive is None else [*masks, alive])
         self._checked(norm)  # here and no earlier: until now the device works on while the host prepares its next calls
-        self._apply(live, updates)
-        if own_updates:
-            add_([own[key] for key in own_updates], list(own_updates.values()))
-        self._step_rest()
+        add_updates(live, own, updates, own_updates)
+        step_rest(self.param_groups, self.state, self.lr_factor)
         self.applied, self.steps_here = len(reached), self.steps_here + 1
         self.reached |= reached
         return loss
@@ -174,24 +168,17 @@ class PairOptimizer(torch.optim.Optimizer):
         """Taken so far, those before a resume included."""
         return int(self.param_groups[0].get("step", 0))
 
+    @property
+    def steps_in_link(self) -> int:
+        """Taken since the rules began."""
+        return self.steps - self.link.taken
+
     def _check_driven(self) -> None:
         if not self.driven and self.steps_here and any(rule.facts.events for rule in self.rules):
             raise WorkFailed(
                 "this recipe's rule acts between optimizer steps: build `driver = loralign.drive(model, recipe, opt, "
                 "total_steps)` and call driver.after_step() after every opt.step()"
             )
-
-    def _rest(self, live: Live, own: Own) -> None:
-        """Sites that sleep and factors that an episode freezes get no gradient: neither clip nor step sees them."""
-        for name in self.asleep:
-            for p in live[name].values():
-                p.grad = None
-        for name, train in self.trains.items():
-            for factor in set("AB") - set(train):
-                live[name][factor].grad = None
-        for (site, _), p in own.items():
-            if site in self.asleep:
-                p.grad = None
 
     def _ctx(self) -> Ctx:
         rate = {g["role"]: float(g["lr"]) * self.lr_factor for g in self.param_groups}
@@ -205,11 +192,11 @@ class PairOptimizer(torch.optim.Optimizer):
     def _in_link(self) -> Ctx:
         """As rules see it: their run is a link of a chain, or the whole one. Draws are keyed by the step of the run."""
         ctx = self._ctx()
-        return replace(ctx, step=ctx.step - self.link.taken, total_steps=self.link.steps)
+        return replace(ctx, step=self.steps_in_link, total_steps=self.link.steps)
 
     def begin_link(self, taken: int, steps: int) -> None:
         """Rules begin anew: so many steps were `taken` before, and they see the sites that do not sleep."""
-        self.link = Link(taken, steps)
+        self.link = Span(taken, steps)
         self.awake = [shape for shape in self.shapes if shape.name not in self.asleep]
         self.layout = Layout(self.awake, self.param_groups)
         self.rule_states = [rule.init(self.awake, steps) for rule in self.rules]
@@ -219,8 +206,9 @@ class PairOptimizer(torch.optim.Optimizer):
         return self.layout.of({p.name: (*p.train, *self.layout.names[p.name][2:]) for p in pairs})
 
     def _penalise(self, pairs: Sequence[Pair], places: Sequence[Place], ctx: Ctx) -> None:
+        seen = seen_in_step(self.param_groups, self.values, pairs, places)
         for rule, state in zip(self.rules, self.rule_states, strict=True):
-            penalty = rule.penalty(state, seen_in_step(self.param_groups, self.values, pairs, places), ctx)
+            penalty = rule.penalty(state, seen, ctx)
             if penalty is not None:
                 penalise(places, penalty, grads_of(self.param_groups))
 
@@ -244,68 +232,29 @@ class PairOptimizer(torch.optim.Optimizer):
                 "lower the learning rate, or look for broken rows in the data"
             )
 
+    def _whole(self, own: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
+        """A form's own tensors, whole where somebody needs whole ones."""
+        return dict(zip(own, wholes(list(own.values())), strict=True)) if self.values.whole else own
+
     def _per_slot(self, site: str) -> frozenset[str]:
         form = form_of(self.sites[site].layer, self.sites[site].adapter)
         return form.facts.per_slot if form is not None else frozenset()
 
-    def _decayed(self, updates: dict[str, Grad], live: Live) -> dict[str, Grad]:
-        """updates − lr·decay·p, for the factors that have an update."""
-        rate = {g["role"]: float(g["lr"]) * self.lr_factor * float(g["weight_decay"]) for g in self.param_groups}
-        for factor in (f for f in "AB" if rate.get(f)):
-            names = [n for n, u in updates.items() if getattr(u, factor) is not None]
-            if not names:
-                continue
-            now = [getattr(updates[n], factor) for n in names]
-            ps: list[Tensor] = [live[n][factor].data for n in names]
-            ps = ps if self.elementwise else wholes(ps)
-            made = torch._foreach_add(now, [p.to(u.dtype) for p, u in zip(ps, now, strict=True)], alpha=-rate[factor])
-            updates.update({n: updates[n]._replace(**{factor: u}) for n, u in zip(names, made, strict=True)})
-        return updates
-
-    def _apply(self, live: Live, updates: Mapping[str, Grad]) -> None:
-        for factor in "AB":
-            rows = [(live[n][factor], getattr(u, factor)) for n, u in updates.items()]
-            todo = [(p, u) for p, u in rows if u is not None]
-            if todo:
-                add_(*zip(*todo, strict=True))
-
-    def _own_updates(self, own: Own, grads: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
-        group = next((g for g in self.param_groups if g["role"] == "form"), None)
-        if group is None or not grads:
-            return {}
-        ps = [own[key] for key in grads]
-        values = list(self._full({key: own[key].data for key in grads}).values())
-        made = adamw_updates(ps, list(grads.values()), self.state, group, self.lr_factor, values)
-        return dict(zip(grads, made, strict=True))
-
-    def _own_grads(self, own: Own) -> dict[tuple[str, str], Tensor]:
-        return self._full({key: p.grad for key, p in own.items() if p.grad is not None})
-
-    def _full(self, own: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
-        """A form's own tensors, whole where somebody needs whole ones."""
-        return dict(own) if self.elementwise else dict(zip(own, wholes(list(own.values())), strict=True))
-
-    def _step_rest(self) -> None:
-        for group in self.param_groups:
-            todo = [p for p in group["params"] if p.grad is not None] if group["role"] == "rest" else []
-            if todo:
-                add_(todo, adamw_updates(todo, [p.grad for p in todo], self.state, group, self.lr_factor))
-
     # ------------------------------------------------------------------------------------------------ between the steps
 
-    def moment(self, total_steps: int, **seen: Any) -> Moment:
+    def moment(self, **seen: Any) -> Moment:
         """What rules see after a step: values and gradients by (site, name), the dead slots, and what else was `seen`.
 
         Made when a rule reads it, so read it before the next step, and under FSDP2 on every rank or on none.
         """
-        ctx = replace(self._in_link(), total_steps=total_steps)
+        ctx = self._in_link()
         return moment(self.param_groups, self.values, self.layout, self.awake, self.dead, ctx, **seen)
 
     def on_slots(self, name: str, change: SlotChange) -> None:
         """Adjust the state of one site whose slots changed."""
         live = {f: p for f, p in live_pairs(self.param_groups)[name].items() if self.state[p]}
         if live:
-            pair = self.values.pairs({name: live_pairs(self.param_groups)[name]}, {name: _letters(live)})[0]
+            pair = self.values.pairs({name: live_pairs(self.param_groups)[name]}, {name: letters(live)})[0]
             self.transform.on_slots(pair, {f: self.state[p] for f, p in live.items()}, change)
         for (site, own), p in live_own(self.param_groups).items():
             if site == name and own in self._per_slot(name) and self.state[p]:
@@ -321,11 +270,3 @@ class PairOptimizer(torch.optim.Optimizer):
         for (site, _), p in live_own(self.param_groups).items():
             if site in wanted or not site:
                 self.state.pop(p, None)
-
-
-def _trained(factors: Mapping[str, nn.Parameter]) -> Train:
-    return _letters({f: p for f, p in factors.items() if p.grad is not None})
-
-
-def _letters(factors: Mapping[str, Any]) -> Train:
-    return "AB" if len(factors) == 2 else "A" if "A" in factors else "B"

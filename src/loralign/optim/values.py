@@ -16,6 +16,9 @@ from loralign.types import Grad, Pair, Site, Train
 Live = dict[str, dict[str, nn.Parameter]]
 """Site -> the Parameters of its pair, "A" and "B"."""
 
+Own = dict[tuple[str, str], nn.Parameter]
+"""(site, name) -> a form's own tensor; shared ones have the site ""."""
+
 
 def live_pairs(groups: Iterable[Mapping[str, Any]]) -> Live:
     """The factors of every site, as the parameter groups hold them now."""
@@ -27,8 +30,8 @@ def live_pairs(groups: Iterable[Mapping[str, Any]]) -> Live:
     return found
 
 
-def live_own(groups: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], nn.Parameter]:
-    """A form's own tensors by (site, name); shared ones have the site ""."""
+def live_own(groups: Iterable[Mapping[str, Any]]) -> Own:
+    """A form's own tensors, as the parameter groups hold them now."""
     found = {}
     for group in groups:
         if group["role"] == "form":
@@ -36,6 +39,30 @@ def live_own(groups: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], nn.Pa
                 site, _, name = key.rpartition("|")
                 found[site, name] = p
     return found
+
+
+def letters(factors: Iterable[str]) -> Train:
+    """Of these factors of a pair."""
+    found = set(factors)
+    return "AB" if len(found) == 2 else "A" if "A" in found else "B"
+
+
+def with_grads(factors: Mapping[str, nn.Parameter]) -> Train:
+    return letters(f for f, p in factors.items() if p.grad is not None)
+
+
+def leave_out(live: Live, own: Own, asleep: Iterable[str], trains: Mapping[str, Train]) -> None:
+    """Sites that sleep and factors that an episode freezes get no gradient: neither clip nor step sees them."""
+    resting = set(asleep)
+    for name in resting:
+        for p in live[name].values():
+            p.grad = None
+    for name, train in trains.items():
+        for factor in set("AB") - set(train):
+            live[name][factor].grad = None
+    for (site, _), p in own.items():
+        if site in resting:
+            p.grad = None
 
 
 def leave_stacks(state: Mapping[Any, dict[str, Tensor]], live: Live, pairs: Sequence[Pair]) -> None:

@@ -108,7 +108,7 @@ class Driver:
     def ranks(self) -> dict[str, int]:
         """Slots by site that are neither dead nor unborn, nor switched off by a gate that is zero; none where a site
         sleeps. Before the first step of a link zero is where gates start, and switches nothing off."""
-        found, moved = {}, self.optimizer.steps > self.optimizer.link.taken
+        found, moved = {}, self.optimizer.steps_in_link > 0
         for site in sites(self.model):
             form, own = form_of(site.layer, site.adapter), trained_of(site.layer, site.adapter)
             on = ~self.optimizer.dead.get(site.name, torch.zeros(site.r, dtype=torch.bool))
@@ -136,7 +136,7 @@ class Driver:
 
     def unfinished(self) -> str:
         """What to say of a rule whose schedule has not come to its end; "" where all have."""
-        taken = self.optimizer.steps - self.optimizer.link.taken
+        taken = self.optimizer.steps_in_link
         for by in map(self._acts_by, self.facts):
             if taken < by:
                 return f"{self.recipe.name}: its schedule acts until step {by}, and {taken} were taken"
@@ -147,7 +147,7 @@ class Driver:
 
     def _check_schedules(self) -> None:
         """Raise as soon as a rule did not act when it was to, or cannot any more because steps were skipped."""
-        taken = self.optimizer.steps - self.optimizer.link.taken
+        taken = self.optimizer.steps_in_link
         seen = self.step - self.episodes.started
         left = self._link_steps - seen
         for facts, acted in zip(self.facts, self.acted, strict=True):
@@ -167,7 +167,7 @@ class Driver:
             seen["inputs"] = self.inputs.taken()
         for i, rule in enumerate(self.recipe.rules):
             state = self.optimizer.rule_states[i]
-            moment = self.optimizer.moment(self._link_steps, **seen)
+            moment = self.optimizer.moment(**seen)
             state, plan = rule.step(state, moment)
             self.optimizer.rule_states[i] = state
             self.acted[i] |= plan is not None and moment.step > 0
