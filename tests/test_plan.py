@@ -308,6 +308,10 @@ REFUSED = {  # a recipe that does not fit the toy model: what is said of it
         recipe("rm-lora", r=4, options={"keep": 3}, ranks={"q_proj": 2}),
         r"rank 2 is too small for rm-lora at .*q_proj \(32 × 32\), which trains 3 .*: lower its `keep`, or raise",
     ),
+    "a budget": (
+        recipe("sora", r=4, options={"target_rank": 3}, ranks={"q_proj": 2}),
+        r"rank 2 is too small for sora at .*q_proj \(32 × 32\), which trains 3 .*: lower its `target_rank`, or raise",
+    ),
 }
 
 

@@ -74,17 +74,14 @@ def misfit(recipe: Recipe, site: Site) -> str:
     match recipe.init.needs:
         case Preheated(rank=rank) if rank(site.r) < site.r:
             return f"the preheat's rank {rank(site.r)} is below the adapter's {site.r} at {at}: raise `options.rank`"
-    least = max((rule.facts.least_rank for rule in recipe.rules), default=1)
-    if site.r < least:
+    form, rules = recipe.form.facts, [rule.facts for rule in recipe.rules]
+    asks = max(rules, key=lambda rule: rule.least_rank, default=form)
+    small = f"rank {site.r} is too small for {recipe.name} at {at}, which"
+    if rules and site.r < asks.least_rank:
+        return f"{small} trains {asks.least_rank} slots or more: lower its `{asks.least_option}`, or raise the rank"
+    if site.r < form.least_rank:
         return (
-            f"rank {site.r} is too small for {recipe.name} at {at}, which asks for {least} slots: lower its `keep` or "
-            "`target_rank`, or raise the rank"
-        )
-    if site.r < recipe.form.facts.least_rank:
-        least = recipe.form.facts.least_rank
-        return (
-            f"rank {site.r} is too small for {recipe.name} at {at}, which has {least} ranks of its own kind: lower its "
-            "`unshared`, or raise the rank"
+            f"{small} has {form.least_rank} ranks of its own kind: lower its `{form.least_option}`, or raise the rank"
         )
     return ""
 

@@ -76,6 +76,8 @@ class Facts:
     # of a form or a rule
     least_rank: int = 1
     """Fewest slots that it can work with."""
+    least_option: str = ""
+    """The name of the option that says so."""
 
     # of a rule
     events: bool = False

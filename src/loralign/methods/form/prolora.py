@@ -153,7 +153,13 @@ class PartialRotation(FormBase):
     @property
     def facts(self) -> Facts:
         return Facts(
-            stock="", tied=True, together=self.together, own_decay=True, version=ROTATION, least_rank=self.unshared
+            stock="",
+            tied=True,
+            together=self.together,
+            own_decay=True,
+            version=ROTATION,
+            least_rank=self.unshared,
+            least_option="unshared",
         )
 
     def trained(self, W: Weight, r: int, draw: Draw) -> Mapping[str, Tensor]:

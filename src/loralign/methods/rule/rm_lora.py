@@ -87,7 +87,7 @@ class MaskedOrthogonal(RuleBase):
 
     @property
     def facts(self) -> Facts:
-        return Facts(least_rank=self.keep or 1, transient=1.1)
+        return Facts(least_rank=self.keep or 1, least_option="keep", transient=1.1)
 
     def penalty(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         return slopes(stacks, self.c)

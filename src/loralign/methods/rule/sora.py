@@ -94,6 +94,7 @@ class SoftThreshold(RuleBase):
         return replace(
             common,
             least_rank=target.rank,
+            least_option="target_rank",
             too_short=lambda total: too_short(total, 0.0, target.last),
             acts_by=lambda total: target.window(total).stop + 1,
         )
