@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import loralign
 import toy
-from loralign import Recipe, adapt, attach, build, drive, optimizer, peft_config
+from loralign import LoralignError, Recipe, adapt, attach, build, drive, optimizer, peft_config
 from loralign.data.packing import check_packing
 from loralign.data.widths import Packed, Padded, widths
 from loralign.train import compiled, quick
@@ -68,9 +72,9 @@ def batch(n: int = 8) -> dict[str, Tensor]:
 class Loop:
     """A bare loop on a tiny model, always the same."""
 
-    def __init__(self, form: str, *, checkpointing: bool = False, dropout: float = 0.0, layers: int = 2) -> None:
+    def __init__(self, form: str, *, checkpointing: bool = False, dropout: float = 0.0, **config: Any) -> None:
         self.recipe = recipe_of(form, dropout)
-        self.model = adapt(toy.llama(num_hidden_layers=layers, use_cache=False), self.recipe).train()
+        self.model = adapt(toy.llama(num_hidden_layers=2, use_cache=False, **config), self.recipe).train()
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if form == "inputs":  # it sorts numbers, and two that are nearly equal may change places by rounding
@@ -134,6 +138,78 @@ def test_layers_of_one_input_share_a_product() -> None:
     assert products(Loop("plain")) == [18, 18] and products(Loop("twins")) == [18, 18]
     assert products(Loop("plain", checkpointing=True)) != [18, 18]
     assert products(Loop("plain", dropout=0.1)) == [21, 21]
+
+
+@pytest.mark.parametrize("where", [{"attention_dropout": 0.1}, {}], ids=["attention", "adapter"])
+def test_a_block_that_draws_is_compiled(where: dict[str, float]) -> None:
+    loop = Loop("plain", dropout=0.0 if where else 0.1, **where)
+    blocks = loralign.compile(loop.model, backend=TRACED)
+    assert all(math.isfinite(loss) for loss in loop.run(2))
+    assert blocks.why == "" and counters["stats"]["unique_graphs"] >= 1
+
+
+def seeing() -> Any:
+    """Images and text: blocks of two kinds with other arguments; the model collects the hidden states of one."""
+    text = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, use_cache=False
+    )
+    image = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
+        projection_dim=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=image, text_config=text, image_token_id=39))
+
+
+@pytest.mark.parametrize("exclude", [(), ("vision_tower",)], ids=["both", "text"])
+def test_a_model_of_text_and_images_is_compiled(exclude: tuple[str, ...], caplog: pytest.LogCaptureFixture) -> None:
+    def losses(backend: str) -> list[float]:
+        recipe = build("lora", r=2, exclude=exclude)
+        assert isinstance(recipe, Recipe)
+        model = adapt(seeing(), recipe).train()
+        if backend:
+            blocks = loralign.compile(model, backend=backend)
+            kinds = {type(block).__name__ for block in blocks.blocks}
+            assert kinds == {"LlamaDecoderLayer", *(() if exclude else ("CLIPEncoderLayer",))}
+        opt, found = optimizer(model, recipe, 1e-2), []
+        ids, image = torch.tensor([[1, 39, 39, 39, 39, 2, 3]]), torch.linspace(-1, 1, 192).view(1, 3, 8, 8)
+        for _ in range(2):
+            loss = model(input_ids=ids, pixel_values=image, labels=ids).loss
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            found.append(loss.item())
+        assert not backend or blocks.why == ""
+        return found
+
+    assert losses(TRACED) == pytest.approx(losses(""), rel=1e-6)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert ("it collects hidden_states" in caplog.text) == (not exclude)
+
+
+def test_what_transformers_collects_is_whole() -> None:
+    plain, model = Loop("plain").model, Loop("plain").model
+    loralign.compile(model, backend=TRACED)
+    given = batch()
+    for one in (plain, model):
+        found = one(**given, output_hidden_states=True).hidden_states
+        assert len(found) == 3
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_blocks_that_were_split_afterwards_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    """As a Trainer under FSDP does it when it begins."""
+    model = Loop("plain").model
+    blocks = loralign.compile(model, backend=TRACED)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for block in blocks.blocks:
+            fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+        model(**batch()).loss.backward()
+        assert blocks.why == "its parameters are split over processes" and len(said(caplog)) == 1
+        assert loralign.compile(model, backend=TRACED).why == blocks.why
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_evidence_at_a_knot_finds_the_blocks_as_they_are() -> None:
@@ -225,6 +301,12 @@ def test_nothing_is_done_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_model_without_blocks_is_named(caplog: pytest.LogCaptureFixture) -> None:
     blocks = loralign.compile(nn.Linear(2, 2), backend=TRACED)
     assert said(caplog) and blocks.why == "Linear does not name its blocks"
+
+
+def test_a_model_that_trains_nothing_in_its_blocks_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = Loop("plain").model.requires_grad_(False)
+    blocks = loralign.compile(model, backend=TRACED)
+    assert said(caplog) and blocks.why == "LlamaForCausalLM trains nothing in its blocks"
 
 
 # --------------------------------------------------------------------------------------------------------- few lengths
@@ -324,8 +406,23 @@ def test_a_trainer_of_rows_learns_the_same(packing: bool, tmp_path: Any, caplog:
 
 
 def test_a_short_run_is_not_compiled(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
-    assert quick.quicken(trainer_of(tmp_path, False), packing=False, seed=0, backend=TRACED) is None
+    with caplog.at_level(logging.INFO):
+        assert quick.quicken(trainer_of(tmp_path, False), packing=False, seed=0, backend=TRACED) is None
     assert "the run has 8 forwards" in said(caplog)[0]
+
+
+def test_a_trainer_of_a_model_without_blocks_pads_as_ever(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = trainer_of(tmp_path, False)
+    trainer.model.get_base_model()._no_split_modules = None
+    collator = trainer.data_collator
+    assert quick.quicken(trainer, packing=False, seed=0, backend=TRACED, short=1) is None
+    assert said(caplog)[0].endswith("LlamaForCausalLM does not name its blocks") and trainer.data_collator is collator
+
+
+@pytest.mark.parametrize("other", [True, "on"])
+def test_attach_takes_no_other_compile(other: Any, tmp_path: Any) -> None:
+    with pytest.raises(LoralignError, match=r'choose "auto" or "off"'):
+        attach(trainer_of(tmp_path, False), recipe_of("plain"), compile=other)
 
 
 def test_the_example_of_the_documentation_compiles(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,20 +52,21 @@ def _whole_A(layer: Any, adapter: str) -> Tensor:
     return fold_A(side._parameters["weight"], side.frozen if isinstance(side, SlotLinear) else None)
 
 
-def share_inputs(blocks: Sequence[nn.Module], call: Callable[[nn.Module], Any]) -> None:
-    """Let layers of one input share their product with A in these blocks.
+def share_inputs(block: nn.Module, others: Sequence[nn.Module], call: Callable[[], Any]) -> None:
+    """Let layers of one input share their product with A in a block and others of its kind.
 
-    call: (block) -> runs it, as it is, on an input such as it gets; called for the first block of each kind.
+    call: runs the block, as it is, on an input such as it gets.
     """
-    found: dict[type[nn.Module], list[list[str]]] = {}
-    for block in blocks:
-        if any(getattr(m, "gradient_checkpointing", False) for m in block.modules()):
-            continue
-        if type(block) not in found:
-            found[type(block)] = _of_one_input(block, call)
-        inside = dict(block.named_modules())
-        for names in found[type(block)]:
+    alike = [b for b in others if type(b) is type(block) and not _checkpoints(b)]
+    shared = _of_one_input(block, call) if alike else []
+    for one in alike:
+        inside = dict(one.named_modules())
+        for names in shared:
             _join([inside.get(name) for name in names])
+
+
+def _checkpoints(block: nn.Module) -> bool:
+    return any(getattr(m, "gradient_checkpointing", False) for m in block.modules())
 
 
 def apart(blocks: Sequence[nn.Module]) -> None:
@@ -76,7 +77,7 @@ def apart(blocks: Sequence[nn.Module]) -> None:
                 variant.siblings = None
 
 
-def _of_one_input(block: nn.Module, call: Callable[[nn.Module], Any]) -> list[list[str]]:
+def _of_one_input(block: nn.Module, call: Callable[[], Any]) -> list[list[str]]:
     """Names of the adapted layers that were given the same tensor."""
     seen: list[tuple[Tensor, str]] = []
     hooks = [
@@ -86,7 +87,7 @@ def _of_one_input(block: nn.Module, call: Callable[[nn.Module], Any]) -> list[li
     ]
     try:
         with torch.no_grad():
-            call(block)
+            call()
     finally:
         for hook in hooks:
             hook.remove()

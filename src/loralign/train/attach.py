@@ -61,10 +61,13 @@ def attach(
         compile: auto: the model's blocks run compiled on a GPU, see `loralign.compile`; for collators of few shapes.
         rows: (episode that begins, None for the first) -> batches for evidence; None: the trainer's training batches.
     Raises:
-        LoralignError: a model that is not the recipe's, a reference adapter, DeepSpeed with a pairwise transform.
+        LoralignError: a model that is not the recipe's, a reference adapter, DeepSpeed with a pairwise transform,
+            another `compile`.
     Side effects: the trainer's `max_grad_norm` becomes 0, the recipe's own clip acts inside the optimizer; checkpoints
         beyond its `save_total_limit` are deleted after ours is complete.
     """
+    if compile not in ("auto", "off"):
+        raise LoralignError(f'attach(…, compile={compile!r}) is neither: choose "auto" or "off"')
     check_combination(recipe)
     _check_sharding(trainer, recipe)
     model = _own_model(trainer, recipe)

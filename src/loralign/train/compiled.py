@@ -20,17 +20,21 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
+from transformers.utils.output_capturing import _active_collector
 
 from loralign.carrier.siblings import apart, share_inputs
 from loralign.train.undisturbed import undisturbed
 from loralign.types import Batch, LoralignError, Loss
 
 log = logging.getLogger("loralign")
+NOT = "the model's blocks are not compiled, since %s"
 LIMIT = 128
 """Variants of a block: arms × training and evaluation × sizes of a batch. Beyond it torch would fall back to eager code
 without a word; here it raises."""
@@ -41,10 +45,15 @@ ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 """By how much, of its norm, a compiled block's output may differ; in half precisions 0.03."""
 
 
+def named_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers that a Transformers model names; none where it names none."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [m for m in model.modules() if type(m).__name__ in names]
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a Transformers model."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    found = [m for m in model.modules() if type(m).__name__ in names]
+    found = named_blocks(model)
     if not found:
         raise LoralignError(f"`train.compile`: {type(model).__name__} does not name its blocks; leave it out")
     return found
@@ -71,10 +80,9 @@ def compile(model: nn.Module, *, backend: str | None = None) -> Blocks:
         ''
     """
     made = Blocks(model, backend or "inductor")
-    device = next(model.parameters()).device.type
-    if backend is None and device != "cuda":
+    if backend is None and next(model.parameters()).device.type != "cuda":
         made.why = "there is no GPU"
-    elif why := made.unfit() or no_compiler(device):
+    elif why := made.unfit():
         made.stop(why)
     else:
         made.start()
@@ -99,23 +107,29 @@ def no_compiler(device: str) -> str:
 
 
 class Blocks:
-    """The compiled blocks of one model, until something speaks against them."""
+    """The compiled blocks of one model, of the kinds in which something trains, until something speaks against them."""
 
     def __init__(self, model: nn.Module, backend: str) -> None:
-        names = set(getattr(model, "_no_split_modules", None) or ())
         self.model, self.backend = model, backend
-        self.blocks = [m for m in model.modules() if type(m).__name__ in names]
+        named = named_blocks(model)
+        kinds = {type(b) for b in named if any(p.requires_grad for p in b.parameters())}
+        self.blocks = [b for b in named if type(b) in kinds]
         self.why = ""
         """Why they run as they are; "" while they run compiled."""
-        self.tried = False
-        self.told_of_cache = False
+        self.tried: set[tuple[type[nn.Module], bool]] = set()
+        """Kinds of blocks, with adapters and without."""
+        self.told: set[str] = set()
+        """Reasons for which calls run as they are, said once."""
 
     def unfit(self) -> str:
         """Why they cannot be compiled, as far as that is known without trying; else ""."""
+        if split := self._split():  # which renames the kinds of blocks
+            return split
         if not self.blocks:
-            return f"{type(self.model).__name__} does not name its blocks"
-        split = any(isinstance(p, DTensor) for p in self.model.parameters())
-        return "its parameters are split over processes" if split else ""
+            base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            what = "trains nothing in its blocks" if named_blocks(self.model) else "does not name its blocks"
+            return f"{type(base).__name__} {what}"
+        return no_compiler(next(self.model.parameters()).device.type)
 
     def start(self) -> None:
         """From the next call on."""
@@ -128,7 +142,7 @@ class Blocks:
     def stop(self, why: str) -> None:
         """Run as they are from now on, and say why."""
         self.why = why
-        log.warning("the model's blocks are not compiled, since %s", why)
+        log.warning(NOT, why)
 
     def restore(self) -> None:
         """Leave the model as it was before."""
@@ -140,11 +154,12 @@ class Blocks:
 
     def _call(self, block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One block's call; `block.training` is what a Trainer sets for its own steps alone."""
-        if self.why or not block.training or self._caches(kwargs):
+        if self.why or not block.training or self._keeps(kwargs):
             return block._call_impl(*args, **kwargs)
-        if not self.tried and torch.is_grad_enabled():
-            self.tried = True
-            if why := self._trial(block, run, args, kwargs):
+        kind = type(block), _adapted(block)
+        if kind not in self.tried and torch.is_grad_enabled():
+            self.tried.add(kind)
+            if why := self._split() or self._trial(block, run, args, kwargs):
                 self.stop(why)
                 return block._call_impl(*args, **kwargs)
         try:
@@ -155,13 +170,23 @@ class Blocks:
             self.stop(first_line(error))
         return block._call_impl(*args, **kwargs)
 
-    def _caches(self, kwargs: dict[str, Any]) -> bool:
-        """Whether keys and values are kept, as in generation: their lengths have no end."""
-        keeps = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))  # as versions name them
-        if keeps and not self.told_of_cache and torch.is_grad_enabled():
-            self.told_of_cache = True
-            log.warning("the model's blocks run as they are while it keeps keys and values: pass use_cache=False")
-        return keeps
+    def _split(self) -> str:
+        """A trainer splits them after the blocks were made, so the first call asks as well."""
+        split = any(isinstance(p, DTensor) for p in self.model.parameters())
+        return "its parameters are split over processes" if split else ""
+
+    def _keeps(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the call leaves more than its output: keys and values, whose lengths have no end, or what hooks of
+        Transformers collect (hidden states, attentions, routers), which compiled code would not."""
+        cached = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))  # as versions name them
+        collected = sorted(_active_collector.get() or ())
+        why = "it keeps keys and values: pass use_cache=False" if cached else ""
+        if collected:
+            why = f"it collects {', '.join(name for name in collected if name[0] != '_')}"
+        if why and why not in self.told and torch.is_grad_enabled():
+            self.told.add(why)
+            log.warning("the model's blocks run as they are while %s", why)
+        return bool(why)
 
     def _trial(self, block: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> str:
         """Why a block cannot run compiled, "" where it can. Weights, buffers, gradients and generators stay."""
@@ -169,14 +194,18 @@ class Blocks:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         try:  # within hooks of its own: activation checkpointing counts what the trial would keep for backward
             with torch.random.fork_rng(devices), saved_tensors_hooks(_as_is, _as_is):
-                share_inputs(self.blocks, lambda one: one._call_impl(*args, **kwargs))
+                # only blocks of one kind take the same arguments
+                share_inputs(block, self.blocks, lambda: block._call_impl(*args, **kwargs))
                 given = tuple(a.detach().requires_grad_(a.requires_grad) if _is_float(a) else a for a in args)
                 y = first(run(*given, **kwargs))
                 trained = [t for t in (*given, *block.parameters()) if isinstance(t, Tensor) and t.requires_grad]
-                # with a gradient of zero nobody who counts rows in backward counts these
-                torch.autograd.grad(y, trained, torch.zeros_like(y), allow_unused=True)
+                if trained:  # with a gradient of zero nobody who counts rows in backward counts these
+                    torch.autograd.grad(y, trained, torch.zeros_like(y), allow_unused=True)
                 with torch.no_grad():
-                    return "" if _random(block) else _apart(y.detach(), first(block._call_impl(*args, **kwargs)))
+                    states = _generators()
+                    plain = first(block._call_impl(*args, **kwargs))
+                    draws = not all(map(torch.equal, states, _generators()))  # compiled code draws other numbers
+                    return "" if draws else _apart(y.detach(), plain)
         except Exception as error:  # whatever it is: the untouched block runs next, and raises what is its own
             return first_line(error)
         finally:
@@ -206,8 +235,13 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _random(block: nn.Module) -> bool:
-    return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in block.modules())
+def _adapted(block: nn.Module) -> bool:
+    return any(isinstance(m, LoraLayer) for m in block.modules())
+
+
+def _generators() -> list[Tensor]:
+    """States of what dropout draws from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
 
 
 def _apart(y: Tensor, plain: Tensor) -> str:

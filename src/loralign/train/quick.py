@@ -12,7 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loralign.data.packing import check_packing
 from loralign.data.widths import Packed, Padded, widths
-from loralign.train.compiled import Blocks, Until, compile, no_compiler
+from loralign.train.compiled import NOT, Blocks, Until
 
 log = logging.getLogger("loralign")
 SHORT = 100
@@ -42,17 +42,21 @@ def quicken(
     """
     if backend is None and trainer.args.device.type != "cuda":
         return None
-    if why := _unfit(trainer, packing, short):
-        log.warning("the model's blocks are not compiled, since %s", why)
+    if (forwards := _forwards(trainer)) < short:
+        log.info(NOT, f"the run has {forwards} forwards, and {short} are about what it takes to gain by it")
+        return None
+    blocks = Blocks(trainer.model, backend or "inductor")
+    if why := _unfit(trainer, packing) or blocks.unfit():
+        log.warning(NOT, why)
         return None
     _few_shapes(trainer, packing, seed)
-    blocks = compile(trainer.model, backend=backend)
+    blocks.start()
     trainer.add_callback(Until(blocks))
     return blocks
 
 
-def _unfit(trainer: SFTTrainer, packing: bool, short: int) -> str:
-    """What is known before anything is changed."""
+def _unfit(trainer: SFTTrainer, packing: bool) -> str:
+    """What is known of the trainer before anything is changed."""
     args, model = trainer.args, trainer.model
     if trainer.is_fsdp_enabled:
         return "FSDP splits its parameters over processes"
@@ -62,9 +66,7 @@ def _unfit(trainer: SFTTrainer, packing: bool, short: int) -> str:
         return "the trainer has a collator of its own"
     if packing and attention(model) not in MASKED:
         return f"{attention(model)} joins packed rows to one of another length each time"
-    if (forwards := _forwards(trainer)) < short:
-        return f"the run has {forwards} forwards, and {short} are about what it takes to gain by it"
-    return no_compiler(args.device.type)
+    return ""
 
 
 def attention(model: Any) -> str:
