@@ -172,19 +172,19 @@ def main() -> None:
     if args.device == "cpu":
         torch.set_num_threads(1)
     shape = args.shape or ("small" if args.device == "cpu" else "1b")
-    found = {n: measure(n, shape, args.device, args.rank, args.steps, args.repeats) for n in args.rules}
-    for name, row in found.items() if args.whole else ():
-        row["whole"] = whole(name, shape, args.device, args.rank, args.steps)
-    if args.json:
-        args.json.write_text(
-            json.dumps({"shape": shape, "device": args.device, "rank": args.rank, "ms": found}, indent=1)
-        )
     heads = ("step", "masks", "after", "inputs", "share", "ops", "/ optim.", *(["whole"] if args.whole else []))
-    print(f"{'rule':20}" + "".join(f"{k:>10}" for k in heads) + "    (ms)")
-    for name, row in found.items():
+    print(f"{'rule':20}" + "".join(f"{k:>10}" for k in heads) + "    (ms)", flush=True)
+    found: dict[str, dict[str, float]] = {}
+    for name in args.rules:  # one after the other said and kept: a run that is cut has measured something
+        row = found[name] = measure(name, shape, args.device, args.rank, args.steps, args.repeats)
+        if args.whole:
+            row["whole"] = whole(name, shape, args.device, args.rank, args.steps)
+        if args.json:
+            body = {"shape": shape, "device": args.device, "rank": args.rank, "ms": found}
+            args.json.write_text(json.dumps(body, indent=1), encoding="utf-8")
         print(f"{name:20}" + "".join(f"{row[k]:10.2f}" for k in ("step", "masks", "after", "inputs")), end="")
         print(f"{100 * row['share']:8.2f} %{row['ops']:10.0f}{row['optimizer_ops']:10.0f}", end="")
-        print(f"{100 * row['whole']:8.2f} %" if args.whole else "")
+        print(f"{100 * row['whole']:8.2f} %" if args.whole else "", flush=True)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,39 @@ def test_what_is_not_the_arms_fault_is_no_failure_of_it(tmp_path: Path, error: B
     assert not Store(spec(tmp_path)).failures() and not Store(spec(tmp_path)).running()
 
 
+def test_a_device_that_broke_ends_the_worker_whatever_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS says it in a plain RuntimeError; the next trial would fail for it, too."""
+
+    def broken() -> None:
+        raise torch.AcceleratorError("unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(RuntimeError, match="CUBLAS"):
+        work(spec(tmp_path), failing({"rate/pissa": RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED")}))
+    assert [f.key for f in Store(spec(tmp_path)).failures()] == ["rate/pissa/+0/1000"]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert work(spec(tmp_path), failing({"rate/pissa": RuntimeError("its own")}))
+
+
+def test_memory_that_others_hold_is_not_the_arms_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This worker ends, the trial is free again; alone on the device it is the arm's."""
+    held = 40
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 50)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (50 - held, 100))
+    study, begun = spec(tmp_path), list[str]()
+    short = failing({"rate/pissa": torch.OutOfMemoryError("tried to allocate")}, begun)
+    other = Store(study).claim(Trial("rate", "olora", 0, 1e-3, 1000))
+    assert other is not None and not work(study, short)
+    assert begun.count("rate/pissa/+0/1000") == 1 and not Store(study).failures()
+    other.drop()
+    assert not work(study, short) and begun.count("rate/pissa/+0/1000") == 3  # nobody else's trial: once more
+    held = 0
+    assert work(study, short) and [f.key for f in Store(study).failures()] == ["rate/pissa/+0/1000"]
+
+
 def test_a_sentence_for_each_kind_of_failure(tmp_path: Path) -> None:
     study = spec(tmp_path, "lora", "pissa", "olora", "rslora")
     errors = {"rate/pissa": torch.OutOfMemoryError("tried to allocate"), "rate/olora": ValueError("x" * 999)}

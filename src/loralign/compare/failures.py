@@ -49,6 +49,27 @@ def is_the_arms(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(error, OSError | OptunaError)
 
 
+def device_is_gone(error: BaseException) -> bool:
+    """Whether the device takes no further work from this process. A library (cuBLAS) may have said so in an error of its
+    own kind; then the next call to the device says it again."""
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except (RuntimeError, torch.AcceleratorError):
+        return True
+    return False
+
+
+def crowded(error: BaseException) -> bool:
+    """Whether the device had no memory left because other processes hold a tenth of it or more."""
+    if not isinstance(error, torch.OutOfMemoryError) or not torch.cuda.is_initialized():
+        return False
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved() > total / 10
+
+
 def failure_of(trial: Trial, error: BaseException, session: str) -> Failure:
     bad_input = isinstance(error, LoralignError) and not isinstance(error, WorkFailed)
     return Failure(trial.key, _said(trial, error), session, bad_input)

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import torch
 
-from loralign.compare.failures import check_worth_going_on, failure_of, is_the_arms, standing
+from loralign.compare.failures import check_worth_going_on, crowded, device_is_gone, failure_of, is_the_arms, standing
 from loralign.compare.schedule import should_stop, wanted
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.compare.store import Claim, Store
@@ -29,6 +29,10 @@ POLL_S = 1.0
 
 class OverBudget(Exception):
     """A limit was passed in the middle of a trial."""
+
+
+class Crowded(Exception):
+    """The device's memory did not hold this trial beside those of other workers."""
 
 
 def work(
@@ -47,7 +51,7 @@ def work(
     """
     store, started = Store(spec), time.monotonic() if started is None else started
     session = session or uuid4().hex
-    compiled: set[str] = set()
+    compiled, alone = set[str](), False
     """Arms whose blocks this worker has compiled: it takes their trials first."""
     while True:
         done = store.outcomes()
@@ -68,6 +72,12 @@ def work(
             try:
                 outcome = _one(store, going, trial, claim, runner, started, session)
             except OverBudget:
+                continue
+            except Crowded:
+                if store.running() or alone:
+                    log.warning("the device's memory did not hold this trial beside what others keep there: a worker ends")
+                    return False
+                alone = True  # the others left at the same moment: once more
                 continue
             if outcome and on_done:
                 on_done(trial, outcome, len(store.outcomes()), len(plan))
@@ -102,9 +112,12 @@ def _one(
         if reporting or not is_the_arms(error):
             claim.drop()
             raise
+        if crowded(error):
+            claim.drop()
+            raise Crowded from error
         claim.fail(failure := failure_of(trial, error, session))
         log.debug("%s", failure.said, exc_info=error)
-        if isinstance(error, torch.AcceleratorError):  # the device takes no further work from this process
+        if device_is_gone(error):
             raise
         return None
     return outcome if claim.finish(outcome) else None
