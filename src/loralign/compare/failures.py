@@ -50,8 +50,8 @@ def is_the_arms(error: BaseException) -> bool:
 
 
 def device_is_gone(error: BaseException) -> bool:
-    """Whether the device takes no further work from this process. A library (cuBLAS) may have said so in an error of its
-    own kind; then the next call to the device says it again."""
+    """Whether the device takes no further work from this process. A library (cuBLAS) may have said so in an error of
+    its own kind; then the next call to the device says it again."""
     if isinstance(error, torch.AcceleratorError):
         return True
     try:

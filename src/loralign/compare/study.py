@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable
 from statistics import median
 from uuid import uuid4
 
-import torch
-
 from loralign.compare.failures import check_worth_going_on, crowded, device_is_gone, failure_of, is_the_arms, standing
 from loralign.compare.schedule import should_stop, wanted
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
@@ -75,7 +73,7 @@ def work(
                 continue
             except Crowded:
                 if store.running() or alone:
-                    log.warning("the device's memory did not hold this trial beside what others keep there: a worker ends")
+                    log.warning("the device's memory holds no further trial beside those of others: a worker ends")
                     return False
                 alone = True  # the others left at the same moment: once more
                 continue
