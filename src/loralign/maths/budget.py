@@ -45,11 +45,8 @@ def by_site(slots: Sequence[tuple[str, int]]) -> Slots:
 
 def lowest(scores: Mapping[str, Tensor], count: int) -> Slots:
     """The `count` slots of lowest score, by site."""
-    names, flat = _flat(scores)
-    off = torch.zeros(len(flat), dtype=torch.bool)
-    off[flat.sort(descending=True, stable=True).indices[len(flat) - count :]] = True
-    parts = off.split([scores[name].shape[0] for name in names])
-    return {n: tuple(part.nonzero().flatten().tolist()) for n, part in zip(names, parts, strict=True) if part.any()}
+    slots = ordered(scores)
+    return by_site(slots[len(slots) - count :])
 
 
 @lru_cache
