@@ -5,7 +5,7 @@
 #
 # Fetches weights and rows into the asset cache (scripts/assets.py), cuts the rows, runs `loralign compare` from where the
 # record's journal stands. Stopped at any moment, the same command goes on. More arms are appended in study.yaml. PYTHON,
-# STUDY, OUT, LANGUAGE (de) and LORALIGN_ASSETS may be set.
+# STUDY, OUT, ROWS_LANGUAGE (de) and LORALIGN_ASSETS may be set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
@@ -13,7 +13,7 @@ python="${PYTHON:-.venv/bin/python}"
 study="${STUDY:-records/2026-11-26-h100-study/study.yaml}"
 out="${OUT:-runs/h100-study}"
 model=$("$python" scripts/assets.py smollm2)
-rows=$("$python" scripts/assets.py multiemo "${LANGUAGE:-de}")
+rows=$("$python" scripts/assets.py multiemo "${ROWS_LANGUAGE:-de}")
 cut="$out-rows"
 mkdir -p "$out" "$cut"
 journal="$(dirname "$study")/study.journal"

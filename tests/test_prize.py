@@ -145,3 +145,15 @@ def test_the_power_of_the_width_is_found_again(tmp_path: Path, monkeypatch: pyte
     assert width_rates.power(best) == pytest.approx(0.5)
     assert width_rates.best_rate({1.0: 3.0, 2.0: 2.0, 4.0: 1.0}) == (4.0, False)
     assert width_rates.best_rate({1.0: 3.0, 2.0: 2.0, 4.0: math.inf}) == (2.0, False)
+
+
+def test_the_judge_is_germans_primary_study() -> None:
+    """Frozen: the same arms, rates and seeds on rows that nothing has seen."""
+    judge = yaml.safe_load((ROOT / "scripts/studies/judge.yaml").read_text(encoding="utf-8"))
+    german = prize_study.staged(
+        prize_study.study_of("german"), "primary", rows=Path(), model="smollm2-135m", out=Path()
+    )
+    given = {"task", "output"}
+    assert {k: v for k, v in judge.items() if k not in given} == {k: v for k, v in german.items() if k not in given}
+    (spec,) = to_specs(read_study(ROOT / "scripts/studies/judge.yaml"), 576)
+    assert [arm.name for arm in spec.arms] == ["full", "lora", "spectral r64", "lora r64 (s 8)"]
