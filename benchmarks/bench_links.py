@@ -17,15 +17,13 @@ import gc
 import json
 import statistics
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import SHAPES, base_model, half, seconds
+from bench_step import SHAPES, base_model, compile_blocks, loss_of, seconds
 
 from loralign import Recipe, adapt, build, drive, optimizer
-from loralign.train.compiled import blocks
 
 
 def middle(call: Callable[[], object], device: str, repeats: int) -> float:
@@ -43,13 +41,10 @@ def measure(shape: str, device: str, rank: int, links: int, repeats: int, compil
     opt = optimizer(model, recipe, 1e-4)
     driver = drive(model, recipe, opt, links + 1)
     if compiled:
-        for block in blocks(model):
-            block.compile(dynamic=False)
+        compile_blocks(model)
 
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16) if half(shape, device) else nullcontext():
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        loss_of(model, ids, shape, device).backward()
         opt.step()
 
     def whole() -> None:

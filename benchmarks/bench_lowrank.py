@@ -4,9 +4,9 @@
     python benchmarks/bench_lowrank.py --device cuda     4096 wide, 4096 tokens, bf16, r 16, about 30 s
 
 frozen: the floor, with the gradient of the input. peft: stock statements with fp32 factors. node: the one node of
-`carrier.layer`. shared A: one product x·[A_q; A_k; A_v]ᵀ for all layers, then updates in place. epilogue: those updates
-as one Triton kernel y += s·h·Bᵀ (where Triton is), which reads and writes y once; addmm_ does the same by cuBLAS.
-The arms take turns; the figure is the median over the repeats.
+`carrier.layer`. shared A: one product x·[A_q; A_k; A_v]ᵀ for all layers, then updates in place. The arms take turns;
+the figure is the median over the repeats, of CPU time on the CPU. (The updates as a Triton kernel were slower:
+records/2026-11-29-h200-step.)
 """
 
 from __future__ import annotations
@@ -14,55 +14,31 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from bench_step import seconds
 from torch import Tensor
 
 from loralign.carrier.layer import low_rank
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
 S, R = 2.0, 16
-
-if triton is not None:
-
-    @triton.jit
-    def _epilogue(y, h, B, s, T, D, R: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
-        rows, columns = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD)
-        slots = tl.arange(0, R)
-        left = tl.load(h + rows[:, None] * R + slots[None, :], mask=rows[:, None] < T, other=0.0)
-        right = tl.load(B + columns[None, :] * R + slots[:, None], mask=columns[None, :] < D, other=0.0)
-        at, inside = rows[:, None] * D + columns[None, :], (rows[:, None] < T) & (columns[None, :] < D)
-        now = tl.load(y + at, mask=inside, other=0.0)
-        tl.store(y + at, (now + s * tl.dot(left, right)).to(now.dtype), mask=inside)
-
-
-def epilogue(y: Tensor, h: Tensor, B: Tensor, s: float) -> Tensor:
-    """y += s·h·Bᵀ in place; y (T, d_out), h (T, r), B (d_out, r), contiguous, one dtype, r a power of two from 16."""
-    T, D = y.shape
-    _epilogue[(triton.cdiv(T, 128), triton.cdiv(D, 128))](y, h, B, s, T, D, R=h.shape[1], BT=128, BD=128)
-    return y
 
 
 class _Fused(torch.autograd.Function):
-    """The layer with one product for all A's, and the update by addmm_ or by the kernel."""
+    """The layer with one product for all A's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: bool, count: int, *given: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, count: int, *given: Tensor) -> tuple[Tensor, ...]:
         ys, factors = given[:count], given[count:]
         A, Bs = torch.cat(factors[:count]).to(x.dtype), [B.to(x.dtype) for B in factors[count:]]
         h = x @ A.t()
         parts = h.split(R, dim=1)
         ctx.mark_dirty(*ys)
         for y, part, B in zip(ys, parts, Bs, strict=True):
-            _ = epilogue(y, part.contiguous(), B, S) if kernel else y.addmm_(part, B.t(), alpha=S)
+            y.addmm_(part, B.t(), alpha=S)
         ctx.save_for_backward(x, h, A, *Bs)
         return ys
 
@@ -71,7 +47,7 @@ class _Fused(torch.autograd.Function):
         x, h, A, *Bs = ctx.saved_tensors
         gh = torch.cat([g @ B for g, B in zip(gs, Bs, strict=True)], dim=1).mul_(S)
         gB = [(g.t() @ part).float().mul_(S) for g, part in zip(gs, h.split(R, dim=1), strict=True)]
-        return gh @ A, None, None, *gs, *(gh.t() @ x).float().split(R), *gB
+        return gh @ A, None, *gs, *(gh.t() @ x).float().split(R), *gB
 
 
 def arms(device: str, width: int, count: int) -> dict[str, Callable[[Tensor], list[Tensor]]]:
@@ -90,17 +66,20 @@ def arms(device: str, width: int, count: int) -> dict[str, Callable[[Tensor], li
     def node(x: Tensor) -> list[Tensor]:
         return [low_rank(y, x, A, B, S) for y, A, B in zip(base(x), As, Bs, strict=True)]
 
-    def fused(x: Tensor, kernel: bool = False) -> list[Tensor]:
-        return list(_Fused.apply(x, kernel, count, *base(x), *As, *Bs))
+    def fused(x: Tensor) -> list[Tensor]:
+        return list(_Fused.apply(x, count, *base(x), *As, *Bs))
 
-    found = {"frozen": base, "peft": peft, "node": node, "shared A": fused}
-    if triton is not None and device == "cuda":
-        found["shared A, epilogue"] = lambda x: fused(x, kernel=True)
-    return found
+    return {"frozen": base, "peft": peft, "node": node, "shared A": fused}
+
+
+def both(arm: Callable[[Tensor], list[Tensor]], x: Tensor, ys: list[Tensor]) -> None:
+    """Forward, whose outputs `ys` takes, and backward."""
+    ys.extend(arm(x))
+    torch.autograd.backward(ys, [y.detach() for y in ys])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=0)
     asked = parser.parse_args()
@@ -114,12 +93,10 @@ def main() -> None:
         ends: dict[str, list[Tensor]] = {}
         for turn in range(repeats + 3):
             for name, arm in made.items():
-                x.grad = None
-                began = _now(asked.device)
-                ys = arm(x)
-                torch.autograd.backward(ys, [y.detach() for y in ys])
+                x.grad, ys = None, []
+                taken = seconds(partial(both, arm, x, ys), asked.device)
                 if turn >= 3:
-                    times[name].append(_now(asked.device) - began)
+                    times[name].append(taken)
                 ends[name] = [*(y.detach().float() for y in ys), x.grad.float()]  # type: ignore[union-attr]
         floor = statistics.median(times["frozen"])
         worst = {
@@ -129,12 +106,6 @@ def main() -> None:
         }
         ratios = {name: round(statistics.median(taken) / floor, 3) for name, taken in times.items()}
         print(json.dumps({"layers": count, "frozen_ms": round(floor * 1e3, 3), "x frozen": ratios, "off peft": worst}))
-
-
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -21,13 +21,12 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import SHAPES, base_model, half, seconds
+from bench_step import SHAPES, base_model, loss_of, seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loralign import Recipe, adapt, build, drive, optimizer
@@ -84,9 +83,7 @@ def measure(name: str, shape: str, device: str, rank: int, steps: int, repeats: 
     ids = torch.randint(0, 8000, SHAPES[shape][1:], device=device)
 
     def both() -> None:
-        with torch.autocast(device, torch.bfloat16) if half(shape, device) else nullcontext():
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        loss_of(model, ids, shape, device).backward()
 
     plain = optimizer(model, replace(recipe, rules=()), 1e-3)
     both()
@@ -125,9 +122,7 @@ def whole(name: str, shape: str, device: str, rank: int, steps: int, chunk: int 
 
     def run(opt: Any, after: Callable[[], object], count: int) -> None:
         for _ in range(count):
-            with torch.autocast(device, torch.bfloat16) if half(shape, device) else nullcontext():
-                loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
+            loss_of(model, ids, shape, device).backward()
             opt.step()
             after()
             opt.zero_grad(set_to_none=True)
@@ -169,6 +164,8 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.whole and args.steps < 20:
+        parser.error("--whole compares tens of steps in turn: give it --steps 20 or more")
     if args.device == "cpu":
         torch.set_num_threads(1)
     shape = args.shape or ("small" if args.device == "cpu" else "1b")

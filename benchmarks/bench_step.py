@@ -169,6 +169,18 @@ def full_stepper(model: Any, reference: Full) -> torch.optim.Optimizer:
     return torch.optim.AdamW(wanted, lr=1e-5, weight_decay=0.0, fused=True)
 
 
+def loss_of(model: Any, ids: torch.Tensor, shape: str, device: str, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Under autocast where the shape is one of half precision."""
+    with torch.autocast(device, torch.bfloat16) if half(shape, device) else nullcontext():
+        loss: torch.Tensor = model(input_ids=ids, labels=ids, attention_mask=mask).loss
+    return loss
+
+
+def compile_blocks(model: Any) -> None:
+    for block in blocks(model):
+        block.compile(dynamic=False)
+
+
 def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], None]:
     """A closure that runs one whole step of one kind."""
     model: Any = base_model(shape, device)
@@ -197,13 +209,12 @@ def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], 
     if kind == "train":
         loralign.compile(model)
     if "compiled" in kind:
-        for block in blocks(model):
-            block.compile(dynamic=False)
+        compile_blocks(model)
     like = "cuda" if shape == "host" and kind != "one node" else device
 
     def both() -> None:
-        with as_on(like), torch.autocast(device, torch.bfloat16) if half(shape, device) else nullcontext():
-            loss = model(input_ids=ids, labels=ids, attention_mask=mask).loss
+        with as_on(like):
+            loss = loss_of(model, ids, shape, device, mask)
         loss.backward()
 
     run = recorded(both) if "recorded" in kind else both
@@ -233,7 +244,8 @@ def recorded(both: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
-def seconds(step: Callable[[], None], device: str) -> float:
+def seconds(step: Callable[[], object], device: str) -> float:
+    """Of the wall between synchronisations on a GPU; of this process on the CPU, which others may share."""
     if device == "cuda":
         torch.cuda.synchronize()
         start = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,25 +28,23 @@ from loralign.evidence.subspace import consensus_of, extract
 from loralign.maths.linalg import first_step_energy
 from loralign.types import Sketch, TopGradient
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from assets import cache_dir
+
 SETTINGS = (Sketch(8, 1), Sketch(6, 1), Sketch(4, 1), Sketch(4, 2), Sketch(3, 3), Sketch(4, 4), Sketch(8, 2))
 BLOCKS = (0, 5, 12, 17, 23, 29)
 
 
-def assets() -> Path:
-    chosen = os.environ.get("LORALIGN_ASSETS")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "loralign" / "assets"
-
-
 def real_batches(tokenizer: Any, count: int, rows: int, length: int) -> list[dict[str, Tensor]]:
     """News texts one after the other, cut into rows of equal length."""
-    lines = (assets() / "bbc" / "all.jsonl").read_text(encoding="utf-8").splitlines()[::37]
+    lines = (cache_dir() / "bbc" / "all.jsonl").read_text(encoding="utf-8").splitlines()[::37]
     ids = torch.cat([torch.tensor(tokenizer(json.loads(line)["text"]).input_ids) for line in lines])
     chunks = ids[: count * rows * length].view(count, rows, length)
     return [{"input_ids": c, "labels": c} for c in chunks]
 
 
 def smollm2() -> tuple[Any, Any]:
-    folder = assets() / "smollm2-135m"
+    folder = cache_dir() / "smollm2-135m"
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
@@ -128,7 +126,7 @@ def in_memory(matrices: Sequence[tuple[Target, Tensor]], width: int) -> Members:
 
 def cora(args: argparse.Namespace) -> list[Row]:
     """Extraction of a basis from all linear layers of SmolLM2 beside its two halves alone."""
-    folder = assets() / "smollm2-135m"
+    folder = cache_dir() / "smollm2-135m"
     targets, checkpoint = targets_of(folder), Checkpoint(folder)
     matrices = [(t, checkpoint.read(t).float()) for t in targets]
     kinds: dict[str, Callable[[], Any]] = {

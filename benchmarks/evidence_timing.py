@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from bench_step import seconds
 
 from loralign import Recipe, build
 
@@ -32,9 +33,7 @@ def best(kinds: Mapping[str, Callable[[], Any]], device: str, repeats: int) -> d
     found = dict.fromkeys(kinds, float("inf"))
     for _ in range(repeats):
         for kind, run in kinds.items():
-            start = clock(device)
-            run()
-            found[kind] = min(found[kind], clock(device) - start)
+            found[kind] = min(found[kind], seconds(run, device))
     return found
 
 

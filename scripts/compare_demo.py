@@ -29,16 +29,12 @@ from pathlib import Path
 
 import yaml
 
+from assets import cache_dir
 from loralign.compare.report import repeatable
 
 SIZES = {"train": 640, "valid": 160, "test": 320}
 WORDS = 48
 """Of the start of an article: enough to tell its topic, mostly."""
-
-
-def assets() -> Path:
-    chosen = os.environ.get("LORALIGN_ASSETS")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "loralign" / "assets"
 
 
 def named(path: Path) -> str:
@@ -64,7 +60,7 @@ WHOLE, SHORT = Size(60, 1, 64, 16), Size(28, 8, 16, 4)
 
 def write_rows(folder: Path, part: int = 1) -> dict[str, str]:
     """Disjoint splits; which article goes where depends on its start alone, so that no start stands in two of them."""
-    lines = (assets() / "bbc" / "all.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (cache_dir() / "bbc" / "all.jsonl").read_text(encoding="utf-8").splitlines()
     starts = {" ".join(row["text"].split()[:WORDS]): row["label"] for row in map(json.loads, lines)}
     ordered = sorted(starts.items(), key=lambda item: blake2b(item[0].encode(), digest_size=8).digest())
     rows = iter({"text": text, "label": label} for text, label in ordered)
@@ -83,7 +79,7 @@ def study(folder: Path, size: Size = WHOLE) -> dict[str, object]:
     4 more where a grid is extended.
     """
     return {
-        "model": size.model or named(assets() / "minilm"),
+        "model": size.model or named(cache_dir() / "minilm"),
         "task": {"kind": "classify", **write_rows(folder, size.rows), "length": size.length, "head_lr": 1e-3},
         "arms": [{"method": "full", "lr": 1e-4}, {"method": "lora", "lr": 1e-3}, {"method": "lora-ga", "lr": 1e-3}],
         "rank": 8,

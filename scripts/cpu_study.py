@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from compare_demo import assets, write_rows
+from assets import cache_dir
+from compare_demo import write_rows
 
 
 def main() -> int:
@@ -28,7 +29,7 @@ def main() -> int:
     if known.exists() and not journal.exists():
         shutil.copy(known, journal)
     rows = write_rows(args.output)
-    given = {"model": str(assets() / "minilm"), "output": str(journal.parent)}
+    given = {"model": str(cache_dir() / "minilm"), "output": str(journal.parent)}
     given |= {f"task.{split}": path for split, path in rows.items()}
     command = [sys.executable, "-P", "-m", "loralign", "compare", str(args.study), "--workers", str(args.workers)]
     return subprocess.run([*command, *(part for k, v in given.items() for part in ("--set", f"{k}={v}"))]).returncode

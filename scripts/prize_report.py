@@ -8,7 +8,6 @@ variance and the choice of its rate counted (loralign.compare.inference); Holm o
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loralign.compare.inference import Sample, against_baseline, holm, moderated
-from loralign.compare.report import collect
+from loralign.compare.report import collect, plain
 from loralign.compare.spec import Spec
 from loralign.compare.statistics import gap_closed, samples
 from loralign.compare.store import Store
@@ -111,7 +110,7 @@ def write(out: Path, steps: Path | None = None, shape: str = "8b") -> None:
             body[task]["seconds"] = [asdict(line) for line in seconds]
     (out / "prize.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     data = {"contrasts": [asdict(c) for c in told], "tasks": body}
-    (out / "prize.json").write_text(json.dumps(_plain(data), indent=1) + "\n", encoding="utf-8")
+    (out / "prize.json").write_text(json.dumps(plain(data), indent=1) + "\n", encoding="utf-8")
     print("\n".join(text))
 
 
@@ -144,11 +143,3 @@ def _arm_table(arms: Mapping[str, Sample]) -> list[str]:
         )
         lines.append(f"| {name} | {s.mean:.4f} | {s.n} | {cells[0]} | {cells[1]} | {closed} |")
     return [*head, *lines]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -69,7 +69,19 @@ def begin(task: str, out: Path) -> None:
 
 def command(study: Path, workers: int, minutes: float) -> list[str]:
     limits = ["--set", f"budget.minutes={minutes:.2f}"]
-    return [sys.executable, "-W", "ignore", "-m", "loralign", "compare", str(study), "--workers", str(workers), *limits]
+    return [
+        sys.executable,
+        "-P",
+        "-W",
+        "ignore",
+        "-m",
+        "loralign",
+        "compare",
+        str(study),
+        "--workers",
+        str(workers),
+        *limits,
+    ]
 
 
 def carry_through(task: str, files: dict[str, Path], workers: int, ends: float) -> int:

@@ -36,8 +36,6 @@ import assets
 from momentum import Momentum
 
 SEEDS, SEARCH = (1, 2, 3), 0
-SPREAD = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Student's t for 95 % of so many values."""
 ARMS = {"sd-lora": ("sd-lora", False), "sequential lora": ("lora", False), "joint lora": ("lora", True)}
 CODE: dict[str, Any] = {"current": "raw", "norm": "factors", "magnitude": 0.8}
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -236,20 +234,16 @@ def best_rate(by_rate: dict[float, float]) -> float:
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of the 95 % interval."""
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return float(np.mean(values)), SPREAD.get(len(values), 1.96) * spread / len(values) ** 0.5
-
-
 def report(plan: Plan, searched: dict[str, dict[float, float]], final: dict[str, list[dict[str, Any]]]) -> None:
+    from loralign.compare.curves import interval
     from loralign.io.matrix import accuracy_picture
     from loralign.io.provenance import environment, write_json
 
     lines = ["| arm | rate | average accuracy, % | anytime accuracy, % | forgetting, % |", "|---|---|---|---|---|"]
     arms: dict[str, Any] = {}
     for arm, results in final.items():
-        said = {key: interval([100 * r[key] for r in results]) for key in ("average", "anytime", "forgetting")}
+        found = {key: interval([100 * r[key] for r in results]) for key in ("average", "anytime", "forgetting")}
+        said = {key: (own.mean, own.high - own.mean) for key, own in found.items()}
         rate = best_rate(searched[arm])
         shown = [f"{mean:.1f} ± {half:.1f}" for mean, half in said.values()]
         lines.append(f"| {arm} | {rate:.0e} | {' | '.join(shown if not ARMS[arm][1] else [shown[0], '', ''])} |")
