@@ -36,6 +36,7 @@ def findings() -> list[dict[str, Any]]:
     found = []
     for record in RECORDS:
         data = json.loads((ROOT / "records" / record / "results.json").read_text(encoding="utf-8"))
+        readme = " ".join((ROOT / "records" / record / "README.md").read_text(encoding="utf-8").split())
         study = data["study"]
         sections = {a if isinstance(a, str) else a.get("name", a["method"]): a for a in study["arms"]}
         for arm in data["result"]["arms"]:
@@ -60,6 +61,7 @@ def findings() -> list[dict[str, Any]]:
                     "seeds": arm["seeds"],
                     "kind": arm["kind"],
                     "sentence": arm["sentence"],
+                    "repeats": "AdamW" in readme and "few and repeat" in readme,
                 }
             )
     return found

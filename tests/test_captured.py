@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from loralign.compare.runner import Resident
-from loralign.train.captured import MOST, Outputs, Recorder, without_compiling
+from loralign.train.captured import MOST, Outputs, Recorder, cuda_graph
 from test_compare_run import never, on_a_cpu, timeless, trial
 from tiny_study import SMALL, load, write_study
 
@@ -117,7 +118,19 @@ def test_shapes_beyond_the_most_are_not_recorded() -> None:
     assert counted.recorded == MOST
 
 
-def test_nothing_is_compiled_while_a_step_is_recorded(caplog: pytest.LogCaptureFixture) -> None:
+class Graph:
+    """A CUDA graph as far as `cuda_graph` sees it."""
+
+    def replay(self) -> None:
+        pass
+
+
+def test_nothing_is_compiled_while_a_step_is_recorded(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: nullcontext())
+
     class Doubled(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
@@ -126,8 +139,7 @@ def test_nothing_is_compiled_while_a_step_is_recorded(caplog: pytest.LogCaptureF
     model.compile(dynamic=False, backend="eager")
 
     def guarded(work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-        with without_compiling():
-            work()
+        cuda_graph(work)
         return counted(work)
 
     def run(recorder: Recorder, later: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 from collections.abc import Callable
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from loralign import LoralignError, build
 from loralign.cli.app import main
 from loralign.compare.failures import standing
+from loralign.compare.live import watched
 from loralign.compare.report import repeatable, report
 from loralign.compare.runner import Residents
 from loralign.compare.schedule import wanted
@@ -70,12 +73,23 @@ def test_the_others_go_on_and_end_as_if_it_had_not_been_there(tmp_path: Path) ->
     assert '<span class="flag">failed</span>' in page and "<code>pissa</code> failed and is left out." in page
 
 
+def board_of(study: Spec, session: str | None = None) -> str:
+    """What a terminal shows of one run of the command."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
+    with watched(study, str, console, session=session):
+        pass
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
 def test_the_next_run_tries_it_again_once_and_takes_it_in(tmp_path: Path) -> None:
     study, begun = spec(tmp_path), list[str]()
     broken = failing({"seed/pissa/+0/1": ValueError("of another kind")}, begun)
     assert work(study, broken, session="first") and work(study, broken, session="first")
     assert begun.count("seed/pissa/+0/1") == 1
     assert work(study, broken, session="second") and begun.count("seed/pissa/+0/1") == 2
+    assert "failed, is left out" in board_of(study) and "failed, is left out" in board_of(study, "second")
+    assert "failed" not in board_of(study, "third") and "14 of 15 trials" in board_of(study, "third")
     store = Store(study)
     assert {f.session for f in store.failures()} == {"first", "second"}
     assert work(study, failing({}, begun), session="third") and begun.count("seed/pissa/+0/1") == 3

@@ -90,7 +90,7 @@ def test_an_arm_without_a_trial_may_still_change(tmp_path: Path) -> None:
 
 
 def test_a_fact_that_one_side_does_not_name_is_no_difference() -> None:
-    """The list of facts grows with the code; a rate that stands among them still counts."""
+    """The list of facts grows with the code; one that both sides name counts."""
     old = {"form": "Gated", "form.facts.own_lr": 2.0}
     assert first_difference(old, {**old, "form.facts.shares": True}) is None
     assert first_difference(old, {**old, "form.facts.own_lr": 3.0}) == ("form.facts.own_lr", 2.0, 3.0)
@@ -340,6 +340,7 @@ def replaced(pattern: str, by: str) -> Callable[[list[str]], list[str]]:
         (replaced(r'"settings": {.*?}}', '"settings": 3}'), "in its settings"),
         (replaced(r'"key": "rate', r'"key": "'), "in the key of trial 0"),
         (replaced(r'"key": "rate', r'"key": 3, "x": "rate'), "in the key of trial 0"),
+        (replaced(r'"key": "rate', r'"x": "rate'), "in the key of trial 0"),
         (replaced(r'"owner": \[', r'"owner": [[], '), "in the owner of trial 0"),
         (replaced(r'"beat": \[0\.0', r'"beat": [null'), "in the beat of trial 0"),
         (replaced(r'\\"losses\\": \[', r'\"losses\": [{}, '), "in the outcome of trial 0"),

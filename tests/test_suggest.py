@@ -94,6 +94,30 @@ def test_the_rate_is_the_records_and_the_prior_is_told_where_they_are_far_apart(
     assert "0.006 there, moved from width 576 to 1152" in said
 
 
+def test_the_newest_record_comes_first_and_its_losses_order_its_own_arms() -> None:
+    """Two studies' losses are of other rows: a lower one of an older study moves nothing."""
+    newest = [f for f in findings() if f.record.endswith("h200-spectral")]
+    losses = [f.validation for f in newest if f.validation is not None]
+    older = [replace(f, record="records/older", arm=f"older {f.arm}", validation=min(losses) / 2) for f in newest]
+    both = arms([*older, *newest])
+    assert both[: len(arms(newest)) - 1] == arms(newest)[:-1] and both[len(arms(newest)) - 1].startswith("older ")
+    assert arms([*newest, *older])[0].startswith("older ")
+
+
+def test_a_caution_quotes_only_the_record_that_says_so() -> None:
+    found = [replace(f, repeats=False) for f in findings()]
+    said = caution(found, ranked(found, answers=False, width=4096)[0], 3)
+    assert "does not cover rows that repeat" in said and "AdamW" not in said
+    assert {f.record for f in findings() if f.repeats} == {"records/2026-11-28-h200-spectral"}
+
+
+def test_a_classifiers_rate_is_not_a_language_models() -> None:
+    (only,) = ranked(findings(), answers=True, width=576)
+    lr, said = rate(only, 576, 1.34e-3, "Schulman")
+    assert lr == 1.3e-3 and said.startswith("0.0013: the prior (Schulman); records/2026-11-26-cpu-compare found 0.003")
+    assert "minilm" in said and "`classify`" in said
+
+
 def test_rows_with_answers_take_plain_lora_and_say_that_it_is_as_good() -> None:
     (only,) = ranked(findings(), answers=True, width=4096)
     assert only.method == "lora" and "as good here" in only.reason and "lora-ga" in only.reason

@@ -63,7 +63,7 @@ def run_alone(specs: Sequence[Spec]) -> None:
 
     started, session = time.monotonic(), uuid4().hex
     for spec in specs:
-        with watched(spec, say):
+        with watched(spec, say, session=session):
             work_here(spec, started, session)
 
 
@@ -173,7 +173,7 @@ def run_workers(study: Path, overrides: Sequence[str], count: int, specs: Sequen
     command += [part for text in overrides for part in ("--set", text)]
     with ExitStack() as stack:
         for spec in specs:
-            stack.enter_context(watched(spec, say))
+            stack.enter_context(watched(spec, say, session=session))
         logs, workers = [], []
         for i in range(count):
             given = {PARENT: str(os.getpid()), SESSION: session}

@@ -64,7 +64,8 @@ def damaged(path: Path, where: str, mend: str = "put back a copy of the file") -
 def wrong_in(t: FrozenTrial) -> str:
     """What of a trial's attributes is of another form than `Claim` writes, or ""."""
     attrs = t.user_attrs
-    if not _KEY.fullmatch(str(attrs.get("key", "rate/a/0/0"))):
+    bare = not attrs and t.state != TrialState.COMPLETE  # nothing is known of it
+    if not _KEY.fullmatch(str(attrs.get("key", "rate/a/0/0" if bare else ""))):
         return "key"
     if not _are(attrs.get("owner", ["", 1, 1.0]), str, int, float):
         return "owner"

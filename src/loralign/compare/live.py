@@ -97,10 +97,15 @@ def line(trial: Trial, outcome: Outcome, number: int, total: int) -> str:
 
 
 @contextmanager
-def watched(spec: Spec, say: Callable[[str], None], console: Console | None = None) -> Iterator[None]:
-    """Within: progress of the study is shown, drawn by a thread, whoever works on it."""
+def watched(
+    spec: Spec, say: Callable[[str], None], console: Console | None = None, *, session: str | None = None
+) -> Iterator[None]:
+    """Within: progress of the study is shown, drawn by a thread, whoever works on it.
+
+    session: the run of the command that is shown: an arm that failed in an earlier one is tried again, and counts.
+    """
     console = console or Console()
-    show = _Drawn(spec, console) if console.is_terminal else _Said(spec, say)
+    show = _Drawn(spec, console, session) if console.is_terminal else _Said(spec, say, session)
     ended = threading.Event()
 
     def loop() -> None:
@@ -119,13 +124,13 @@ def watched(spec: Spec, say: Callable[[str], None], console: Console | None = No
 
 
 class _Drawn:
-    def __init__(self, spec: Spec, console: Console) -> None:
-        self.spec, self.store = spec, Store(spec)
+    def __init__(self, spec: Spec, console: Console, session: str | None) -> None:
+        self.spec, self.store, self.session = spec, Store(spec), session
         self.live = Live(self._board(), console=console, auto_refresh=False)
 
     def _board(self) -> Table:
         done = self.store.outcomes()
-        spec, out = standing(self.spec, done, self.store.failures())
+        spec, out = standing(self.spec, done, self.store.failures(), self.session)
         return board(spec, done, self.store.running(), out)
 
     def now(self) -> None:
@@ -139,8 +144,8 @@ class _Drawn:
 
 
 class _Said:
-    def __init__(self, spec: Spec, say: Callable[[str], None]) -> None:
-        self.spec, self.say, self.store = spec, say, Store(spec)
+    def __init__(self, spec: Spec, say: Callable[[str], None], session: str | None) -> None:
+        self.spec, self.say, self.store, self.session = spec, say, Store(spec), session
         self.known = set(self.store.outcomes())
         self.failed = set(self.store.failures())
 
@@ -149,7 +154,7 @@ class _Said:
         for failure in (f for f in failures if f not in self.failed):
             self.failed.add(failure)
             self.say(f"failed: {failure.said}")
-        spec, _ = standing(self.spec, done, failures)
+        spec, _ = standing(self.spec, done, failures, self.session)
         plan = {t.key: t for t in wanted(spec, done)}
         _, total, _ = totals(spec, done)
         for key in done:

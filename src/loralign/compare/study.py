@@ -45,7 +45,8 @@ def work(
 
     started: time.monotonic() from which `budget.minutes` counts; omitted: now. session: which run of the command this
     is, one of its own where it is omitted.
-    Raises: what the baseline's trial raised, or the first one where every arm's failed. Other arms are left out.
+    Raises: what the baseline's trial raised, or the first one where every arm's failed; other arms are left out. An
+        AcceleratorError of any trial, after it is kept as that arm's failure: this process's device takes no more work.
     """
     store, started = Store(spec), time.monotonic() if started is None else started
     session = session or uuid4().hex

@@ -1,9 +1,11 @@
 """Which recipe to begin with: a rule over what the recorded studies found (`findings.json`, by scripts/findings.py).
 
-    rows of text      the arms that their study found better than plain LoRA, the lowest loss on validation rows first
+    rows of text      the arms that their study found better than plain LoRA: of the newest record first, and of each
+                      record the lowest loss on validation rows first (losses of two records are not compared)
     rows with answers plain LoRA: no recorded study found a method better on such rows
     then              the first whose training step fits into the memory, activations recomputed where that is needed
-    rate              the best of the record for that very recipe, lr · (its width / this model's)^power as priors move
+    rate              the best of the record for that very recipe, lr · (its width / this model's)^power as priors move;
+                      the prior's where the record trained no language model
 
 Losses on test rows order nothing: they give a record's verdict, and are reported. Source: the records that are named in
 every suggestion. A rule of ours, judged on no task of its own yet.
@@ -17,7 +19,7 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
-from loralign.methods.table import method
+from loralign.methods.table import learning_rate, method
 from loralign.types import LoralignError
 
 ROOM = 0.9
@@ -27,7 +29,8 @@ ROOM = 0.9
 @dataclass(frozen=True)
 class Finding:
     """One arm of one recorded study. width: of its model. validation: mean loss at its chosen rate on validation rows;
-    loss: mean and 95 % interval on test rows. kind: its verdict beside `lora`."""
+    loss: mean and 95 % interval on test rows. kind: its verdict beside `lora`. repeats: its record's README says that
+    AdamW was the better step where rows are few and repeat."""
 
     record: str
     model: str
@@ -45,6 +48,7 @@ class Finding:
     seeds: int
     kind: str
     sentence: str
+    repeats: bool
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,13 @@ APART = 2.0
 def rate(choice: Choice, width: int, prior: float, source: str) -> tuple[float, str]:
     """The learning rate at a model's width, and where it comes from."""
     f = choice.finding
-    lr = float(f"{f.lr * (f.width / width) ** _power(f.method):.2g}")
+    if f.task != "text":
+        return float(f"{prior:.2g}"), (
+            f"{prior:.2g}: the prior ({source}); {f.record} found {f.lr:g} for {f.model} with a fresh head "
+            f"(`{f.task}`), which says nothing of a language model"
+        )
+    moved_by = learning_rate(f.method, 1.0, width)[0] / learning_rate(f.method, 1.0, f.width)[0]
+    lr = float(f"{f.lr * moved_by:.2g}")
     moved = "" if width == f.width else f"; {f.lr:g} there, moved from width {f.width} to {width} as priors are"
     said = f"{lr:g}: the best on validation rows in {f.record}, {f.steps} steps{moved}"
     far = max(lr / prior, prior / lr)
@@ -125,11 +135,6 @@ def rate(choice: Choice, width: int, prior: float, source: str) -> tuple[float, 
             f". The prior says {prior:.2g}, {far:.1f} times {side} ({source}): try both, longer runs are not covered"
         )
     return lr, said
-
-
-def _power(name: str) -> float:
-    """Of the width, in the method's prior."""
-    return min(method(part.strip()).prior.power for part in name.split("+"))
 
 
 def caution(found: Sequence[Finding], choice: Choice, epochs: int) -> str:
@@ -143,7 +148,7 @@ def caution(found: Sequence[Finding], choice: Choice, epochs: int) -> str:
     said = f"{f.record} does not cover rows that repeat, and these are gone through {epochs} times"
     same = [g for g in found if g.record == f.record and g.kind == "better" and g.rank and g.validation is not None]
     adamw = [g for g in same if method(g.method).transform is None]
-    if f.kind != "better" or method(f.method).transform is None or not adamw:
+    if not f.repeats or f.kind != "better" or method(f.method).transform is None or not adamw:
         return f"{said}: `loralign compare` on your rows tells"
     best = min(adamw, key=lambda g: g.validation or 0.0)
     return (

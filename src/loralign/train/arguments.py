@@ -22,7 +22,7 @@ from loralign.train.replaced import OPTIMIZER, ROWS, instead_of
 from loralign.types import LoralignError, Recipe
 
 REFUSED = {
-    "fsdp": "use torchrun alone (data parallel), or `attach` in a script of your own",
+    "fsdp": "start with `accelerate launch --use_fsdp --fsdp_version 2` (docs/scale.md)",
     "deepspeed": "use torchrun alone (data parallel), or `attach` in a script of your own",
     "push_to_hub": "upload the result yourself, `hf upload` does it",
     "hub_": "upload the result yourself, `hf upload` does it",

@@ -30,6 +30,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils.output_capturing import _active_collector
 
 from loralign.carrier.siblings import apart, share_inputs
+from loralign.data.read import first_line
 from loralign.train.undisturbed import undisturbed
 from loralign.types import Batch, LoralignError, Loss
 
@@ -167,7 +168,7 @@ class Blocks:
         except FailOnRecompileLimitHit:
             self.stop(f"they were compiled {STORM} times: give batches of few shapes (`data.packing: true`)")
         except TorchDynamoException as error:
-            self.stop(first_line(error))
+            self.stop(why_not(error))
         return block._call_impl(*args, **kwargs)
 
     def _split(self) -> str:
@@ -207,7 +208,7 @@ class Blocks:
                     draws = not all(map(torch.equal, states, _generators()))  # compiled code draws other numbers
                     return "" if draws else _apart(y.detach(), plain)
         except Exception as error:  # whatever it is: the untouched block runs next, and raises what is its own
-            return first_line(error)
+            return why_not(error)
         finally:
             with torch.no_grad():
                 for b, before in buffers:
@@ -220,11 +221,10 @@ def first(y: Any) -> Tensor:
     return found
 
 
-def first_line(error: BaseException) -> str:
+def why_not(error: BaseException) -> str:
     """What a failed compilation says, without the pages after it."""
     cause = getattr(error, "inner_exception", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else 'no reason given'}"[:200]
+    return f"{type(cause).__name__}: {first_line(cause)}"[:200]
 
 
 def _as_is(t: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ def check_split(trainer: Any, recipe: Recipe | Full) -> None:
     if not trainer.is_fsdp_enabled:
         return
     if isinstance(recipe, Full):
-        raise LoralignError(f"{recipe.name} needs whole weights at its end, which FSDP splits: start with torchrun")
+        raise LoralignError(
+            f"{recipe.name} needs whole weights at its end, which FSDP splits: start with torchrun alone (data "
+            "parallel)"
+        )
     if trainer.args.load_best_model_at_end:
         raise LoralignError(
             "`train.load_best` and `train.patience` put whole weights back, which FSDP splits: leave them out, or "
@@ -46,7 +49,7 @@ def whole_model(trainer: Any, job: Job, probes: Mapping[str, Tensor]) -> Iterato
     if not trainer.is_fsdp_enabled:
         yield trainer.model
         return
-    found = _logits(trainer, trainer.model, probes)
+    found = _logits(trainer.model, probes, trainer.args.device, trainer.accelerator.autocast())
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = gathered(model)
     if not trainer.is_world_process_zero():
@@ -55,7 +58,8 @@ def whole_model(trainer: Any, job: Job, probes: Mapping[str, Tensor]) -> Iterato
     with tempfile.TemporaryDirectory() as name:
         model.save_pretrained(name, state_dict=state)
         opened = _opened(Path(name), job)
-    _check_same(_logits(None, opened, probes), found, TOLERANCE[dtype_of(job.training.precision)])
+    again = _logits(opened, probes, next(opened.parameters()).device)
+    _check_same(again, found, TOLERANCE[dtype_of(job.training.precision)])
     yield opened
 
 
@@ -74,15 +78,14 @@ def _opened(folder: Path, job: Job) -> Any:
 
 
 @torch.no_grad()
-def _logits(trainer: Any, model: Any, probes: Mapping[str, Tensor]) -> Tensor:
-    """Of a forward in evaluation mode, on the host. trainer: whose precision and device; None: the model's own."""
-    training, where = model.training, next(model.parameters()).device
+def _logits(
+    model: Any, probes: Mapping[str, Tensor], device: torch.device, within: AbstractContextManager[Any] | None = None
+) -> Tensor:
+    """Of a forward in evaluation mode on a device, on the host. within: the precision it runs in."""
+    training = model.training
     model.eval()
-    if trainer is None:
-        found: Tensor = model(**{k: v.to(where) for k, v in probes.items()}).logits
-    else:
-        with trainer.accelerator.autocast():
-            found = model(**{k: v.to(trainer.args.device) for k, v in probes.items()}).logits
+    with within or nullcontext():
+        found: Tensor = model(**{k: v.to(device) for k, v in probes.items()}).logits
     model.train(training)
     return found.float().cpu()
 
@@ -92,5 +95,6 @@ def _check_same(opened: Tensor, split: Tensor, allowed: float) -> None:
     if not gap <= allowed:
         raise WorkFailed(
             f"the adapter that was gathered computes other logits than the split model ({gap:.1e}, allowed "
-            f"{allowed:.0e}): nothing is exported, the checkpoints stay"
+            f"{allowed:.0e}): nothing is exported, the checkpoints stay; go on from them with "
+            "torchrun alone (data parallel), --resume, and report it"
         )
