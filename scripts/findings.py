@@ -18,7 +18,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "src/loralign/plan/findings.json"
-RECORDS = ("2026-11-26-cpu-compare", "2026-11-26-h100-study", "2026-11-28-h200-spectral")
+RECORDS = (
+    "2026-11-26-cpu-compare", "2026-11-26-h100-study", "2026-11-28-h200-spectral", "2026-11-29-h200-prize/answers",
+)  # fmt: skip
 """Studies on real models with a verdict for every arm; the CoRA records say that they check a pipeline."""
 WIDTHS = {"minilm": 384, "smollm2-135m": 576}
 """Hidden sizes of their models, which rates move with."""
@@ -36,7 +38,7 @@ def findings() -> list[dict[str, Any]]:
     found = []
     for record in RECORDS:
         data = json.loads((ROOT / "records" / record / "results.json").read_text(encoding="utf-8"))
-        readme = " ".join((ROOT / "records" / record / "README.md").read_text(encoding="utf-8").split())
+        readme = " ".join((ROOT / "records" / record.split("/")[0] / "README.md").read_text(encoding="utf-8").split())
         study = data["study"]
         sections = {a if isinstance(a, str) else a.get("name", a["method"]): a for a in study["arms"]}
         for arm in data["result"]["arms"]:

@@ -31,11 +31,14 @@ def test_the_findings_are_those_of_the_records() -> None:
 
 
 def test_the_findings_hold_what_chose_a_rate() -> None:
-    """By hand, from the journal's trials: seed/spectral r64 ran at index +0, whose seeds 1000 and 1001 ended so."""
-    (wide,) = [f for f in findings() if f.arm == "spectral r64"]
-    trials = json.loads((ROOT / wide.record / "results.json").read_text(encoding="utf-8"))["trials"]
-    ends = [trials[f"rate/spectral r64/+0/{seed}"]["losses"][-1] for seed in (1000, 1001)]
-    assert wide.validation == pytest.approx(sum(ends) / 2, abs=1e-4) and wide.loss and wide.loss[0] != wide.validation
+    """By hand, from the journals' trials: seed/spectral r64 ran at index +0, whose seeds 1000 and 1001 ended so."""
+    both = [f for f in findings() if f.arm == "spectral r64"]
+    assert [f.task for f in both] == ["text", "sft"]
+    for wide in both:
+        trials = json.loads((ROOT / wide.record / "results.json").read_text(encoding="utf-8"))["trials"]
+        ends = [trials[f"rate/spectral r64/+0/{seed}"]["losses"][-1] for seed in (1000, 1001)]
+        assert wide.validation == pytest.approx(sum(ends) / 2, abs=1e-4)
+        assert wide.loss and wide.loss[0] != wide.validation
 
 
 def test_rows_of_text_take_the_lowest_validation_loss_that_was_better_than_lora() -> None:
@@ -112,14 +115,29 @@ def test_a_caution_quotes_only_the_record_that_says_so() -> None:
 
 
 def test_a_classifiers_rate_is_not_a_language_models() -> None:
-    (only,) = ranked(findings(), answers=True, width=576)
+    (only,) = ranked(labelled(), answers=True, width=576)
     lr, said = rate(only, 576, 1.34e-3, "Schulman")
     assert lr == 1.3e-3 and said.startswith("0.0013: the prior (Schulman); records/2026-11-26-cpu-compare found 0.003")
     assert "minilm" in said and "`classify`" in said
 
 
-def test_rows_with_answers_take_plain_lora_and_say_that_it_is_as_good() -> None:
-    (only,) = ranked(findings(), answers=True, width=4096)
+def labelled() -> list[Finding]:
+    """What was known before a study trained on answers."""
+    return [f for f in findings() if f.task != "sft"]
+
+
+def test_rows_with_answers_take_what_a_study_of_answers_found_better() -> None:
+    choices = ranked(findings(), answers=True, width=576)
+    assert [c.finding.arm for c in choices] == ["spectral r64", "lora r64 (s 8)", "lora"]
+    assert "2 seeds: better than `lora` by 0.094" in choices[0].reason
+    assert rate(choices[0], 576, 1.8e-3, "ours")[0] == 1.8e-3
+    assert {c.finding.record for c in choices} == {"records/2026-11-29-h200-prize/answers"}
+    (narrow,) = ranked(findings(), answers=True, width=64)
+    assert narrow.method == "lora" and "rank 64 or more" in narrow.reason
+
+
+def test_without_such_a_study_they_take_plain_lora_and_say_that_it_is_as_good() -> None:
+    (only,) = ranked(labelled(), answers=True, width=4096)
     assert only.method == "lora" and "as good here" in only.reason and "lora-ga" in only.reason
     assert "labels" in only.reason and "on such rows" not in only.reason
 

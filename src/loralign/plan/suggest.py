@@ -2,7 +2,7 @@
 
     rows of text      the arms that their study found better than plain LoRA: of the newest record first, and of each
                       record the lowest loss on validation rows first (losses of two records are not compared)
-    rows with answers plain LoRA: no recorded study found a method better on such rows
+    rows with answers the same, of the studies of such rows
     then              the first whose training step fits into the memory, activations recomputed where that is needed
     rate              the best of the record for that very recipe, lr · (its width / this model's)^power as priors move;
                       the prior's where the record trained no language model
@@ -79,39 +79,43 @@ def ranked(found: Sequence[Finding], answers: bool, width: int) -> list[Choice]:
 
     answers: the rows have prompts and answers, or labels. width: of the model; a rank above half of it is left out.
     """
+    task = "sft" if answers else "text"
     order = {record: i for i, record in enumerate(dict.fromkeys(f.record for f in found))}
-    better = [f for f in found if f.task == "text" and f.kind == "better" and f.rank and f.validation is not None]
-    better = [] if answers else sorted(better, key=lambda f: (-order[f.record], f.validation))
+    better = [f for f in found if f.task == task and f.kind == "better" and f.rank and f.validation is not None]
+    better.sort(key=lambda f: (-order[f.record], f.validation))
     choices = [
-        Choice(f, f"{f.arm} on {f.model}, {f.steps} steps, test rows: {f.sentence}")
+        Choice(f, f"{f.arm} on {f.model}, {f.steps} steps, test rows, {f.seeds} seeds: {f.sentence}")
         for f in better
         if 2 * (f.rank or 0) <= width
     ]
-    return [*choices, _plain(found, answers, _why_plain(better, choices, width))]
+    return [*choices, _plain(found, task, _why_plain(better, choices, width))]
 
 
 def _why_plain(better: Sequence[Finding], choices: Sequence[Choice], width: int) -> str:
     if choices:
-        return "needs the least memory; the records have better ones for rows of text, which did not fit"
+        return "needs the least memory; the records have better ones for such rows, which did not fit"
     if better:
         least = min(f.rank or 0 for f in better)
         return f"what the records found better has rank {least} or more, above half of this model's width of {width}"
     return "plain LoRA is as good here: no recorded study found another method better on rows of text"
 
 
-def _plain(found: Sequence[Finding], answers: bool, reason: str) -> Choice:
-    """Plain LoRA at the rank that the last record of such rows has it at."""
-    kind = [f for f in found if (f.task != "text") == answers]
-    plain = next(f for f in reversed(kind) if f.method == "lora")
-    if answers:
-        none = " and ".join(f.arm for f in kind if f.kind != "better" and f.method != "lora")
-        reason = (
-            f"plain LoRA is as good here as far as the records tell: none trained on answers of text, and on labels "
-            f"({plain.model}, {plain.seeds} seeds) {none} could not be told from it"
-        )
-    return Choice(plain, reason)
+def _plain(found: Sequence[Finding], task: str, reason: str) -> Choice:
+    """Plain LoRA at the rank that the last record of such rows has it at; of labels where none has such rows."""
+    if kind := [f for f in found if f.task == task and f.method == "lora"]:
+        return Choice(kind[-1], reason)
+    others = [f for f in found if f.task != "text"]
+    plain = next(f for f in reversed(others) if f.method == "lora")
+    none = " and ".join(f.arm for f in others if f.kind != "better" and f.method != "lora")
+    return Choice(
+        plain,
+        f"plain LoRA is as good here as far as the records tell: none trained on answers of text, and on labels "
+        f"({plain.model}, {plain.seeds} seeds) {none} could not be told from it",
+    )
 
 
+LANGUAGE = ("text", "sft")
+"""Tasks of language models."""
 APART = 2.0
 """A rate and a prior further apart than this factor are both told."""
 
@@ -119,7 +123,7 @@ APART = 2.0
 def rate(choice: Choice, width: int, prior: float, source: str) -> tuple[float, str]:
     """The learning rate at a model's width, and where it comes from."""
     f = choice.finding
-    if f.task != "text":
+    if f.task not in LANGUAGE:
         return float(f"{prior:.2g}"), (
             f"{prior:.2g}: the prior ({source}); {f.record} found {f.lr:g} for {f.model} with a fresh head "
             f"(`{f.task}`), which says nothing of a language model"
