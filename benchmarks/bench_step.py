@@ -42,7 +42,7 @@ import loralign
 from loralign import METHODS, Full, Recipe, adapt, build, optimizer, peft_config
 from loralign.carrier.layer import as_on
 from loralign.carrier.sites import target_weights
-from loralign.train.compiled import blocks
+from loralign.compare.compiled import blocks
 
 SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens
     "tiny": ({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}, 2, 64),

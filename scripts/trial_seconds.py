@@ -31,11 +31,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loralign.compare.captured import Outputs, Record, cuda_graph
 from loralign.compare.curves import Interval, interval
 from loralign.compare.runner import Resident
 from loralign.compare.spec import Spec, Trial
 from loralign.config.study import load_study
-from loralign.train.captured import Outputs, Record, cuda_graph
 
 MODES = {"plain": (False, False), "recorded": (True, False), "compiled": (False, True), "both": (True, True)}
 """Whether steps are recorded, whether blocks are compiled."""

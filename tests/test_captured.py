@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from loralign.compare.captured import MOST, Outputs, Recorder, cuda_graph
 from loralign.compare.runner import Resident
-from loralign.train.captured import MOST, Outputs, Recorder, cuda_graph
 from test_compare_run import never, on_a_cpu, timeless, trial
 from tiny_study import SMALL, load, write_study
 

@@ -26,6 +26,7 @@ from transformers import BertForSequenceClassification, BertModel
 import warm
 from loralign.carrier.sites import put_in, sites, target_weights
 from loralign.compare import runner as running
+from loralign.compare.compiled import blocks, compiled
 from loralign.compare.journal import outcome_of
 from loralign.compare.report import repeatable
 from loralign.compare.runner import Resident
@@ -33,7 +34,6 @@ from loralign.compare.spec import Outcome, Trial
 from loralign.compare.store import Store
 from loralign.compare.study import work
 from loralign.compare.tasks import Rows
-from loralign.train.compiled import blocks, compiled
 from loralign.types import Full, LoralignError, Recipe, WorkFailed
 from tiny_study import SMALL, load, write_study
 from tiny_trl import tokenizer

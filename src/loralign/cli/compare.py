@@ -228,20 +228,12 @@ def say_results(specs: Sequence[Spec]) -> None:
         _say_files(spec)
     if len(specs) < 2:
         return
-    if overall := report_tasks(specs, shown):
+    if overall := report_tasks(shown):
         console.print(overall_table(overall))
     say(f"over all tasks: {specs[0].output.parent / 'report.html'}")
 
 
 def _say_files(spec: Spec) -> None:
-    made = (
-        "report.html",
-        "results.json",
-        "results.csv",
-        "results.md",
-        "rates.png",
-        "steps.png",
-        "seconds.png",
-        "ranks.png",
-    )
-    say(f"written to {spec.output}: {', '.join(n for n in made if (spec.output / n).exists())}")
+    from loralign.compare.report import FILES
+
+    say(f"written to {spec.output}: {', '.join(n for n in FILES if (spec.output / n).exists())}")

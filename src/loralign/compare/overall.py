@@ -10,29 +10,23 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from loralign.compare.failures import standing
 from loralign.compare.hierarchy import Overall, effects
 from loralign.compare.inference import moderated
 from loralign.compare.page.build import Shown, page
 from loralign.compare.page.overall import overall_section
-from loralign.compare.report import collect
-from loralign.compare.spec import BASELINE, REFERENCE, Spec
+from loralign.compare.spec import BASELINE, REFERENCE
 from loralign.compare.statistics import samples
-from loralign.compare.store import Store
 from loralign.io.provenance import write_json, write_text
 
 
-def over_tasks(specs: Sequence[Spec]) -> list[Overall]:
+def over_tasks(shown: Sequence[Shown]) -> list[Overall]:
     """Written to overall.csv and overall.json beside the tasks' folders; empty for fewer than two tasks with seeds."""
     tasks = {}
-    for spec in specs:
-        store = Store(spec)
-        spec, _ = standing(spec, done := store.outcomes(), store.failures())
-        found = collect(spec, done)
-        arms = {arm.name: [c for c in found.curves if c.arm == arm.name] for arm in spec.arms}
-        raw = samples(arms, found.rates)
+    for one in shown:
+        arms = {arm.name: [c for c in one.curves if c.arm == arm.name] for arm in one.spec.arms}
+        raw = samples(arms, one.rates)
         if BASELINE in raw and len(raw) > 1:
-            tasks[spec.task_name] = dict(zip(raw, moderated(list(raw.values())), strict=True))
+            tasks[one.spec.task_name] = dict(zip(raw, moderated(list(raw.values())), strict=True))
     if len(tasks) < 2:
         return []
     shrunken = effects([{a: s for a, s in t.items() if a != REFERENCE} for t in tasks.values()], BASELINE)
@@ -41,16 +35,16 @@ def over_tasks(specs: Sequence[Spec]) -> list[Overall]:
         Overall(a, {n: t[a].mean - t[BASELINE].mean for n, t in tasks.items() if a in t}, shrunken.get(a))
         for a in names
     ]
-    folder = specs[0].output.parent
+    folder = shown[0].spec.output.parent
     write_text(folder / "overall.csv", _csv(lines, list(tasks)))
     write_json(folder / "overall.json", {line.arm: _body(line) for line in lines})
     return lines
 
 
-def report_tasks(specs: Sequence[Spec], shown: Sequence[Shown]) -> list[Overall]:
+def report_tasks(shown: Sequence[Shown]) -> list[Overall]:
     """What `over_tasks` writes, and report.html over all of them, a section for each task."""
-    lines = over_tasks(specs)
-    write_text(specs[0].output.parent / "report.html", page(shown, overall_section(lines, shown)))
+    lines = over_tasks(shown)
+    write_text(shown[0].spec.output.parent / "report.html", page(shown, overall_section(lines, shown)))
     return lines
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from loralign.compare.curves import Curve
 from loralign.compare.figures import INK, Axis, Look, bands, best_rates, line_of, loss_limits, rate_limits
-from loralign.compare.ranks import Ranks
+from loralign.compare.ranks import Ranks, highest
 from loralign.compare.rates import Rate
 from loralign.io.heatmap import heat_map
 
@@ -66,7 +66,7 @@ def _unfinished(axes: Axes, rates: Sequence[Rate], arms: Sequence[str], look: Lo
 def plot_ranks(ranks: Mapping[str, Ranks], path: Path) -> None:
     """Of every arm the ranks at the end, mean over seeds, a panel each."""
     panels = {f"{arm}: {r}": r.by_module for arm, r in ranks.items()}
-    most = max(1.0, *(v for r in ranks.values() for v in r.by_module.values()))
+    most = highest(ranks)
     heat_map(panels, path, title="Ranks at the end, mean over seeds", scale="rank", most=most)
 
 

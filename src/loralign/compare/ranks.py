@@ -23,12 +23,18 @@ class Ranks:
 
 def ranks_of(curves: Sequence[Curve]) -> Ranks | None:
     """None where nothing is known, or where every module keeps one rank and no rule decides about it."""
-    known = [c for c in curves if c.sound and c.ranks]
+    sound = [c for c in curves if c.sound and c.ranks]
+    known = [c.ranks for c in sound if c.ranks]
     if not known:
         return None
-    begun = [c.begun_slots for c in known if c.begun_slots is not None]
-    if not begun and len({r for c in known for r in (c.ranks or {}).values()}) == 1:
+    begun = [c.begun_slots for c in sound if c.begun_slots is not None]
+    if not begun and len({r for ranks in known for r in ranks.values()}) == 1:
         return None
-    modules = dict.fromkeys(name for c in known for name in c.ranks or {})
-    mean = {m: fmean((c.ranks or {}).get(m, 0) for c in known) for m in modules}
+    modules = dict.fromkeys(name for ranks in known for name in ranks)
+    mean = {m: fmean(ranks.get(m, 0) for ranks in known) for m in modules}
     return Ranks(fmean(begun) if begun else None, sum(mean.values()), mean)
+
+
+def highest(ranks: Mapping[str, Ranks]) -> float:
+    """Of any module of any arm, at least 1: where a map's scale ends."""
+    return max(1.0, *(v for r in ranks.values() for v in r.by_module.values()))

@@ -87,6 +87,13 @@ def _curve(spec: Spec, t: Trial, lowest: int, o: Outcome) -> Curve:
     return replace(made, final=loss_at(made.charged_steps, losses, spec.steps))
 
 
+FILES = (
+    *("report.html", "results.json", "results.csv", "results.md"),
+    *("rates.png", "steps.png", "seconds.png", "ranks.png"),
+)
+"""What `report` writes; pictures where there is something to show."""
+
+
 def report(spec: Spec) -> Shown:
     """Write everything that the finished trials allow into the study's folder."""
     store = Store(spec)

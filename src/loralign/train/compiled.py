@@ -14,8 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,19 +25,14 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils.output_capturing import _active_collector
 
 from loralign.carrier.siblings import apart, share_inputs
 from loralign.data.read import first_line
-from loralign.train.undisturbed import undisturbed
-from loralign.types import Batch, LoralignError, Loss
 
 log = logging.getLogger("loralign")
 NOT = "the model's blocks are not compiled, since %s"
-LIMIT = 128
-"""Variants of a block: arms × training and evaluation × sizes of a batch. Beyond it torch would fall back to eager code
-without a word; here it raises."""
 STORM = 32
 """Variants of a block in one run: four lengths, whole batches and the last one of an epoch, the first block and the
 others, before and after a rule changed something. More of them cost more than they bring."""
@@ -50,14 +44,6 @@ def named_blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated layers that a Transformers model names; none where it names none."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [m for m in model.modules() if type(m).__name__ in names]
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a Transformers model."""
-    found = named_blocks(model)
-    if not found:
-        raise LoralignError(f"`train.compile`: {type(model).__name__} does not name its blocks; leave it out")
-    return found
 
 
 def compile(model: nn.Module, *, backend: str | None = None) -> Blocks:
@@ -247,35 +233,3 @@ def _generators() -> list[Tensor]:
 def _apart(y: Tensor, plain: Tensor) -> str:
     off = float((y.float() - plain.float()).norm() / plain.float().norm().clamp_min(1e-30))
     return "" if off <= ROUNDING.get(y.dtype, 0.03) else f"a compiled block's output differs by {off:.1e} of its norm"
-
-
-# ------------------------------------------------------------------------------------------------------------- studies
-
-
-@contextmanager
-def compiled(base: nn.Module, backend: str = "inductor") -> Iterator[None]:
-    """Within: the blocks of the base, with whatever adapter they carry, run compiled code."""
-    config: Any = torch._dynamo.config
-    with config.patch(recompile_limit=LIMIT, accumulated_recompile_limit=8 * LIMIT, fail_on_recompile_limit_hit=True):
-        found = blocks(base)
-        for block in found:
-            block.compile(dynamic=False, backend=backend)
-        try:
-            yield
-        finally:
-            for block in found:
-                block._compiled_call_impl = None
-
-
-def warm(trainer: Trainer, model: nn.Module, loss: Loss, learnt: Batch, held_out: Sequence[Batch]) -> None:
-    """Run batches of every shape once, forward and backward; weights, gradients and generators stay as they were."""
-    was_training = model.training
-    with undisturbed(trainer, model):
-        model.train()
-        loss(model, learnt).backward()
-        model.zero_grad(set_to_none=True)
-        model.eval()
-        for batch in held_out:
-            with trainer.accelerator.autocast():  # the Trainer wraps the model in it when it trains, not before
-                trainer.prediction_step(model, dict(batch), prediction_loss_only=True)
-    model.train(was_training)

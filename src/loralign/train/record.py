@@ -53,3 +53,19 @@ def _data(job: Job, rows: tuple[int, int], fingerprint: str) -> dict[str, Any]:
         "loss on": "answers only" if job.data.assistant_only else "every token",
         "fingerprint": fingerprint,
     }
+
+
+def metrics_of(trainer: Any, before: float | None) -> dict[str, float]:
+    """Of a run that ended; the held-out loss is measured where its log has none of the last step. before: that loss
+    before the first step."""
+    state, history = trainer.state, trainer.state.log_history
+    found = {key: float(e[key]) for e in history for key in ("train_loss",) if key in e}
+    if trainer.eval_dataset is not None:
+        ends = [e["eval_loss"] for e in history if "eval_loss" in e and e["step"] == state.global_step]
+        fresh = ends if not trainer.args.load_best_model_at_end else []
+        found["eval_loss"] = float(fresh[-1] if fresh else trainer.evaluate()["eval_loss"])
+        if before is not None:
+            found["eval_loss_before"] = before
+    if state.best_metric is not None and trainer.args.load_best_model_at_end:
+        found["best_eval_loss"] = float(state.best_metric)
+    return {**found, "steps": float(state.global_step)}

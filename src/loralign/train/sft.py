@@ -61,7 +61,7 @@ from loralign.train.journal import Journal
 from loralign.train.model import dtype_of, load
 from loralign.train.quick import RowTrainer, quicken
 from loralign.train.rank_log import RankLog
-from loralign.train.record import card_of, describe
+from loralign.train.record import card_of, describe, metrics_of
 from loralign.train.reference import optimize, save
 from loralign.train.split import check_split, whole_model
 from loralign.train.tokens import name_ends, tokens
@@ -140,7 +140,7 @@ def _run(job: Job, *, resume: bool, progress: Progress | None) -> Result:
     trained = time.perf_counter()
     if isinstance(job.recipe, Full):
         rounded(trainer.model, job.recipe, ready.dtypes)
-    metrics = _metrics(ready)
+    metrics = metrics_of(trainer, ready.journal.loss_before)
     probes = _probes(ready)
     with whole_model(trainer, job, probes) as model:
         if model is not None:
@@ -294,18 +294,3 @@ def _one_batch(trainer: SFTTrainer) -> dict[str, Any]:
 
 def _probes(ready: Ready) -> dict[str, torch.Tensor]:
     return {k: v.cpu() for k, v in _one_batch(ready.trainer).items() if k in ("input_ids", "attention_mask")}
-
-
-def _metrics(ready: Ready) -> dict[str, float]:
-    trainer, state = ready.trainer, ready.trainer.state
-    history = state.log_history
-    found = {key: float(e[key]) for e in history for key in ("train_loss",) if key in e}
-    if trainer.eval_dataset is not None:
-        measured = [e["eval_loss"] for e in history if "eval_loss" in e and e["step"] == state.global_step]
-        fresh = measured if not trainer.args.load_best_model_at_end else []
-        found["eval_loss"] = float(fresh[-1] if fresh else trainer.evaluate()["eval_loss"])
-        if ready.journal.loss_before is not None:
-            found["eval_loss_before"] = ready.journal.loss_before
-    if state.best_metric is not None and trainer.args.load_best_model_at_end:
-        found["best_eval_loss"] = float(state.best_metric)
-    return {**found, "steps": float(state.global_step)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from loralign.compare.page.charts import Arms, cut
 from loralign.compare.page.svg import Number, figure, tag, text
-from loralign.compare.ranks import Ranks
+from loralign.compare.ranks import Ranks, highest
 from loralign.io.heatmap import Places, places
 
 LEFT, TOP, WIDE, HIGH = 20.0, 36.0, 19.0, 13.0
@@ -20,7 +20,7 @@ DARK = 0.6
 def rank_charts(ranks: Mapping[str, Ranks], arms: Arms) -> list[str]:
     """One small map per arm."""
     where = places(list(dict.fromkeys(m for r in ranks.values() for m in r.by_module)))
-    most = max(1.0, *(v for r in ranks.values() for v in r.by_module.values()))
+    most = highest(ranks)
     return [_map(arm, r, where, most, arms) for arm, r in ranks.items()]
 
 

@@ -1,0 +1,56 @@
+"""A study's blocks, compiled for all its trials: an arm's adapters come and go, the code stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from loralign.train.compiled import named_blocks
+from loralign.train.undisturbed import undisturbed
+from loralign.types import Batch, LoralignError, Loss
+
+LIMIT = 128
+"""Variants of a block: arms × training and evaluation × sizes of a batch. Beyond it torch would fall back to eager code
+without a word; here it raises."""
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a Transformers model."""
+    found = named_blocks(model)
+    if not found:
+        raise LoralignError(f"`train.compile`: {type(model).__name__} does not name its blocks; leave it out")
+    return found
+
+
+@contextmanager
+def compiled(base: nn.Module, backend: str = "inductor") -> Iterator[None]:
+    """Within: the blocks of the base, with whatever adapter they carry, run compiled code."""
+    config: Any = torch._dynamo.config
+    with config.patch(recompile_limit=LIMIT, accumulated_recompile_limit=8 * LIMIT, fail_on_recompile_limit_hit=True):
+        found = blocks(base)
+        for block in found:
+            block.compile(dynamic=False, backend=backend)
+        try:
+            yield
+        finally:
+            for block in found:
+                block._compiled_call_impl = None
+
+
+def warm(trainer: Trainer, model: nn.Module, loss: Loss, learnt: Batch, held_out: Sequence[Batch]) -> None:
+    """Run batches of every shape once, forward and backward; weights, gradients and generators stay as they were."""
+    was_training = model.training
+    with undisturbed(trainer, model):
+        model.train()
+        loss(model, learnt).backward()
+        model.zero_grad(set_to_none=True)
+        model.eval()
+        for batch in held_out:
+            with trainer.accelerator.autocast():  # the Trainer wraps the model in it when it trains, not before
+                trainer.prediction_step(model, dict(batch), prediction_loss_only=True)
+    model.train(was_training)
