@@ -55,8 +55,8 @@ def validation_loss(
 
     masks: site -> bool (r,), True where a slot stays; sites that are not named stay as they are. In evaluation mode,
     without gradients; the factors, the mode and all randomness are as before afterwards, what a trainer counts is where
-    `within` puts it back. Processes that hold
-    the whole model share the masks, each takes as many forwards as the others (a loss may gather over processes).
+    `within` puts it back. Processes that hold the whole model share the masks, each takes as many forwards as the
+    others (a loss may gather over processes).
     """
 
     @torch.no_grad()

@@ -46,12 +46,14 @@ class Shown:
 def page(studies: Sequence[Shown], overall: str = "") -> str:
     """The whole file. overall: what there is to say over several tasks."""
     first = studies[0]
-    several, names = len(studies) > 1, names_of(studies)
-    title = f"{len(names)} arms on {PurePath(first.spec.model).name}" + (f", {len(studies)} tasks" if several else "")
+    several, arms = len(studies) > 1, arms_of(studies)
+    title = f"{len(arms.names)} arms on {PurePath(first.spec.model).name}" + (
+        f", {len(studies)} tasks" if several else ""
+    )
     body = [tag("p", "loralign compare", class_="above"), tag("h1", escape(title))]
     button = tag("button", "Dark", type="button", id="theme", hidden="")
     parts = [tag("header", tag("div", *body), button), overall]
-    parts += [_study(s, i, Arms(names, styles(names)), several=several) for i, s in enumerate(studies)]
+    parts += [_study(s, i, arms, several=several) for i, s in enumerate(studies)]
     parts += [_reproduce(studies)] if several else []
     parts.append(tag("footer", f"Written by loralign {_version(first)}. Nothing on this page comes from the network."))
     data = [_embedded(f"data-{i}", s.data) for i, s in enumerate(studies)]
@@ -98,20 +100,21 @@ DARK = {
 
 def _colours(studies: Sequence[Shown]) -> str:
     """Custom properties of both themes; an arm has one colour in every task."""
-    arms = styles(names_of(studies))
-    light = {**LIGHT, **{f"a{i}": s.colour for i, s in enumerate(arms[n] for n in names_of(studies))}}
-    dark = {**DARK, **{f"a{i}": s.dark for i, s in enumerate(arms[n] for n in names_of(studies))}}
+    arms = arms_of(studies)
+    light = {**LIGHT, **{f"a{i}": s.colour for i, s in enumerate(arms.look[n] for n in arms.names)}}
+    dark = {**DARK, **{f"a{i}": s.dark for i, s in enumerate(arms.look[n] for n in arms.names)}}
     written = [";".join(f"--{k}:{v}" for k, v in theme.items()) for theme in (light, dark)]
-    own = "".join(f'[data-arm="{i}"]{{--c:var(--a{i})}}' for i in range(len(arms)))
+    own = "".join(f'[data-arm="{i}"]{{--c:var(--a{i})}}' for i in range(len(arms.names)))
     return (
         f":root{{{written[0]}}}@media (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{written[1]}}}}}"
         f":root[data-theme=dark]{{{written[1]};color-scheme:dark}}:root[data-theme=light]{{color-scheme:light}}{own}\n"
     )
 
 
-def names_of(studies: Sequence[Shown]) -> tuple[str, ...]:
-    """Of the arms of all tasks: the place of a name is the arm's number on the page."""
-    return tuple(dict.fromkeys(arm.name for s in studies for arm in s.spec.arms))
+def arms_of(studies: Sequence[Shown]) -> Arms:
+    """Of all tasks: the place of a name is the arm's number on the page."""
+    names = tuple(dict.fromkeys(arm.name for s in studies for arm in s.spec.arms))
+    return Arms(names, styles(names))
 
 
 # ------------------------------------------------------------------------------------------------------------ one task

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loralign.compare.figures import styles
 from loralign.compare.hierarchy import Overall
-from loralign.compare.page.build import Shown, both, chips, marked, names_of, section
+from loralign.compare.page.build import Shown, arms_of, both, chips, marked, section
 from loralign.compare.page.charts import NARROW, WIDE, Arms
 from loralign.compare.page.effects import overall_chart
 from loralign.compare.page.svg import signed, tag
@@ -17,8 +16,7 @@ from loralign.compare.summary import over_tasks_in_plain_words
 
 def overall_section(lines: Sequence[Overall], studies: Sequence[Shown]) -> str:
     """The first part of the page, before the tasks'."""
-    names = names_of(studies)
-    arms = Arms(names, styles(names))
+    arms = arms_of(studies)
     verdict = tag("p", marked(over_tasks_in_plain_words(lines, len(studies))), class_="verdict")
     tasks = [tag("a", s.spec.task_name, href=f"#task-{i}") for i, s in enumerate(studies)]
     parts = [verdict, tag("p", "Tasks: " + ", ".join(tasks), class_="tasks")]
