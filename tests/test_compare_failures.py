@@ -17,7 +17,7 @@ from rich.console import Console
 
 from loralign import LoralignError, build
 from loralign.cli.app import main
-from loralign.compare.failures import standing
+from loralign.compare.failures import CONTEXT, standing
 from loralign.compare.live import watched
 from loralign.compare.report import repeatable, report
 from loralign.compare.runner import Residents
@@ -41,6 +41,10 @@ def spec(folder: Path, *arms: str, **changes: Any) -> Spec:
 def outcome(trial: Trial) -> Outcome:
     final = 1.0 + 0.1 * trial.index**2 + 0.001 * (trial.seed % 7) + 0.01 * len(trial.arm)
     return Outcome((2, 4), (0.1, 0.2), (final + 1, final), step_tokens=128.0, total_s=0.2)
+
+
+class Stopped(BaseException):
+    """What is no arm's."""
 
 
 def failing(errors: dict[str, Exception], begun: list[str] | None = None) -> Run:
@@ -147,22 +151,31 @@ def test_a_device_that_broke_ends_the_worker_whatever_said_so(tmp_path: Path, mo
     assert work(spec(tmp_path), failing({"rate/pissa": RuntimeError("its own")}))
 
 
-def test_memory_that_others_hold_is_not_the_arms_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This worker ends, the trial is free again; alone on the device it is the arm's."""
-    held = 40
+def test_memory_that_the_others_hold_is_not_the_arms_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This worker ends, the trial is free again. Without others at work it is the arm's, whoever is on the card."""
+    others = 40
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 50)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (50 - held, 100))
-    study, begun = spec(tmp_path), list[str]()
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 50 * CONTEXT)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((49 - others) * CONTEXT, 100 * CONTEXT))
+    study, begun = spec(tmp_path / "crowded"), list[str]()
     short = failing({"rate/pissa": torch.OutOfMemoryError("tried to allocate")}, begun)
     other = Store(study).claim(Trial("rate", "olora", 0, 1e-3, 1000))
     assert other is not None and not work(study, short)
     assert begun.count("rate/pissa/+0/1000") == 1 and not Store(study).failures()
     other.drop()
-    assert not work(study, short) and begun.count("rate/pissa/+0/1000") == 3  # nobody else's trial: once more
-    held = 0
-    assert work(study, short) and [f.key for f in Store(study).failures()] == ["rate/pissa/+0/1000"]
+    assert work(study, short) and begun.count("rate/pissa/+0/1000") == 2
+    assert [f.key for f in Store(study).failures()] == ["rate/pissa/+0/1000"]
+    assert {t.arm for t in wanted(standing(study, Store(study).outcomes(), Store(study).failures())[0], {})} == {
+        "lora", "olora"
+    }  # fmt: skip
+    others, study = 0, spec(tmp_path / "own")
+    other = Store(study).claim(Trial("rate", "olora", 1, 2e-3, 1000))
+    assert other is not None
+    with pytest.raises(Stopped):  # its own memory did not suffice: the arm is out, the worker goes on
+        work(study, failing({"rate/pissa": torch.OutOfMemoryError("tried"), "rate/olora": Stopped()}))  # type: ignore[dict-item]
+    assert [f.key for f in Store(study).failures()] == ["rate/pissa/+0/1000"]
+    other.drop()
 
 
 def test_a_sentence_for_each_kind_of_failure(tmp_path: Path) -> None:

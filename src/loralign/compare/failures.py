@@ -62,12 +62,16 @@ def device_is_gone(error: BaseException) -> bool:
     return False
 
 
+CONTEXT = 2**30
+"""Bytes at most that a process holds on a device beside what torch's allocator knows of."""
+
+
 def crowded(error: BaseException) -> bool:
     """Whether the device had no memory left because other processes hold a tenth of it or more."""
     if not isinstance(error, torch.OutOfMemoryError) or not torch.cuda.is_initialized():
         return False
     free, total = torch.cuda.mem_get_info()
-    return total - free - torch.cuda.memory_reserved() > total / 10
+    return total - free - torch.cuda.memory_reserved() - CONTEXT > total / 10
 
 
 def failure_of(trial: Trial, error: BaseException, session: str) -> Failure:

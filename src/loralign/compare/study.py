@@ -45,12 +45,12 @@ def work(
 
     started: time.monotonic() from which `budget.minutes` counts; omitted: now. session: which run of the command this
     is, one of its own where it is omitted.
-    Raises: what the baseline's trial raised, or the first one where every arm's failed; other arms are left out. An
-        AcceleratorError of any trial, after it is kept as that arm's failure: this process's device takes no more work.
+    Raises: what the baseline's trial raised, or the first one where every arm's failed; other arms are left out. Any
+        error after which this process's device takes no more work, after it is kept as that arm's failure.
     """
     store, started = Store(spec), time.monotonic() if started is None else started
     session = session or uuid4().hex
-    compiled, alone = set[str](), False
+    compiled: set[str] = set()
     """Arms whose blocks this worker has compiled: it takes their trials first."""
     while True:
         done = store.outcomes()
@@ -73,11 +73,10 @@ def work(
             except OverBudget:
                 continue
             except Crowded:
-                if store.running() or alone:
+                if store.running():
                     log.warning("the device's memory holds no further trial beside those of others: a worker ends")
                     return False
-                alone = True  # the others left at the same moment: once more
-                continue
+                continue  # they have left at the same moment: once more, alone
             if outcome and on_done:
                 on_done(trial, outcome, len(store.outcomes()), len(plan))
             continue
@@ -87,7 +86,10 @@ def work(
 def _one(
     store: Store, spec: Spec, trial: Trial, claim: Claim, runner: Runner, started: float, session: str
 ) -> Outcome | None:
-    """The outcome, None where another worker took the trial over, or where it failed, which is kept."""
+    """The outcome, None where another worker took the trial over, or where it failed, which is kept.
+
+    Crowded: it did not fit beside the study's other trials, and nothing is kept.
+    """
 
     steps: list[int] = []
     losses: list[float] = []
@@ -111,7 +113,7 @@ def _one(
         if reporting or not is_the_arms(error):
             claim.drop()
             raise
-        if crowded(error):
+        if crowded(error) and store.running().keys() - {trial.key}:
             claim.drop()
             raise Crowded from error
         claim.fail(failure := failure_of(trial, error, session))

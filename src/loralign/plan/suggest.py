@@ -88,16 +88,17 @@ def ranked(found: Sequence[Finding], answers: bool, width: int) -> list[Choice]:
         for f in better
         if 2 * (f.rank or 0) <= width
     ]
-    return [*choices, _plain(found, task, _why_plain(better, choices, width))]
+    return [*choices, _plain(found, task, _why_plain(better, choices, width, task))]
 
 
-def _why_plain(better: Sequence[Finding], choices: Sequence[Choice], width: int) -> str:
+def _why_plain(better: Sequence[Finding], choices: Sequence[Choice], width: int, task: str) -> str:
     if choices:
         return "needs the least memory; the records have better ones for such rows, which did not fit"
     if better:
         least = min(f.rank or 0 for f in better)
         return f"what the records found better has rank {least} or more, above half of this model's width of {width}"
-    return "plain LoRA is as good here: no recorded study found another method better on rows of text"
+    rows = "rows with answers" if task == "sft" else "rows of text"
+    return f"plain LoRA is as good here: no recorded study of {rows} found another method better"
 
 
 def _plain(found: Sequence[Finding], task: str, reason: str) -> Choice:
