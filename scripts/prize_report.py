@@ -1,8 +1,9 @@
 """What the study of three tasks says: the declared contrasts, the bars beside full fine-tuning, equal GPU seconds.
 
 Contrasts were declared before any trial on answers and BBC (German's results were known): `spectral` r 64 against tuned
-AdamW full fine-tuning, and against AdamW on the same factors at the same scale. A contrast is a difference of mean final losses on test rows, each arm with its own
-variance and the choice of its rate counted (loralign.compare.inference); Holm over all contrasts of all tasks.
+AdamW full fine-tuning, and against AdamW on the same factors at the same scale. A contrast is a difference of mean
+final losses on test rows, each arm with its own variance and the choice of its rate counted
+(loralign.compare.inference); Holm over all contrasts of all tasks.
 """
 
 from __future__ import annotations
