@@ -152,6 +152,67 @@ def test_layers_of_one_input_share_a_product() -> None:
     assert products(Loop("plain", dropout=0.1)) == [21, 21]
 
 
+def inputs_of(backend: str, only_trial: bool = False) -> dict[str, list[float]]:
+    """Sums of inputs of one token, whose q and k have a gradient of zero; three layers of one rank."""
+    recipe = build("prilora", {"first_share": 1.0, "last_share": 1.0}, r=2)
+    assert isinstance(recipe, Recipe)
+    model = adapt(toy.llama(num_hidden_layers=3, use_cache=False), recipe).train()
+    blocks = loralign.compile(model, backend=backend) if backend else None
+    driver = drive(model, recipe, optimizer(model, recipe, 1e-2), 100)
+    logits = model(input_ids=torch.tensor([[3], [5]])).logits
+    if not only_trial:
+        logits.square().sum().backward()
+    assert blocks is None or blocks.why == ""
+    assert driver.inputs is not None
+    return {s: row.tolist() for some in driver.inputs.taken() for s, row in zip(some.sites, some.squares, strict=True)}
+
+
+def test_compiled_sums_of_inputs_are_the_sums() -> None:
+    plain = inputs_of("")
+    assert all(min(row) > 0 for row in plain.values()) and "self_attn.q_proj" in " ".join(plain)
+    found = inputs_of(TRACED)
+    assert found.keys() == plain.keys()
+    assert all(found[name] == pytest.approx(row, rel=1e-5) for name, row in plain.items())
+    assert counters["stats"]["unique_graphs"] == 2  # the first block, whose input trains nothing, and all others
+    assert all(set(row) == {0.0} for row in inputs_of(SEEN, only_trial=True).values())
+
+
+def t5_losses(backend: Any, steps: int = 2) -> tuple[list[float], Any]:
+    recipe = recipe_of("plain")
+    model: Any = adapt(toy.t5(), recipe).train()
+    blocks: Any = compiled.Blocks(model, backend) if backend else None
+    if blocks:
+        blocks.start()
+    opt, found = optimizer(model, recipe, 1e-2), []
+    for k in range(steps):
+        loss = model(**toy.batch_for(model, seed=k), use_cache=False).loss
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        found.append(loss.item())
+    return found, blocks
+
+
+def test_encoders_and_decoders_have_trials_of_their_own() -> None:
+    def without_cross_attention(graph: Any, inputs: Any) -> Any:
+        several = sum("scaled_dot_product" in str(node.target) for node in graph.graph.nodes) > 1
+
+        def run(*args: Any) -> Any:
+            if several:
+                raise ValueError("no cross-attention")
+            return graph(*args)
+
+        return run
+
+    plain, _ = t5_losses("")
+    found, blocks = t5_losses(TRACED)
+    assert found == pytest.approx(plain, rel=1e-5) and blocks.why == ""
+    # of each stack the first block, which makes the position bias, and the second
+    assert len(blocks.tried) == 4 == counters["stats"]["unique_graphs"]
+    found, blocks = t5_losses(without_cross_attention, 1)
+    assert found == pytest.approx(plain[:1], rel=1e-5) and blocks.why == "ValueError: no cross-attention"
+
+
 def test_a_block_that_draws_is_compiled() -> None:
     loop = Loop("plain", attention_dropout=0.1)
     blocks = loralign.compile(loop.model, backend=SEEN)

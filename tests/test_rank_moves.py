@@ -335,25 +335,48 @@ def test_the_sums_lie_where_the_layers_are_when_the_run_begins() -> None:
     assert isinstance(recipe, Recipe)
     model: Any = adapt(llama(), recipe).train()
     driver = Driver(recipe, model, optimizer(model, recipe, 1e-2))
-    assert driver.inputs is not None and {x.dtype for x in driver.inputs.sums.values()} == {torch.float32}
+    assert driver.inputs is not None and {x.squares.dtype for x in driver.inputs.readings} == {torch.float32}
     model.double()
     driver.begin(4)
-    assert {x.dtype for x in driver.inputs.sums.values()} == {torch.float64}
+    assert {x.squares.dtype for x in driver.inputs.readings} == {torch.float64}
     model(**batch_for(model)).loss.backward()
     assert all(seen.squares.dtype == torch.float64 for seen in driver.inputs.taken())
     driver.close()
 
 
-def test_averages_of_another_version_are_refused() -> None:
+def step_with(state: RuleState, *groups: InputSquares) -> None:
     (rule,) = made("prilora", interval=2).rules
-    state: RuleState = {"norm|one": torch.ones(6)}
-    seen = [InputSquares(("one",), torch.ones(1, 6))]
-    moment = Moment(1, 4, (), {}, {}, (), {}, None, None, seen)  # type: ignore[arg-type]
+    rule.step(state, Moment(1, 4, (), {}, {}, (), {}, None, None, groups))  # type: ignore[arg-type]
+
+
+GROUP = InputSquares(("one", "two"), torch.ones(2, 6))
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        (InputSquares(("one",), torch.ones(1, 6)), InputSquares(("two",), torch.ones(1, 6))),
+        (InputSquares(("one",), torch.ones(1, 6)),),
+        (InputSquares(("one", "two"), torch.ones(2, 5)),),
+        (GROUP, InputSquares(("three",), torch.ones(1, 5))),
+        (InputSquares(("two", "one"), torch.ones(2, 6)),),
+    ],
+    ids=["split", "fewer", "width", "more", "order"],
+)
+def test_averages_of_other_groups_are_refused(groups: tuple[InputSquares, ...]) -> None:
+    step_with(state := RuleState(), GROUP)
     with pytest.raises(LoralignError, match="average of the inputs was made for other stacks"):
-        rule.step(state, moment)
-    rule.step(known := RuleState(), moment)
-    rule.step(known, moment)
-    assert list(known) == ["norm|0|6"]
+        step_with(state, *groups)
+
+
+def test_averages_of_other_versions_are_known_or_refused() -> None:
+    step_with(state := RuleState(), GROUP)
+    step_with(state, GROUP)
+    assert set(state) == {"norm|0|6", "sites|0|6"} and torch.equal(state["norm|0|6"], torch.full((2, 6), 0.19))
+    step_with(older := RuleState({"norm|0|6": torch.ones(2, 6)}), GROUP)  # without the order of the sites
+    assert torch.equal(older["norm|0|6"], torch.ones(2, 6)) and torch.equal(older["sites|0|6"], state["sites|0|6"])
+    with pytest.raises(LoralignError, match="average of the inputs was made for other stacks"):
+        step_with(RuleState({"norm|one": torch.ones(6)}), GROUP)
 
 
 def test_verbs_of_one_tensor_unite() -> None:

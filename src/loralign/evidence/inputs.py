@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,83 +23,88 @@ from loralign.types import InputSquares, Site
 MASKS = ("attention_mask", "decoder_attention_mask")
 
 
-class InputTap:
-    """Hooks on the model and its sites' layers; `taken` hands out what was seen since the last call.
+class Reading:
+    """The hook of one site's layer, and its sum (d_in,), which is changed in place: a recorded step adds to it too."""
 
-    Sums are changed in place, so that a recorded step adds to them too.
-    """
+    def __init__(self, tap: InputTap, mask: str) -> None:
+        self.tap, self.mask = tap, mask
+        self.squares: Tensor
+
+    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        if not (layer.training and torch.is_grad_enabled() and y.requires_grad):
+            return None
+        x = first_input(args, kwargs)
+        if torch.compiler.is_compiling():  # which traces no hook on y, and needs none: it recomputes what is cheap
+            return tap(y, x, y.new_zeros(()), lambda delta, x: self.add(norms(x, self.tap.masks.get(self.mask))))
+        last, readings = self.tap.shared
+        if last() is x:
+            readings.append(self)
+            return None
+        readings, found = [self], norms(x, self.tap.masks.get(self.mask))
+        self.tap.shared = weakref.ref(x), readings
+        y.register_hook(partial(_counted, readings, found))
+        return None
+
+    def add(self, norms: Tensor) -> None:
+        self.squares.addcmul_(norms, norms)
+
+
+def _counted(readings: Sequence[Reading], norms: Tensor, delta: Tensor) -> None:
+    for reading in readings:
+        reading.add(norms)
+
+
+class InputTap:
+    """Hooks on the model and its sites' layers; `taken` hands out what was seen since the last call."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
         self.sites = list(sites)
-        self.place()
         both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.readings = [Reading(self, MASKS[both and "decoder" in site.name.split(".")]) for site in self.sites]
+        self.place()
         self.masks: dict[str, Tensor] = {}
-        self.shared: tuple[Callable[[], Any], list[str]] = (lambda: None), []
-        """The input that was read last, and the sites that it belongs to."""
+        self.shared: tuple[Callable[[], Any], list[Reading]] = (lambda: None), []
+        """The input that was read last, and who read it."""
         self.hooks = [m.register_forward_pre_hook(self._batch, with_kwargs=True) for m in _given_masks(model)]
-        for site in sites:
-            mask = MASKS[both and "decoder" in site.name.split(".")]
-            self.hooks.append(site.layer.register_forward_hook(self._hook(site.name, mask), with_kwargs=True))
+        for site, reading in zip(self.sites, self.readings, strict=True):
+            self.hooks.append(site.layer.register_forward_hook(reading, with_kwargs=True))
 
     def place(self) -> None:
         """Sums of zero, where the layers are now: a Trainer moves and shards a model that has its hooks already."""
-        alike: dict[tuple[int, torch.device, torch.dtype], list[str]] = {}
-        for site in self.sites:
+        alike: dict[tuple[int, torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
+        for site, reading in zip(self.sites, self.readings, strict=True):
             p = next(site.layer.parameters())
             wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-            alike.setdefault((site.d_in, p.device, wide), []).append(site.name)
-        self.sums: dict[str, Tensor] = {}
-        self.joint: list[tuple[tuple[str, ...], Tensor]] = []
-        for (d_in, device, wide), names in alike.items():
-            joint = torch.zeros(len(names), d_in, dtype=wide, device=device)
-            self.joint.append((tuple(names), joint))
-            self.sums.update(zip(names, joint.unbind(), strict=True))
+            reading.squares = torch.zeros(site.d_in, dtype=wide, device=p.device)
+            alike.setdefault((site.d_in, p.device, wide), []).append((site.name, reading.squares))
+        self.joint = list(alike.values())
 
     def _batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         found = {name: kwargs[name] for name in MASKS if name in kwargs}
         if found or isinstance(model, PeftModel):
             self.masks = {name: m for name, m in found.items() if isinstance(m, Tensor) and m.dim() == 2}
 
-    def _hook(self, name: str, mask: str) -> Any:
-        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-            if not (layer.training and torch.is_grad_enabled() and y.requires_grad):
-                return None
-            x = first_input(args, kwargs)
-            if torch.compiler.is_compiling():  # which traces no hook on y, and needs none: it recomputes what is cheap
-                return tap(y, x, y.new_zeros(()), lambda delta, x: self._add([name], self._traced(delta, x, mask)))
-            last, names = self.shared
-            if last() is x:
-                names.append(name)
-                return None
-            names, found = [name], norms(x, self.masks.get(mask))
-            self.shared = weakref.ref(x), names
-            y.register_hook(lambda delta: self._add(names, found))
-            return None
-
-        return hook
-
-    def _traced(self, delta: Tensor, x: Tensor, mask: str) -> Tensor:
-        """In compiled code a gradient of zero counts nothing: a block's trial has it."""
-        return norms(x, self.masks.get(mask)) * delta.any()
-
-    def _add(self, names: Sequence[str], norms: Tensor) -> None:
-        for name in names:
-            self.sums[name].addcmul_(norms, norms)
-
     def taken(self) -> list[InputSquares]:
         """Of the sites of each width, summed over all processes; the sums start again."""
         found = []
-        for names, joint in self.joint:
-            seen = joint.clone()
+        for joint in self.joint:
+            names, sums = zip(*joint, strict=True)
+            seen = torch.stack(sums)
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 dist.all_reduce(seen)
             found.append(InputSquares(names, seen))
-            joint.zero_()
+            torch._foreach_zero_(list(sums))
         return found
 
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+def sums_in(block: nn.Module) -> list[Tensor]:
+    """The sums of a block's sites, which whoever runs it beside the steps puts back."""
+    hooks = [hook for module in block.modules() for hook in module._forward_hooks.values()]
+    return [hook.squares for hook in hooks if isinstance(hook, Reading)]
 
 
 def _given_masks(model: nn.Module) -> list[nn.Module]:

@@ -17,8 +17,7 @@ def keyed_generator(*key: int | str) -> torch.Generator:
     torch's CPU engine keeps 32 bits of a seed: of a million keys about a hundred pairs draw the same numbers.
     """
     parts = tuple(part if isinstance(part, str) else int(index(part)) for part in key)
-    digest = blake2b(ascii(parts).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator().manual_seed(int.from_bytes(_digest(parts), "little"))
 
 
 def keyed_normal(shape: tuple[int, ...], *key: int | str) -> Tensor:
@@ -37,14 +36,21 @@ def keyed_scores(names: Sequence[str], width: int, source: torch.Generator) -> T
     All at once, for draws that every step makes for every module: word k of a name is the finaliser of splitmix64
     (Steele, Lea & Flood 2014) over hash(name) + 63 bits of the source + (k + 1)·golden ratio.
     """
-    own = [
-        int.from_bytes(blake2b(ascii(name).encode(), digest_size=8).digest(), "little", signed=True) for name in names
-    ]
+    own = [int.from_bytes(_digest(name), "little", signed=True) for name in names]
     salt = torch.randint(2**63 - 1, (), generator=source)
     x = torch.tensor(own)[:, None] + salt + torch.arange(1, width + 1) * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
     return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def hashed(names: Sequence[str]) -> Tensor:
+    """() int64, CPU: of names in their order, the same on every machine."""
+    return torch.tensor(int.from_bytes(_digest(tuple(names)), "little", signed=True))
+
+
+def _digest(value: object) -> bytes:
+    return blake2b(ascii(value).encode(), digest_size=8).digest()
 
 
 def _signed(word: int) -> int:

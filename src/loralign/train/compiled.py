@@ -4,9 +4,9 @@
 
 torch.compile guards on structure and not on the identity of modules, so all blocks of a kind run one piece of code, and
 a fresh adapter of a known kind runs what an earlier one made. Shapes are static: with dynamic ones the numbers would
-depend on which shapes came before. The first call is a trial: one block, forward and backward, its output beside the
-untouched block's. What it raises, a graph that breaks, and shapes without end leave the model as it was, and one line
-says why. Evaluation and generation run as they are.
+depend on which shapes came before. The first call of each kind (by a block's modules and the arguments it gets) is a
+trial: one block, forward and backward, its output beside the untouched block's. What it raises, a graph that breaks,
+and shapes without end leave the model as it was, and one line says why. Evaluation and generation run as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.autograd.graph import saved_tensors_hooks
@@ -30,6 +29,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from loralign.carrier.siblings import apart, share_inputs
 from loralign.data.read import first_line
+from loralign.evidence.inputs import sums_in
 
 log = logging.getLogger("loralign")
 NOT = "the model's blocks are not compiled, since %s"
@@ -38,6 +38,9 @@ STORM = 32
 others, before and after a rule changed something. More of them cost more than they bring."""
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 """By how much, of its norm, a compiled block's output may differ; in half precisions 0.03."""
+
+Structure = tuple[tuple[str, type[nn.Module], frozenset[tuple[str, bool]]], ...]
+Given = tuple[tuple[bool, ...], frozenset[str]]
 
 
 def named_blocks(model: nn.Module) -> list[nn.Module]:
@@ -103,8 +106,8 @@ class Blocks:
         self.blocks = [b for b in named if type(b) in kinds]
         self.why = ""
         """Why they run as they are; "" while they run compiled."""
-        self.tried: set[tuple[type[nn.Module], bool]] = set()
-        """Kinds of blocks, with adapters and without."""
+        self.tried: set[tuple[int, Given]] = set()
+        """Kinds of calls that had their trial: a structure's number, and the arguments."""
         self.told: set[str] = set()
         """Reasons for which calls run as they are, said once."""
 
@@ -122,9 +125,11 @@ class Blocks:
         """From the next call on."""
         config: Any = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, STORM)
+        numbers: dict[Structure, int] = {}
         for block in self.blocks:
+            number = numbers.setdefault(structure(block), len(numbers))
             run = torch.compile(block._call_impl, dynamic=False, fullgraph=True, backend=self.backend)
-            block._compiled_call_impl = partial(self._call, block, run)
+            block._compiled_call_impl = partial(self._call, block, run, number)
 
     def stop(self, why: str) -> None:
         """Run as they are from now on, and say why."""
@@ -139,11 +144,11 @@ class Blocks:
 
     # ---------------------------------------------------------------------------------------------------------- pieces
 
-    def _call(self, block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, block: nn.Module, run: Callable[..., Any], number: int, /, *args: Any, **kwargs: Any) -> Any:
         """One block's call; `block.training` is what a Trainer sets for its own steps alone."""
         if self.why or not block.training or self._keeps(kwargs):
             return block._call_impl(*args, **kwargs)
-        kind = type(block), _adapted(block)
+        kind = number, given(args, kwargs)
         if kind not in self.tried and torch.is_grad_enabled():
             self.tried.add(kind)
             if why := self._split() or self._trial(block, run, args, kwargs):
@@ -176,17 +181,17 @@ class Blocks:
         return bool(why)
 
     def _trial(self, block: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> str:
-        """Why a block cannot run compiled, "" where it can. Weights, buffers, gradients and generators stay."""
-        buffers = [(b, b.clone()) for b in block.buffers()]
+        """Why a block cannot run compiled, "" where it can. Weights, buffers, gradients, generators and sums stay."""
+        kept = [(b, b.clone()) for b in (*block.buffers(), *sums_in(block))]
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         try:  # within hooks of its own: activation checkpointing counts what the trial would keep for backward
             with torch.random.fork_rng(devices), saved_tensors_hooks(_as_is, _as_is):
                 # only blocks of one kind take the same arguments
                 share_inputs(block, self.blocks, lambda: block._call_impl(*args, **kwargs))
-                given = tuple(a.detach().requires_grad_(a.requires_grad) if _is_float(a) else a for a in args)
-                y = first(run(*given, **kwargs))
-                trained = [t for t in (*given, *block.parameters()) if isinstance(t, Tensor) and t.requires_grad]
-                if trained:  # with a gradient of zero nobody who counts rows in backward counts these
+                own = tuple(a.detach().requires_grad_(a.requires_grad) if _is_float(a) else a for a in args)
+                y = first(run(*own, **kwargs))
+                trained = [t for t in (*own, *block.parameters()) if isinstance(t, Tensor) and t.requires_grad]
+                if trained:
                     torch.autograd.grad(y, trained, torch.zeros_like(y), allow_unused=True)
                 with torch.no_grad():
                     states = _generators()
@@ -197,7 +202,7 @@ class Blocks:
             return why_not(error)
         finally:
             with torch.no_grad():
-                for b, before in buffers:
+                for b, before in kept:
                     b.copy_(before)
 
 
@@ -221,8 +226,18 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _adapted(block: nn.Module) -> bool:
-    return any(isinstance(m, LoraLayer) for m in block.modules())
+def structure(block: nn.Module) -> Structure:
+    """Names and types of a block and the modules in it, with what each says of itself by yes or no, as decoders do."""
+
+    def said(m: nn.Module) -> frozenset[tuple[str, bool]]:
+        return frozenset((k, v) for k, v in vars(m).items() if isinstance(v, bool) and k != "training")
+
+    return tuple((name, type(m), said(m)) for name, m in block.named_modules())
+
+
+def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+    """Which arguments a call has that are not None."""
+    return tuple(a is not None for a in args), frozenset(k for k, v in kwargs.items() if v is not None)
 
 
 def _generators() -> list[Tensor]:

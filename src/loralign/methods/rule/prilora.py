@@ -32,11 +32,13 @@ import torch
 from torch import Tensor
 
 from loralign.maths.bounds import Count, Positive, Share, bounded
+from loralign.maths.draws import hashed
 from loralign.methods.rule.combine import FOREIGN, average
 from loralign.types import (
     Elements,
     Facts,
     Inputs,
+    InputSquares,
     LoralignError,
     Moment,
     Plan,
@@ -46,6 +48,8 @@ from loralign.types import (
 )
 
 DECAY = 0.9
+NORM, SITES = "norm|", "sites|"
+"""Heads of the state's keys: averages, and whose they are."""
 INPUTS = Inputs()
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -63,6 +67,17 @@ def least(A: Tensor, norms: Tensor, share: float) -> Tensor:
     count = round(share * A.shape[-1])
     order = (A.abs() * norms).argsort(dim=-1, stable=True)
     return torch.zeros_like(A, dtype=torch.bool).scatter_(-1, order[..., :count], True)
+
+
+def _check(state: RuleState, averaged: Mapping[str, InputSquares]) -> None:
+    """Raise where the state has averages of other sites than these; it keeps a hash of their names, in order."""
+    known = {key: value.shape for key, value in state.items() if key.startswith(NORM)}
+    fits = not known or known == {key: seen.squares.shape for key, seen in averaged.items()}
+    for key, seen in averaged.items():
+        name, order = SITES + key.removeprefix(NORM), hashed(seen.sites)
+        fits = fits and bool(state.setdefault(name, order).cpu() == order)  # older checkpoints have none
+    if not fits:
+        raise LoralignError(f"the checkpoint's average of the inputs {FOREIGN}")
 
 
 @dataclass(frozen=True)
@@ -105,9 +120,8 @@ class DepthAndPruning(RuleBase):
             return state, None
         if moment.inputs is None:
             raise LoralignError("prilora weighs entries by the modules' inputs, and nobody collects them")
-        averaged = {f"norm|{k}|{seen.squares.shape[1]}": seen for k, seen in enumerate(moment.inputs)}
-        if any(key.startswith("norm|") and key not in averaged for key in state):
-            raise LoralignError(f"the checkpoint's average of the inputs {FOREIGN}")
+        averaged = {f"{NORM}{k}|{seen.squares.shape[1]}": seen for k, seen in enumerate(moment.inputs)}
+        _check(state, averaged)
         for key, seen in averaged.items():
             now = seen.squares.sqrt()
             average(state, key, now).lerp_(now, 1 - DECAY)
