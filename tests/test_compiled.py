@@ -205,7 +205,7 @@ def test_encoders_and_decoders_have_trials_of_their_own() -> None:
         return run
 
     plain, _ = t5_losses("")
-    found, blocks = t5_losses(TRACED)
+    found, blocks = t5_losses(SEEN)
     assert found == pytest.approx(plain, rel=1e-5) and blocks.why == ""
     # of each stack the first block, which makes the position bias, and the second
     assert len(blocks.tried) == 4 == counters["stats"]["unique_graphs"]
