@@ -77,6 +77,15 @@ def test_overrides_reach_into_sections_and_stand_above_the_file(tmp_path: Path) 
     assert gamma_of(recipe) == pytest.approx(16)
 
 
+def test_a_preset_sets_fields_of_the_run_too() -> None:
+    """The clip and dropout of a paper go with its options, and the file may still say otherwise."""
+    paper = to_recipe(parse(with_(method="prolora", preset="paper")))
+    own = to_recipe(parse(with_(method="prolora", preset="paper", max_grad_norm=2.0)))
+    assert isinstance(paper, Recipe) and isinstance(own, Recipe)
+    assert (paper.max_grad_norm, paper.dropout, paper.r) == (0.3, 0.1, 32)
+    assert (own.max_grad_norm, own.dropout) == (2.0, 0.1)
+
+
 def test_a_preset_gives_way_to_the_file() -> None:
     paper = to_recipe(parse(with_(method="lora-ga", preset="paper")))
     mixed = to_recipe(parse(with_(method="lora-ga", preset="paper", rank=4, options={"gamma": 2})))

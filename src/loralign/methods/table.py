@@ -59,6 +59,8 @@ _REGRET = "Schulman 2025, LoRA Without Regret: 5e-4·(2000/hidden)^0.781 at alph
 _STUDY = "our H100 study, SmolLM2-135M, r 8, 300 steps, one seed"
 _CORA = "our CoRA study on an H100, SmolLM2-135M, r 16, 200 steps, one seed"
 _SBORA = "the authors' scripts: 2e-4 at s 2, hidden 4096"
+_PROLORA_PAPER = {"alpha": 16.0, "dropout": 0.1, "max_grad_norm": 0.3, "share_A": 7, "share_B": 7}
+_SBORA_PAPER = {"paper": {"r": 32, "alpha": 64.0, "dropout": 0.05}}
 _SBORA_READ = "the paper's body could not be read: a reconstruction from the authors' figures, tables and scripts"
 _LAB = "our laboratory, SmolLM2-135M, German, 300 steps, one seed"
 _ASSETS = "our sweep: SmolLM2-135M, r 8, 30 steps; its task was not recorded"
@@ -149,14 +151,13 @@ _LINES = (
     Method("pissa", "start along the weight's principal singular vectors", "2404.02948", "exact at rank 2r",
            LrPrior(2.3e-4, _ASSETS + ": 3e-4 at s 2"), init=principal_svd),
     Method("sbora-fa", "r columns of W train: A is rows of the identity", "2407.05413", "exact", LrPrior(7e-4, _SBORA),
-           init=unit_rows, form=fixed_A, presets={"paper": {"r": 32, "alpha": 64.0}}, unverified=_SBORA_READ),
+           init=unit_rows, form=fixed_A, presets=_SBORA_PAPER, unverified=_SBORA_READ),
     Method("sbora-fb", "r rows of W train: B is columns of the identity", "2407.05413", "exact", LrPrior(7e-4, _SBORA),
-           init=unit_columns, form=fixed_B, presets={"paper": {"r": 32, "alpha": 64.0}}, unverified=_SBORA_READ),
+           init=unit_columns, form=fixed_B, presets=_SBORA_PAPER, unverified=_SBORA_READ),
     Method("prolora", "chunks of A and B repeat with their ranks rotated", "2402.16902", "exact",
            LrPrior(1.75e-4, "the paper: 2e-4 at s 0.5, hidden 4096, searched with LoRA"), form=partial_rotation,
-           presets={"paper": {"r": 32, "alpha": 16.0, "dropout": 0.1, "unshared": 4, "share_A": 7, "share_B": 7},
-                    "paper-small": {"r": 8, "alpha": 16.0, "dropout": 0.1, "unshared": 1, "share_A": 7,
-                                    "share_B": 7}}),
+           presets={"paper": {**_PROLORA_PAPER, "r": 32, "unshared": 4},
+                    "paper-small": {**_PROLORA_PAPER, "r": 8, "unshared": 1}}),
     Method("reslora", "every module adds the adapters of the blocks before it", "2402.18039", "exact, ragged ranks",
            LrPrior(3.5e-4, "the authors' scripts: 1e-4 at s 2, hidden 4096"), form=shortcuts,
            presets={"paper": {"r": 4, "alpha": 8.0, "dropout": 0.1, "weight_decay": 0.1}},

@@ -11,6 +11,8 @@ Source:  Wang et al., "PRoLoRA: Partial Rotation Empowers More Parameter-Efficie
 Differs: from the paper: rotation in the code's direction (the paper's gives the same update with the ranks in another
          order; compact files carry `ROTATION`), strides of r − u, not r, and sizes that m or n does not divide, all as
          the code has them. The unshared ranks come last. All tensors step by AdamW at one learning rate.
+         Presets: r, alpha, dropout, clip, u, m and n of the paper; its optimizer is paged, ours is not; warm-up (0.03)
+         and the NF4 base are the file's to say. Targets are ours, too: all linear layers.
          Start: A_0 and A_u uniform with LoRA's bound 1/√d_in (the paper's rectified start), B_0 = B_u = 0; where
          m = n = 1 or u = r, LoRA's own numbers.
 Cost:    u·(d_in + d_out) + r'·(⌈d_in/m⌉ + ⌈d_out/n⌉) trained numbers; the products of LoRA at rank r and a copy of the

@@ -8,6 +8,8 @@ Source:  Po et al., "SBoRA: Low-Rank Adaptation with Regional Weight Updates", a
          cityuhkai/SBoRA, no usable licence: written from the formulas of its two figures.
 Differs: indices are drawn by (seed, module) and kept with the adapter; there they are drawn by Python's global
          generator and held as a Parameter. Dropout acts on the r gathered features; there on all of x.
+         Preset "paper": r, alpha and the scripts' dropout; targets (q, k, v, up, down: o and gate stay as they are) and
+         warm-up (100 steps) are the file's to say.
 Cost:    half of LoRA's trained numbers on square matrices. Fixed A: no product with A, r features kept for backward
          instead of x. Fixed B: x is kept as LoRA keeps it.
 Export:  exact.
