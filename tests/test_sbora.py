@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import toy
 from loralign import LoralignError, Recipe, adapt, build, drive, optimizer, sites
 from loralign.carrier.layer import applied
 from loralign.carrier.slot import constants_of, live_of
+from loralign.io.export import export
 from loralign.maths.operators import Dense, Gather, Scatter
 from loralign.methods.transform.adamw import adamw
 from loralign.methods.transform.combine import descend
@@ -151,6 +154,39 @@ def test_a_merge_touches_r_columns_or_rows_and_no_other_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_merged_export_changes_r_columns_or_rows_and_no_other_bit(name: str, tmp_path: Path) -> None:
+    base, model = toy.llama(), trained(name)
+    chosen = {f"{site.name}.weight": basis(site) for site in sites(model)}
+    assert export(model, tmp_path / "out", profile="merged", base_id="toy").dtype == "float32"
+    merged = dict(type(base).from_pretrained(tmp_path / "out").state_dict())
+    assert merged.keys() == base.state_dict().keys()
+    for key, old in base.state_dict().items():
+        changed = old.view(torch.int32) != merged[key].view(torch.int32)
+        moved = changed.any(dim=0 if name == "sbora-fa" else 1).nonzero().flatten() if key in chosen else changed
+        assert torch.equal(moved, chosen[key].sort().values) if key in chosen else not moved.any(), key
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_stock_factor_holds_the_places_of_the_form(name: str, place: int) -> None:
+    """The start and the form draw them each for themselves; what is saved is the one, what trains the other."""
+    for site in sites(adapt(toy.llama(), recipe(name, {"place": place}))):
+        live = live_of(site.layer, site.adapter)
+        fixed = live.A if name == "sbora-fa" else live.B.T
+        assert torch.equal(fixed, nn.functional.one_hot(basis(site), fixed.shape[1]).float())
+
+
+ORDERS = tuple(permutations(["p0", "p1", "p2"]))
+
+
+def merged(layer: Any, order: Sequence[str]) -> Tensor:
+    """The base weight with the adapters merged one after the other by PEFT; the layer stays as it is."""
+    twin = copy.deepcopy(layer)
+    twin.merge(adapter_names=list(order))
+    return twin.get_base_layer().weight.detach()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_adapters_of_different_places_add_up_exactly(name: str, tmp_path: Path) -> None:
     """Three adapters in one stock model: no two touch the same number, so their sum is each one's own update."""
     for place in range(3):
@@ -161,10 +197,10 @@ def test_adapters_of_different_places_add_up_exactly(name: str, tmp_path: Path) 
     stock.add_weighted_adapter(["p0", "p1", "p2"], [1.0] * 3, "all", combination_type="cat")
     layers = [m for m in stock.modules() if hasattr(m, "get_delta_weight") and "p0" in m.lora_A]
     for layer in layers:
-        one, two, three, together = (layer.get_delta_weight(n) for n in ("p0", "p1", "p2", "all"))
+        one, two, three, together = (layer.get_delta_weight(n).detach() for n in ("p0", "p1", "p2", "all"))
         assert not (one * two).any() and not (one * three).any() and not (two * three).any()
-        # the sum of disjoint parts, to the rounding of PEFT's √weight·scaling in both factors
-        assert torch.allclose(together, one + two + three, rtol=1e-6, atol=0)
+        assert torch.equal(together, one + two + three)
+        assert all(torch.equal(merged(layer, order), merged(layer, ORDERS[0])) for order in ORDERS)
         A = [layer.lora_A[n].weight for n in ("p0", "p1")] if name == "sbora-fa" else \
             [layer.lora_B[n].weight.T for n in ("p0", "p1")]  # fmt: skip
         assert not (A[0] @ A[1].T).any()
