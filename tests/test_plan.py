@@ -193,6 +193,7 @@ CLASHING: dict[str, tuple[Recipe, Surroundings]] = {
     "reason: more slots than the rank has": (recipe("rm-lora", r=4, options={"keep": 5}), Surroundings()),
     "reason: wrong under dropout": (recipe("delta-lora", dropout=0.1), Surroundings()),
     "reason: DeepSpeed replaces": (recipe("lora-rite"), DEEPSPEED),
+    "reason: adds A·x of one layer": (recipe("reslora + prilora", options={"shortcut": "ms"}), Surroundings()),
     "reason: reads other layers": (replace(recipe("lora"), form=formed(cross_layer=True)), Surroundings(engine="fsdp")),
     "reason: keeps a tensor for the whole model": (recipe("sd-lora"), Surroundings(engine="fsdp")),
     "reason: half precision rounds away": (recipe("lora-pro"), Surroundings(factors=torch.bfloat16)),

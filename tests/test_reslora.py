@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,24 +37,28 @@ def recipe(shortcut: str = "bs", span: int = 2, name: str = "reslora", **fields:
 
 
 class Deep(nn.Module):
-    """h = W_n·tanh(h) four times; `one` makes every input the same."""
+    """h = W_n·tanh(h) four times, of what is wider the first numbers; `one` makes every input the same."""
 
-    def __init__(self, *, one: bool = False) -> None:
+    def __init__(self, *, one: bool = False, widths: Sequence[int] = (WIDTH,) * LAYERS) -> None:
         super().__init__()
-        self.layers, self.one = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)), one
+        self.layers, self.one = nn.ModuleList(nn.Linear(WIDTH, width, bias=False) for width in widths), one
 
     def forward(self, x: Tensor) -> Tensor:
         total, h = x, x
         for n, layer in enumerate(self.layers):
             total = layer(x * (n + 1.0) if self.one else h)
-            h = torch.tanh(total)
+            h = between(total)
         return total
 
 
-def deep(shortcut: str, span: int = 2, *, one: bool = False) -> Any:
+def between(h: Tensor) -> Tensor:
+    return torch.tanh(h)[..., :WIDTH]
+
+
+def deep(shortcut: str, span: int = 2, ranks: Mapping[str, int] | None = None, **how: Any) -> Any:
     torch.manual_seed(0)
-    made = recipe(shortcut, span, targets=("0", "1", "2", "3"), max_grad_norm=0.0)
-    model = adapt(Deep(one=one).double(), made).double().train()
+    made = recipe(shortcut, span, targets=("0", "1", "2", "3"), ranks=ranks or {}, max_grad_norm=0.0)
+    model = adapt(Deep(**how).double(), made).double().train()
     for k, site in enumerate(sites(model)):
         B = live_of(site.layer, site.adapter).B
         B.data.copy_(torch.randn(B.shape, generator=torch.Generator().manual_seed(k)))
@@ -74,13 +79,46 @@ def rows() -> Tensor:
 @pytest.mark.parametrize("shortcut", KINDS)
 def test_values_and_gradients_equal_the_oracle(shortcut: str, span: int) -> None:
     """Of A and B of every block: each gets the sum over the blocks that read it."""
-    model, found = deep(shortcut, span), []
-    W, A, B = tensors(model)
-    for run in (lambda: model(rows()), lambda: reslora.outputs(shortcut, span, W, A, B, S, rows(), torch.tanh)[0]):
+    same_as_the_oracle(deep(shortcut, span), shortcut, span)
+
+
+def same_as_the_oracle(model: Any, shortcut: str, span: int) -> None:
+    found = []
+    (W, A, B), s = tensors(model), [site.s for site in sites(model)]
+    for run in (lambda: model(rows()), lambda: reslora.outputs(shortcut, span, W, A, B, s, rows(), between)[0]):
         out = run()
-        found.append([out.detach(), *torch.autograd.grad(out.square().sum(), [*A, *B])])
+        found.append([out.detach(), *torch.autograd.grad(out.square().sum(), [*A, *B], allow_unused=True)])
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+ENDS: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
+    "a wider block": ({"widths": (6, 8, 6, 6)}, {"bs": [0, 0, 0, 1], "is": [0, 0, 0, 1], "ms": [0, 0, 0, 1]}),
+    "a lower rank": ({"ranks": {"1": 2}}, {"bs": [0, 1, 2, 2], "is": [0, 1, 1, 1], "ms": [0, 0, 0, 1]}),
+}
+"""What ends a chain, and the blocks before each block then: sizes in all shortcuts, ranks where A·x are added."""
+
+
+@pytest.mark.parametrize("shortcut", KINDS)
+@pytest.mark.parametrize("end", ENDS)
+def test_chains_end_where_sizes_change(end: str, shortcut: str) -> None:
+    """Training and merging alike, and nothing reaches beyond the end."""
+    how, want = ENDS[end]
+    model = deep(shortcut, **how)
+    W, A, B = tensors(model)
+    assert reslora.blocks_before(shortcut, 2, W, A) == want[shortcut]
+    same_as_the_oracle(model, shortcut, 2)
+    _, inputs = reslora.outputs(shortcut, 2, W, A, B, [site.s for site in sites(model)], rows(), between)
+    norms = [float((x if shortcut == "is" else x @ A_.T).detach().norm()) for x, A_ in zip(inputs, A, strict=True)]
+    form, live = shortcuts(shortcut, 2), {site.name: live_of(site.layer, site.adapter) for site in sites(model)}
+    for n, site in enumerate(sites(model)):
+        (A_n, B_n), m = effective(site.layer, site.adapter), want[shortcut][n]
+        of_names = form.factors(live[site.name], [live[other] for other in form.neighbours(site.name, list(live))])
+        assert all(torch.equal(one.dense(), two) for one, two in zip(of_names, (A_n, B_n), strict=True))  # as files do
+        if shortcut == "bs":
+            assert torch.equal(A_n, torch.cat([A[n - k] for k in range(m + 1)]))
+        else:
+            torch.testing.assert_close(B_n, reslora.merged_factor(shortcut, m, n, norms) * B[n], rtol=1e-6, atol=0)
 
 
 def test_blocks_are_exported_exactly_with_ragged_ranks() -> None:
@@ -103,14 +141,15 @@ def test_a_merge_follows_the_norms_that_training_saw(shortcut: str) -> None:
     norms = torch.zeros(LAYERS, dtype=torch.float64)
     for x in batches:
         model(x)
-        _, inputs = reslora.outputs(shortcut, span, W, A, B, S, x, torch.tanh)
+        _, inputs = reslora.outputs(shortcut, span, W, A, B, [S] * LAYERS, x, between)
         norms += torch.stack([(v if shortcut == "is" else v @ A_.T).norm() for v, A_ in zip(inputs, A, strict=True)])
     model.eval()
     model(rows())  # counts for nothing
     assert [int(constants_of(s.layer, s.adapter)["seen"]) for s in sites(model)] == [3] * LAYERS
     for n, site in enumerate(sites(model)):
         A_n, B_n = effective(site.layer, site.adapter)
-        factor = reslora.merged_factor(shortcut, span, n, norms.tolist())
+        m = reslora.blocks_before(shortcut, span, W, A)[n]
+        factor = reslora.merged_factor(shortcut, m, n, norms.tolist())
         torch.testing.assert_close(A_n, A[n])
         torch.testing.assert_close(B_n, factor * B[n], rtol=1e-6, atol=0)
 
@@ -134,7 +173,7 @@ def test_a_merge_is_exact_where_inputs_are_multiples(shortcut: str) -> None:
             A_.data.copy_(A[0])
     want = model(rows()).detach()
     (A_n, B_n), x = effective(sites(model)[-1].layer, "default"), LAYERS * rows()
-    torch.testing.assert_close(x @ (W[-1] + S * B_n @ A_n).T, want, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(x @ (W[-1] + S * B_n @ A_n).T, want, rtol=0, atol=1e-10)
 
 
 def trained(shortcut: str, steps: int = 3, **fields: Any) -> Any:

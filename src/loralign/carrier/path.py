@@ -3,12 +3,16 @@
     inputs     x_n ← x_n + x_{n−1}                  (x_n + x_n at the start of a chain)
     features   A_n·x_n ← A_n·x_n + Σ_k A_{n−k}·x_{n−k}
 
+From neighbour to neighbour, and no further than where the input or output size changes; features end where their number
+changes, too, for there is no sum of them.
+
 Held from the start of the model's forward to its end and no longer, so backward keeps what autograd keeps. A layer that
 runs outside of it, as under activation checkpointing, has no inputs of the others, and says so.
 """
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -97,10 +101,16 @@ def wire(model: PeftModel, layers: dict[str, Any], adapter: str, form: Form) -> 
         make_direct(layer)
         variant.neighbours = [layers[n] for n in form.neighbours(name, list(layers))]
         if path is not None:
-            variant.neighbours = [n for n in variant.neighbours if _size(n, adapter) == _size(layer, adapter)]
+            variant.neighbours = _linked(layer, variant.neighbours, adapter, path.kind)
             variant.path = path
 
 
-def _size(layer: Any, adapter: str) -> tuple[int, ...]:
+def _linked(layer: Any, before: list[Any], adapter: str, kind: str) -> list[Any]:
+    own = _sizes(layer, adapter, kind)
+    return list(takewhile(lambda other: _sizes(other, adapter, kind) == own, before))
+
+
+def _sizes(layer: Any, adapter: str, kind: str) -> tuple[int, ...]:
     A: SlotLinear = layer.lora_A[adapter]
-    return (*A.live.shape, layer.lora_B[adapter].live.shape[0])
+    (r, d_in), d_out = A.live.shape, layer.lora_B[adapter].live.shape[0]
+    return (d_in, d_out, r) if kind == "features" else (d_in, d_out)

@@ -135,6 +135,11 @@ CLASHES: tuple[Clash, ...] = (
         instead="use FSDP2 or DDP",
     ),
     _clash(
+        "adds features", "uneven slots",
+        reason="it adds A·x of one layer to another's, and a rule gives them different ranks, which have no sum",
+        instead="use `shortcut: bs` or `is`",
+    ),
+    _clash(
         "fsdp", "cross layer",
         reason="its form reads other layers' factors, which FSDP2 has sharded again",
         instead="use DDP, or a form that stays in its layer",

@@ -21,6 +21,7 @@ from loralign.plan.clashes import CLASHES as CLASHES
 from loralign.plan.clashes import Clash as Clash
 from loralign.types import (
     Directions,
+    Facts,
     Live,
     LoralignError,
     Nothing,
@@ -123,6 +124,8 @@ def facts(recipe: Recipe) -> frozenset[str]:
             "gated": form.gated,
             "tied": form.tied,
             "cross layer": form.cross_layer,
+            "adds features": form.path == "features",
+            "uneven slots": any(_uneven(rule, names, recipe.r) for rule in rules),
             "pairwise": "elementwise" not in transform.accepts,
             "chain": chain,
             "dropout": recipe.dropout > 0,
@@ -145,6 +148,10 @@ def facts(recipe: Recipe) -> frozenset[str]:
 
 
 _MANY = 2**31
+
+
+def _uneven(rule: Facts, names: Sequence[str], r: int) -> bool:
+    return rule.slots is not None and len(set(rule.slots(dict.fromkeys(names, r)).values())) > 1
 
 
 def _parts(recipe: Recipe) -> Iterator[Any]:

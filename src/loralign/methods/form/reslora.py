@@ -10,9 +10,12 @@
 Shapes:  A (r, d_in) · B (d_out, r)
 Source:  Shi et al., "ResLoRA: Identity Residual Mapping in Low-Rank Adaptation", arXiv 2402.18039, §3; merging based on
          input. Official code: microsoft/LMOps reslora (its merge_flag 4).
-Differs: all shortcuts carry s, as in the code; the paper omits it. Chains end where sizes change. Dropout draws one
-         mask a module; the code draws one per block in bs. Merging based on weights is not offered: the paper measures
-         it as worse for ms, and the code writes into the base there. Norms are those of each process's own rows.
+Differs: all shortcuts carry s, as in the code; the paper omits it. Chains end where sizes change; in ms also where
+         `ranks` change, since A·x of two ranks have no sum. Dropout draws one mask a module; the code draws one per
+         block in bs. Merging based on weights is not offered: the paper measures it as worse for ms, and the code
+         writes into the base there. Nor are merges by least squares, of α = E⟨x_{n−1}, x_n⟩/E‖x_n‖² or of a matrix,
+         which lose less and are not the paper's. Norms are those of each process's own rows.
+         Preset "paper": the authors' script for text; targets (q, v) and warm-up (0.06) are the file's to say.
 Cost:    bs: (m_n + 1) times LoRA's products, no activation of another layer; is: one sum; ms: m_n sums of r features.
          is and ms hold inputs until the model's forward ends and refuse activation checkpointing.
 Export:  bs: exact, ragged ranks. is, ms: lossy, the difference on the probes is stated.
@@ -75,8 +78,12 @@ class Shortcuts(FormBase):
         before = chain[: chain.index(name)][::-1]
         return before[: 1 if self.shortcut == "is" else self.span]
 
+    def _sizes(self, live: Live) -> tuple[int, ...]:
+        sizes = live.A.shape[1], live.B.shape[0]
+        return (*sizes, live.A.shape[0]) if self.shortcut == "ms" else sizes
+
     def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
-        linked = list(takewhile(lambda o: o.A.shape[1] == own.A.shape[1] and o.B.shape[0] == own.B.shape[0], others))
+        linked = list(takewhile(lambda o: self._sizes(o) == self._sizes(own), others))
         if self.shortcut == "bs":
             parts = [own, *linked]
             if len(parts) == 1:
