@@ -16,20 +16,18 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import toy
 import warm
 from cached_assets import asset, needs
-from loralign import METHODS, Recipe, adapt, build, drive, factors, optimizer, peft_config, sites
-from loralign.evidence import model_loss
+from loralign import METHODS, Recipe, adapt, build, factors, peft_config, sites
 from loralign.io.export import export
 from loralign.io.verify import VerifyJob, verify_many
 from loralign.plan.combinations import facts
 from loralign.train.attach import attach
-from loralign.train.validation import validation_loss
-from loralign.types import CommonSubspace, TopGradient, Validation
+from loralign.types import CommonSubspace, TopGradient
+from short_runs import gap, output, train
 from toy import batch_for
 from toy_sources import SHARED, adapters, planted
 from trainers import toy_trainer
@@ -87,35 +85,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
 def _dropout(name: str, share: float) -> float:
     """0 for methods that the combination table keeps apart from dropout."""
     return 0.0 if "needs dropout 0" in facts(recipe(name)) else share
-
-
-def output(model: Any) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(**batch_for(model)).logits
-    return out
-
-
-def gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-def judged(model: Any, made: Recipe) -> Any:
-    """Losses on a batch of its own, for rules that decide by them."""
-    wants = any(isinstance(rule.needs, Validation) for rule in made.rules)
-    return validation_loss(model, [batch_for(model, seed=9)], model_loss) if wants else None
-
-
-def train(model: Any, made: Recipe, steps: int, lr: float = 3e-3) -> Any:
-    opt = optimizer(model, made, lr)
-    driver = drive(model, made, opt, steps, observe=judged(model, made))
-    model.train()
-    for _ in range(steps):
-        model(**batch_for(model)).loss.backward()
-        opt.step()
-        driver.after_step()
-        opt.zero_grad()
-    model.eval()
-    return opt
 
 
 @pytest.mark.parametrize(("family", "name"), list(product()))

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import PeftModel
-from torch import Tensor
 
 import toy
-from loralign import METHODS, LoralignError, Recipe, adapt, build, drive, factors, optimizer, sites
-from loralign.evidence import model_loss
+from loralign import METHODS, LoralignError, Recipe, adapt, build, factors, sites
 from loralign.io.export import export
 from loralign.plan.combinations import check_combination
-from loralign.train.validation import validation_loss
-from loralign.types import CommonSubspace, Validation
+from loralign.types import CommonSubspace
+from short_runs import gap, output, train
 from toy import batch_for
 from toy_sources import adapters
 
@@ -77,30 +74,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return adapters(toy.llama, tmp_path_factory.mktemp("sources"))
 
 
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(**batch_for(model)).logits
-    return out
-
-
-def gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-def trained(model: Any, made: Recipe) -> Any:
-    opt = optimizer(model, made, 0.01)
-    judged = any(isinstance(rule.needs, Validation) for rule in made.rules)
-    observe = validation_loss(model, [batch_for(model, seed=9)], model_loss) if judged else None
-    driver = drive(model, made, opt, STEPS, observe=observe)
-    model.train()
-    for _ in range(STEPS):
-        model(**batch_for(model)).loss.backward()
-        opt.step()
-        driver.after_step()
-        opt.zero_grad()
-    return model.eval()
-
-
 def test_the_quick_mixes_are_allowed() -> None:
     assert set(ALLOWED) >= QUICK and {form for form, _ in QUICK} == FORMS.keys()
     assert ("reslora-is", "prilora") in ALLOWED and ("reslora-ms", "prilora") not in ALLOWED  # ranks that have no sum
@@ -111,19 +84,20 @@ def test_a_mix_starts_at_the_base_trains_and_reloads(
     form: str, other: str, sources: tuple[str, ...], tmp_path: Path
 ) -> None:
     base = toy.llama()
-    before = logits(base)
+    before = output(base)
     made = recipe(form, other, sources)
     assert made is not None
     model = adapt(base, made, [batch_for(base)] * 3)
     model.train()
-    assert gap(logits(model), before) < 1e-6
-    after = logits(trained(model, made))
+    assert gap(output(model), before) < 1e-6
+    train(model, made, STEPS, lr=0.01)
+    after = output(model)
     assert gap(after, before) > 1e-3
     assert all(bool(factors(site)[1].any()) for site in sites(model) if other != "allocating-lora")
     report = export(model, tmp_path / "out", base_id="toy", probes=batch_for(base))
     stock = PeftModel.from_pretrained(toy.llama(), tmp_path / "out").eval()
     assert report.method_exact == (form not in ("reslora-is", "reslora-ms"))
-    lost = gap(logits(stock), after)
+    lost = gap(output(stock), after)
     if report.method_exact:
         assert lost < 1e-6
     else:

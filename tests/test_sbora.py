@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import toy
-from loralign import LoralignError, Recipe, adapt, build, drive, optimizer, sites
+from loralign import LoralignError, Recipe, adapt, build, optimizer, sites
 from loralign.carrier.layer import applied
 from loralign.carrier.slot import constants_of, live_of
 from loralign.io.export import export
@@ -23,7 +23,7 @@ from loralign.maths.operators import Dense, Gather, Scatter
 from loralign.methods.transform.adamw import adamw
 from loralign.methods.transform.combine import descend
 from oracles import sbora
-from toy import batch_for
+from short_runs import train
 
 S, LR = 3.0, 0.02
 NAMES = ("sbora-fa", "sbora-fb")
@@ -126,15 +126,8 @@ def test_a_compiler_takes_a_layer_as_one_graph(name: str) -> None:
 def trained(name: str, options: dict[str, Any] | None = None, steps: int = 3, **fields: Any) -> Any:
     made = recipe(name, options, **fields)
     model = adapt(toy.llama(), made)
-    opt = optimizer(model, made, 0.01)
-    driver = drive(model, made, opt, steps)
-    model.train()
-    for _ in range(steps):
-        model(**batch_for(model)).loss.backward()
-        opt.step()
-        driver.after_step()
-        opt.zero_grad()
-    return model.eval()
+    train(model, made, steps, lr=0.01)
+    return model
 
 
 @pytest.mark.parametrize("name", NAMES)
