@@ -1,21 +1,21 @@
 """Seconds of whole trials of a study on one device: alone, side by side, and whether recording changes their losses.
 
     python scripts/trial_seconds.py STUDY.yaml --arms lora full --modes plain recorded both [--steps 300] [--repeat 3]
-    python scripts/trial_seconds.py STUDY.yaml --workers 4     the same trials alone, then in 4 processes at once
+    python scripts/trial_seconds.py STUDY.yaml --arms lora lora full --together    a process for each, in turn, then all
     python scripts/trial_seconds.py STUDY.yaml --paired 8      plain against the other modes on 8 seeds: final losses on
                                                                validation rows, their mean difference, 95 % interval
 
-Before what is timed every process runs the arm once to its first evaluation, so that its kind of block is known; what
-that took is `first_s`. --world FOLDER: random weights of SmolLM2-135M's shape (--shape tiny: for a CPU) and rows of a
-chain of words, written there once, in place of the study's own; scripts/studies/trials.yaml is meant for it. --set
-key=value: as in `loralign compare`. A CPU records and compiles nothing: there all modes are one.
+Before what is timed every process runs the arm for three steps and an evaluation, so that its kind of block is known;
+what that took is `first_s`. With --together every process first has the device to itself, then all run at once, those
+that have ended again until the last has. --world FOLDER: random weights of SmolLM2-135M's shape (--shape tiny: for a
+CPU) and rows of a chain of words, written there once, in place of the study's own; scripts/studies/trials.yaml is meant
+for it. --set key=value: as in `loralign compare`. A CPU records and compiles nothing: there all modes are one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,29 +26,16 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loralign.compare.captured import Outputs, Record, cuda_graph
 from loralign.compare.curves import Interval, interval
 from loralign.compare.runner import Resident
 from loralign.compare.spec import Spec, Trial
 from loralign.config.study import load_study
+from trial_world import SHAPES, make_world
 
 MODES = {"plain": (False, False), "recorded": (True, False), "compiled": (False, True), "both": (True, True)}
 """Whether steps are recorded, whether blocks are compiled."""
-SHAPES = {
-    "smollm2-135m": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,14 +58,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Row:
-    """Trials of one arm in one mode. trial_s: median of a whole one; every_s: between ends, over all processes."""
+    """Trials of one arm in one mode, so many processes at once. trial_s: median of a whole one, evaluations included;
+    times_alone: the same over that of one process."""
 
     mode: str
     arm: str
     workers: int
     trials: int
     trial_s: float
-    every_s: float
+    times_alone: float
     first_s: float
     between_s: float
     step_ms: float
@@ -86,39 +74,6 @@ class Row:
     loss: float | None
     peak_gib: float
     note: str
-
-
-# --------------------------------------------------------------------------------------------------------------- world
-
-
-def make_world(folder: Path, shape: str) -> list[str]:
-    """Weights, tokenizer and rows, where they are not there yet; the settings that name them."""
-    config = SHAPES[shape]
-    if not (folder / "model" / "config.json").exists():
-        torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder / "model")
-        words = {w: i for i, w in enumerate(("<eos>", "<unk>", *(f"w{i}" for i in range(2, config["vocab_size"]))))}
-        made = Tokenizer(WordLevel(words, unk_token="<unk>"))
-        made.pre_tokenizer = WhitespaceSplit()
-        PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", unk_token="<unk>").save_pretrained(
-            folder / "model"
-        )
-        part = 1 if shape == "smollm2-135m" else 20
-        for seed, (split, count) in enumerate((("train", 4000), ("valid", 440), ("test", 880))):
-            texts = (_chain(150, config["vocab_size"], 10**6 * seed + n) for n in range(count // part))
-            lines = (json.dumps({"text": text}) for text in texts)
-            (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    rows = [f"task.{split}={folder / split}.jsonl" for split in ("train", "valid", "test")]
-    return [f"model={folder / 'model'}", *rows, f"output={folder / 'study'}"]
-
-
-def _chain(count: int, words: int, seed: int) -> str:
-    """Words of which each has four that may follow it: something to learn."""
-    draw, at, said = random.Random(seed), 2 + seed % (words - 2), []
-    for _ in range(count):
-        said.append(f"w{at}")
-        at = 2 + (5 * at + draw.randrange(4)) % (words - 2)
-    return " ".join(said)
 
 
 # -------------------------------------------------------------------------------------------------------------- timing
@@ -146,63 +101,110 @@ def rate_of(spec: Spec, arm: str) -> float:
     return next(a.lr for a in spec.arms if a.name == arm)
 
 
-def trials_of(asked: Asked, arms: Sequence[str], repeat: int, together: Callable[[], Any]) -> list[dict[str, Any]]:
-    """One process: every arm once to know it, then `repeat` whole trials; `together` waits for the other processes."""
-    spec = asked.spec()
-    resident, spent = Resident(spec), list[float]()
+def known(asked: Asked, arm: str, resident: Resident) -> float:
+    """Seconds of the first trial of an arm: three steps and an evaluation, which meet every shape."""
+    started, spec = time.perf_counter(), resident.spec
+    resident.spec = replace(spec, steps=3, eval_every=3, charge="none")
+    resident.run(Trial("seed", arm, 0, rate_of(spec, arm), 0), lambda step, loss: False)
+    resident.spec = spec
+    return time.perf_counter() - started
+
+
+def resident_of(asked: Asked, spent: list[float]) -> Resident:
+    resident = Resident(asked.spec())
     if asked.replays and resident.record:
         resident.record = timed(spent)
+    return resident
+
+
+def trials_of(resident: Resident, arm: str, repeat: int, spent: list[float]) -> list[dict[str, Any]]:
+    """Whole trials of an arm that this process knows."""
     found = []
-    for arm in arms:
-        started = time.perf_counter()
-        resident.run(Trial("seed", arm, 0, rate_of(spec, arm), 0), lambda step, loss: True)
-        first_s = time.perf_counter() - started
-        together()
-        for seed in range(repeat):
-            spent.clear()
-            began = time.time()
-            outcome = resident.run(Trial("seed", arm, 0, rate_of(spec, arm), seed), lambda step, loss: False)
-            ended = {"arm": arm, "began": began, "ended": time.time(), "first_s": first_s}
-            found.append({**ended, **asdict(outcome), "replays": list(spent)})
+    for seed in range(repeat):
+        spent.clear()
+        outcome = resident.run(_trial(resident, arm, seed), lambda step, loss: False)
+        found.append({**asdict(outcome), "replays": list(spent)})
     return found
 
 
-def _process(asked: Asked, arms: Sequence[str], repeat: int, barrier: Any, queue: Any) -> None:
+def _trial(resident: Resident, arm: str, seed: int) -> Trial:
+    return Trial("seed", arm, 0, rate_of(resident.spec, arm), seed)
+
+
+def one_after_another(asked: Asked, arms: Sequence[str], repeat: int) -> list[Row]:
+    """This process alone: every arm once to know it, then `repeat` whole trials."""
+    spent = list[float]()
+    resident, rows = resident_of(asked, spent), []
+    for arm in arms:
+        first_s = known(asked, arm, resident)
+        trials = trials_of(resident, arm, repeat, spent)
+        rows.append(row(asked.mode, arm, 1, trials, first_s, trials))
+    return rows
+
+
+def _process(asked: Asked, arm: str, turn: int, repeat: int, barrier: Any, ended: Any, queue: Any) -> None:
+    """One of several: alone when it is its turn, then with all others."""
+    spent = list[float]()
     try:
-        queue.put(trials_of(asked, arms, repeat, barrier.wait))
+        resident = resident_of(asked, spent)
+        first_s, alone = known(asked, arm, resident), []
+        for now in range(barrier.parties):
+            barrier.wait()
+            alone += trials_of(resident, arm, repeat, spent) if now == turn else []
+        barrier.wait()
+        together = trials_of(resident, arm, repeat, spent)
+        with ended.get_lock():
+            ended.value += 1
+        while ended.value < barrier.parties:
+            resident.run(_trial(resident, arm, 0), lambda step, loss: bool(ended.value >= barrier.parties))
+        queue.put((turn, first_s, alone, together))
     except BaseException as error:
         barrier.abort()
+        ended.value = barrier.parties
         queue.put(f"{type(error).__name__}: {error}")
         raise
 
 
-def side_by_side(asked: Asked, arms: Sequence[str], repeat: int, workers: int) -> list[Row]:
-    """Rows of all arms, of trials in so many processes on this device."""
-    if workers == 1:
-        made = [trials_of(asked, arms, repeat, lambda: None)]
-    else:
-        context = get_context("spawn")
-        barrier, queue = context.Barrier(workers), context.Queue()
-        args = (asked, arms, repeat, barrier, queue)
-        processes = [context.Process(target=_process, args=args) for _ in range(workers)]
-        for process in processes:
-            process.start()
-        told: list[Any] = [queue.get() for _ in processes]
-        for process in processes:
-            process.join()
-        if failed := [said for said in told if isinstance(said, str)]:
-            raise SystemExit(f"{len(failed)} of {workers} processes failed: {failed[0]}")
-        made = told
-    return [_row(asked.mode, arm, workers, [t for own in made for t in own if t["arm"] == arm]) for arm in arms]
+def at_once(asked: Asked, arms: Sequence[str], repeat: int) -> list[Row]:
+    """A process for each arm on this device: each alone, then all together."""
+    context = get_context("spawn")
+    barrier, ended, queue = context.Barrier(len(arms)), context.Value("i", 0), context.Queue()
+    made = [
+        context.Process(target=_process, args=(asked, arm, turn, repeat, barrier, ended, queue))
+        for turn, arm in enumerate(arms)
+    ]
+    told = _told_by(made, queue)
+    of = {arm: [t for t in told if arms[t[0]] == arm] for arm in dict.fromkeys(arms)}
+    rows = []
+    for workers in (1, len(arms)):
+        for arm, own in of.items():
+            alone = [trial for _, _, trials, _ in own for trial in trials]
+            trials = alone if workers == 1 else [trial for _, _, _, trials in own for trial in trials]
+            rows.append(row(asked.mode, arm, workers, trials, max(first_s for _, first_s, _, _ in own), alone))
+    return rows
 
 
-def _row(mode: str, arm: str, workers: int, trials: list[dict[str, Any]]) -> Row:
-    lasted = max(t["ended"] for t in trials) - min(t["began"] for t in trials)
+def _told_by(processes: Sequence[Any], queue: Any) -> list[Any]:
+    """What each put into the queue."""
+    for process in processes:
+        process.start()
+    told: list[Any] = [queue.get() for _ in processes]
+    for process in processes:
+        process.join()
+    if failed := [said for said in told if isinstance(said, str)]:
+        raise SystemExit(f"{len(failed)} of {len(processes)} processes failed: {failed[0]}")
+    return told
+
+
+def row(
+    mode: str, arm: str, workers: int, trials: Sequence[dict[str, Any]], first_s: float, alone: Sequence[dict[str, Any]]
+) -> Row:
     replays = [s for t in trials for s in t["replays"]]
+    trial_s = median(t["total_s"] for t in trials)
     return Row(
         mode, arm, workers, len(trials),
-        trial_s=median(t["total_s"] for t in trials), every_s=lasted / len(trials),
-        first_s=max(t["first_s"] for t in trials), between_s=median(t["between_s"] for t in trials),
+        trial_s=trial_s, times_alone=trial_s / median(t["total_s"] for t in alone),
+        first_s=first_s, between_s=median(t["between_s"] for t in trials),
         step_ms=1e3 * median(t["step_s"] for t in trials), replay_ms=1e3 * median(replays) if replays else None,
         loss=trials[0]["losses"][-1] if trials[0]["losses"] else None,
         peak_gib=max(t["peak_bytes"] for t in trials) / 2**30, note=trials[0]["note"],
@@ -213,19 +215,35 @@ def _row(mode: str, arm: str, workers: int, trials: list[dict[str, Any]]) -> Row
 
 
 def paired(asked: Asked, arms: Sequence[str], modes: Sequence[str], seeds: int) -> list[dict[str, Any]]:
-    """Final losses on validation rows of every mode and seed, and what each mode's differ from plain's."""
-    ends: dict[tuple[str, str], list[float]] = {}
+    """Final losses on validation rows of every mode and seed, and what each mode's differ from plain's. Several arms
+    run side by side: nothing is timed."""
+    if len(arms) == 1:
+        return _pairs(asked, arms[0], modes, seeds)
+    context = get_context("spawn")
+    queue = context.Queue()
+    made = [context.Process(target=_pairs_told, args=(asked, arm, modes, seeds, queue)) for arm in arms]
+    found = {arm: tests for arm, tests in _told_by(made, queue)}
+    return [test for arm in arms for test in found[arm]]
+
+
+def _pairs_told(asked: Asked, arm: str, modes: Sequence[str], seeds: int, queue: Any) -> None:
+    try:
+        queue.put((arm, _pairs(asked, arm, modes, seeds)))
+    except BaseException as error:
+        queue.put(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _pairs(asked: Asked, arm: str, modes: Sequence[str], seeds: int) -> list[dict[str, Any]]:
+    ends: dict[str, list[float]] = {}
     for mode in dict.fromkeys(("plain", *modes)):
         spec = replace(asked, mode=mode, replays=False).spec()
-        resident = Resident(spec)
-        for arm in arms:
-            trials = [Trial("rate", arm, 0, rate_of(spec, arm), seed) for seed in range(seeds)]
-            ends[mode, arm] = [resident.run(trial, lambda step, loss: False).losses[-1] for trial in trials]
+        resident = Resident(replace(spec, eval_every=spec.steps))
+        trials = [Trial("rate", arm, 0, rate_of(spec, arm), seed) for seed in range(seeds)]
+        ends[mode] = [resident.run(trial, lambda step, loss: False).losses[-1] for trial in trials]
         del resident
         _freed()
-    return [
-        compared(mode, arm, ends["plain", arm], ends[mode, arm]) for mode in modes for arm in arms if mode != "plain"
-    ]
+    return [compared(mode, arm, ends["plain"], ends[mode]) for mode in modes if mode != "plain"]
 
 
 def compared(mode: str, arm: str, plain: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
@@ -255,7 +273,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", default=["plain", "recorded", "both"], choices=tuple(MODES))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=1, metavar="K")
+    parser.add_argument("--together", action="store_true", help="a process for each of --arms, which may repeat")
     parser.add_argument("--paired", type=int, default=0, metavar="SEEDS")
     parser.add_argument("--world", type=Path, metavar="FOLDER")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="smollm2-135m")
@@ -275,13 +293,10 @@ def main(words: Sequence[str] | None = None) -> int:
         found = paired(asked, arms, args.modes, args.paired)
         print(*(test["said"] for test in found), sep="\n", flush=True)
     for mode in () if args.paired else args.modes:
-        alone: dict[str, float] = {}
-        for workers in dict.fromkeys((1, args.workers)):
-            for row in side_by_side(replace(asked, mode=mode), arms, args.repeat, workers):
-                first = alone.setdefault(row.arm, row.trial_s)
-                found.append({**asdict(row), "times_alone": row.trial_s / first})
-                print(_told(found[-1]), flush=True)
-            _freed()
+        measured = (at_once if args.together else one_after_another)(replace(asked, mode=mode), arms, args.repeat)
+        found += [asdict(line) for line in measured]
+        print(*(_told(line) for line in found[-len(measured) :]), sep="\n", flush=True)
+        _freed()
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0

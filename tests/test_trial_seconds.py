@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
-from trial_seconds import _row, compared, main  # noqa: E402
+from trial_seconds import compared, main, row  # noqa: E402
 
 STUDY = ROOT / "scripts/studies/trials.yaml"
 
@@ -25,26 +25,26 @@ def test_the_paired_test_sees_a_shift_that_the_seeds_spread_hides() -> None:
     assert "no difference found" in compared("recorded", "lora", plain, [3.01, 2.49, 3.51, 2.79])["said"]
 
 
-def test_a_row_counts_what_all_processes_finished() -> None:
-    def ran(began: float, ended: float) -> dict[str, object]:
-        spent = {"total_s": ended - began, "between_s": 0.5, "step_s": 0.01, "first_s": 1.0, "peak_bytes": 2**30}
-        return {**spent, "began": began, "ended": ended, "losses": [2.0, 1.0], "note": "", "replays": []}
+def test_a_row_sets_whole_trials_beside_those_of_a_process_alone() -> None:
+    def ran(total: float) -> dict[str, object]:
+        spent = {"total_s": total, "between_s": 0.5, "step_s": 0.01, "peak_bytes": 2**30}
+        return {**spent, "losses": [2.0, 1.0], "note": "", "replays": [0.001, 0.003]}
 
-    row = _row("both", "lora", 2, [ran(0, 10), ran(10, 22), ran(0, 11), ran(11, 24)])
-    assert (row.trials, row.trial_s, row.every_s, row.loss, row.peak_gib) == (4, 11.5, 6.0, 1.0, 1.0)
-    assert (row.step_ms, row.replay_ms) == (10.0, None)
+    made = row("both", "lora", 2, [ran(12), ran(10), ran(14), ran(11)], 3.0, [ran(5), ran(5)])
+    assert (made.trials, made.trial_s, made.times_alone, made.first_s) == (4, 11.5, 2.3, 3.0)
+    assert (made.loss, made.peak_gib, made.step_ms, made.replay_ms) == (1.0, 1.0, 10.0, 2.0)
 
 
-SMALL = ["--shape", "tiny", "--steps", "3", "--arms", "lora", "--set", "train.batch_size=4"]
+SMALL = ["--shape", "tiny", "--steps", "6", "--set", "train.batch_size=4", "--arms", "lora"]
 
 
 def test_the_command_alone_and_paired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A CPU records nothing: paired, the same seed gives the same loss."""
     words = [str(STUDY), "--world", str(tmp_path / "world"), *SMALL]
     assert main([*words, "--modes", "plain", "--json", str(tmp_path / "rows.json")]) == 0
-    (row,) = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
-    assert (row["arm"], row["workers"], row["trials"], row["times_alone"]) == ("lora", 1, 1, 1.0)
-    assert 0 < row["trial_s"] <= row["every_s"] and row["step_ms"] > 0 and row["loss"] > 3
+    (made,) = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert (made["arm"], made["workers"], made["trials"], made["times_alone"]) == ("lora", 1, 1, 1.0)
+    assert made["trial_s"] > 0 and made["first_s"] > 0 and made["step_ms"] > 0 and made["loss"] > 3
     assert main([*words, "--modes", "recorded", "--paired", "2", "--json", str(tmp_path / "pairs.json")]) == 0
     (pair,) = json.loads((tmp_path / "pairs.json").read_text(encoding="utf-8"))
     assert pair["plain"] == pair["other"] and len(set(pair["plain"])) == 2 and pair["mean"] == 0
@@ -53,10 +53,16 @@ def test_the_command_alone_and_paired(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_command_side_by_side(tmp_path: Path) -> None:
-    words = [str(STUDY), "--world", str(tmp_path / "world"), *SMALL, "--modes", "plain"]
-    assert main([*words, "--workers", "2", "--repeat", "2", "--json", str(tmp_path / "rows.json")]) == 0
-    alone, both = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
-    assert (alone["workers"], alone["trials"]) == (1, 2) and (both["workers"], both["trials"]) == (2, 4)
-    assert both["loss"] == alone["loss"] and both["times_alone"] == pytest.approx(both["trial_s"] / alone["trial_s"])
-    assert both["every_s"] < both["trial_s"]
+def test_the_command_with_a_process_for_each_arm(tmp_path: Path) -> None:
+    small = [word if word != "lora" else "full" for word in SMALL]
+    words = [str(STUDY), "--world", str(tmp_path / "world"), *small, "lora", "--modes", "plain"]
+    assert main([*words, "--together", "--repeat", "2", "--json", str(tmp_path / "rows.json")]) == 0
+    found = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert [(r["arm"], r["workers"], r["trials"]) for r in found] == [
+        ("full", 1, 2),
+        ("lora", 1, 2),
+        ("full", 2, 2),
+        ("lora", 2, 2),
+    ]
+    assert [r["loss"] for r in found[:2]] == [r["loss"] for r in found[2:]]
+    assert found[3]["times_alone"] == pytest.approx(found[3]["trial_s"] / found[1]["trial_s"])
