@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 from loralign import LoralignError, Recipe, adapt, build, drive, factors, optimizer, sites
@@ -173,6 +173,69 @@ def test_cut_links_and_pairwise_steps_are_refused() -> None:
         check_combination(replace(made(), outer=narrow, transform=NoSlots((0.9, 0.999), 1e-8)))
     with pytest.raises(LoralignError, match="computes the factors"):
         check_combination(build("sd-lora + lora-pro"))  # type: ignore[arg-type]
+
+
+class Net(nn.Module):
+    """8-10-6 with a tanh between, and a head of six classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(8, 10), nn.Linear(10, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.down(torch.tanh(self.up(x)))))
+        return out
+
+
+def batches(task: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    return [(drawn(12, 8, seed=100 * task + k), torch.arange(12) % 2 + 2 * task) for k in range(count)]
+
+
+@pytest.mark.parametrize("current", ["unit", "raw"])
+@pytest.mark.parametrize("norm", ["product", "factors"])
+def test_training_is_that_of_an_independent_loop(current: Any, norm: Any) -> None:
+    """Three tasks of five Adam steps, loss among the classes of the task: every weight as the oracle's own loop over
+    dense matrices leaves it, in float64."""
+    torch.manual_seed(3)
+    base = Net().double()
+    weights = {name: p.detach().clone() for name, p in base.named_parameters()}
+    options = {"current": current, "norm": norm, "epsilon": 0.125, "magnitude": 0.75}
+    recipe = made(options, r=2, targets=("up", "down"), max_grad_norm=0.0)
+    model = adapt(base, recipe).double()
+    for p in base.head.parameters():
+        p.requires_grad_(True)
+    opt = optimizer(model, recipe, 2e-2)
+    driver = drive(model, recipe, opt, 15)
+    starts: list[dict[str, Tensor]] = []
+    for task in range(3):
+        starts.append({s.name: live_of(s.layer, s.adapter).A.detach().clone() for s in sites(model)})
+        opt.state.clear()  # as `loralign tasks`: a fresh optimizer for the head too
+        for x, y in batches(task, 5):
+            logits = model(x)[:, 2 * task : 2 * task + 2]
+            torch.nn.functional.cross_entropy(logits, y - 2 * task).backward()
+            opt.step()
+            opt.zero_grad()
+            driver.after_step()
+    tasks = [batches(task, 5) for task in range(3)]
+    want = oracle.trained(weights, starts, tasks, lr=2e-2, magnitude=0.75, epsilon=0.125, norm=norm, current=current)
+    torch.testing.assert_close(shared_of(model.base_model)["alpha"].detach(), want.alpha, atol=1e-9, rtol=0)
+    for site in sites(model):
+        A, B = factors(site)
+        gap = want.weights[f"{site.name}.weight"] - weights[f"{site.name}.weight"]
+        torch.testing.assert_close((B @ A).double(), gap, atol=1e-6, rtol=0)
+    torch.testing.assert_close(base.head.weight.detach(), want.weights["head.weight"], atol=1e-9, rtol=0)
+
+
+def test_a_length_is_not_rounded_by_autocast() -> None:
+    """bf16 has three digits: under autocast the length of a direction stays that of the factors."""
+    run = Run(made())
+    for step in range(3):
+        run.step(step)
+    variant: Any = run.site.layer.lora_variant["default"]
+    want = [f.dense() for f in variant.operators(run.site.layer, "default")]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [f.dense() for f in variant.operators(run.site.layer, "default")]
+    assert all(torch.equal(one, other) for one, other in zip(found, want, strict=True)) and want[1].any()
 
 
 # ------------------------------------------------------------------------------------------------------------ variants

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,3 +32,56 @@ def distilled(sites: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
 def rank_of_task(task: int, ranks: Sequence[int], mu: int, nu: int) -> int:
     """Of task 1, 2, …: r_1 up to μ, r_μ up to ν, then r_ν."""
     return ranks[0] if task <= mu else ranks[1] if task <= nu else ranks[2]
+
+
+class Trained(NamedTuple):
+    weights: dict[str, Tensor]
+    alpha: Tensor
+
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+
+
+def trained(
+    weights: Mapping[str, Tensor],
+    starts: Sequence[Mapping[str, Tensor]],
+    tasks: Sequence[Batches],
+    *,
+    lr: float,
+    magnitude: float,
+    epsilon: float,
+    norm: str,
+    current: str,
+) -> Trained:
+    """Algorithm 1 on x -> head(tanh(down(tanh(up(x))))) with two classes a task: per task A_t given (`starts`, by
+    module) and B_t = 0, Adam on all α, A_t, B_t and the head, cross-entropy among the task's own classes; after it D_t
+    is a constant matrix."""
+    names = list(starts[0])
+    head = {n: weights[f"head.{n}"].clone().requires_grad_() for n in ("weight", "bias")}
+    alpha = torch.full((len(tasks),), magnitude, dtype=torch.float64, requires_grad=True)
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    for t, batches in enumerate(tasks):
+        As = {name: starts[t][name].clone().requires_grad_() for name in names}
+        Bs = {n: A.new_zeros(weights[f"{n}.weight"].shape[0], A.shape[0]).requires_grad_() for n, A in As.items()}
+
+        def link(name: str, As: Mapping[str, Tensor] = As, Bs: Mapping[str, Tensor] = Bs) -> Tensor:
+            return Bs[name] @ As[name] if current == "raw" else direction(Bs[name], As[name], epsilon, norm)
+
+        def moved(name: str, last: Tensor) -> Tensor:
+            return effective(weights[f"{name}.weight"], [*kept[name], last], alpha)
+
+        adam = torch.optim.Adam([alpha, *As.values(), *Bs.values(), *head.values()], lr=lr)
+        for x, y in batches:
+            for name in names:
+                x = x @ moved(name, link(name)).T + weights[f"{name}.bias"]
+                x = torch.tanh(x)
+            own = slice(2 * t, 2 * t + 2)
+            logits = (x @ head["weight"].T + head["bias"])[:, own]
+            adam.zero_grad()
+            torch.nn.functional.cross_entropy(logits, y - 2 * t).backward()
+            adam.step()
+        for name in names:
+            kept[name].append(link(name).detach())
+    with torch.no_grad():
+        made = {f"{n}.weight": effective(weights[f"{n}.weight"], kept[n], alpha) for n in names}
+    return Trained({**made, **{f"head.{n}": p.detach() for n, p in head.items()}}, alpha.detach())

@@ -56,7 +56,12 @@ class LowRankVariant(LoraVariant):
         made: tuple[Operator, Operator] | None = self.together.of(layer) if self.together is not None else None
         if made is not None:
             return made
-        return self.form.factors(live_of(layer, adapter), [live_of(other, adapter) for other in self.neighbours])
+        live, others = live_of(layer, adapter), [live_of(other, adapter) for other in self.neighbours]
+        kind = live.A.device.type
+        if torch.is_autocast_enabled(kind):  # a form's own products, such as a norm, are of the factors' precision
+            with torch.autocast(kind, enabled=False):
+                return self.form.factors(live, others)
+        return self.form.factors(live, others)
 
     def dense(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
         A, B = self.operators(layer, adapter)
