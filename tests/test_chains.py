@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback
 
@@ -502,6 +503,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "rm-lora": ("chain-of-lora + rm-lora", {"links": 3}),
     "keep_slots": ("chain-of-lora", {"links": 3, "keep_slots": 2}),
     "xgblora": ("xgblora", {"link_steps": 2, "choice": "uniform"}),
+    "sd-lora": ("sd-lora", {"tasks": 3}),
 }
 
 
@@ -535,7 +537,7 @@ def logits(model: Any) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("case", ["chain-of-lora", "rac-lora bernoulli", "lora-ga"])
+@pytest.mark.parametrize("case", ["chain-of-lora", "rac-lora bernoulli", "lora-ga", "keep_slots", "xgblora", "sd-lora"])
 @pytest.mark.parametrize("best", [1, 3])
 def test_the_best_of_an_earlier_link_comes_back(case: str, best: int, tmp_path: Path) -> None:
     """`load_best_model_at_end` across a knot, and early stopping: the adapter of the chosen step, links too."""
@@ -555,6 +557,43 @@ def test_the_best_of_an_earlier_link_comes_back(case: str, best: int, tmp_path: 
     trainer.compute_metrics = judged
     trainer.train()
     assert trainer.state.global_step == best + 2 and trainer.state.best_global_step == best
+    trainer.save_model(str(tmp_path / "best"))
+    stock = PeftModel.from_pretrained(llama(), tmp_path / "best")
+    assert (logits(stock) - seen[best][0]).norm() <= 1e-6 * seen[best][0].norm()
     assert torch.equal(logits(trainer.model), seen[best][0]) and not torch.equal(seen[best][0], seen[best + 2][0])
     assert [live_of(s.layer, "default").links for s in sites(trainer.model)] == seen[best][1]
     assert callback.driver is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "r"),
+    [
+        ("chain-of-lora", {"links": 3, "keep_slots": 2}, 3),
+        ("rac-lora", {"links": 3, "frozen": "alternate"}, 3),
+        ("xgblora", {"link_steps": 1, "fraction": 0.5, "choice": "uniform"}, 1),
+        ("pissa + xgblora", {"link_steps": 2, "fraction": 0.5}, 3),
+        ("sd-lora", {"tasks": 3, "later_ranks": (2, 1), "tasks_per_rank": 1}, 3),
+        ("sd-lora", {"tasks": 3, "current": "raw", "norm": "factors"}, 3),
+    ],
+)
+def test_stock_peft_computes_the_same_at_every_moment(name: str, options: Any, r: int, tmp_path: Path) -> None:
+    """Before, at and after every knot: what is saved then has the logits of then."""
+    model, opt, driver = begun(made(name, options, r=r), STEPS)
+    for step in range(STEPS):
+        model.train()
+        model(**batch_for(model, seed=step)).loss.backward()
+        opt.step()
+        for moment in ("step", "knot"):
+            if moment == "knot":
+                driver.after_step()
+                opt.zero_grad()
+            want = logits(model)
+            model.save_pretrained(tmp_path / f"{step}-{moment}")
+            stock = PeftModel.from_pretrained(llama(), tmp_path / f"{step}-{moment}")
+            assert (logits(stock) - want).norm() <= 1e-6 * want.norm(), (step, moment)
+
+
+def test_evidence_that_nobody_collects_is_missed_before_the_first_step() -> None:
+    with pytest.raises(LoralignError, match=r"starts from evidence, .* pass `gather` to drive\(\)"):
+        begun(made("lora-ga + chain-of-lora", {"links": 2, "micro_batches": 1}), 2)
+    begun(made("lora-ga + chain-of-lora", {"links": 1, "micro_batches": 1}), 2)

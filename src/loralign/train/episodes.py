@@ -22,7 +22,19 @@ from loralign.carrier.compress import compress
 from loralign.carrier.sites import draw_for, sites, sync_config, weight
 from loralign.carrier.slot import commit, effective, whole, write
 from loralign.optim.pairs import PairOptimizer
-from loralign.types import Directions, Episode, LoralignError, Nothing, Recipe, Site, Start, Train, Weight, WorkFailed
+from loralign.types import (
+    Directions,
+    Episode,
+    Init,
+    LoralignError,
+    Nothing,
+    Recipe,
+    Site,
+    Start,
+    Train,
+    Weight,
+    WorkFailed,
+)
 
 log = logging.getLogger("loralign")
 
@@ -66,12 +78,21 @@ class Episodes:
     def _episode(self, index: int) -> Episode | None:
         return self.recipe.outer.episode(index, self.total_steps, self.names, draw_for(self.recipe.seed))
 
+    def _init(self, episode: Episode) -> Init:
+        return episode.init or self.recipe.init
+
     def begin(self, total_steps: int, optimizer: PairOptimizer, index: int = 0, started: int = 0) -> None:
         """Enter an episode: the first one, or the one in which a stopped run was."""
         self.total_steps, self.started = total_steps, started
         self.current = self._episode(index)
         if self.current is None:
             raise WorkFailed(f"{self.recipe.name}: the outer loop has no episode {index}")
+        following = self._episode(index + 1) if started + self.current.steps < total_steps else None
+        if following is not None and self.gather is None and not isinstance(self._init(following).needs, Nothing):
+            raise LoralignError(
+                f"{self.recipe.name}: a link of this chain starts from evidence, which a bare loop does not "
+                "collect: pass `gather` to drive(), or train with attach()"
+            )
         self._enter(self.current, optimizer)
 
     def _enter(self, episode: Episode, optimizer: PairOptimizer) -> None:
@@ -120,14 +141,8 @@ class Episodes:
     @torch.no_grad()
     def _knot(self, done: Episode, following: Episode, optimizer: PairOptimizer) -> None:
         trained = set(self.names if done.sites is None else done.sites)
-        init = following.init or self.recipe.init
         evidence: Mapping[str, Directions] = {}
-        if not isinstance(init.needs, Nothing):
-            if self.gather is None:
-                raise LoralignError(
-                    f"{self.recipe.name}: a link of this chain starts from evidence, which a bare loop does not "
-                    "collect: pass `gather` to drive(), or train with attach()"
-                )
+        if self.gather is not None and not isinstance(self._init(following).needs, Nothing):
             with torch.enable_grad():
                 evidence = self.gather(following)
         fresh = {
@@ -164,9 +179,8 @@ class Episodes:
             log.log(how, said, self.recipe.name, index, most, self.lost[index])
 
     def _start(self, site: Site, following: Episode, evidence: Mapping[str, Directions]) -> Start:
-        init = following.init or self.recipe.init
         draw, W = draw_for(self.recipe.seed, site.name, following.index), _as_it_is(site)
-        start = init(W, site.r, site.s, evidence.get(site.name), draw)
+        start = self._init(following)(W, site.r, site.s, evidence.get(site.name), draw)
         return replace(start, own={**self.recipe.form.trained(W, site.r, draw), **start.own})
 
 
