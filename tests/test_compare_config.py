@@ -19,6 +19,7 @@ from loralign.compare.store import Store
 from loralign.config.study import load_study, to_specs
 from loralign.config.study_file import StudyFile, parse_study
 from loralign.config.yaml_text import read_yaml
+from loralign.methods import table
 from loralign.types import Full, Recipe
 from tiny_study import load, write_study
 
@@ -56,6 +57,13 @@ def test_arms_differ_where_the_file_says_so(study: Path) -> None:
     assert (hot.name, hot.recipe.r, hot.lr, hot.recipe.max_grad_norm) == ("hot", 2, 1e-2, 0.5)
     assert arm_settings(hot)["init.scale.gamma"] == 64.0
     assert mixed.name == "lora-ga + lora-rite" and mixed.recipe.r == 4
+
+
+def test_an_old_name_is_told_once_however_often_its_arm_is_built(study: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table._say_renamed.cache_clear()
+    for _ in range(2):
+        load(study, "arms=[muon-factors]")
+    assert [r.getMessage()[:50] for r in caplog.records] == ["muon-factors goes with the next release: use spect"]
 
 
 def test_contents_are_read_and_paths_do_not_count(study: Path, tmp_path: Path) -> None:

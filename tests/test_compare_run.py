@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,8 @@ def test_a_start_that_reads_trains_fewer_steps(tmp_path: Path, kind: str) -> Non
     assert plain.steps == (4, 8, 12) and plain.step_tokens == informed.step_tokens == step_tokens
     paid = math.ceil(informed.init_tokens / step_tokens)
     assert 0 < paid < 12 and informed.steps[-1] == 12 - paid and len(informed.losses) == len(informed.steps)
+    clock = (0.0, informed.init_s, *informed.seconds, informed.total_s)
+    assert all(a < b for a, b in pairwise(clock)) and informed.step_s > 0  # the last step is no multiple of eval_every
     resident.spec = replace(spec, charge="none")
     assert resident.run(trial("lora-ga"), never).steps == (4, 8, 12)
     resident.spec = replace(spec, steps=paid)
@@ -323,7 +326,7 @@ def test_a_study_from_start_to_table_and_a_later_arm(tmp_path: Path) -> None:
     assert {key: after[key] for key in before} == before  # nothing ran twice
     assert sum("/pissa/" in key for key in after) >= 3 + 3
     refused = compare(file, "--set", "rank=2")
-    assert refused.returncode == 2 and "arm 'lora' was started with `r` 4, now it has 2" in refused.stderr
+    assert refused.returncode == 2 and "arm 'lora' was started with `rank` 4, now it has 2" in refused.stderr
 
 
 def test_only_a_report_of_what_is_finished(tmp_path: Path) -> None:
@@ -333,6 +336,8 @@ def test_only_a_report_of_what_is_finished(tmp_path: Path) -> None:
     said = compare(file, "--report")
     assert said.returncode == 0
     assert "the search for learning rates is unfinished, 2 of 9 trials are done: nothing is compared yet" in said.stdout
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "the best so far is ringed" in page and "3 rates per arm" in page and "All arms" not in page
 
 
 @pytest.mark.slow

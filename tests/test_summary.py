@@ -45,10 +45,15 @@ def test_where_nothing_differs_plain_lora_is_as_good() -> None:
     said = told(lora=3.0, full=2.5, pissa=3.0)
     assert "No difference from plain `lora` is found for `pissa`, differences below about 0.0" in said
     assert said.endswith("would not have been seen: plain `lora` is as good here.")
+    said = told(lora=3.0, full=2.5, spectral=2.6, pissa=3.0)
+    assert "No difference from plain `lora` is found for `pissa`" in said
+    assert said.endswith("would not have been seen: plain `lora` is as good as they are.")
 
 
 def test_a_control_that_shows_nothing_is_said_and_so_is_a_missing_one() -> None:
     assert told(lora=3.0, full=3.0, pissa=3.0).startswith("Full fine-tuning, the control, is not found better than")
+    for blind in (told(lora=3.0, full=3.0, pissa=3.0), told(lora=3.0, pissa=3.0), told(lora=3.0, full=3.5, pissa=3.0)):
+        assert "would not have been seen." in blind and "as good" not in blind
     assert told(lora=3.0, pissa=3.0).startswith("Without a finished `full` arm nothing shows")
     assert in_plain_words(summarise([])) == "No finished `lora` arm: nothing is tested."
 

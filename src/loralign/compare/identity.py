@@ -69,6 +69,7 @@ def other_settings(folder: Path, key: str, old: Any, new: Any) -> str:
 
 def other_arm(arm: Arm, key: str, old: Any, new: Any) -> str:
     was, now = ("the default" if x is None else x for x in (old, new))
+    key = "rank" if key == "r" else key
     return (
         f"arm {arm.name!r} was started with `{key}` {was}, now it has {now}: give the changed arm a `name` of its own, "
         "or choose another `output` folder"

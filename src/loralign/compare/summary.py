@@ -12,6 +12,7 @@ from loralign.compare.verdict import LEVEL, ArmResult, StudyResult
 
 NAMED = 4
 """Of more arms than this the rest are counted."""
+PACES = ("sooner", "later")
 LIKELY = 0.95
 """From this probability on an arm that is not proven better is named."""
 
@@ -23,10 +24,14 @@ def in_plain_words(result: StudyResult) -> str:
     if base is None or not base.final.n:
         return result.notes[0].capitalize() + "." if result.notes else "Nothing is finished yet."
     others = sorted((a for a in result.arms if a not in (base, control)), key=lambda a: a.final.mean)
+    better, ties = ([a for a in others if a.kind in kinds] for kinds in (("better",), ("no difference", *PACES)))
+    ends = ""
+    if control and control.comparison and control.comparison.final_sign > 0:
+        ends = f": plain `{BASELINE}` is as good {'as they are' if better else 'here'}"
     parts = [
         _about_control(control),
-        _about_better([a for a in others if a.kind == "better"]),
-        _about_ties([a for a in others if a.kind in ("no difference", "sooner", "later")], len(others)),
+        _about_better(better),
+        _about_ties(ties, len(others), ends),
         _about("worse", "ends higher than `lora`", "end higher than `lora`", others),
         _about("unstable", "diverged on some seed", "diverged on some seed", others),
         _about("untested", "has too few runs to be tested", "have too few runs to be tested", others),
@@ -93,7 +98,8 @@ def _about_better(better: Sequence[ArmResult]) -> str:
     return said + "."
 
 
-def _about_ties(ties: Sequence[ArmResult], others: int) -> str:
+def _about_ties(ties: Sequence[ArmResult], others: int, ends: str) -> str:
+    """ends: of the sentence, where the study could see a difference and no arm is probably better."""
     if not ties:
         return ""
     halves = [(t.comparison.final.high - t.comparison.final.low) / 2 for t in ties if t.comparison]
@@ -106,8 +112,8 @@ def _about_ties(ties: Sequence[ArmResult], others: int) -> str:
         isare = "is" if len(likely) == 1 else "are"
         said += f"; {_names(likely)} {isare} probably better all the same (P ≥ {least})."
     else:
-        said += ": plain `lora` is as good here."
-    for word in ("sooner", "later"):
+        said += f"{ends}."
+    for word in PACES:
         if timed := [t for t in ties if t.kind == word]:
             said += f" {_names(timed)} {'gets' if len(timed) == 1 else 'get'} to the same loss {word}."
     return said

@@ -55,7 +55,7 @@ class Watch(TrainerCallback):
         self.begun = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % args.eval_steps == 0:
+        if control.should_evaluate:
             if self.cuda:
                 torch.cuda.synchronize()
             self._step_end = time.perf_counter()

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -235,7 +236,7 @@ def build(name: str, options: Mapping[str, Any] | None = None, **fields: Any) ->
     label = " + ".join(line.id for line in lines)
     for line in lines:
         if line.renamed:
-            log.warning("%s goes with the next release: use %s, which grew out of it", line.id, line.renamed)
+            _say_renamed(line.id, line.renamed)
     if any(line.reference for line in lines):
         if len(lines) > 1 or options:
             raise LoralignError("`full` trains the matrices themselves: it takes no options and mixes with nothing")
@@ -255,6 +256,12 @@ def build(name: str, options: Mapping[str, Any] | None = None, **fields: Any) ->
     for line in lines:
         fields = {**line.fields, **fields}
     return Recipe(**made, rules=made_rules, scale=scale, name=label, **fields)
+
+
+@cache
+def _say_renamed(old: str, new: str) -> None:
+    """Once a process: a study builds each of its arms several times."""
+    log.warning("%s goes with the next release: use %s, which grew out of it", old, new)
 
 
 _DEFAULTS: Mapping[str, Callable[..., Any]] = {"init": kaiming, "form": plain, "transform": adamw, "outer": once}

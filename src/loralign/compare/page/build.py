@@ -123,10 +123,9 @@ def arms_of(studies: Sequence[Shown]) -> Arms:
 def _study(s: Shown, number: int, arms: Arms, *, several: bool) -> str:
     heading = tag("h2", escape(s.spec.task_name), id=f"task-{number}") if several else ""
     parts = [heading, tag("p", marked(in_plain_words(s.result)), class_="verdict"), _facts(s)]
-    if s.result.arms:
-        parts += [chips(arms, [a.name for a in s.spec.arms]), *_figures(s, arms), _table(s, arms), _said(s)]
-    else:
-        parts.append(_said(s))
+    if s.rates:
+        parts += [chips(arms, [a.name for a in s.spec.arms]), *_figures(s, arms)]
+    parts += [*([_table(s, arms)] if s.result.arms else []), _said(s)]
     parts += [*([] if several else [_reproduce([s])]), _trials(s, arms, number, several=several)]
     return tag("div", *parts, data_study=number, class_="task" if several else None)
 
@@ -141,7 +140,7 @@ def _facts(s: Shown) -> str:
     tokens = next((o.step_tokens for o in done.values() if o.step_tokens), 0.0)
     rows = PurePath(spec.task.train)
     named = rows.parent.name if rows.stem in ("train", "rows") and rows.parent.name else rows.name
-    rates = f"{len(s.rates) // max(1, len({r.arm for r in s.rates}))} rates per arm"
+    rates = f"{max(spec.rates, len(s.rates) // len(spec.arms))} rates per arm"
     judged = f", the best {spec.finalists} on {spec.choice_seeds} seeds" if spec.choice_seeds > 1 else ", one seed"
     said = {
         "Task": f"{KINDS[spec.task.kind]}, {named}",
@@ -182,8 +181,9 @@ def _figures(s: Shown, arms: Arms) -> list[str]:
             charts = (loss_chart(lines, arms, room, unit=unit) for room in (WIDE, NARROW))
             made.append(section(f"Test loss against {unit}", how, both(*charts)))
     if small := rate_charts(s.rates, arms):
+        ringed = "chosen one" if s.result.arms else "best so far"
         how = (
-            "Final validation loss of every rate that was tried; the chosen one is ringed, the other arms are drawn in "
+            f"Final validation loss of every rate that was tried; the {ringed} is ringed, the other arms are drawn in "
             "grey. Above the axis: × diverged, – given up, ⌃ a loss too high for it."
         )
         made.append(section("Learning rates", how, tag("div", *small, class_="few")))
