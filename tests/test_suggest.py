@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from loralign.cli.app import main
+from loralign.cli.plan import costs, planned
 from loralign.config.recipe import load, to_job
 from loralign.plan.suggest import ROOM, Choice, Finding, caution, findings, first_that_fits, ranked, rate
 from loralign.types import LoralignError
@@ -167,6 +168,11 @@ def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path, capsys: py
     assert job.recipe.name == said["recipe"]["method"] == "lora" and job.training.epochs == 2.0
     assert job.training.learning_rate == said["learning_rate"] and "repeat" in said["reasons"]["caution"]
     assert said["peak_bytes"] > 0 and "records/" in said["reasons"]["rests on"]
+    assert main([*words, "--rows", str(rows)]) == 0
+    told, plan = capsys.readouterr().out, planned(load(out, []), "cpu")
+    assert f"`loralign plan`: {said['trainable']:,} trained numbers at 14 sites" in told
+    assert said["trainable"] == plan.estimate.trainable
+    assert all(line in told.splitlines() for line in costs(plan)) and len(costs(plan)) == 4
     assert main([*words, "--out", str(out)]) == 2 and "is there already" in capsys.readouterr().err
     assert main([*words, "--tokens", str(32 * 1600), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -138,6 +138,23 @@ def as_data(found: Planned) -> dict[str, Any]:
 
 def sentences(found: Planned) -> list[str]:
     """The plan, one subject a line."""
+    e, t = found.estimate, found.job.training
+    return [
+        f"{found.job.recipe.name} on {Path(found.job.model).name}: {trained(found)}",
+        *costs(found),
+        f"learning rate  {t.learning_rate:.3g} ({t.lr_source}); lr·s = {found.lr_s:.3g}",
+        f"export         {f'rank {e.export_rank}, {found.export}' if e.export_rank else 'the model itself'}",
+        *(f"warning        {said}" for said in warnings(found)),
+    ]
+
+
+def trained(found: Planned) -> str:
+    e = found.estimate
+    return f"{e.trainable:,} trained numbers at {e.sites} sites, {e.trainable / found.numbers:.2%} of the model"
+
+
+def costs(found: Planned) -> list[str]:
+    """What a step and the start take."""
     e, t, step = found.estimate, found.job.training, found.step
     masters = isinstance(found.job.recipe, Full) and step.bf16
     parts = {
@@ -148,17 +165,12 @@ def sentences(found: Planned) -> list[str]:
         "gathered blocks": e.gathered_bytes,
     }
     return [
-        f"{found.job.recipe.name} on {Path(found.job.model).name}: {e.trainable:,} trained numbers at {e.sites} sites, "
-        f"{e.trainable / found.numbers:.2%} of the model",
         f"batch          {t.batch_size} rows{_each(found.layout)} = {step.micro_batches} × {step.rows} of up to "
         f"{step.length} tokens",
         f"memory         {_size(e.peak_bytes)} at the peak of a step ({_where(step, found.layout)})",
         f"               {', '.join(f'{name} {_size(count)}' for name, count in parts.items() if count)}",
         *(["               weights: what trains is kept in fp32, and multiplied in bf16"] if masters else []),
         f"init           {_init(e)}",
-        f"learning rate  {t.learning_rate:.3g} ({t.lr_source}); lr·s = {found.lr_s:.3g}",
-        f"export         {f'rank {e.export_rank}, {found.export}' if e.export_rank else 'the model itself'}",
-        *(f"warning        {said}" for said in warnings(found)),
     ]
 
 

@@ -33,7 +33,7 @@ def suggest(
     """A recipe to begin with: method, rank, scale and rate, why, what they rest on, and what a step takes."""
     import torch
 
-    from loralign.cli.plan import planned
+    from loralign.cli.plan import costs, planned, trained
     from loralign.config.recipe import parse
     from loralign.plan.suggest import caution, findings, first_that_fits, ranked, rate
     from loralign.train.model import hidden_size
@@ -65,11 +65,13 @@ def suggest(
     if out is not None:
         _write(out, file, lines)
     if as_json:
-        data = {"recipe": file, "reasons": lines, "peak_bytes": needed}
+        data = {"recipe": file, "reasons": lines, "peak_bytes": needed, "trainable": found.estimate.trainable}
         say(json.dumps({**data, "learning_rate": file["train"]["learning_rate"], "prior": prior.learning_rate}))
         return
     for name, line in lines.items():
         say(f"{name:18} {line}")
+    say(f"\n`loralign plan`: {trained(found)}")
+    say("\n".join(costs(found)))
     if out is not None:
         say(f"Written: {out}; train it with `loralign train {out}`")
 
