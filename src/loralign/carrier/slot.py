@@ -58,7 +58,8 @@ class LowRankVariant(LoraVariant):
             return made
         live, others = live_of(layer, adapter), [live_of(other, adapter) for other in self.neighbours]
         kind = live.A.device.type
-        if torch.is_autocast_enabled(kind):  # a form's own products, such as a norm, are of the factors' precision
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # `plan` traces on meta
+        if autocast:  # a form's own products, such as a norm, are of the factors' precision
             with torch.autocast(kind, enabled=False):
                 return self.form.factors(live, others)
         return self.form.factors(live, others)
