@@ -147,9 +147,10 @@ def test_a_switch_keeps_the_function_and_the_directions(current: str) -> None:
 
 
 def test_one_weight_serves_all_modules_and_starts_again_with_every_link() -> None:
-    run = Run(made({"magnitude": 0.8}))
+    run = Run(made({"magnitude": 0.8}, weight_decay=0.5))
     assert torch.equal(run.alpha, torch.full((3,), 0.8))
-    run.step(0)  # B = 0 until here
+    run.step(0)
+    assert torch.equal(run.alpha, torch.full((3,), 0.8))  # no gradient while B = 0, and no decay of weights
     run.step(1)
     assert run.alpha[0] != 0.8 and torch.equal(run.alpha[1:], torch.full((2,), 0.8))
     shared = run.model.base_model.lora_shared["alpha"]
@@ -299,6 +300,7 @@ def test_a_link_that_repeats_the_others_is_dropped_and_nothing_moves() -> None:
             live = live_of(site.layer, "default")
             live.A.copy_(live.A0[:3])
             live.B.copy_(-0.7 * live.B0[:, :3])
+        shared_of(run.model.base_model)["alpha"][2] = 0.6
     alpha = run.alpha.clone()
     for step in range(4, 6):
         before, after = run.step(step)

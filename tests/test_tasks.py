@@ -294,6 +294,19 @@ def test_evidence_at_a_switch_is_drawn_from_the_task_that_begins(
     assert {factors(site)[0].shape[0] for site in sites(model)} == {18}
 
 
+def test_decisions_are_among_the_classes_seen_whatever_their_order(base: Path, tmp_path: Path) -> None:
+    """Classes 4, 5, then 2, 3, of a head of six; the accuracies of the last moment counted by hand."""
+    model, tasks = model_of(base), of_images()[:0:-1]
+    found = run_tasks(model, recipe("lora"), tasks, replace(TRAINING, save_every=None), tmp_path, export_moments=False)
+    for task, accuracy in zip(tasks, found.matrix[-1], strict=True):
+        with torch.no_grad():
+            logits = model(pixel_values=torch.stack([r["pixel_values"] for r in task.test])).logits
+        chosen = 2 + logits[:, 2:].argmax(dim=1)
+        right = (chosen == torch.tensor([r["labels"] for r in task.test])).float().mean()
+        assert float(right) == pytest.approx(accuracy, abs=1e-6)
+    assert sum(found.matrix[-1]) > 0.5 and task.classes == (2, 3)
+
+
 def test_micro_batches_add_up(base: Path, tmp_path: Path) -> None:
     found = []
     for micro in (8, 4):
