@@ -24,12 +24,14 @@ from tiny_study import write_study
 
 
 def runner(gain: float, level: float) -> Callable[[Trial, Callable[[int, float], bool]], Outcome]:
-    """lora-ga ends `gain` lower than lora, full 1 lower; seeds differ by 0.01."""
+    """lora-ga ends `gain` lower than lora, full 1 lower; seeds differ by 0.01. Its start reads a step, uncharged."""
 
     def run(trial: Trial, report: Callable[[int, float], bool]) -> Outcome:
         ends = {"lora": 0.0, "full": -1.0, "lora-ga": -gain}
         final = level + ends[trial.arm] + 0.01 * (trial.seed % 3) + 0.1 * trial.index**2
-        return Outcome((2, 4), (0.1, 0.2), (final + 1, final), step_tokens=128.0)
+        return Outcome(
+            (2, 4), (0.1, 0.2), (final + 1, final), step_tokens=128.0, init_tokens=128 * (trial.arm == "lora-ga")
+        )
 
     return run
 
@@ -57,7 +59,12 @@ def test_tables_of_each_task_and_over_all(
     said = capsys.readouterr().out
     assert "== reviews" in said and "== poems" in said and "Over all tasks: final loss against lora's" in said
     out = study.parent / "out"
+    free = "; same steps for every arm"  # in every table
+    assert said.count(f"± 95 % over seeds{free}") == 2 and f"against lora's{free}" in said
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count(f"A head sorts{free}.") == 3
     for task in ("reviews", "poems"):
+        assert free[2:] in (out / task / "results.md").read_text(encoding="utf-8")
         assert {"results.csv", "results.md", "results.json", "study.journal"} <= {
             p.name for p in (out / task).iterdir()
         }

@@ -59,10 +59,13 @@ def test_it_holds_what_the_other_files_say(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     held = re.search(r'<script type="application/json" id="data-0">(.*?)</script>', text, re.S)
     assert held and json.loads(held[1]) == json.loads((page.parent / "results.json").read_text(encoding="utf-8"))
+    for name in ("results.md", "results.csv"):  # the record's are those of today's command
+        assert (page.parent / name).read_text(encoding="utf-8") == (RECORD / name).read_text(encoding="utf-8")
     arms = json.loads(held[1])["result"]["arms"]
     assert len(arms) == 17
     for arm in arms:
         assert f"<b>{arm['arm']}</b>: " in text and f"{arm['final']['mean']:.4f} ± " in text
+    assert text.count("Only seeds were drawn anew") == 1
     assert text.count('<span class="flag">edge</span>') == 3 and '<span class="flag">unequal budget</span>' in text
 
 

@@ -229,7 +229,7 @@ def say_results(specs: Sequence[Spec]) -> None:
     if len(specs) < 2:
         return
     if overall := report_tasks(shown):
-        console.print(overall_table(overall))
+        console.print(overall_table(overall, shown))
     say(f"over all tasks: {specs[0].output.parent / 'report.html'}")
 
 

@@ -16,6 +16,7 @@ from loralign.compare.page.build import Shown, page
 from loralign.compare.page.overall import overall_section
 from loralign.compare.spec import BASELINE, REFERENCE
 from loralign.compare.statistics import samples
+from loralign.compare.tables import budgets
 from loralign.io.provenance import write_json, write_text
 
 
@@ -64,9 +65,10 @@ def _csv(lines: Sequence[Overall], tasks: Sequence[str]) -> str:
     return text.getvalue()
 
 
-def overall_table(lines: Sequence[Overall]) -> Table:
+def overall_table(lines: Sequence[Overall], shown: Sequence[Shown]) -> Table:
     tasks = list(dict.fromkeys(t for line in lines for t in line.differences))
-    made = Table(title="Over all tasks: final loss against lora's", title_justify="left", box=box.SIMPLE_HEAD)
+    title = "Over all tasks: final loss against lora's" + budgets(n for s in shown for n in s.result.notes)
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for head in ("arm", *tasks, "shrunken, 95 %", "P(better)"):
         made.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
     for line in lines:

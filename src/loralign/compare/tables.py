@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loralign.compare.curves import Interval
-from loralign.compare.verdict import LEVEL, ArmResult, StudyResult
+from loralign.compare.verdict import FIXED, LEVEL, ArmResult, StudyResult
 
 COSTS = ("arm", "parameters", "exported rank", "slots", "peak memory", "init", "step")
 
@@ -29,11 +29,16 @@ def terminal_tables(result: StudyResult) -> list[Table]:
     results = [_results(arm, metrics) for arm in result.arms]
     costs = [_costs(arm) for arm in result.arms]
     title = "Loss on test rows at each arm's own best rate; ± 95 % over seeds"
-    unequal = next((f"; {n.split(':')[0]}" for n in result.notes if n.startswith(("same steps", "the starts"))), "")
     return [
-        _table(title + unequal, heads, results),
+        _table(title + budgets(result.notes), heads, results),
         _table("Costs", COSTS, costs),
     ]
+
+
+def budgets(notes: Iterable[str]) -> str:
+    """What a table's title adds where what starts read was not paid for by training fewer steps."""
+    said = (n.split(":")[0].split(";")[0] for n in notes if n.startswith(("same steps", "the starts")))
+    return next((f"; {how}" for how in said), "")
 
 
 def _table(title: str, heads: Sequence[str], lines: Sequence[tuple[str, ...]]) -> Table:
@@ -117,7 +122,7 @@ def as_markdown(result: StudyResult) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"Intervals of differences: {LEVEL} for a whole family together. "
+        f"Intervals of differences: {LEVEL} for a whole family together. {FIXED} "
         "Steps: trained + charged for what the start read."
         + (" Slots: of all modules before the first step → at the end, mean over seeds." if ruled else ""),
     ]

@@ -25,7 +25,8 @@ from loralign.compare.page.tables import arms_table, trials_table
 from loralign.compare.rates import Rate
 from loralign.compare.spec import BASELINE, Outcome, Spec, rate
 from loralign.compare.summary import in_plain_words
-from loralign.compare.verdict import LEVEL, ArmResult, StudyResult
+from loralign.compare.tables import budgets
+from loralign.compare.verdict import FIXED, LEVEL, ArmResult, StudyResult
 
 KINDS = {"text": "plain causal LM", "sft": "answers of a causal LM", "classify": "classification"}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -170,7 +171,8 @@ def _figures(s: Shown, arms: Arms) -> list[str]:
     if found := differences(s.result.arms):
         how = (
             f"Final test loss less <code>{BASELINE}</code>’s. Dot and line: the mean and its {LEVEL} interval, which "
-            "holds for the arm’s whole family together. Pale bar: the effect shrunken towards the other arms’, 95 %."
+            "holds for the arm’s whole family together. Pale bar: the effect shrunken towards the other arms’, 95 %. "
+            + FIXED
         )
         made.append(section("Effects", how, both(*(effects_chart(found, arms, room) for room in (WIDE, NARROW)))))
     budget = s.spec.steps if s.spec.charge != "none" else math.inf
@@ -214,7 +216,7 @@ def _table(s: Shown, arms: Arms) -> str:
     how = (
         f"Test loss at each arm’s own best rate, ± 95 % over seeds; against lora: {LEVEL} for a whole family together."
     )
-    return section("All arms", how + " A head sorts.", arms_table(s.result, arms.names.index))
+    return section("All arms", f"{how} A head sorts{budgets(s.result.notes)}.", arms_table(s.result, arms.names.index))
 
 
 def _said(s: Shown) -> str:

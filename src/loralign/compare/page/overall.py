@@ -12,6 +12,7 @@ from loralign.compare.page.svg import signed, tag
 from loralign.compare.page.tables import EMPTY, Cell, sortable
 from loralign.compare.spec import BASELINE
 from loralign.compare.summary import over_tasks_in_plain_words
+from loralign.compare.tables import budgets
 
 
 def overall_section(lines: Sequence[Overall], studies: Sequence[Shown]) -> str:
@@ -21,6 +22,7 @@ def overall_section(lines: Sequence[Overall], studies: Sequence[Shown]) -> str:
     tasks = [tag("a", s.spec.task_name, href=f"#task-{i}") for i, s in enumerate(studies)]
     parts = [verdict, tag("p", "Tasks: " + ", ".join(tasks), class_="tasks")]
     if lines:
+        notes = [note for s in studies for note in s.result.notes]
         ordered = sorted(lines, key=lambda o: sum(o.differences.values()) / len(o.differences))
         how = (
             f"Final test loss less <code>{BASELINE}</code>’s. A ring for every task; the bar and the figures: the "
@@ -28,7 +30,7 @@ def overall_section(lines: Sequence[Overall], studies: Sequence[Shown]) -> str:
         )
         charts = (overall_chart(ordered, arms, room) for room in (WIDE, NARROW))
         parts += [chips(arms, [o.arm for o in ordered]), section("Over all tasks", how, both(*charts))]
-        parts.append(section("Differences by task", "A head sorts.", _table(lines, arms)))
+        parts.append(section("Differences by task", f"A head sorts{budgets(notes)}.", _table(lines, arms)))
     return tag("div", *parts, data_study="all")
 
 
