@@ -7,7 +7,8 @@ slot's counts as the higher, so that ties are cut at the exact count and alike o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -29,11 +30,19 @@ def _flat(scores: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
     return names, flat
 
 
-def ordered(scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-    """All slots, the highest score first."""
+def beyond(scores: Mapping[str, Tensor], kept: Callable[[Tensor], int]) -> Slots:
+    """The slots after the first so many, the highest score first. kept: of all scores in this order."""
     names, flat = _flat(scores)
-    places = [(name, j) for name in names for j in range(scores[name].shape[0])]
-    return [places[k] for k in flat.sort(descending=True, stable=True).indices.tolist()]
+    values, order = flat.sort(descending=True, stable=True)
+    places = order[kept(values) :].sort().values.tolist()
+    found: Slots = {}
+    start, stop = 0, 0
+    for name in names:
+        first, start = start, start + scores[name].shape[0]
+        last, stop = stop, bisect_left(places, start, stop)
+        if stop > last:
+            found[name] = tuple(k - first for k in places[last:stop])
+    return found
 
 
 def by_site(slots: Sequence[tuple[str, int]]) -> Slots:
@@ -45,8 +54,7 @@ def by_site(slots: Sequence[tuple[str, int]]) -> Slots:
 
 def lowest(scores: Mapping[str, Tensor], count: int) -> Slots:
     """The `count` slots of lowest score, by site."""
-    slots = ordered(scores)
-    return by_site(slots[len(slots) - count :])
+    return beyond(scores, lambda values: len(values) - count)
 
 
 @lru_cache
@@ -81,6 +89,7 @@ class Window:
         return min(max((t - self.start) / (self.stop - self.start), 0.0), 1.0)
 
 
+@lru_cache
 def window(total: int, first: float, last: float, interval: int | None) -> Window:
     """first, last: shares of `total` before and after the window (at least one step after it). interval: in optimizer
     steps; None: 500 of them in a run. Raises LoralignError, with the mend, where nothing is left between them."""

@@ -18,6 +18,10 @@ from torch import Tensor
 from loralign.maths.draws import keyed_generator
 
 
+CHUNK = 256
+"""Rows that one block of a GPU multiplies."""
+
+
 def _work(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of this file."""
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -26,8 +30,26 @@ def _work(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def gram(X: Tensor) -> Tensor:
     """XᵀX (..., r, r); formed in float64 on CUDA, where float32 may mean TF32."""
+    if X.is_cuda and X.dim() == 3 and X.shape[1] >= 2 * CHUNK:
+        return gram_of_chunks(X).to(X.dtype)
     Y = X.double() if X.is_cuda else X
     return (torch.bmm(Y.mT, Y) if Y.dim() == 3 else Y.mT @ Y).to(X.dtype)
+
+
+def gram_of_chunks(X: Tensor) -> Tensor:
+    """XᵀX of X (n, d, r) in float64 as the sum over pieces of d, which a GPU works on side by side: a product (r, r) by
+    itself runs along d alone."""
+    upright = X.stride(-1) == 1 or X.stride(-2) != 1  # else the rows of Xᵀ lie in one piece each
+    Z = X if upright else X.mT
+    axis = 1 if upright else 2
+    whole = X.shape[1] // CHUNK * CHUNK
+    body = Z.narrow(axis, 0, whole).unflatten(axis, (-1, CHUNK)).movedim(axis, 1)
+    parts = body.to(torch.float64, memory_format=torch.contiguous_format).flatten(0, 1)
+    H = (torch.bmm(parts.mT, parts) if upright else torch.bmm(parts, parts.mT)).unflatten(0, body.shape[:2]).sum(1)
+    if whole < X.shape[1]:
+        rest = X[:, whole:].double()
+        H = H + torch.bmm(rest.mT, rest)
+    return H
 
 
 def _scaled(X: Tensor) -> Tensor:

@@ -53,7 +53,12 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor:
     if joint is None:
         # one (n·rows, ...) tensor is made faster than n views and a stack
         joint = torch.cat(found).view(len(found), *found[0].shape) if found[0].dim() else torch.stack(found)
-    return joint.float() if joint.dtype in (torch.bfloat16, torch.float16) else joint
+    return widened(joint)
+
+
+def widened(t: Tensor) -> Tensor:
+    """At least fp32."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 _BASE = attrgetter("_base")

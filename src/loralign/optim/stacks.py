@@ -5,7 +5,7 @@ A run's parameter groups hold its tensors as lists by role; whatever is stacked 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loralign.maths.lists import stacked
-from loralign.optim.late import LateMapping
+from loralign.maths.lists import stacked, widened
 from loralign.types import SiteShape, Stack
 
 Lists = Mapping[str, Sequence[Tensor | None]]
@@ -55,6 +54,8 @@ class Layout:
                 site, _, name = key.rpartition("|") if group["role"] == "form" else (key, "", group["role"])
                 if site in where:  # else the model's, or asleep
                     where[site][name] = group["role"], k
+        self.where = where
+        """site -> name -> the role, and the place in that role's list."""
         self.names = {site: tuple(found) for site, found in where.items()}
         self.known: dict[object, list[Place]] = {}
         alike: dict[object, list[SiteShape]] = {}
@@ -98,23 +99,68 @@ def _parts(whole: Place, parts: Mapping[str, tuple[str, ...]]) -> list[Place]:
     return made
 
 
+class Named(Mapping[str, Tensor]):
+    """The tensors of one stack, made when they are read."""
+
+    def __init__(self, names: Collection[str], made: Callable[[str], Tensor]) -> None:
+        self._names, self._made = names, made
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._made(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def stacks(
     places: Sequence[Place], values: Callable[[], Lists], grads: Callable[[], Lists] | None = None
 ) -> list[Stack]:
-    """Their tensors are made when they are read."""
+    """Their tensors are made when they are read, one name of all stacks at a time."""
     value, slope = cache(values), cache(grads or dict)
+    tensors = cache(lambda name: _of_all(places, name, value()))
+    slopes = cache(lambda name: _of_all(places, name, slope(), value()))
 
-    def of(place: Place) -> Stack:
-        tensors = LateMapping(lambda: {n: stacked(place.tensors(n, value())) for n in place.found})
-        slopes = LateMapping(lambda: {n: _slopes(place, n, slope(), value()) for n in place.found})
-        return Stack(place.key, place.sites, place.r, tensors, slopes if grads else {}, place.at)
+    def of(k: int, place: Place) -> Stack:
+        found = Named(place.found, lambda name: tensors(name)[k])
+        gone = Named(place.found, lambda name: slopes(name)[k]) if grads else {}
+        return Stack(place.key, place.sites, place.r, found, gone, place.at)
 
-    return [of(place) for place in places]
+    return [of(k, place) for k, place in enumerate(places)]
 
 
-def _slopes(place: Place, name: str, grads: Lists, values: Lists) -> Tensor:
-    found = place.tensors(name, grads)
-    if any(g is None for g in found):
+def _of_all(places: Sequence[Place], name: str, lists: Lists, values: Lists | None = None) -> dict[int, Tensor]:
+    """One name of every stack that has it. Stacks whose tensors can stand below one another are made by one call."""
+    kinds: dict[object, list[int]] = {}
+    found: dict[int, list[Tensor]] = {}
+    for k, place in enumerate(places):
+        if name in place.found:
+            found[k] = _there(place, name, lists, values)
+            one = found[k][0]
+            alone = k if one.dim() == 0 or one._base is not None else None  # rows of one tensor need no copy
+            kinds.setdefault((one.shape[1:], one.dtype, one.device, alone), []).append(k)
+    made: dict[int, Tensor] = {}
+    for at in kinds.values():
+        if len(at) == 1:
+            made[at[0]] = stacked(found[at[0]])
+            continue
+        joint = widened(torch.cat([t for k in at for t in found[k]]))
+        parts = joint.split([len(found[k]) * found[k][0].shape[0] for k in at])
+        made.update((k, part.view(len(found[k]), *found[k][0].shape)) for k, part in zip(at, parts, strict=True))
+    return made
+
+
+def _there(place: Place, name: str, lists: Lists, values: Lists | None) -> list[Tensor]:
+    """Its tensors; zeros like the `values` where a gradient is missing."""
+    found = place.tensors(name, lists)
+    if values is not None and type(None) in set(map(type, found)):
         like = place.tensors(name, values)
         found = [torch.zeros_like(w) if g is None else g for g, w in zip(found, like, strict=True)]  # type: ignore[arg-type]
-    return stacked(found)
+    return found  # type: ignore[return-value]

@@ -10,20 +10,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from loralign.carrier.slot import add_frozen, whole, write
 from loralign.maths.draws import keyed_generator
 from loralign.optim.pairs import PairOptimizer
 from loralign.optim.shards import sharded, wholes
-from loralign.optim.values import live_own
+from loralign.optim.stacks import listed
 from loralign.types import (
     Copy,
     Elements,
@@ -84,13 +84,25 @@ class Stage:
         return p
 
     @cached_property
-    def _own(self) -> dict[tuple[str, str], nn.Parameter]:
-        return live_own(self.optimizer.param_groups)
+    def _lists(self) -> dict[str, list[Any]]:
+        return listed(self.optimizer.param_groups)
 
     def own(self, site: str, name: str) -> Tensor:
-        if (site, name) not in self._own:
+        role, k = self.optimizer.layout.where.get(site, {}).get(name, ("", 0))
+        if role != "form":
             raise LoralignError(f"a rule planned for the tensor {name!r} of {site}, which its form does not have")
-        return self._own[site, name]
+        p: Tensor = self._lists[role][k]
+        return p
+
+    def alike(self, sites: Iterable[str], name: str) -> list[tuple[list[str], list[Tensor]]]:
+        """A form's own tensors of these sites, those of one shape together."""
+        kinds: dict[object, tuple[list[str], list[Tensor]]] = {}
+        for site in sites:
+            p = self.own(site, name)
+            names, ps = kinds.setdefault((p.shape, p.dtype, p.device), ([], []))
+            names.append(site)
+            ps.append(p)
+        return list(kinds.values())
 
     def put(self, site: Site, slots: Sequence[int], A: Tensor | None, B: Tensor | None) -> None:
         """Rows of A and columns of B of these slots; None: zeros. Only they are touched."""
@@ -160,26 +172,31 @@ def _on(stage: Stage, site: Site, verb: On) -> SlotChange:
 
 
 def _zero(stage: Stage, verbs: Sequence[Zero]) -> None:
-    """One collective for sharded tensors; vectors (gates) as one, with one copy of the places to the device."""
-    wanted: dict[tuple[str, str], tuple[int, ...]] = {}
+    """One collective for sharded tensors; vectors (gates) of one length as one, with one copy of the places to the
+    device."""
+    wanted: dict[str, dict[str, tuple[int, ...]]] = {}
     for verb in verbs:
-        wanted[verb.site, verb.name] = wanted.get((verb.site, verb.name), ()) + verb.slots
-    kinds: dict[Any, list[tuple[Tensor, int, tuple[int, ...]]]] = {}
-    for (site, name), slots in wanted.items():
-        p, axis = _tensor(stage, site, name)
-        kinds.setdefault((p.device, p.dtype, p.dim() > 1), []).append((p, axis, slots))
-    for (device, _, wide), found in kinds.items():
-        ps = [p for p, *_ in found]
-        values = wholes(ps)
-        if wide:
-            rows = [torch.tensor(at, device=device) for *_, at in found]
-            made = [x.index_fill(axis, at, 0.0) for x, at, (_, axis, _) in zip(values, rows, found, strict=True)]
-        else:
-            starts = accumulate((len(x) for x in values), initial=0)
-            places = [start + j for start, (*_, at) in zip(starts, found, strict=False) for j in at]
-            flat = torch.cat(values).index_fill_(0, torch.tensor(places, device=device).long(), 0.0)
-            made = list(flat.split([len(x) for x in values]))
-        write_all(ps, made)
+        slots = wanted.setdefault(verb.name, {})
+        slots[verb.site] = slots.get(verb.site, ()) + verb.slots
+    for name, slots in wanted.items():
+        if name in ("A", "B"):
+            _zero_wide([stage.factor(stage.site(site), name) for site in slots], "AB".index(name), list(slots.values()))
+            continue
+        for sites, ps in stage.alike(slots, name):
+            if ps[0].dim() > 1:
+                _zero_wide(ps, 0, [slots[site] for site in sites])
+                continue
+            r = len(ps[0])
+            places = [k * r + j for k, site in enumerate(sites) for j in slots[site]]
+            flat = torch.cat(wholes(ps))
+            flat.index_fill_(0, torch.tensor(places, device=flat.device).long(), 0.0)
+            write_all(ps, flat.view(len(ps), r).unbind())
+
+
+def _zero_wide(ps: Sequence[Tensor], axis: int, slots: Sequence[tuple[int, ...]]) -> None:
+    values = wholes(ps)
+    rows = [torch.tensor(at, device=x.device).long() for x, at in zip(values, slots, strict=True)]
+    write_all(ps, [x.index_fill(axis, at, 0.0) for x, at in zip(values, rows, strict=True)])
 
 
 def _tensor(stage: Stage, site: str, name: str) -> tuple[Tensor, int]:
@@ -210,18 +227,15 @@ def _set(stage: Stage, site: Site, verb: Set) -> None:
 
 
 def _prox(stage: Stage, verbs: Sequence[Prox]) -> None:
-    """One collective for sharded tensors, a few calls for all: rules plan it after every step."""
+    """x − min(max(x, −ξ), ξ). One collective for sharded tensors, a few calls for all: rules plan it at every step."""
     for verb in verbs:
-        kinds: dict[Any, list[Tensor]] = {}
-        for site in verb.sites:
-            p = stage.own(site, verb.name)
-            kinds.setdefault((p.device, p.dtype), []).append(p)
-        for ps in kinds.values():
+        for _, ps in stage.alike(verb.sites, verb.name):
             values = wholes(ps)
-            x = torch.cat([value if value.dim() == 1 else value.reshape(-1) for value in values])
-            x = (x.abs() - verb.threshold).clamp_min_(0.0).mul_(x.sign())
-            parts = x.split([value.numel() for value in values])
-            write_all(ps, [x if x.dim() == v.dim() else x.view(v.shape) for x, v in zip(parts, values, strict=True)])
+            rows = torch.cat(values).clamp_(-verb.threshold, verb.threshold).view(len(ps), *ps[0].shape).unbind()
+            if not sharded(ps):
+                torch._foreach_sub_(ps, rows)
+            else:
+                write_all(ps, torch._foreach_sub(values, rows))
 
 
 def _freeze(stage: Stage, site: Site, verb: Freeze) -> None:

@@ -75,11 +75,11 @@ class Sensitivity:
         sensitivity(w, g, mean, spread, self.betas)
 
     def scores(self, state: RuleState, moment: Moment) -> Mapping[str, Tensor]:
-        made = []
-        for stack in moment.stacks:
-            s = {part: state[f"{MEAN}|{stack.key}|{part}"] * state[f"{SPREAD}|{stack.key}|{part}"] for part in PARTS}
-            made.append(s[GATE] + s["B"].mean(1) + s["A"].mean(2))
-        return slots_of(moment.stacks, made)
+        each = [f"{stack.key}|{part}" for part in PARTS for stack in moment.stacks]
+        s = torch._foreach_mul([state[f"{MEAN}|{k}"] for k in each], [state[f"{SPREAD}|{k}"] for k in each])
+        n = len(moment.stacks)
+        A, B = [x.mean(2) for x in s[:n]], [x.mean(1) for x in s[n : 2 * n]]
+        return slots_of(moment.stacks, torch._foreach_add(torch._foreach_add(s[2 * n :], B), A))
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loralign.maths import budget
 from loralign.maths.bounds import Count, Positive, Share, bounded
-from loralign.maths.budget import Slots, by_site, ordered
+from loralign.maths.budget import Slots
 from loralign.methods.rule.combine import GATE, gates_of
 from loralign.types import Copy, Facts, Moment, Plan, RuleBase, RuleState, Set, Verb
 
@@ -48,10 +49,7 @@ def threshold(t: float, end: float, p0: float) -> float:
 
 def beyond(phi: Mapping[str, Tensor], p: float) -> Slots:
     """The slots after the cumulated mass exceeds p of the whole, by site."""
-    order = ordered(phi)
-    values = torch.stack([phi[name][j].double().cpu() for name, j in order])
-    kept = int((values.cumsum(0) <= p * values.sum() * (1 + 1e-12)).sum())
-    return by_site(order[kept:])
+    return budget.beyond(phi, lambda values: int((values.cumsum(0) <= p * values.sum() * (1 + 1e-12)).sum()))
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,31 @@ TINY = 1e-8
 
 def shares(A: Tensor, B: Tensor, c: Tensor) -> Tensor:
     """‖c_j b_j a_jᵀ‖ over ‖B·diag(c)·A‖, (..., r)."""
-    rows, columns = gram(A.mT), gram(B)
+    return _shares(gram(A.mT), gram(B), c)
+
+
+def _shares(rows: Tensor, columns: Tensor, c: Tensor) -> Tensor:
+    """Of AAᵀ and BᵀB."""
     each = c.abs() * (rows.diagonal(dim1=-2, dim2=-1) * columns.diagonal(dim1=-2, dim2=-1)).clamp_min(0).sqrt()
     whole = (rows * columns * c[..., None, :] * c[..., :, None]).sum((-2, -1)).clamp_min(0).sqrt()
     return each / (whole[..., None] + TINY)
+
+
+def shares_of(stacks: Sequence[Stack]) -> list[Tensor]:
+    """(n, r) of each; the small matrices of all stacks of a rank are treated together."""
+    kinds: dict[object, list[Stack]] = {}
+    for stack in stacks:
+        kinds.setdefault((stack.r, stack.tensors[GATE].device), []).append(stack)
+    made: dict[str, Tensor] = {}
+    for alike in kinds.values():
+        rows, columns = (torch.cat([gram(X) for X in Xs]) for Xs in zip(*map(_upright, alike), strict=True))
+        joint = _shares(rows, columns, torch.cat([st.tensors[GATE] for st in alike]))
+        made.update(zip((st.key for st in alike), joint.split([len(st.sites) for st in alike]), strict=True))
+    return [made[stack.key] for stack in stacks]
+
+
+def _upright(stack: Stack) -> tuple[Tensor, Tensor]:
+    return stack.tensors["A"].mT, stack.tensors["B"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +78,7 @@ class ComponentShare:
 
     @torch.no_grad()
     def observe(self, state: RuleState, moment: Moment) -> None:
-        now = [shares(st.tensors["A"], st.tensors["B"], st.tensors[GATE]) for st in moment.stacks]
+        now = shares_of(moment.stacks)
         kept = [average(state, f"share|{st.key}", like) for st, like in zip(moment.stacks, now, strict=True)]
         torch._foreach_lerp_(kept, now, 1 - self.beta)
 
