@@ -50,8 +50,8 @@ class Reading:
 
 
 def _counted(readings: Sequence[Reading], norms: Tensor, delta: Tensor) -> None:
-    for reading in readings:
-        reading.add(norms)
+    each = [norms] * len(readings)
+    torch._foreach_addcmul_([reading.squares for reading in readings], each, each)
 
 
 class InputTap:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from operator import index
 
@@ -44,9 +45,10 @@ def keyed_scores(names: Sequence[str], width: int, source: torch.Generator) -> T
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def hashed(names: Sequence[str]) -> Tensor:
-    """() int64, CPU: of names in their order, the same on every machine."""
-    return torch.tensor(int.from_bytes(_digest(tuple(names)), "little", signed=True))
+@lru_cache
+def hashed(names: tuple[str, ...]) -> int:
+    """64 bits of names in their order, the same on every machine."""
+    return int.from_bytes(_digest(names), "little", signed=True)
 
 
 def _digest(value: object) -> bytes:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from loralign.maths.draws import keyed_generator
 
-
 CHUNK = 256
 """Rows that one block of a GPU multiplies."""
 

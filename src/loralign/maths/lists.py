@@ -33,17 +33,24 @@ def adam_slots(state: dict[str, Tensor], axis: int, change: SlotChange) -> None:
     Dead slots lose their moments. New ones start with m = 0 and their source's v, or the mean v of those that were
     there: with v = 0 under a late step counter Adam's next updates would be up to 6.6·lr instead of at most lr.
     """
-    fresh = (*change.fresh, *(to for to, _ in change.copied))
+    fresh = [*change.fresh, *(to for to, source in change.copied if source < 0)]
+    copies = [(to, source) for to, source in change.copied if source >= 0]
     m, v = (state[key].movedim(axis, 0) for key in ("exp_avg", "exp_avg_sq"))
-    kept = torch.ones(len(v), dtype=torch.bool, device=v.device)
-    kept[list((*change.off, *fresh))] = False
-    kept &= v.flatten(1).any(1) if v.dim() > 1 else v > 0
-    mean = v[kept].mean(0) if bool(kept.any()) else torch.zeros_like(v[0])
-    sources = {to: v[source].clone() for to, source in change.copied if source >= 0}
-    v[list(change.off)] = 0.0
-    for slot in fresh:
-        v[slot] = sources.get(slot, mean)
-    m[list((*change.off, *fresh))] = 0.0
+    gone = _at([*change.off, *fresh, *(to for to, _ in copies)], v)
+    there = v.flatten(1).any(1) if v.dim() > 1 else v > 0
+    count = there.index_fill_(0, gone, False).to(v.dtype)
+    mean = (v * count.view(-1, *(1,) * (v.dim() - 1))).sum(0) / count.sum().clamp_min_(1.0)
+    sources = v[_at([source for _, source in copies], v)]
+    m.index_fill_(0, gone, 0.0)
+    v.index_fill_(0, gone, 0.0)
+    if fresh:
+        v.index_copy_(0, _at(fresh, v), mean.expand(len(fresh), *mean.shape))
+    if copies:
+        v.index_copy_(0, _at([to for to, _ in copies], v), sources)
+
+
+def _at(places: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(places, dtype=torch.int64, device=like.device)
 
 
 def stacked(tensors: Sequence[Tensor | None]) -> Tensor:

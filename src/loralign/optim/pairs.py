@@ -250,15 +250,18 @@ class PairOptimizer(torch.optim.Optimizer):
         ctx = self._in_link()
         return moment(self.param_groups, self.values, self.layout, self.awake, self.dead, ctx, **seen)
 
-    def on_slots(self, name: str, change: SlotChange) -> None:
-        """Adjust the state of one site whose slots changed."""
-        live = {f: p for f, p in live_pairs(self.param_groups)[name].items() if self.state[p]}
-        if live:
-            pair = self.values.pairs({name: live_pairs(self.param_groups)[name]}, {name: letters(live)})[0]
-            self.transform.on_slots(pair, {f: self.state[p] for f, p in live.items()}, change)
-        for (site, own), p in live_own(self.param_groups).items():
-            if site == name and own in self._per_slot(name) and self.state[p]:
-                adam_slots(self.state[p], 0, change)
+    def on_slots(self, changes: Mapping[str, Sequence[SlotChange]]) -> None:
+        """Adjust the state of sites whose slots changed, each site's changes in order."""
+        live = {n: ps for n, ps in live_pairs(self.param_groups).items() if n in changes} if changes else {}
+        kept = {n: {f: p for f, p in ps.items() if self.state[p]} for n, ps in live.items()}
+        live = {n: ps for n, ps in live.items() if kept[n]}
+        for pair in self.values.pairs(live, {n: letters(kept[n]) for n in live}) if live else ():
+            for change in changes[pair.name]:
+                self.transform.on_slots(pair, {f: self.state[p] for f, p in kept[pair.name].items()}, change)
+        for (site, own), p in live_own(self.param_groups).items() if changes else ():
+            for change in changes.get(site, ()):
+                if own in self._per_slot(site) and self.state[p]:
+                    adam_slots(self.state[p], 0, change)
 
     def forget(self, names: Iterable[str]) -> None:
         """Clear the whole optimizer state (moments and step counters) of these sites and of what the form shares, as a

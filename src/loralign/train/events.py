@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -65,6 +65,10 @@ def agreed(plan: Plan | None) -> Plan:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+Changes = Sequence[tuple[str, SlotChange | None]]
+"""What happened to the slots of sites, in order; None: nothing that optimizer state follows."""
 
 
 class Stage:
@@ -142,19 +146,29 @@ def write_all(ps: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 def apply_plan(stage: Stage, plan: Plan) -> set[str]:
     """Carry out the verbs in order; the names of the sites whose slots changed."""
     changes: dict[str, list[SlotChange]] = {}
-    for kind, alike in groupby(plan, type):
-        verbs: list[Any] = list(alike)
+    for kind, verbs in _runs(plan):
         if kind in TOGETHER:
-            TOGETHER[kind](stage, verbs)
-            continue
-        for verb in verbs:
-            change = ACTIONS[kind](stage, stage.site(verb.site), verb)
+            found = TOGETHER[kind](stage, verbs)
+        else:
+            found = [(verb.site, ACTIONS[kind](stage, stage.site(verb.site), verb)) for verb in verbs]
+        for site, change in found or ():
             if change is not None:
-                changes.setdefault(verb.site, []).append(change)
-    for name, found in changes.items():
-        for change in found:
-            stage.optimizer.on_slots(name, change)
+                changes.setdefault(site, []).append(change)
+    stage.optimizer.on_slots(changes)
     return {site for verb in plan for site in (verb.sites if isinstance(verb, Prox) else (verb.site,))}
+
+
+def _runs(plan: Sequence[Any]) -> Iterator[tuple[type[Any], list[Any]]]:
+    """Verbs of one kind that follow one another; of those that read what they write, one for each tensor."""
+    for kind, alike in groupby(plan, type):
+        run: dict[object, Any] = {}
+        for verb in alike:
+            key: object = (verb.site, getattr(verb, "name", "")) if kind in (Copy, Set) else len(run)
+            if key in run:
+                yield kind, list(run.values())
+                run = {}
+            run[key] = verb
+        yield kind, list(run.values())
 
 
 def _off(stage: Stage, site: Site, verb: Any) -> SlotChange:
@@ -206,24 +220,46 @@ def _tensor(stage: Stage, site: str, name: str) -> tuple[Tensor, int]:
     return stage.own(site, name), 0
 
 
-def _copy(stage: Stage, site: Site, verb: Copy) -> SlotChange:
-    A, B = whole(stage.factor(site, "A")), whole(stage.factor(site, "B"))
-    if verb.snapshot:
-        A, B = (stage.state[f"{verb.snapshot}|{site.name}|{side}"] for side in "AB")
-    at = list(verb.source)
-    stage.put(site, verb.to, A[at].clone(), B[:, at].clone())
-    stage.mark(site, verb.to, dead=False)
-    sources = (-1,) * len(at) if verb.snapshot else verb.source
-    return SlotChange(copied=tuple(zip(verb.to, sources, strict=True)))
+def _copy(stage: Stage, verbs: Sequence[Copy]) -> Changes:
+    """Sites of one shape together; their factors are written as a whole."""
+    kinds: dict[object, list[Copy]] = {}
+    for verb in verbs:
+        A, B = (stage.factor(stage.site(verb.site), side) for side in "AB")
+        kinds.setdefault((verb.snapshot, A.shape, B.shape, A.dtype, B.dtype, A.device), []).append(verb)
+        if verb.site in stage.optimizer.dead:
+            stage.mark(stage.site(verb.site), verb.to, dead=False)
+    for alike in kinds.values():
+        found = [(k, to, source) for k, v in enumerate(alike) for to, source in zip(v.to, v.source, strict=True)]
+        for side in "AB":
+            ps = [stage.factor(stage.site(verb.site), side) for verb in alike]
+            joint = torch.stack(wholes(ps))
+            held = [stage.state[f"{v.snapshot}|{v.site}|{side}"] for v in alike if v.snapshot]
+            source_of = torch.stack(held).to(joint) if held else joint
+            rows, sources = (x if side == "A" else x.mT for x in (joint, source_of))
+            at, to, source = torch.tensor(found, device=joint.device).long().view(-1, 3).unbind(1)
+            rows[at, to] = sources[at, source]
+            write_all(ps, joint.unbind())
+    return [(v.site, SlotChange(copied=tuple(zip(v.to, _sources(v), strict=True)))) for v in verbs]
 
 
-def _set(stage: Stage, site: Site, verb: Set) -> None:
-    p = stage.own(site.name, verb.name)
-    set_slots(p, verb.slots, 0, torch.tensor(verb.values).to(p))
-    state = stage.optimizer.state[p]
-    for key in ("exp_avg", "exp_avg_sq"):
-        if key in state:
-            state[key][list(verb.slots)] = 0.0
+def _sources(verb: Copy) -> tuple[int, ...]:
+    return (-1,) * len(verb.to) if verb.snapshot else verb.source
+
+
+def _set(stage: Stage, verbs: Sequence[Set]) -> None:
+    for name in dict.fromkeys(verb.name for verb in verbs):
+        wanted = {verb.site: verb for verb in verbs if verb.name == name}
+        for sites, ps in stage.alike(wanted, name):
+            flat, r = torch.cat(wholes(ps)), len(ps[0])
+            at = torch.tensor([k * r + j for k, site in enumerate(sites) for j in wanted[site].slots]).to(flat.device)
+            flat.index_copy_(0, at, torch.tensor([x for site in sites for x in wanted[site].values]).to(flat))
+            write_all(ps, flat.view(len(ps), r).unbind())
+            states = [stage.optimizer.state[p] for p in ps]
+            if all(states):
+                for key in ("exp_avg", "exp_avg_sq"):
+                    moments = [state[key] for state in states]
+                    flat = torch.cat(moments).index_fill_(0, at, 0.0)
+                    torch._foreach_copy_(moments, list(flat.view(len(ps), r).unbind()))
 
 
 def _prox(stage: Stage, verbs: Sequence[Prox]) -> None:
@@ -273,9 +309,13 @@ ACTIONS: dict[type[Verb], Callable[[Stage, Site, Any], SlotChange | None]] = {
     Off: _off,
     Unborn: _off,
     On: _on,
-    Copy: _copy,
-    Set: _set,
     Freeze: _freeze,
 }
-TOGETHER: dict[type[Verb], Callable[[Stage, Sequence[Any]], None]] = {Zero: _zero, Prox: _prox, Elements: _elements}
-"""Verbs that no optimizer state follows, carried out for all their sites in a few calls."""
+TOGETHER: dict[type[Verb], Callable[[Stage, Sequence[Any]], Changes | None]] = {
+    Zero: _zero,
+    Copy: _copy,
+    Set: _set,
+    Prox: _prox,
+    Elements: _elements,
+}
+"""Verbs that are carried out for all their sites in a few calls."""

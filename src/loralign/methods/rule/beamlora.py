@@ -36,8 +36,8 @@ from torch import Tensor
 from loralign.maths import budget
 from loralign.maths.bounds import Count, Positive, Share, bounded
 from loralign.maths.budget import Slots
-from loralign.methods.rule.combine import GATE, gates_of
-from loralign.types import Copy, Facts, Moment, Plan, RuleBase, RuleState, Set, Verb
+from loralign.methods.rule.combine import GATE, slots_of
+from loralign.types import Copy, Facts, Moment, Plan, RuleBase, RuleState, Set
 
 SNAPSHOT = "snapshot"
 
@@ -88,26 +88,26 @@ class Beam(RuleBase):
         p = threshold(t - 1, self.until * T, self.keep)
         if t % every or T - t < every or p >= 1 - 1e-6:
             return state, None
-        gates = {name: c.double() for name, c in gates_of(moment).items()}
-        phi = {name: len(c) * torch.softmax(c / self.tau, 0) for name, c in gates.items()}
-        return state, tuple(
-            verb for name, at in beyond(phi, p).items() for verb in self._copies(name, at, phi[name], gates, moment)
-        )
+        gates = [st.tensors[GATE].double() for st in moment.stacks]
+        phi = slots_of(moment.stacks, [c.shape[1] * torch.softmax(c / self.tau, 1) for c in gates])
+        lost, c = beyond(phi, p), slots_of(moment.stacks, gates)
+        made = [pair for name, at in lost.items() if (pair := self._copy(name, at, phi[name], c[name], moment))]
+        return state, tuple(verb for alike in zip(*made, strict=True) for verb in alike)
 
-    def _copies(
-        self, name: str, losers: Sequence[int], phi: Tensor, gates: Mapping[str, Tensor], moment: Moment
-    ) -> list[Verb]:
+    def _copy(
+        self, name: str, losers: Sequence[int], phi: Tensor, gates: Tensor, moment: Moment
+    ) -> tuple[Copy, Set] | None:
         order = phi.sort(descending=True, stable=True).indices.tolist()
         count = min(len(losers), len(order) // 2)
         if not count:
-            return []
+            return None
         drawn = torch.randperm(count, generator=moment.draw("beam", name)).tolist()
         worst, donors = order[len(order) - count :], [order[k] for k in drawn]
-        c = gates[name].clone()
+        c = gates.tolist()
         for low, high in zip(worst, donors, strict=True):
             c[low] = c[high] = (c[low] + c[high]) / 2
         copied = Copy(name, tuple(worst), tuple(donors), SNAPSHOT)
-        return [copied, Set(name, GATE, tuple(range(len(c))), tuple(c.tolist()))]
+        return copied, Set(name, GATE, tuple(range(len(c))), tuple(c))
 
 
 @bounded

@@ -75,7 +75,9 @@ def _check(state: RuleState, averaged: Mapping[str, InputSquares]) -> None:
     fits = not known or known == {key: seen.squares.shape for key, seen in averaged.items()}
     for key, seen in averaged.items():
         name, order = SITES + key.removeprefix(NORM), hashed(seen.sites)
-        fits = fits and bool(state.setdefault(name, order).cpu() == order)  # older checkpoints have none
+        if name not in state:  # in older checkpoints, too
+            state[name] = torch.tensor(order)
+        fits = fits and int(state[name]) == order
     if not fits:
         raise LoralignError(f"the checkpoint's average of the inputs {FOREIGN}")
 
