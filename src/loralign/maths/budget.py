@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -21,27 +21,50 @@ from loralign.types import LoralignError, WorkFailed
 Slots = dict[str, tuple[int, ...]]
 
 
-def _flat(scores: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
-    """The sites in order, and all scores; the host waits once."""
+class BySite(Mapping[str, Tensor]):
+    """(r,) by site, as rows of one tensor in the order of the sites' names."""
+
+    def __init__(self, sizes: Mapping[str, int], flat: Tensor) -> None:
+        self.sizes, self.flat = sizes, flat
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @cached_property
+    def _parts(self) -> dict[str, Tensor]:
+        return dict(zip(self.sizes, self.flat.split(list(self.sizes.values())), strict=True))
+
+
+def in_order(scores: Mapping[str, Tensor]) -> BySite:
+    """As one tensor, on the CPU; the host waits once."""
+    if isinstance(scores, BySite):
+        return scores
     names = sorted(scores)
-    flat = torch.cat([scores[name] for name in names]).detach().double().cpu()
-    if not bool(flat.isfinite().all()):
-        raise WorkFailed("the scores of the slots are not finite: the run has diverged, lower the learning rate")
-    return names, flat
+    sizes = {name: scores[name].shape[0] for name in names}
+    return BySite(sizes, torch.cat([scores[name] for name in names]).detach().cpu())
 
 
 def beyond(scores: Mapping[str, Tensor], kept: Callable[[Tensor], int]) -> Slots:
     """The slots after the first so many, the highest score first. kept: of all scores in this order."""
-    names, flat = _flat(scores)
+    known = in_order(scores)
+    flat = known.flat.double()
+    if not bool(flat.isfinite().all()):
+        raise WorkFailed("the scores of the slots are not finite: the run has diverged, lower the learning rate")
     values, order = flat.sort(descending=True, stable=True)
     places = order[kept(values) :].sort().values.tolist()
     found: Slots = {}
-    start, stop = 0, 0
-    for name in names:
-        first, start = start, start + scores[name].shape[0]
-        last, stop = stop, bisect_left(places, start, stop)
-        if stop > last:
-            found[name] = tuple(k - first for k in places[last:stop])
+    start, begin = 0, 0
+    for name, size in known.sizes.items():
+        end = bisect_left(places, start + size, begin)
+        if end > begin:
+            found[name] = tuple([k - start for k in places[begin:end]])
+        start, begin = start + size, end
     return found
 
 

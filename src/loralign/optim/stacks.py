@@ -40,7 +40,30 @@ class Place(NamedTuple):
 
     def tensors(self, name: str, lists: Lists) -> list[Tensor | None]:
         role, places = self.found[name]
-        return list(itemgetter(*places)(lists[role])) if len(places) > 1 else [lists[role][places[0]]]
+        return list(_picker(places)(lists[role])) if len(places) > 1 else [lists[role][places[0]]]
+
+
+@cache
+def _picker(places: tuple[int, ...]) -> itemgetter[Any]:
+    return itemgetter(*places)
+
+
+class Scratch:
+    """Small tensors below one another, in memory that is kept for the next time."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, tuple[Tensor, list[Tensor]]] = {}
+
+    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """(n, r) of n vectors of one length, and its rows."""
+        like = tensors[0]
+        key = len(tensors), like.shape, like.dtype, like.device
+        if key not in self._known:
+            joint = like.new_empty(len(tensors), *like.shape)
+            self._known[key] = joint, list(joint.unbind())
+        joint, rows = self._known[key]
+        torch.cat(list(tensors), out=joint.view(-1))
+        return joint, rows
 
 
 class Layout:
@@ -58,6 +81,7 @@ class Layout:
         """site -> name -> the role, and the place in that role's list."""
         self.names = {site: tuple(found) for site, found in where.items()}
         self.known: dict[object, list[Place]] = {}
+        self.scratch = Scratch()
         alike: dict[object, list[SiteShape]] = {}
         for shape in shapes:
             found = {name: lists[role][k] for name, (role, k) in where[shape.name].items()}

@@ -202,9 +202,9 @@ def _zero(stage: Stage, verbs: Sequence[Zero]) -> None:
                 continue
             r = len(ps[0])
             places = [k * r + j for k, site in enumerate(sites) for j in slots[site]]
-            flat = torch.cat(wholes(ps))
-            flat.index_fill_(0, torch.tensor(places, device=flat.device).long(), 0.0)
-            write_all(ps, flat.view(len(ps), r).unbind())
+            joint, rows = stage.optimizer.layout.scratch(wholes(ps))
+            joint.view(-1).index_fill_(0, torch.tensor(places, device=joint.device).long(), 0.0)
+            write_all(ps, rows)
 
 
 def _zero_wide(ps: Sequence[Tensor], axis: int, slots: Sequence[tuple[int, ...]]) -> None:
@@ -263,15 +263,16 @@ def _set(stage: Stage, verbs: Sequence[Set]) -> None:
 
 
 def _prox(stage: Stage, verbs: Sequence[Prox]) -> None:
-    """x − min(max(x, −ξ), ξ). One collective for sharded tensors, a few calls for all: rules plan it at every step."""
+    """x − min(max(x, −ξ), ξ) of vectors. One collective for sharded ones, a few calls for all: due at every step."""
     for verb in verbs:
         for _, ps in stage.alike(verb.sites, verb.name):
             values = wholes(ps)
-            rows = torch.cat(values).clamp_(-verb.threshold, verb.threshold).view(len(ps), *ps[0].shape).unbind()
-            if not sharded(ps):
-                torch._foreach_sub_(ps, rows)
-            else:
+            joint, rows = stage.optimizer.layout.scratch(values)
+            joint.clamp_(-verb.threshold, verb.threshold)
+            if sharded(ps):
                 write_all(ps, torch._foreach_sub(values, rows))
+            else:
+                torch._foreach_sub_(ps, rows)
 
 
 def _freeze(stage: Stage, site: Site, verb: Freeze) -> None:

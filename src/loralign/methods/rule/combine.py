@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from loralign.maths.budget import Slots, Window, lowest, narrowed, too_short, widened, window
+from loralign.maths.budget import BySite, Slots, Window, lowest, narrowed, too_short, widened, window
 from loralign.types import (
     Ctx,
     Facts,
@@ -50,18 +51,26 @@ class Scorer(Protocol):
         ...
 
 
-def slots_of(stacks: Sequence[Stack], joint: Sequence[Tensor]) -> dict[str, Tensor]:
+def slots_of(stacks: Sequence[Stack], joint: Sequence[Tensor]) -> BySite:
     """(r,) by site of what was computed for stacks, (n, r) each; on the CPU, which waits once."""
     device = joint[0].device
     flat = torch.cat([scores.reshape(-1).to(device) for scores in joint]).cpu()
-    parts = flat.split([scores.numel() for scores in joint])
-    found: dict[str, Tensor] = {}
-    for stack, part in zip(stacks, parts, strict=True):
-        found.update(zip(stack.sites, part.view(len(stack.sites), stack.r).unbind(), strict=True))
-    return found
+    sizes, order = _by_name(tuple((stack.sites, stack.r) for stack in stacks))
+    return BySite(sizes, flat[order])
 
 
-def gates_of(moment: Moment) -> dict[str, Tensor]:
+@lru_cache
+def _by_name(stacks: tuple[tuple[tuple[str, ...], int], ...]) -> tuple[dict[str, int], Tensor]:
+    """r by site, and where its slots lie in the tensors of the stacks, in the order of the names."""
+    starts: dict[str, tuple[int, int]] = {}
+    for sites, r in stacks:
+        for site in sites:
+            starts[site] = sum(r for _, r in starts.values()), r
+    found = {site: starts[site] for site in sorted(starts)}
+    return {site: r for site, (_, r) in found.items()}, torch.cat([torch.arange(k, k + r) for k, r in found.values()])
+
+
+def gates_of(moment: Moment) -> BySite:
     """(r,) by site, on the CPU."""
     return slots_of(moment.stacks, [stack.tensors[GATE] for stack in moment.stacks])
 
