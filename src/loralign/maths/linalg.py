@@ -29,10 +29,20 @@ def _work(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def gram(X: Tensor) -> Tensor:
     """XᵀX (..., r, r); formed in float64 on CUDA, where float32 may mean TF32."""
+    return _gram(X).to(X.dtype)
+
+
+def grams(Xs: Sequence[Tensor]) -> Tensor:
+    """Of stacks X (n, d, r) of one rank, below one another."""
+    return torch.cat([_gram(X) for X in Xs]).to(Xs[0].dtype)
+
+
+def _gram(X: Tensor) -> Tensor:
+    """In the dtype in which it is formed."""
     if X.is_cuda and X.dim() == 3 and X.shape[1] >= 2 * CHUNK:
-        return gram_of_chunks(X).to(X.dtype)
+        return gram_of_chunks(X)
     Y = X.double() if X.is_cuda else X
-    return (torch.bmm(Y.mT, Y) if Y.dim() == 3 else Y.mT @ Y).to(X.dtype)
+    return torch.bmm(Y.mT, Y) if Y.dim() == 3 else Y.mT @ Y
 
 
 def gram_of_chunks(X: Tensor) -> Tensor:

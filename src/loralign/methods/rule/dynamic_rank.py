@@ -35,7 +35,7 @@ from torch import Tensor
 
 from loralign.maths.bounds import AtLeastOne, Beta, Count, NotNegative, Share, bounded
 from loralign.maths.budget import cubic_pruned
-from loralign.maths.linalg import gram
+from loralign.maths.linalg import gram, grams
 from loralign.methods.rule.combine import GATE, Law, Shrink, average, slots_of, window_shares
 from loralign.types import Joint, Moment, RuleState, Stack
 
@@ -61,7 +61,7 @@ def shares_of(stacks: Sequence[Stack]) -> list[Tensor]:
         kinds.setdefault((stack.r, stack.tensors[GATE].device), []).append(stack)
     made: dict[str, Tensor] = {}
     for alike in kinds.values():
-        rows, columns = (torch.cat([gram(X) for X in Xs]) for Xs in zip(*map(_upright, alike), strict=True))
+        rows, columns = map(grams, zip(*map(_upright, alike), strict=True))
         joint = _shares(rows, columns, torch.cat([st.tensors[GATE] for st in alike]))
         made.update(zip((st.key for st in alike), joint.split([len(st.sites) for st in alike]), strict=True))
     return [made[stack.key] for stack in stacks]

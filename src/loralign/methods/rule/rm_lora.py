@@ -34,7 +34,7 @@ from torch import Tensor
 
 from loralign.maths.bounds import Count, NotNegative, bounded
 from loralign.maths.draws import keyed_scores
-from loralign.maths.linalg import gram
+from loralign.maths.linalg import gram, grams
 from loralign.types import Ctx, Facts, Joint, LoralignError, RuleBase, RuleState, Stack
 
 
@@ -65,7 +65,7 @@ def slopes(stacks: Sequence[Stack], c: float) -> Joint | None:
     for k, name, X in found:
         kinds.setdefault((stacks[k].r, X.device), []).append((k, name, X))
     for alike in kinds.values():
-        E = _excess(torch.cat([gram(X.mT if name == "A" else X) for _, name, X in alike]))
+        E = _excess(grams([X.mT if name == "A" else X for _, name, X in alike]))
         parts = _scaled(E, c / count).split([X.shape[0] for *_, X in alike])
         for (k, name, X), part in zip(alike, parts, strict=True):
             made[k][name] = torch.bmm(part, X) if name == "A" else torch.bmm(X, part)  # E is symmetric
