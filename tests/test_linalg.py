@@ -573,6 +573,7 @@ BATCHED = {
     ),
     "chol_qr2": lambda X, Y, H, K: linalg.chol_qr2(X),
     "gram": lambda X, Y, H, K: linalg.gram(X),
+    "grams": lambda X, Y, H, K: linalg.grams([X]),
     "orthonormal_basis": lambda X, Y, H, K: linalg.orthonormal_basis(X),
     "basis_inverse": lambda X, Y, H, K: linalg.basis_inverse(linalg.orthonormal_basis(X)[1]),
     "polar": lambda X, Y, H, K: linalg.polar(Y),
@@ -601,6 +602,17 @@ def test_batched_is_looped(name: str, dtype: torch.dtype) -> None:
             for a, b in zip(whole, one if isinstance(one, tuple) else (one,), strict=True):
                 assert a.dtype in (dtype, torch.bool)
                 close(a[i, j].to(F64), b.to(F64), 1e-10 if dtype == F64 else 2e-4)
+
+
+@pytest.mark.parametrize("d", [2 * linalg.CHUNK, 2 * linalg.CHUNK + 77, 5 * linalg.CHUNK - 1])
+def test_a_gram_matrix_is_the_sum_over_its_pieces(d: int) -> None:
+    """Which a GPU forms; of factors that lie by rows and by columns, and of parts of wider tensors."""
+    wide = gauss(4, d, 5)
+    for X in (wide, wide.mT.contiguous().mT, wide[1:3], gauss(3, d, 9)[..., 2:6]):
+        found = linalg._gram_of_chunks(X.float())
+        assert found.dtype == F64
+        close(found, linalg.gram(X.float().double()), 1e-13)
+    close(linalg.grams([wide, wide[:1]])[4:], linalg.gram(wide)[:1], 1e-14)
 
 
 def test_the_batching_table_is_complete() -> None:

@@ -50,7 +50,7 @@ def in_order(scores: Mapping[str, Tensor]) -> BySite:
     return BySite(sizes, torch.cat([scores[name] for name in names]).detach().cpu())
 
 
-def beyond(scores: Mapping[str, Tensor], kept: Callable[[Tensor], int]) -> Slots:
+def cut(scores: Mapping[str, Tensor], kept: Callable[[Tensor], int]) -> Slots:
     """The slots after the first so many, the highest score first. kept: of all scores in this order."""
     known = in_order(scores)
     flat = known.flat.double()
@@ -77,7 +77,7 @@ def by_site(slots: Sequence[tuple[str, int]]) -> Slots:
 
 def lowest(scores: Mapping[str, Tensor], count: int) -> Slots:
     """The `count` slots of lowest score, by site."""
-    return beyond(scores, lambda values: len(values) - count)
+    return cut(scores, lambda values: len(values) - count)
 
 
 @lru_cache

@@ -40,12 +40,12 @@ def grams(Xs: Sequence[Tensor]) -> Tensor:
 def _gram(X: Tensor) -> Tensor:
     """In the dtype in which it is formed."""
     if X.is_cuda and X.dim() == 3 and X.shape[1] >= 2 * CHUNK:
-        return gram_of_chunks(X)
+        return _gram_of_chunks(X)
     Y = X.double() if X.is_cuda else X
     return torch.bmm(Y.mT, Y) if Y.dim() == 3 else Y.mT @ Y
 
 
-def gram_of_chunks(X: Tensor) -> Tensor:
+def _gram_of_chunks(X: Tensor) -> Tensor:
     """XᵀX of X (n, d, r) in float64 as the sum over pieces of d, which a GPU works on side by side: a product (r, r) by
     itself runs along d alone."""
     upright = X.stride(-1) == 1 or X.stride(-2) != 1  # else the rows of Xᵀ lie in one piece each

@@ -33,9 +33,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loralign.maths import budget
 from loralign.maths.bounds import Count, Positive, Share, bounded
-from loralign.maths.budget import Slots
+from loralign.maths.budget import Slots, cut
 from loralign.methods.rule.combine import GATE, slots_of
 from loralign.types import Copy, Facts, Moment, Plan, RuleBase, RuleState, Set
 
@@ -49,7 +48,7 @@ def threshold(t: float, end: float, p0: float) -> float:
 
 def beyond(phi: Mapping[str, Tensor], p: float) -> Slots:
     """The slots after the cumulated mass exceeds p of the whole, by site."""
-    return budget.beyond(phi, lambda values: int((values.cumsum(0) <= p * values.sum() * (1 + 1e-12)).sum()))
+    return cut(phi, lambda values: int((values.cumsum(0) <= p * values.sum() * (1 + 1e-12)).sum()))
 
 
 @dataclass(frozen=True)
