@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loralign.compare.inference import Sample, against_baseline, holm, moderated
-from loralign.compare.report import collect, plain
+from loralign.compare.inference import Difference, Sample, against_baseline, holm, moderated
+from loralign.compare.report import Finished, collect, plain
 from loralign.compare.spec import Spec
 from loralign.compare.statistics import gap_closed, samples
 from loralign.compare.store import Store
@@ -74,6 +74,40 @@ def bars(arms: Mapping[str, Sample]) -> list[tuple[str, str, float]]:
     return [(a, o, arms[a].mean - references[o]) for a in arms if a not in FULL for o in against]
 
 
+MARGIN = 0.02
+"""How far above full fine-tuning a recommended recipe may end at most, by its whole interval."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The frozen rule of scripts/studies/judge.yaml: what is recommended ends below `lora` (p) and, by the 95 %
+    interval of its difference, less than MARGIN above `full`."""
+
+    arm: str
+    below_lora: Difference
+    to_full: Difference
+
+    @property
+    def stands(self) -> bool:
+        return self.below_lora.p < LEVEL / 2 and self.below_lora.mean > 0 and -self.to_full.low < MARGIN
+
+    @property
+    def said(self) -> str:
+        d, f = self.below_lora, self.to_full
+        return (
+            f"{self.arm}: {-d.mean:+.4f} against `lora` (p {d.p:.1g} in its family), {-f.mean:+.4f} "
+            f"(95 % {-f.high:+.4f} … {-f.low:+.4f}) against `full`: the rule {'stands' if self.stands else 'falls'}"
+        )
+
+
+def judge(arms: Mapping[str, Sample], arm: str = "spectral r64") -> Judged:
+    """arms: `lora`, `full` and all others, which are one family with `lora` as its baseline."""
+    family = [name for name in arms if name not in ("lora", *FULL)]
+    tested = dict(zip(family, against_baseline([arms[n] for n in family], arms["lora"], LEVEL / 2), strict=True))
+    (to_full,) = against_baseline([arms[arm]], arms["full"], LEVEL)
+    return Judged(arm, tested[arm], to_full)
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
@@ -88,14 +122,24 @@ def widest(out: Path, task: str) -> Spec | None:
     return None
 
 
+def _quiet(spec: Spec, found: Finished) -> dict[str, Sample]:
+    raw = samples({a.name: [c for c in found.curves if c.arm == a.name] for a in spec.arms}, found.rates)
+    return dict(zip(raw, moderated(list(raw.values())), strict=True))
+
+
+def judged(study: Path, out: Path) -> Judged:
+    """The judge's study, whose journal is in `out`."""
+    (spec,) = load_study(study, [f"output={out}"], reading=True)
+    return judge(_quiet(spec, collect(spec, Store(spec).outcomes())))
+
+
 def write(out: Path, steps: Path | None = None, shape: str = "8b") -> None:
     """prize.md and prize.json beside the tasks' folders, and said."""
     specs = {task: spec for task in TASKS if (spec := widest(out, task))}
     finished = {task: collect(spec, Store(spec).outcomes()) for task, spec in specs.items()}
     quiet: dict[str, dict[str, Sample]] = {}
     for task, found in finished.items():
-        raw = samples({a.name: [c for c in found.curves if c.arm == a.name] for a in specs[task].arms}, found.rates)
-        quiet[task] = dict(zip(raw, moderated(list(raw.values())), strict=True))
+        quiet[task] = _quiet(specs[task], found)
     text = ["# Declared contrasts and bars", ""]
     body: dict[str, Any] = {}
     told = contrasts(quiet)

@@ -3,6 +3,7 @@
     python scripts/prize_study.py rows --out ROWS               rows of the three tasks, from the asset cache
     python scripts/prize_study.py run --rows ROWS --model MODEL --out runs/prize --workers 9 --minutes 9
     python scripts/prize_study.py report --out runs/prize [--steps step.json]
+    python scripts/prize_study.py judge --out runs/judge    does the frozen rule of scripts/studies/judge.yaml stand?
 
 `run` works on scripts/studies/prize-TASK.yaml, all tasks side by side: first the primary arms, which hold the contrasts
 that were declared beforehand (`prize_report.CONTRASTS`), then all. A task goes on from its journal in OUT, else from
@@ -158,6 +159,12 @@ def report(
 ) -> None:
     """Contrasts, and equal seconds where step times are given, as prize.md and prize.json."""
     prize_report.write(out, steps, shape)
+
+
+@app.command()
+def judge(out: Annotated[Path, typer.Option(help="Folder of the judge's study.")]) -> None:
+    """Whether the frozen rule of `recommended` stands."""
+    print(prize_report.judged(ROOT / "scripts/studies/judge.yaml", out).said)
 
 
 if __name__ == "__main__":

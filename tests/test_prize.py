@@ -18,6 +18,7 @@ from loralign.config.study import to_specs
 from loralign.config.study_file import read_study
 
 ROOT = Path(__file__).parents[1]
+JUDGED = ROOT / "records/2026-11-29-h200-judge"
 sys.path.insert(0, str(ROOT / "scripts"))
 import equal_seconds  # noqa: E402
 import prize_report  # noqa: E402
@@ -80,6 +81,23 @@ def test_declared_contrasts_and_their_correction() -> None:
     better = prize_report.bars({**arms, "full-muon": sample([2.55, 2.55, 2.56])})
     assert ("spectral r64", "full", pytest.approx(-0.3)) in better
     assert ("spectral r64", "full-muon", pytest.approx(0.0567, abs=1e-3)) in better
+
+
+@pytest.mark.parametrize(
+    ("adapter", "stands"), [([2.60, 2.61, 2.62], True), ([2.71, 2.72, 2.73], False), ([2.89, 2.91, 2.90], False)]
+)
+def test_the_rule_of_the_judge(adapter: list[float], stands: bool) -> None:
+    """Below `lora` and not 0.02 above `full` by its whole interval: better than both; level with `full` within 0.01,
+    but by too wide an interval; no better than `lora`."""
+    arms = {"full": sample([2.70, 2.71, 2.72]), "lora": sample([2.90, 2.91, 2.92]), "spectral r64": sample(adapter)}
+    found = prize_report.judge(arms)
+    assert found.stands is stands and ("stands" if stands else "falls") in found.said
+    assert -found.to_full.mean == pytest.approx(sum(adapter) / 3 - 2.71)
+
+
+def test_the_recorded_judge_holds_for_recommended() -> None:
+    """The only ground on which the package has that name."""
+    assert prize_report.judged(ROOT / "scripts/studies/judge.yaml", JUDGED).stands
 
 
 @pytest.mark.parametrize("task", prize_study.TASKS)
