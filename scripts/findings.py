@@ -16,12 +16,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from loralign.methods.table import method
+
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "src/loralign/plan/findings.json"
 RECORDS = (
-    "2026-11-26-cpu-compare", "2026-11-26-h100-study", "2026-11-28-h200-spectral", "2026-11-29-h200-prize/answers",
+    "2026-11-26-cpu-compare", "2026-11-26-h100-study", "2026-11-29-h200-prize/german", "2026-11-29-h200-prize/answers",
 )  # fmt: skip
-"""Studies on real models with a verdict for every arm; the CoRA records say that they check a pipeline."""
+"""Studies on real models with a verdict for every arm; the CoRA records say that they check a pipeline, the judge of
+`recommended` chooses nothing."""
 WIDTHS = {"minilm": 384, "smollm2-135m": 576}
 """Hidden sizes of their models, which rates move with."""
 
@@ -53,7 +56,7 @@ def findings() -> list[dict[str, Any]]:
                     "steps": study["train"]["steps"],
                     "arm": arm["arm"],
                     "method": section["method"],
-                    "rank": None if section["method"] == "full" else rank,
+                    "rank": None if method(section["method"].split("+")[0]).reference else rank,
                     "alpha": section.get("alpha", study.get("alpha")),
                     "options": section.get("options", {}),
                     "lr": arm["lr"],

@@ -538,7 +538,7 @@ def test_interrupting_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def pressed(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loralign.config.recipe.load", pressed)
+    monkeypatch.setattr("loralign.config.recipe.read", pressed)
     assert run("plan", "r.yaml") == Done(130, "", "loralign: stopped\n")
 
 

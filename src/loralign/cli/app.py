@@ -18,7 +18,7 @@ import typer
 
 from loralign.cli.expand import expand
 from loralign.cli.guard import guarded
-from loralign.cli.run import job_of, progress, say
+from loralign.cli.run import file_of, job_of, progress, say
 from loralign.cli.schema import schema
 from loralign.cli.subspace import app as subspace
 from loralign.cli.suggest import suggest
@@ -96,7 +96,7 @@ def train(
     if dry_run:
         plan(recipe, overrides)
         return
-    job = job_of(recipe, overrides)
+    job = job_of(recipe, overrides, resume=resume)
     from loralign.train.sft import run
 
     with progress() as report:
@@ -232,15 +232,18 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What a recipe costs before anything is spent: memory, init time, learning rate and its source, exported rank."""
-    from loralign.config.recipe import load
+    from loralign.plan.several import Layout
 
-    file = load(recipe, overrides or ())
-    from loralign.cli.plan import Layout, as_data, planned, sentences
+    layout = Layout(gpus, fsdp)
+    file, chosen = file_of(recipe, overrides, device=device.value, layout=layout)
+    from loralign.cli.plan import as_data, planned, sentences
 
-    found = planned(file, device.value, Layout(gpus, fsdp))
+    found = planned(file, device.value, layout)
     if as_json:
-        say(json.dumps(as_data(found)))
+        say(json.dumps({**as_data(found), **({"chosen_by": chosen} if chosen else {})}))
         return
+    if chosen:
+        say(chosen)
     for line in sentences(found):
         say(line)
 

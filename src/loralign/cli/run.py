@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import typer
 from loralign.cli.guard import FIRST
 
 if TYPE_CHECKING:
+    from loralign.config.recipe import RunFile
     from loralign.train.job import Job
 
 Progress = Callable[[str, int, int], None]
@@ -87,17 +89,32 @@ class Lines:
 # ------------------------------------------------------------------------------------------------------- files, folders
 
 
-def job_of(path: Path, overrides: Sequence[str] | None) -> Job:
-    """The run of a recipe file, and one line about its learning rate."""
-    from loralign.config.recipe import load, to_job
+def file_of(path: Path, overrides: Sequence[str] | None, **where: Any) -> tuple[RunFile, str]:
+    """A recipe file, and who chose its method where it left that open. where: what `recommended.resolved` takes."""
+    from loralign.cli import recommended
+    from loralign.config.recipe import parse, read
 
-    file = load(path, overrides or ())
+    content = read(path, overrides or ())
+    if recommended.asks(content):
+        return recommended.resolved(content, path.name, **where)
+    return parse(content, path.name), ""
+
+
+def job_of(path: Path, overrides: Sequence[str] | None, *, resume: bool = False) -> Job:
+    """The run of a recipe file, one line about its learning rate, and one about its method where that was chosen."""
+    from loralign.cli.recommended import launched
+    from loralign.config.recipe import to_job
+
+    file, chosen = file_of(path, overrides, layout=launched(), resume=resume)
     hidden = 2000
     if file.train.learning_rate is None:
         from loralign.train.model import hidden_size
 
         hidden = hidden_size(file.model, revision=file.revision, trust_remote_code=file.trust_remote_code)
     job = to_job(file, hidden)
+    if chosen:
+        job = replace(job, chosen_by=chosen, once=True)
+        say(chosen)
     say(f"{job.recipe.name}: learning rate {job.training.learning_rate:.3g} ({job.training.lr_source})")
     return job
 

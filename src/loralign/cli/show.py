@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loralign.methods.table import METHODS
+from loralign.plan import recommended
 
 
 def method_data() -> list[dict[str, Any]]:
@@ -41,4 +42,7 @@ def method_table() -> str:
     unread = ", ".join(m["id"] for m in method_data() if m["unverified"])
     notes = "lr·s: prior at hidden size 2000, `loralign plan` scales it. Mixes: `method: lora-ga + lora-rite`."
     notes += f"\nReconstructions, of papers that could not be read in full: {unread}." if unread else ""
+    ranks = " or ".join(map(str, recommended.RANKS))
+    notes += f"\n`method: {recommended.NAME}` takes `{recommended.METHOD}` of rank {ranks}, as the memory has room, "
+    notes += f"where rows are gone through at most once ({recommended.RECORD})."
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n\n" + notes

@@ -35,7 +35,7 @@ def suggest(
 
     from loralign.cli.plan import costs, planned, trained
     from loralign.config.recipe import parse
-    from loralign.plan.suggest import caution, findings, first_that_fits, ranked, rate
+    from loralign.plan.suggest import caution, findings, first_that_fits, judged, ranked, rate
     from loralign.train.model import hidden_size
     from loralign.types import LoralignError
 
@@ -55,7 +55,8 @@ def suggest(
         return found.estimate.peak_bytes
 
     room = 2**30 * memory if memory else _memory(where)
-    choice, needed = first_that_fits(ranked(findings(), answers, width), peak, room)
+    first = judged(findings(), width) if _epochs(count) == 1 else []
+    choice, needed = first_that_fits([*first, *ranked(findings(), answers, width)], peak, room)
     found, file = plans[repr(choice)], _recipe(choice, model, rows, length, count)
     prior = found.job.training
     file["train"]["learning_rate"], said = rate(choice, width, prior.learning_rate, prior.lr_source)

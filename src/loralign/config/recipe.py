@@ -23,7 +23,7 @@ from loralign.config.yaml_text import override, read_yaml
 from loralign.methods.form.plain import plain
 from loralign.methods.init.kaiming import kaiming
 from loralign.methods.outer.once import once
-from loralign.methods.table import METHODS, build, learning_rate, method
+from loralign.methods.table import METHODS, RESOLVED, build, learning_rate, method
 from loralign.methods.transform.adamw import adamw
 from loralign.train.job import Data, Job, Training
 from loralign.types import Full, LoralignError, Method, Recipe
@@ -41,10 +41,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
         >>> load(path, ["train.steps=10"]).train.steps
         10
     """
+    return parse(read(path, overrides), Path(path).name)
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe file as plain data, with the overrides on top; neither keys nor values are checked yet."""
     content = read_yaml(Path(path))
     for text in overrides:
         override(content, text)
-    return parse(content, Path(path).name)
+    return content
 
 
 def parse(content: Mapping[str, Any], name: str = "recipe") -> RunFile:
@@ -202,7 +207,7 @@ def schema() -> dict[str, Any]:
     found["title"] = "loralign recipe"
     ids = sorted(METHODS)
     mix = {"type": "string", "pattern": r"^[a-z0-9-]+( *\+ *[a-z0-9-]+)+$"}
-    found["properties"]["method"] |= {"anyOf": [{"enum": ids}, mix]}
+    found["properties"]["method"] |= {"anyOf": [{"enum": [*ids, *RESOLVED]}, mix]}
     found["allOf"] = [_method_schema(METHODS[i]) for i in ids]
     return found
 

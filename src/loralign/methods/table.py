@@ -212,6 +212,11 @@ AMBIGUOUS: Mapping[str, tuple[str, ...]] = {
     "s-lora": ("sd-lora", "the S-LoRA serving system (not in loralign)"),
 }
 """Short names that mean two things in the field."""
+RESOLVED = {
+    "recommended": "is resolved for one run, by `loralign train`, `init` and `plan`, and mixes with nothing: name "
+    "`spectral` with rank 64 here",
+}
+"""Names that stand for a recipe only where a model, its rows and a memory are known."""
 
 
 def method(name: str) -> Method:
@@ -221,6 +226,8 @@ def method(name: str) -> Method:
         return METHODS[key]
     if key in AMBIGUOUS:
         raise LoralignError(f"{name!r} means two things in the field: {' or '.join(AMBIGUOUS[key])}; use the long id")
+    if key in RESOLVED:
+        raise LoralignError(f"{key!r} {RESOLVED[key]}")
     near = difflib.get_close_matches(key, METHODS, n=3, cutoff=0.5) or sorted(METHODS)
     raise LoralignError(f"unknown method {name!r}; did you mean {', '.join(near)}? `loralign methods` lists all")
 

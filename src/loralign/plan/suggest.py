@@ -1,5 +1,6 @@
 """Which recipe to begin with: a rule over what the recorded studies found (`findings.json`, by scripts/findings.py).
 
+    rows gone through at most once   `recommended` (plan/recommended.py), whose rule was judged, where it fits
     rows of text      the arms that their study found better than plain LoRA: of the newest record first, and of each
                       record the lowest loss on validation rows first (losses of two records are not compared)
     rows with answers the same, of the studies of such rows
@@ -8,7 +9,7 @@
                       the prior's where the record trained no language model
 
 Losses on test rows order nothing: they give a record's verdict, and are reported. Source: the records that are named in
-every suggestion. A rule of ours, judged on no task of its own yet.
+every suggestion. Below `recommended` a rule of ours, judged on no task of its own.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from importlib.resources import files
 from typing import Any
 
 from loralign.methods.table import learning_rate, method
+from loralign.plan import recommended
+from loralign.plan.recommended import ROOM
 from loralign.types import LoralignError
-
-ROOM = 0.9
-"""The share of the memory that a plan may take; the allocator needs the rest."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Choice:
     finding: Finding
     reason: str
     checkpointing: bool = False
+    judged: bool = False
+    """By the rule of `recommended`, whose rate is the prior."""
 
     @property
     def method(self) -> str:
@@ -74,8 +76,19 @@ def findings() -> tuple[Finding, ...]:
     return tuple(Finding(**{**row, "loss": row["loss"] and tuple(row["loss"])}) for row in json.loads(text))
 
 
+def judged(found: Sequence[Finding], width: int) -> list[Choice]:
+    """The recipes of `recommended` for a model of this width, on what the newest record says of each."""
+    known = {f.rank: f for f in found if f.method == recommended.METHOD and not f.options}
+    ground = f"the rule of `recommended`, judged in {recommended.RECORD}"
+    return [
+        Choice(known[r], f"{ground}{recommended.LESS[r]}", judged=True)
+        for r in recommended.RANKS
+        if r in known and 2 * r <= width
+    ]
+
+
 def ranked(found: Sequence[Finding], answers: bool, width: int) -> list[Choice]:
-    """What to try, in order; plain LoRA is the last and always there.
+    """What the records found, in order; plain LoRA is the last and always there.
 
     answers: the rows have prompts and answers, or labels. width: of the model; a rank above half of it is left out.
     """
@@ -124,6 +137,8 @@ APART = 2.0
 def rate(choice: Choice, width: int, prior: float, source: str) -> tuple[float, str]:
     """The learning rate at a model's width, and where it comes from."""
     f = choice.finding
+    if choice.judged:
+        return float(f"{prior:.2g}"), f"{prior:.2g}: the prior ({source}), as it was judged"
     if f.task not in LANGUAGE:
         return float(f"{prior:.2g}"), (
             f"{prior:.2g}: the prior ({source}); {f.record} found {f.lr:g} for {f.model} with a fresh head "

@@ -84,3 +84,7 @@ class Job:
     """Folder of the evidence cache, None: none is kept."""
     source: dict[str, Any] = field(default_factory=dict)
     """The parsed file, for `run.json`."""
+    chosen_by: str = ""
+    """Who chose the method, and why, where the file left that open."""
+    once: bool = False
+    """Refuse to go through the rows more than once: what chose the method has no ground there."""

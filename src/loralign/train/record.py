@@ -40,7 +40,8 @@ def _options(job: Job) -> dict[str, Any]:
         "rank": r.r, "alpha": r.r if r.alpha is None else r.alpha, "scale": r.s(), "dropout": r.dropout
     }  # fmt: skip
     said = {"batch size": t.batch_size, "schedule": t.schedule, "warm-up": t.warmup, "seed": job.seed}
-    return {**adapter, "targets": r.targets, "weight decay": r.weight_decay, **said}
+    chosen = {"method chosen by": job.chosen_by} if job.chosen_by else {}
+    return {**chosen, **adapter, "targets": r.targets, "weight decay": r.weight_decay, **said}
 
 
 def _data(job: Job, rows: tuple[int, int], fingerprint: str) -> dict[str, Any]:

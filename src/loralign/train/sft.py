@@ -43,6 +43,7 @@ from loralign.io.folder import disk_full
 from loralign.io.lock import locked
 from loralign.io.provenance import remove_left
 from loralign.io.verify import verify
+from loralign.plan.recommended import check_passes
 from loralign.train.adapt import check_start
 from loralign.train.arguments import arguments, check_schedule
 from loralign.train.attach import attach
@@ -229,6 +230,9 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     dtypes = masters(model, recipe) if isinstance(recipe, Full) else {}
     trainer = _trainer(recipe, model, tokenizer, args, train, held_out)
     check_split(trainer, job.recipe)
+    if job.once and args.max_steps > 0:
+        a_step = job.training.batch_size * args.world_size
+        check_passes(args.max_steps * a_step / max(1, len(trainer.train_dataset)))
     if isinstance(recipe, Recipe):
         check_exportable(trainer.model)
         size, device = trainer.args.per_device_train_batch_size, trainer.args.device

@@ -1,0 +1,96 @@
+"""A recipe file with `method: recommended` as one that names its method, for the model and the memory at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loralign.config.recipe import RunFile, parse
+from loralign.plan import recommended as rule
+from loralign.plan.several import ALONE, Layout
+from loralign.types import LoralignError
+
+CHOSEN = ("rank", "alpha", "ranks", "preset")
+
+
+def asks(content: Mapping[str, Any]) -> bool:
+    method = content.get("method")
+    return isinstance(method, str) and method.strip().lower() == rule.NAME
+
+
+def resolved(
+    content: Mapping[str, Any], name: str, *, device: str = "auto", layout: Layout = ALONE, resume: bool = False
+) -> tuple[RunFile, str]:
+    """The file as it is run, and why so.
+
+    content: as it stands in a file; its `options.memory` is the memory of one device in GiB, omitted: this machine's.
+    resume: the run in its output goes on with what it began with, whatever this machine's memory is.
+    Raises:
+        LoralignError: the file sets what the name chooses, its rows repeat, or nothing fits.
+    """
+    from loralign.cli.plan import planned
+    from loralign.train.model import hidden_size
+
+    rule.check_alone(content, CHOSEN)
+    memory = _memory_option(content.get("options"))
+    plain = {key: value for key, value in content.items() if key not in ("options", *CHOSEN)}
+    files = {rank: parse({**plain, "method": rule.METHOD, "rank": rank}, name) for rank in rule.RANKS}
+    file = files[rule.RANKS[0]]
+    rule.check_passes(file.train.epochs or 1.0)
+    if resume and (begun := _begun_with(Path(file.output).expanduser())) in files:
+        return files[begun], f"{rule.NAME}: {rule.METHOD}, rank {begun}, as the run began"
+    where = this_device(device)
+    room = 2**30 * memory if memory else total_memory(where)
+
+    def peak(rank: int) -> int:
+        return planned(files[rank], where, layout).estimate.peak_bytes
+
+    width = hidden_size(file.model, revision=file.revision, trust_remote_code=file.trust_remote_code)
+    rank, needed = rule.first_that_fits(rule.ranks(width), peak, room)
+    return files[rank], rule.said(rank, needed, room)
+
+
+def _memory_option(options: Any) -> float | None:
+    if options in (None, {}):
+        return None
+    if not isinstance(options, Mapping) or set(options) != {"memory"}:
+        raise LoralignError(f"`method: {rule.NAME}` has one option, `memory` in GiB: leave the others out")
+    memory = options["memory"]
+    if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < 1e6:
+        raise LoralignError("`options.memory` is the memory of one device in GiB, a number above 0")
+    return float(memory)
+
+
+def _begun_with(output: Path) -> int:
+    """The rank that the run in a folder began with; 0: none is known."""
+    from loralign.train.begun import read_begun
+
+    try:
+        return int(read_begun(output).settings["rank"])
+    except (LoralignError, KeyError, ValueError):
+        return 0
+
+
+def launched() -> Layout:
+    """How `accelerate launch` spreads this process's run."""
+    gpus = int(os.environ.get("WORLD_SIZE", "1"))
+    return Layout(gpus, gpus > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true")
+
+
+def this_device(device: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def total_memory(where: str) -> float:
+    """Bytes of the first GPU, or of this machine: all of it, so that an interrupted run is chosen the same again."""
+    import torch
+
+    if where == "cuda":
+        if not torch.cuda.is_available():
+            raise LoralignError("there is no GPU here: say its memory in GiB with `--set options.memory=80`")
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
