@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
-from loralign.compare.captured import Outputs, Record, cuda_graph
 from loralign.compare.curves import Interval, interval
 from loralign.compare.runner import Resident
 from loralign.compare.spec import Spec, Trial
 from loralign.config.study import load_study
+from loralign.train.recorder import Outputs, Record, cuda_graph
 from trial_world import SHAPES, make_world
 
 MODES = {"plain": (False, False), "recorded": (True, False), "compiled": (False, True), "both": (True, True)}

@@ -364,18 +364,21 @@ def test_the_scheduler_turns_our_rates(tmp_path: Path) -> None:
     assert logged == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
 
 
+@pytest.mark.parametrize(("late", "save"), [(False, 1), (True, 1), (True, 2)], ids=["at-once", "saved", "next-step"])
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_a_run_that_is_not_finite_ends_undamaged(broken: str, tmp_path: Path) -> None:
+def test_a_run_that_is_not_finite_ends_undamaged(broken: str, late: bool, save: int, tmp_path: Path) -> None:
     made = recipe("lora-ga")
-    trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=4, save_steps=1)
+    trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=4, save_steps=save, logging_steps=9)
     callback = attach(trainer, made)
+    # late, as on a GPU: found before the third step is saved, or when the fourth begins
+    trainer.add_callback(Watch(lambda: setattr(callback.optimizer.norms, "late", late)))
     compute, kept = trainer.compute_loss, {}
 
     def loss(model: Any, inputs: Any, **kw: Any) -> Any:
         value = compute(model, inputs, **kw)
         if trainer.state.global_step < 2:
             return value
-        kept.update(trained(trainer.model))
+        kept.update(kept or trained(trainer.model))
         if broken == "loss":
             return value * float("nan")
         next(p for p in model.parameters() if p.requires_grad).register_hook(lambda g: g * float("inf"))
@@ -384,6 +387,7 @@ def test_a_run_that_is_not_finite_ends_undamaged(broken: str, tmp_path: Path) ->
     trainer.compute_loss = loss  # type: ignore[method-assign]
     with pytest.raises(WorkFailed, match=r"gradient is not finite at step 3 .*lower the learning rate"):
         trainer.train()
+    assert trainer.state.global_step == (3 if late else 2)
     assert all(torch.equal(kept[n], p) for n, p in trained(trainer.model).items())
     assert not callback.optimizer.state  # the moments that saw such a gradient are dropped
     last = last_complete(tmp_path)

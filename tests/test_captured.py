@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from loralign.compare.captured import MOST, Outputs, Recorder, cuda_graph
+from loralign.compare.captured import Steps
 from loralign.compare.runner import Resident
+from loralign.train.recorder import MOST, Outputs, cuda_graph
 from test_compare_run import never, on_a_cpu, timeless, trial
 from tiny_study import SMALL, load, write_study
 
@@ -88,7 +89,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(tmp_path: Path, caplog: pytest.Lo
 def test_a_recording_is_made_afresh_where_a_tensor_was_replaced_or_frozen() -> None:
     model, counted = nn.Linear(2, 2), Counted()
     model.register_buffer("frozen", torch.zeros(2))
-    recorder = Recorder(model, counted)
+    recorder = Steps(model, counted)
 
     def work(batch: Any) -> Outputs:
         return [model(batch["x"]) + model.frozen]
@@ -111,7 +112,7 @@ def test_a_recording_is_made_afresh_where_a_tensor_was_replaced_or_frozen() -> N
 
 def test_shapes_beyond_the_most_are_not_recorded() -> None:
     counted, model = Counted(), nn.Linear(2, 2)
-    recorder = Recorder(model, counted)
+    recorder = Steps(model, counted)
     for _ in range(2):
         for rows in range(1, MOST + 4):
             recorder.run("training", lambda batch: [model(batch["x"])], {"x": torch.ones(rows, 2)})
@@ -142,14 +143,14 @@ def test_nothing_is_compiled_while_a_step_is_recorded(
         cuda_graph(work)
         return counted(work)
 
-    def run(recorder: Recorder, later: int) -> None:
+    def run(recorder: Steps, later: int) -> None:
         """later: rows of a batch that the second call of a shape makes of its own, as a mask made in a recording is."""
         calls = iter([2, later, 2, 2])
         for _ in range(2):
             recorder.run("training", lambda batch: [model(torch.ones(next(calls), 2))], {"x": torch.ones(1)})
 
-    run(Recorder(model, guarded), later=2)
+    run(Steps(model, guarded), later=2)
     assert counted.recorded == 1 and "cannot be recorded" not in caplog.text
-    run(Recorder(model, guarded), later=3)
+    run(Steps(model, guarded), later=3)
     assert counted.recorded == 1 and "cannot be recorded" in caplog.text
     torch._dynamo.reset()

@@ -7,7 +7,8 @@ lives until the forward is over: a layer that runs later, as under activation ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,23 @@ class Pass:
         if self.owner is model:
             self.owner = None
             self.end()
+
+
+@contextmanager
+def anew(model: nn.Module) -> Iterator[None]:
+    """Within: a forward by itself inside of the model's one that runs; what that one knows is as before afterwards."""
+    hooks = (hook for m in model.modules() for hook in m._forward_pre_hooks.values())
+    passes = {p for p in (getattr(hook, "__self__", None) for hook in hooks) if isinstance(p, Pass)}
+    kept = [(p, dict(vars(p))) for p in passes]
+    for p in passes:
+        p.end()
+        if p.owner is not None:
+            p.begin(p.owner)
+    try:
+        yield
+    finally:
+        for p, before in kept:
+            vars(p).update(before)
 
 
 Factors = tuple[Operator, Operator]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from loralign.carrier.sites import factors, put_in, sites, target_weights
-from loralign.compare.captured import CapturedTrainer, Record, cuda_graph
+from loralign.compare.captured import CapturedTrainer
 from loralign.compare.compiled import compiled, warm
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.compare.study import warn_of_idle_arms
@@ -28,6 +28,7 @@ from loralign.compare.tasks import Prepared, Rows, prepare_task
 from loralign.compare.watch import Report, Watch
 from loralign.plan.combinations import check_ranks
 from loralign.train.attach import attach, loss_of
+from loralign.train.recorder import Record, cuda_graph
 from loralign.train.validation import apart, batches
 from loralign.types import Full, LoralignError, Recipe, Validation, WorkFailed
 

@@ -14,7 +14,6 @@ A pair's values are A and B themselves; for a twin A0 + ΔA and B0 + ΔB. Update
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from loralign.optim.clip import clip
 from loralign.optim.groups import groups
 from loralign.optim.masks import DeadSlots, masked, penalise
 from loralign.optim.moments import grads_of, moment, seen_in_step
+from loralign.optim.norm import Norm, Norms
 from loralign.optim.shards import wholes
 from loralign.optim.stacks import Layout, Place
 from loralign.optim.transformed import transformed
@@ -99,7 +99,8 @@ class PairOptimizer(torch.optim.Optimizer):
         """Sites of which one factor rests in this episode."""
         self.reached: set[str] = set()
         """Sites that ever received an update."""
-        self.applied, self.steps_here, self.grad_norm, self.lr_factor = 0, 0, float("nan"), 1.0
+        self.applied, self.steps_here, self.lr_factor = 0, 0, 1.0
+        self.norms = Norms(lambda: self.state.clear())
         made = groups(sites, rest, shared or {}, transform, lr, rest_lr, weight_decay)
         super().__init__(made, {"lr": lr, "weight_decay": weight_decay})
         self.awake, self.layout = self.shapes, Layout(self.shapes, self.param_groups)
@@ -114,6 +115,11 @@ class PairOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(k, {}).items():
                 self.state[p][key] = value.detach().to(p.device, copy=True)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, of steps that are known to be good."""
+        self.norms.check()
+        return super().state_dict()
+
     # --------------------------------------------------------------------------------------------------------- one step
 
     @torch.no_grad()
@@ -123,6 +129,7 @@ class PairOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_driven()
+        self.norms.check()
         self.param_groups[0]["step"] = self.param_groups[0].get("step", 0) + 1
         live, own, ctx = live_pairs(self.param_groups), live_own(self.param_groups), self._in_link()
         leave_out(live, own, self.asleep, self.trains)
@@ -130,13 +137,14 @@ class PairOptimizer(torch.optim.Optimizer):
         pairs = self.values.pairs(awake, {n: with_grads(ps) for n, ps in awake.items()})
         places = self._places(pairs)
         self._penalise(pairs, places, ctx)
-        norm = clip(
+        found = clip(
             (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None), self.max_grad_norm
         )
+        norm = None if found is None else Norm(self.steps, found)
         grads = self.values.grads(live, (p.name for p in pairs))
         reached = {p.name for p in pairs} | {site for (site, _), p in own.items() if site and p.grad is not None}
         if not reached:
-            self._checked(norm)
+            self.norms.read(norm)
             raise WorkFailed(
                 "no pair of the adapter received a gradient, so nothing was trained: "
                 "is the loss computed from the adapted model?"
@@ -150,13 +158,13 @@ class PairOptimizer(torch.optim.Optimizer):
             updates = transformed(self.transform, pairs, grads, state, self._ctx())
             updates = decayed(updates, live, self.param_groups, self.lr_factor, whole=self.values.whole)
         except torch.linalg.LinAlgError:
-            self._checked(norm)  # says it better where the gradient is to blame
+            self.norms.read(norm)  # says it better where the gradient is to blame
             raise
         own_updates = form_updates(own, own_grads, self._whole, self.param_groups, self.state, self.lr_factor)
         masks = self._masks([rule.update_mask for rule in self.rules], pairs, places, ctx)
         alive = self.dead.masks(places, self._per_slot)
         updates, own_updates = masked(updates, own_updates, places, masks if alive is None else [*masks, alive])
-        self._checked(norm)  # here and no earlier: until now the device works on while the host prepares its next calls
+        self.norms.judge(norm, self.param_groups)  # no earlier: the device works while the host prepares its next calls
         add_updates(live, own, updates, own_updates)
         step_rest(self.param_groups, self.state, self.lr_factor)
         self.applied, self.steps_here = len(reached), self.steps_here + 1
@@ -167,6 +175,12 @@ class PairOptimizer(torch.optim.Optimizer):
     def steps(self) -> int:
         """Taken so far, those before a resume included."""
         return int(self.param_groups[0].get("step", 0))
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the last step, before clipping."""
+        self.norms.check()
+        return self.norms.last
 
     @property
     def steps_in_link(self) -> int:
@@ -219,18 +233,6 @@ class PairOptimizer(torch.optim.Optimizer):
         seen = seen_in_step(self.param_groups, self.values, pairs, places)
         found = (make(state, seen, ctx) for make, state in zip(makers, self.rule_states, strict=True))
         return [mask for mask in found if mask is not None]
-
-    def _checked(self, norm: Tensor | None) -> None:
-        """Keep the norm. Not finite: drop the moments, which have seen it, and raise before any factor moves."""
-        if norm is None:
-            return
-        self.grad_norm = norm.item()
-        if not math.isfinite(self.grad_norm):
-            self.state.clear()
-            raise WorkFailed(
-                f"the gradient is not finite at step {self.param_groups[0]['step']} (norm {self.grad_norm}): "
-                "lower the learning rate, or look for broken rows in the data"
-            )
 
     def _whole(self, own: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
         """A form's own tensors, whole where somebody needs whole ones."""

@@ -67,6 +67,9 @@ class RecipeCallback(TrainerCallback):
         """Remember the optimizer that the Trainer asked for."""
         self.optimizer = optimizer
         self.driver = Driver(self.recipe, self.model, optimizer, gather=self.gather, observe=self.observe)
+        # rules look at the factors after every step
+        whole = all(p.is_cuda and not isinstance(p, DTensor) for p in self.model.parameters())
+        optimizer.norms.late = whole and not self.recipe.rules
         return optimizer
 
     def _driver(self) -> Driver:
@@ -149,10 +152,13 @@ class RecipeCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self._own().norms.check()
         self._driver().end_step(state.global_step)
         reopen(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._own().norms.check()
         reopen(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -172,6 +178,7 @@ class RecipeCallback(TrainerCallback):
         complete(args, state, Note(self.recipe.name, state.global_step, stored, episode, start), saved, self.keep)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._own().norms.check()
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self._driver().load(read_state(Path(state.best_model_checkpoint)))
             sync_config(self.model)

@@ -80,13 +80,14 @@ def compile(model: nn.Module, *, backend: str | None = None) -> Blocks:
 
 
 class Until(TrainerCallback):
-    """Compiled blocks while a Trainer trains: what comes after it, such as an export, finds the model as it was."""
+    """Compiled while a Trainer trains: what comes after it, such as an export, finds the model as it was."""
 
-    def __init__(self, blocks: Blocks) -> None:
-        self.blocks = blocks
+    def __init__(self, *made: Any) -> None:
+        self.made = made
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.blocks.restore()
+        for one in self.made:
+            one.restore()
 
 
 def no_compiler(device: str) -> str:

@@ -133,6 +133,7 @@ class Episodes:
         following = self._episode(self.current.index + 1)
         if following is None:
             return False
+        optimizer.norms.check()
         self._knot(self.current, following, optimizer)
         self.current, self.started = following, step
         self._enter(following, optimizer)

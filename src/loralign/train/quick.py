@@ -12,6 +12,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loralign.data.packing import check_packing
 from loralign.data.widths import Packed, Padded, widths
+from loralign.optim.pairs import PairOptimizer
+from loralign.train.backbone import Backbone
 from loralign.train.compiled import NOT, Blocks, Until
 
 log = logging.getLogger("loralign")
@@ -24,9 +26,22 @@ MASKED = ("eager", "sdpa", "flex_attention")
 
 
 class RowTrainer(SFTTrainer):
-    """SFTTrainer whose `num_tokens` counts packed rows that stay rows; TRL knows one row of them."""
+    """SFTTrainer whose `num_tokens` counts packed rows that stay rows, TRL knows one row of them; and which does not go
+    through all modules at every step for the operations of a token and a norm that our optimizer has."""
 
     _total_train_tokens: int
+    _flos: tuple[int, int] = 0, 0
+    """Operations of a batch, and its tokens."""
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
+        if not self._flos[1]:
+            self._flos = int(super().floating_point_ops(inputs)), tokens
+        return self._flos[0] * tokens // max(1, self._flos[1])
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        ours = isinstance(getattr(self.optimizer, "optimizer", self.optimizer), PairOptimizer)
+        return grad_norm if ours else super()._get_grad_norm(model, grad_norm)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         rows = inputs.get("position_ids") if "attention_mask" not in inputs else None
@@ -53,7 +68,12 @@ def quicken(
         return None
     _few_shapes(trainer, packing, seed)
     blocks.start()
-    trainer.add_callback(Until(blocks))
+    backbone = Backbone(trainer.model, blocks)
+    if why := backbone.unfit():
+        log.info("the model's steps are not recorded, since %s", why)
+    elif trainer.args.device.type == "cuda":
+        backbone.start()
+    trainer.add_callback(Until(blocks, backbone))
     return blocks
 
 

@@ -1,0 +1,71 @@
+"""The norm of a step's gradient: read at once, or later, while the device is still on its way there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralign.types import WorkFailed
+
+
+class Norm:
+    """Of one step; copied to the host behind what the device has to do, for which only `value` waits."""
+
+    def __init__(self, step: int, norm: Tensor) -> None:
+        self.step, self.norm = step, norm
+        self.event: Any = None
+        if norm.is_cuda:
+            self.norm = torch.empty((), dtype=norm.dtype, pin_memory=True).copy_(norm, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def value(self) -> float:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.norm.item()
+
+
+class Norms:
+    """Of a run's steps.
+
+    late: a step's norm is read when the next one begins, at the latest; whoever writes checkpoints calls `check`.
+    Where it is not finite, every factor is as it was before that step when the error is raised.
+    drop: forgets the moments, which have seen such a gradient.
+    """
+
+    def __init__(self, drop: Callable[[], None]) -> None:
+        self.drop, self.late = drop, False
+        self.last = float("nan")
+        self._unread: tuple[Norm, list[Tensor], tuple[Tensor, ...]] | None = None
+        """With what that step moved, and how it was before."""
+
+    def judge(self, norm: Norm | None, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Of a step that is about to move what has a gradient: now, or later."""
+        if norm is None or not self.late:
+            self.read(norm)
+            return
+        moved = [p.data for group in groups for p in group["params"] if p.grad is not None]
+        self._unread = norm, moved, torch._foreach_mul(moved, 1.0)
+
+    def check(self) -> None:
+        """Read the last step's, where that was left for later."""
+        if self._unread is not None:
+            (norm, moved, before), self._unread = self._unread, None
+            self.read(norm, lambda: torch._foreach_copy_(moved, before))
+
+    def read(self, norm: Norm | None, put_back: Callable[[], object] = lambda: None) -> None:
+        """Keep it; where it is not finite, put the factors back and raise."""
+        if norm is None:
+            return
+        self.last = norm.value()
+        if not math.isfinite(self.last):
+            self.drop()
+            put_back()
+            raise WorkFailed(
+                f"the gradient is not finite at step {norm.step} (norm {self.last}): "
+                "lower the learning rate, or look for broken rows in the data"
+            )

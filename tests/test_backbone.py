@@ -1,0 +1,225 @@
+"""Recorded backbones, with a recording that a CPU can replay: steps are the steps, what speaks against it is said."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import loralign
+from loralign.carrier.storage import SlotLinear
+from loralign.train.backbone import KIND, Backbone, Both
+from loralign.train.beside import unseen
+from loralign.train.recorder import MOST, Outputs
+from test_compiled import TRACED, Loop, batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+class Replays:
+    """A recording that a CPU can replay: the work again, into the same output tensors. What it changes while it is
+    recorded is put back, since a CUDA graph executes nothing then."""
+
+    def __init__(self, model: nn.Module, *, wrong: float = 1.0, stale: bool = False) -> None:
+        self.model, self.wrong, self.stale = model, wrong, stale
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+        self.recorded += 1
+        with unseen(self.model):
+            kept = [None if t is None else t.detach().clone() for t in work()]
+
+        def replay() -> None:
+            self.replayed += 1
+            for k, t in zip(kept, () if self.stale else work(), strict=not self.stale):
+                if k is not None and t is not None:
+                    k.copy_(t.detach() * self.wrong)
+
+        return kept, replay
+
+
+def quick() -> Callable[[Callable[[], object]], float]:
+    """A clock on which replays are the faster ones: of as it is, replayed, and both again."""
+    told = iter([1.0, 0.5] * 1000)
+
+    def clock(work: Callable[[], object]) -> float:
+        work()
+        return next(told)
+
+    return clock
+
+
+def record(model: nn.Module, by: Any, clock: Any = None) -> Backbone:
+    made = Backbone(model, None, by, clock or quick())
+    assert made.unfit() == ""
+    made.start()
+    return made
+
+
+def taken(found: Backbone) -> list[Both]:
+    made = [known.made for known in found.recorder.recordings.values() if known is not None]
+    return [both for both in made if both.runs > 2]
+
+
+@pytest.mark.parametrize("form", ["plain", "twins", "inputs", "chain", "shared", "cross-layer", "features"])
+def test_replayed_backbones_are_the_steps(form: str) -> None:
+    plain, loop = Loop(form).run(10), Loop(form)
+    counted = Replays(loop.model)
+    found = record(loop.model, counted)
+    assert loop.run(10) == pytest.approx(plain, rel=1e-6)
+    assert KIND not in found.recorder.refused and taken(found)
+    assert counted.recorded == (4 if form == "chain" else 2)  # a knot replaces frozen slots: recorded afresh
+
+
+def grads(loop: Loop, by: Any, run: Callable[[Any], None]) -> tuple[list[Tensor], Backbone | None]:
+    """Of a loop without an optimizer, its third forward and later ones replayed."""
+    found = record(loop.model, by(loop.model)) if by else None
+    torch.manual_seed(2)
+    run(loop.model)
+    return [p.grad for p in loop.model.parameters() if p.grad is not None], found
+
+
+def several(model: Any) -> None:
+    for _ in range(6):
+        model(**batch()).loss.backward()
+
+
+def two_forwards(model: Any) -> None:
+    for _ in range(4):
+        model(**batch()).loss.backward()
+    one, two = model(**batch()).loss, model(**batch()).loss
+    two.backward()
+    one.backward()
+
+
+@pytest.mark.parametrize("run", [several, two_forwards])
+def test_gradients_add_up(run: Callable[[Any], None]) -> None:
+    """Of micro-batches, and of a second forward before the first one's backward."""
+    plain, _ = grads(Loop("plain"), None, run)
+    recorded, found = grads(Loop("plain"), Replays, run)
+    assert found is not None and taken(found)
+    for a, b in zip(plain, recorded, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_each_shape_has_its_recording_and_compiled_blocks_are_recorded_too() -> None:
+    plain, loop = Loop("plain").run(10, (8, 6)), Loop("plain")
+    blocks = loralign.compile(loop.model, backend=TRACED)
+    found = record(loop.model, Replays(loop.model))
+    assert loop.run(10, (8, 6)) == pytest.approx(plain, rel=1e-5)
+    assert len(taken(found)) == 2 and blocks.why == ""
+    torch._dynamo.reset()
+
+
+def test_dropout_is_drawn_anew_in_every_replay() -> None:
+    plain, loop = Loop("plain", dropout=0.3).run(8), Loop("plain", dropout=0.3)
+    found = record(loop.model, Replays(loop.model))
+    assert loop.run(8) == pytest.approx(plain, rel=1e-6) and taken(found)
+
+
+def test_a_backward_of_values_that_are_gone_raises() -> None:
+    loop = Loop("plain")
+    found = record(loop.model, Replays(loop.model))
+    several(loop.model)
+    assert taken(found)
+    loss = loop.model(**batch()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call backward once"):
+        loss.backward()
+
+
+# ----------------------------------------------------------------------------------------------- what speaks against it
+
+
+def refused(caplog: pytest.LogCaptureFixture, loop: Loop, by: Any = None, clock: Any = None, steps: int = 6) -> str:
+    """What is said of a loop whose losses are the plain ones."""
+    plain = Loop("plain").run(steps)
+    with caplog.at_level(logging.INFO, "loralign"):
+        found = record(loop.model, by or Replays(loop.model), clock)
+        assert loop.run(steps) == pytest.approx(plain, rel=1e-6)
+    assert not taken(found)
+    lines = [r.getMessage() for r in caplog.records if "replayed" in r.getMessage() or "recorded:" in r.getMessage()]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(work: Callable[[], Outputs]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    assert refused(caplog, Loop("plain"), broken).endswith("recorded: operation not permitted when stream is capturing")
+
+
+def test_replays_with_other_numbers_are_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    loop = Loop("plain")
+    assert "numbers differ by" in refused(caplog, loop, Replays(loop.model, wrong=1.01))
+
+
+def test_a_recording_that_holds_its_batch_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    """What was read from the batch on the host would be the same in every replay: the trial is another batch."""
+    loop = Loop("plain")
+    assert "numbers differ by" in refused(caplog, loop, Replays(loop.model, stale=True))
+
+
+def test_replays_that_save_no_time_are_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    def even(work: Callable[[], object]) -> float:
+        work()
+        return 0.25
+
+    said = refused(caplog, Loop("plain"), clock=even)
+    assert said == "2 × 8 tokens: forward and backward take 250.0 ms, replayed 250.0, so they are not"
+
+
+def test_a_hook_of_others_speaks_against_recording(caplog: pytest.LogCaptureFixture) -> None:
+    loop, seen = Loop("plain"), []
+    loop.model.get_base_model().model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    assert refused(caplog, loop).endswith("sits on LlamaDecoderLayer")
+    assert len(seen) == 6
+
+
+def test_a_hook_that_comes_later_ends_the_replays(caplog: pytest.LogCaptureFixture) -> None:
+    loop, seen = Loop("plain"), []
+    found = record(loop.model, Replays(loop.model))
+    several(loop.model)
+    assert taken(found)
+    next(p for p in loop.model.parameters() if p.requires_grad).register_hook(lambda g: seen.append(1))
+    loop.model(**batch()).loss.backward()
+    assert seen == [1] and "a hook sits on base_model" in caplog.text
+
+
+def test_a_model_that_changes_all_the_time_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    loop = Loop("twins")
+    found = record(loop.model, Replays(loop.model))
+    side = next(m for m in loop.model.modules() if isinstance(m, SlotLinear))
+    for _ in range(2 * MOST):
+        side.frozen = side.frozen.clone()
+        for _ in range(2):
+            loop.model(**batch()).loss.backward()
+    assert KIND in found.recorder.refused and f"the model was changed {MOST + 1} times" in caplog.text
+
+
+def test_checkpointed_blocks_are_recorded_where_they_are_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    plain, loop = Loop("plain").run(6), Loop("plain", checkpointing=True)
+    assert "checkpoints activations" in refused(caplog, loop)
+    loop = Loop("plain", checkpointing=True)
+    blocks = loralign.compile(loop.model, backend=TRACED)
+    found = Backbone(loop.model, blocks, Replays(loop.model), quick())
+    found.start()
+    assert loop.run(6) == pytest.approx(plain, rel=1e-5) and taken(found)
+    torch._dynamo.reset()
+
+
+def test_what_is_known_before_a_step_is_said() -> None:
+    assert Backbone(nn.Linear(2, 2)).unfit() == "the model has no part below its head that says what it is"
+
+
+def test_restoring_leaves_the_model_as_it_was() -> None:
+    loop = Loop("plain")
+    found = record(loop.model, Replays(loop.model))
+    several(loop.model)
+    found.restore()
+    assert found.part is not None and found.part._compiled_call_impl is None and not found.recorder.recordings
