@@ -15,7 +15,8 @@ where not said); /lora compares with ours. --kinds: these instead of all, such a
 and "recorded" before it: "compiled spectral:64". --dropout: of the adapters, PEFT's and ours, 0 where not said.
 `full`, `full-muon`: the matrices themselves, in bf16 on CUDA, their states as well.
 --compiled: blocks compiled, the floor's too; "train": `loralign.compile`, as recipes and trainers use it;
-"recorded": forward and backward are one CUDA graph, of compiled blocks as well.
+"recorded": forward and backward are one CUDA graph, of compiled blocks as well. "replayed": as "train", and the
+backbone's forward and backward become CUDA graphs where its trial finds that they are the faster ones.
 `host` is in bf16 on the CPU too and takes the layer that small outputs have on a GPU; "one node" is the other one.
 """
 
@@ -26,6 +27,7 @@ import copy
 import functools
 import gc
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -43,6 +45,7 @@ from loralign import METHODS, Full, Recipe, adapt, build, optimizer, peft_config
 from loralign.carrier.layer import as_on
 from loralign.carrier.sites import target_weights
 from loralign.compare.compiled import blocks
+from loralign.train.backbone import Backbone
 
 SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens
     "tiny": ({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}, 2, 64),
@@ -130,7 +133,7 @@ def fresh_model(shape: str, device: str) -> LlamaForCausalLM:
     return model.train()
 
 
-ALONE = ("peft", "train", "one node")
+ALONE = ("peft", "train", "replayed", "one node")
 """Kinds of plain LoRA that nothing stands before or behind."""
 
 
@@ -206,8 +209,11 @@ def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], 
         model = adapt(model, recipe)
         opt = optimizer(model, recipe, 1e-4)
     model.train()
-    if kind == "train":
-        loralign.compile(model)
+    if kind in ("train", "replayed"):
+        made = loralign.compile(model)
+        opt.norms.late = device == "cuda"  # as `attach` has it
+        if kind == "replayed" and device == "cuda":
+            Backbone(model, made).start()
     if "compiled" in kind:
         compile_blocks(model)
     like = "cuda" if shape == "host" and kind != "one node" else device
@@ -325,11 +331,13 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("loralign").setLevel(logging.INFO)
     if args.device == "cpu":
         torch.set_num_threads(1)
     shapes = args.shapes or (["small"] if args.device == "cpu" else ["1b", "8b"])
     kinds = ["floor", "peft", "loralign", *(["compiled floor", "compiled", "train"] if args.compiled else [])]
-    kinds += ["recorded", "recorded compiled"] if args.compiled and args.device == "cuda" else []
+    kinds += ["replayed", "recorded", "recorded compiled"] if args.compiled and args.device == "cuda" else []
     kinds = args.kinds or kinds
     results = {}
     for shape in shapes:

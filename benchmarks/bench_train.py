@@ -3,12 +3,16 @@
     python benchmarks/bench_train.py                                        tiny, on the CPU
     python benchmarks/bench_train.py --device cuda --shapes 1b 135m --json out.json
     python benchmarks/bench_train.py --device cuda --shapes 1b --rows equal     every row as long as the longest may be
+    torchrun --nproc_per_node 2 benchmarks/bench_train.py --device cuda --shapes 8b --rows equal \
+        --kinds "loralign compiled" --beside ONE.json           DDP; the efficiency beside one process's --json
 
-loralign: the trainer of `loralign train` (RowTrainer, `attach` and `quicken`, which is `train.compile: auto`), or
-without compiling ("loralign off"). peft: SFTTrainer with `peft_config`, bf16, torch's fused AdamW. "compile": with the
-Trainer's own `torch_compile`. "packed": TRL's packing. Same model, rows, rank and rate; a step is a batch. Times are
-of the steps after the first `--warm` ones; tokens are those of the rows, padding is not counted. With equal rows the
+loralign: the trainer of `loralign train` (RowTrainer, `attach` and `quicken`, which is `train.compile: auto`): blocks
+compiled and steps replayed where that pays; "compiled": never replayed; "off": neither. peft: SFTTrainer with
+`peft_config`, bf16, torch's fused AdamW. "compile", "liger": with the Trainer's own `torch_compile`,
+`use_liger_kernel`. "packed": TRL's packing. Same model, rows, rank and rate; a step is a batch. Times are of the steps
+after the first `--warm` ones; tokens are those of the rows, padding is not counted. With equal rows and one process the
 compiled floor (frozen model, blocks compiled, no optimizer) is run too, and a step is given as its multiple.
+--checkpointing auto: as SFTConfig has it, on; off: no activation checkpointing, as `loralign train` has it.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import gc
 import json
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -40,8 +45,12 @@ from loralign import Recipe, attach, build, peft_config
 from loralign.train.quick import RowTrainer, quicken
 
 KINDS = ("peft", "peft packed", "loralign", "loralign packed")
-MORE = ("peft compile", "peft packed compile", "loralign off", "loralign packed off")
+MORE = (
+    *("peft compile", "peft packed compile", "peft liger", "peft compile liger"),
+    *("loralign compiled", "loralign packed compiled", "loralign off", "loralign packed off"),
+)
 WORDS = 4000
+RANK, WORLD = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -60,13 +69,15 @@ def rows(count: int, longest: int, kind: str) -> Dataset:
 
 
 class Clock(TrainerCallback):
-    """The end of every step on the device, with the tokens collated until then."""
+    """The end of the last step that is not counted and of the last one, with the tokens collated until then."""
 
-    def __init__(self, cuda: bool) -> None:
-        self.cuda, self.tokens = cuda, 0
+    def __init__(self, cuda: bool, warm: int, steps: int) -> None:
+        self.cuda, self.at, self.tokens = cuda, (warm, warm + steps), 0
         self.ends: list[tuple[float, int]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step not in self.at:  # a wait at each would forbid the host to run ahead
+            return
         if self.cuda:
             torch.cuda.synchronize()
         self.ends.append((time.perf_counter(), self.tokens))
@@ -88,11 +99,12 @@ def trainer_of(kind: str, shape: str, args: argparse.Namespace, folder: str) -> 
     config = SFTConfig(
         output_dir=folder, max_steps=args.warm + args.steps, per_device_train_batch_size=size, learning_rate=1e-4,
         use_cpu=not cuda, bf16=cuda, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=10**6,
-        max_length=longest, packing=packing, torch_compile=kind.endswith("compile"), seed=0,
-        dataset_num_proc=None, shuffle_dataset=False,
+        max_length=longest, packing=packing, torch_compile=" compile" in f"{kind} ".replace("compiled", ""),
+        use_liger_kernel="liger" in kind, seed=0, dataset_num_proc=None, shuffle_dataset=False,
+        **({} if args.checkpointing == "auto" else {"gradient_checkpointing": False}),
     )  # fmt: skip
     model = bench_step.fresh_model(shape, args.device)
-    data = rows((args.warm + args.steps) * size * (4 if packing else 1), longest, args.rows)
+    data = rows((args.warm + args.steps) * size * WORLD * (4 if packing else 1), longest, args.rows)
     common: dict[str, Any] = {"args": config, "train_dataset": data, "processing_class": tokenizer()}
     if kind.startswith("peft"):
         stock = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -103,7 +115,7 @@ def trainer_of(kind: str, shape: str, args: argparse.Namespace, folder: str) -> 
     attach(trainer, recipe)
     if "off" not in kind:
         backend = None if cuda else "aot_eager"
-        quicken(trainer, packing=packing, seed=0, backend=backend, short=0)
+        quicken(trainer, packing=packing, seed=0, backend=backend, short=0, replay="compiled" not in kind)
     return trainer
 
 
@@ -114,16 +126,15 @@ def measured(kind: str, shape: str, args: argparse.Namespace) -> dict[str, float
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer, clock = trainer_of(kind, shape, args, folder), Clock(cuda)
+        trainer, clock = trainer_of(kind, shape, args, folder), Clock(cuda, args.warm, args.steps)
         counting(trainer, clock)
         trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         loss = trainer.state.log_history[-1]["train_loss"]
-    (start, before), (end, after) = clock.ends[args.warm - 1], clock.ends[-1]
-    steps = len(clock.ends) - args.warm
-    seconds = (end - start) / steps
-    first = clock.ends[args.warm - 1][0] - began - args.warm * seconds
+    (start, before), (end, after) = clock.ends
+    seconds = (end - start) / args.steps
+    first = start - began - args.warm * seconds
     del trainer
     gc.collect()
     if cuda:
@@ -145,7 +156,7 @@ def floor(shape: str, args: argparse.Namespace) -> float:
 
 def table(results: dict[str, dict[str, dict[str, float]]], floors: dict[str, float]) -> None:
     head = f"{'shape':7}{'kind':22}{'ms':>9}{'tokens/s':>11}{'/peft':>8}{'/packed':>9}"
-    print(head + f"{'/floor':>8}{'peak GiB':>10}{'first s':>9}{'loss':>9}")
+    print("\n" + head + f"{'/floor':>8}{'peak GiB':>10}{'first s':>9}{'loss':>9}", flush=True)
     for shape, kinds in results.items():
         for kind, row in kinds.items():
             beside = [row["tokens_s"] / kinds[k]["tokens_s"] if k in kinds else math.nan for k in KINDS[:2]]
@@ -164,28 +175,49 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", choices=("mixed", "equal"), default="mixed")
     parser.add_argument("--warm", type=int, help="steps that are not counted")
     parser.add_argument("--steps", type=int, help="steps that are")
+    parser.add_argument("--checkpointing", choices=("auto", "off"), default="auto", help="of activations")
+    parser.add_argument("--beside", type=Path, help="what one process wrote: the efficiency of several is said")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(words)
     cuda = args.device == "cuda"
     args.warm, args.steps = args.warm or (30 if cuda else 2), args.steps or (20 if cuda else 2)
+    if cuda:
+        torch.cuda.set_device(RANK)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("loralign").setLevel(logging.INFO)
+    logging.getLogger("loralign").setLevel(logging.INFO if RANK == 0 else logging.ERROR)
     results: dict[str, dict[str, dict[str, float]]] = {}
     floors = {}
     for shape in args.shapes or (["1b"] if cuda else ["tiny"]):
-        if args.rows == "equal":
+        if args.rows == "equal" and WORLD == 1:
             floors[shape] = floor(shape, args)
         for kind in args.kinds:
             try:
                 results.setdefault(shape, {})[kind] = measured(kind, shape, args)
-            except (RuntimeError, ValueError) as error:  # one kind that fails costs no other
-                print(f"{shape} {kind}: {type(error).__name__}: {str(error).splitlines()[0]}")
-        print()
-        table({shape: results.get(shape, {})}, floors)
+            except Exception as error:  # whatever it is: one kind that fails costs no other
+                print(f"{shape} {kind}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+            if RANK == 0:
+                write(args, floors, results)
+        if RANK == 0:
+            table({shape: results.get(shape, {})}, floors)
+    if args.beside and RANK == 0:
+        efficiency(json.loads(args.beside.read_text())["results"], results)
+
+
+def write(args: argparse.Namespace, floors: dict[str, float], results: Any) -> None:
+    """After every kind: whoever stops the run keeps what was measured."""
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, trl)}
+    settings = {"rows": args.rows, "checkpointing": args.checkpointing, "processes": WORLD}
+    body = {"versions": versions, "device": args.device, **settings, "floors": floors, "results": results}
     if args.json:
-        body = {"versions": versions, "device": args.device, "rows": args.rows, "floors": floors, "results": results}
         args.json.write_text(json.dumps(body, indent=1))
+
+
+def efficiency(one: Any, several: Any) -> None:
+    """Of processes that each have as many rows as one alone: its milliseconds over theirs."""
+    for shape, kinds in several.items():
+        for kind, row in kinds.items():
+            if kind in one.get(shape, {}):
+                print(f"{shape} {kind}: {WORLD} processes, efficiency {one[shape][kind]['ms'] / row['ms']:.3f}")
 
 
 if __name__ == "__main__":

@@ -51,11 +51,18 @@ class RowTrainer(SFTTrainer):
 
 
 def quicken(
-    trainer: SFTTrainer, *, packing: bool, seed: int, backend: str | None = None, short: int = SHORT
+    trainer: SFTTrainer,
+    *,
+    packing: bool,
+    seed: int,
+    backend: str | None = None,
+    short: int = SHORT,
+    replay: bool = True,
 ) -> Blocks | None:
     """Compile the model of a trainer whose rows are tokens; None, with a line that says why, where it does not pay.
 
-    backend: as in `compile`; None: on a GPU only. short: forwards below which a run is left as it is.
+    backend: as in `compile`; None: on a GPU only. short: forwards below which a run is left as it is. replay: steps of
+    compiled blocks may become CUDA graphs.
     """
     if backend is None and trainer.args.device.type != "cuda":
         return None
@@ -71,7 +78,7 @@ def quicken(
     backbone = Backbone(trainer.model, blocks)
     if why := backbone.unfit():
         log.info("the model's steps are not recorded, since %s", why)
-    elif trainer.args.device.type == "cuda":
+    elif replay and trainer.args.device.type == "cuda":
         backbone.start()
     trainer.add_callback(Until(blocks, backbone))
     return blocks
