@@ -14,9 +14,9 @@ the same model and autocast, `loralign.adapt` and `loralign.optimizer`. Floor: t
 where not said); /lora compares with ours. --kinds: these instead of all, such an arm or one of the table's, "compiled"
 and "recorded" before it: "compiled spectral:64". --dropout: of the adapters, PEFT's and ours, 0 where not said.
 `full`, `full-muon`: the matrices themselves, in bf16 on CUDA, their states as well.
---compiled: blocks compiled, the floor's too; "train": `loralign.compile`, as recipes and trainers use it;
-"recorded": forward and backward are one CUDA graph, of compiled blocks as well. "replayed": as "train", and the
-backbone's forward and backward become CUDA graphs where its trial finds that they are the faster ones.
+--compiled: blocks compiled, the floor's too; "train": as `loralign train` has it, `loralign.compile` and attention
+without masks; "replayed": and the backbone's forward and backward are CUDA graphs where its trial finds them faster.
+"recorded": forward and backward are one CUDA graph, of compiled blocks as well.
 `host` is in bf16 on the CPU too and takes the layer that small outputs have on a GPU; "one node" is the other one.
 """
 
@@ -46,6 +46,7 @@ from loralign.carrier.layer import as_on
 from loralign.carrier.sites import target_weights
 from loralign.compare.compiled import blocks
 from loralign.train.backbone import Backbone
+from loralign.train.unmasked import Unmasked
 
 SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens
     "tiny": ({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}, 2, 64),
@@ -212,6 +213,9 @@ def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], 
     if kind in ("train", "replayed"):
         made = loralign.compile(model)
         opt.norms.late = device == "cuda"  # as `attach` has it
+        why = Unmasked(model).start(length, torch.autocast(device, torch.bfloat16, enabled=half(shape, device)))
+        if why:
+            print(f"attention is masked, since {why}")
         if kind == "replayed" and device == "cuda":
             Backbone(model, made).start()
     if "compiled" in kind:

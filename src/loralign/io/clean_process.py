@@ -131,7 +131,9 @@ def load_base(source: str, revision: str | None, how: dict[str, Any], device: st
     if how["attention"]:
         options["attn_implementation"] = how["attention"]
     if how["quantization"]:
-        options["quantization_config"], options["device_map"] = how["quantization"], device
+        options["device_map"] = device
+        if getattr(config, "quantization_config", None) is None:  # quantised while it is loaded
+            options["quantization_config"] = how["quantization"]
     else:
         options["dtype"] = getattr(torch, how["base_dtype"])
     if "gguf_file" not in options:

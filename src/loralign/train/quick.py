@@ -15,6 +15,7 @@ from loralign.data.widths import Packed, Padded, widths
 from loralign.optim.pairs import PairOptimizer
 from loralign.train.backbone import Backbone
 from loralign.train.compiled import NOT, Blocks, Until
+from loralign.train.unmasked import Unmasked
 
 log = logging.getLogger("loralign")
 SHORT = 200
@@ -73,14 +74,18 @@ def quicken(
     if why := _unfit(trainer, packing) or blocks.unfit():
         log.warning(NOT, why)
         return None
-    _few_shapes(trainer, packing, seed)
+    longest = _few_shapes(trainer, packing, seed)
+    unmasked = Unmasked(trainer.model)
+    if not packing:
+        why = unmasked.start(longest, trainer.accelerator.autocast())
+        log.info("%s", f"padded rows are masked in attention, since {why}" if why else "padded rows need no mask")
     blocks.start()
     backbone = Backbone(trainer.model, blocks)
     if why := backbone.unfit():
         log.info("the model's steps are not recorded, since %s", why)
     elif replay and trainer.args.device.type == "cuda":
         backbone.start()
-    trainer.add_callback(Until(blocks, backbone))
+    trainer.add_callback(Until(blocks, backbone, unmasked))
     return blocks
 
 
@@ -111,8 +116,8 @@ def _forwards(trainer: SFTTrainer) -> int:
     return int(steps * args.gradient_accumulation_steps)
 
 
-def _few_shapes(trainer: SFTTrainer, packing: bool, seed: int) -> None:
-    """Give the trainer batches of one shape, or of at most four, and say how much of them is padding."""
+def _few_shapes(trainer: SFTTrainer, packing: bool, seed: int) -> int:
+    """Give the trainer batches of one shape, or of at most four, and say how much of them is padding; the longest."""
     plain: Any = trainer.data_collator
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     most, size = trainer.args.max_length or max(lengths), trainer.args.per_device_train_batch_size
@@ -122,7 +127,7 @@ def _few_shapes(trainer: SFTTrainer, packing: bool, seed: int) -> None:
         trainer.data_collator = collate
         share = 1 - sum(lengths) / (len(lengths) * collate.length)
         log.info("packed rows are padded to %d tokens: %.0f %% of a step", collate.length, 100 * share)
-        return
+        return collate.length
     found = widths(lengths, size, most, seed)
     trainer.data_collator = Padded(plain, found)
     log.info(
@@ -130,3 +135,4 @@ def _few_shapes(trainer: SFTTrainer, packing: bool, seed: int) -> None:
         "if each batch had its own length",
         ", ".join(map(str, found.lengths)), 100 * found.padding, 100 * found.least,
     )  # fmt: skip
+    return found.lengths[-1]

@@ -1,0 +1,157 @@
+"""A quantised base from rows to a verified adapter, by the command line: train, verify, eval, resume, plan.
+
+    python scripts/quantised_check.py nf4 --out OUT         # bitsandbytes, one GPU
+    python scripts/quantised_check.py int8 --out OUT        # torchao, also on the CPU
+
+A Llama of random weights at the shape of SmolLM2-135M on a GPU, a tiny one on a CPU, is stored quantised; every command
+must end as it should, an adapter of another scale must not verify, and a run that was stopped must end as the whole
+one: to the bit on a CPU, within 1 % on a GPU, whose sums are in no fixed order. OUT/quantised.json: what each said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TorchAoConfig,
+)
+
+from loralign.cli.app import main as command
+
+WORDS = 4000
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+LARGE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+         "num_key_value_heads": 3}  # fmt: skip
+STEPS = 6
+RECIPE = """\
+model: {model}
+data: {{train: rows.jsonl, eval: 0.25, max_length: 128}}
+method: lora
+rank: 8
+train: {{steps: {steps}, batch_size: 8, learning_rate: 1e-3, save_every: 3, log_every: 1}}
+output: out
+"""
+
+
+def world(kind: str) -> None:
+    """base, quantised, rows.jsonl and r.yaml in the working folder."""
+    cuda = torch.cuda.is_available()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, max_position_embeddings=256, **(LARGE if cuda else SMALL)))
+    model.to(torch.bfloat16 if cuda else torch.float32).save_pretrained("base")
+    words = Tokenizer(WordLevel({"<unk>": 0, "<bos>": 1, "<eos>": 2} | {f"w{k}": k for k in range(3, WORDS)}, "<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>", pad_token="<eos>"
+    )
+    if kind == "nf4":
+        config: Any = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=model.dtype
+        )
+    else:
+        config = TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig())
+    AutoModelForCausalLM.from_pretrained(
+        "base", quantization_config=config, dtype=model.dtype, device_map="cuda" if cuda else None
+    ).save_pretrained("quantised")
+    for folder in ("base", "quantised"):
+        tokenizer.save_pretrained(folder)
+    rows = [
+        {"prompt": " ".join(f"w{3 + (7 * k + j) % 90}" for j in range(60)), "completion": f" w{100 + k % 3} w{110}"}
+        for k in range(64)
+    ]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    Path("r.yaml").write_text(RECIPE.format(model="quantised", steps=STEPS), encoding="utf-8")
+
+
+def run(*words: object) -> dict[str, Any]:
+    """One command in this process."""
+    out, err, started = io.StringIO(), io.StringIO(), time.perf_counter()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = command([str(word) for word in words])
+    said = {"command": " ".join(map(str, words)), "code": code, "seconds": time.perf_counter() - started}
+    print(f"{said['command']}: {code}, {said['seconds']:.1f} s", flush=True)
+    return {**said, "out": out.getvalue()[-2000:], "err": err.getvalue()[-2000:]}
+
+
+def scaled(folder: str, to: str) -> None:
+    shutil.copytree(folder, to)
+    path = Path(to, "adapter_config.json")
+    body = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**body, "lora_alpha": 1.05 * body["lora_alpha"]}), encoding="utf-8")
+
+
+def apart(one: str, other: str) -> float:
+    """‖B − A‖ / ‖A‖ over all tensors of two adapters."""
+    a, b = (load_file(Path(f, "adapter_model.safetensors")) for f in (one, other))
+    off = sum(float((a[k].double() - b[k].double()).square().sum()) for k in a)
+    return float((off / sum(float(t.double().square().sum()) for t in a.values())) ** 0.5)
+
+
+def check(kind: str) -> dict[str, Any]:
+    world(kind)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    found: dict[str, Any] = {"train": run("train", "r.yaml")}
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    wrong = [] if found["train"]["code"] == 0 and "Verified" in found["train"]["out"] else ["train"]
+    scaled("out", "scaled")
+    shutil.copytree("out", "again")
+    shutil.rmtree(f"again/checkpoints/checkpoint-{STEPS}")
+    for name, code, words in (
+        ("verify", 0, ("verify", "out", "--base", "quantised")),
+        ("another scale", 3, ("verify", "scaled", "--base", "quantised")),
+        ("eval", 0, ("eval", "out", "--data", "rows.jsonl", "--base", "quantised", "--limit", 8)),
+        ("resume", 0, ("train", "r.yaml", "--set", "output=again", "--resume")),
+        ("plan", 0, ("plan", "r.yaml", "--json", *(("--device", "cuda") if cuda else ()))),
+    ):
+        found[name] = run(*words)
+        if found[name]["code"] != code:
+            wrong.append(name)
+    off = apart("out", "again")
+    if off > (0.01 if cuda else 0.0):
+        wrong.append("resumed run")
+    planned = json.loads(found["plan"]["out"])["peak_bytes"] if found["plan"]["code"] == 0 else None
+    return {**found, "resumed_off": off, "peak_bytes": peak, "planned_bytes": planned, "wrong": wrong}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("nf4", "int8"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    (args.out / args.kind).mkdir(parents=True)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.chdir(args.out / args.kind)
+    found = check(args.kind)
+    Path("../quantised.json").write_text(json.dumps({"kind": args.kind, **found}, indent=1), encoding="utf-8")
+    shutil.rmtree("base")
+    shutil.rmtree("quantised")
+    print(f"resumed run off by {found['resumed_off']:.1e}; peak {found['peak_bytes']}, plan {found['planned_bytes']}")
+    for name in found["wrong"]:
+        print(f"WRONG {name}: {found.get(name, {}).get('err', '')[-600:]}")
+    sys.exit(bool(found["wrong"]))
+
+
+if __name__ == "__main__":
+    main()
