@@ -113,6 +113,7 @@ def test_plan_says_what_it_chose_and_why() -> None:
         (("options.memory=1e-5",), "GiB at rank 32 of 0.0: set `train.gradient_checkpointing`"),
         (("method=recommended + lora-ga",), "'recommended' is resolved for one run"),
         (("train.stesp=3",), "steps"),
+        (("method=recomended",), "did you mean recommended"),
         (("train.steps=7",), "gone through 1.17 times"),
     ],
 )
@@ -151,9 +152,10 @@ def test_suggest_begins_with_it_at_the_prior_where_rows_do_not_repeat() -> None:
     assert all(rule.RECORD in c.reason and not c.finding.options for c in wide)
     assert [c.rank for c in judged(findings(), 64)] == [32] and judged(findings(), 63) == []
     lr, said = rate(wide[0], 576, 0.0028, "ours")
-    assert lr == 0.0028 and "the prior (ours), as it was judged" in said
+    assert lr == 0.0028 and said == "0.0028: ours; the prior is part of the rule"
     done = run("suggest", "base", "--device", "cpu", "--memory", "4", "--length", "16", "--json")
     assert json.loads(done.out)["recipe"]["method"] == "spectral" and json.loads(done.out)["recipe"]["rank"] == 64
+    assert json.loads(done.out)["reasons"]["rests on"].startswith(rule.RECORD)
     repeated = json.loads(
         run("suggest", "base", "--device", "cpu", "--length", "16", "--json", "--rows", "rows.jsonl").out
     )

@@ -97,7 +97,7 @@ def _recipe(choice: Choice, model: str, rows: str | None, length: int, count: in
 def _reasons(choice: Choice, found: Planned, rate: str, memory: str, count: int) -> dict[str, str]:
     """A line for each part of the recipe."""
     recipe = found.job.recipe
-    record = choice.finding.record
+    record = choice.record
     return {
         "method": f"{choice.method}, rank {choice.rank}: {choice.reason}",
         "rests on": f"{record}: a small model, few steps; `loralign compare` on your rows tells for yours",

@@ -228,7 +228,7 @@ def method(name: str) -> Method:
         raise LoralignError(f"{name!r} means two things in the field: {' or '.join(AMBIGUOUS[key])}; use the long id")
     if key in RESOLVED:
         raise LoralignError(f"{key!r} {RESOLVED[key]}")
-    near = difflib.get_close_matches(key, METHODS, n=3, cutoff=0.5) or sorted(METHODS)
+    near = difflib.get_close_matches(key, [*METHODS, *RESOLVED], n=3, cutoff=0.5) or sorted(METHODS)
     raise LoralignError(f"unknown method {name!r}; did you mean {', '.join(near)}? `loralign methods` lists all")
 
 

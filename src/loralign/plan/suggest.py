@@ -62,6 +62,10 @@ class Choice:
     """By the rule of `recommended`, whose rate is the prior."""
 
     @property
+    def record(self) -> str:
+        return recommended.RECORD if self.judged else self.finding.record
+
+    @property
     def method(self) -> str:
         return self.finding.method
 
@@ -138,7 +142,7 @@ def rate(choice: Choice, width: int, prior: float, source: str) -> tuple[float, 
     """The learning rate at a model's width, and where it comes from."""
     f = choice.finding
     if choice.judged:
-        return float(f"{prior:.2g}"), f"{prior:.2g}: the prior ({source}), as it was judged"
+        return float(f"{prior:.2g}"), f"{prior:.2g}: {source}; the prior is part of the rule"
     if f.task not in LANGUAGE:
         return float(f"{prior:.2g}"), (
             f"{prior:.2g}: the prior ({source}); {f.record} found {f.lr:g} for {f.model} with a fresh head "
