@@ -131,9 +131,11 @@ def test_evidence_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["text", "sft"])
 def test_a_start_that_reads_trains_fewer_steps(tmp_path: Path, kind: str) -> None:
     """In one unit on packed and on padded rows: tokens without padding, of the start and of a mean step alike."""
-    spec = load(write_study(tmp_path, kind, train={**SMALL, "steps": 12, "eval_every": 4, "charge": "steps"}))
+    train = {**SMALL, "steps": 12, "eval_every": 4, "charge": "steps"}
+    spec = load(write_study(tmp_path, kind, train=train), "task.length=24")
     resident = Resident(spec)
     rows = resident.task.train
+    assert (len({len(row["input_ids"]) for row in rows}) > 1) == (kind == "sft")
     step_tokens = 8 * sum(len(row["input_ids"]) for row in rows) / len(rows)
     plain, informed = (resident.run(trial(arm), never) for arm in ("lora", "lora-ga"))
     assert plain.steps == (4, 8, 12) and plain.step_tokens == informed.step_tokens == step_tokens
@@ -146,6 +148,39 @@ def test_a_start_that_reads_trains_fewer_steps(tmp_path: Path, kind: str) -> Non
     resident.spec = replace(spec, steps=paid)
     with pytest.raises(LoralignError, match=r"arm 'lora-ga' at 0.001: its start and rules read as many .* steps"):
         resident.run(trial("lora-ga"), never)
+
+
+ROWS: dict[str, tuple[str, bytes, str]] = {
+    "no column": ("text", b'{"txt": "a"}', "row 1 of train.jsonl has no 'text' (it has txt): add the column"),
+    "a number": ("text", b'{"text": 5}', "`text` in row 1 of train.jsonl is no text but int"),
+    "no JSON": ("text", b'{"text": ', "train.jsonl, line 1 is not JSON"),
+    "no UTF-8": ("text", b'{"text": "caf\xe9"}', "train.jsonl is not UTF-8 text"),
+    "too short": ("text", b'{"text": "w1 w2"}', "train.jsonl holds less than one block of 16 tokens: lower `length`"),
+    "too few": ("sft", b'{"prompt": "w1", "completion": " w2"}', "`task.train` makes 1 rows, less than one step of 8"),
+    "too few blocks": ("text", b'{"text": "%s"}' % (b"w1 " * 40), "makes 2 blocks of 16 tokens, less than one step"),
+    "no label": ("classify", b'{"text": "w1"}', "row 1 of train.jsonl has no 'label'"),
+    "other labels": ("classify", b'{"text": "w1", "label": "x"}', "label 'label 0' occurs in validation or test rows"),
+}
+
+
+@pytest.mark.parametrize("mistake", ROWS)
+def test_rows_that_cannot_be_learnt_are_one_sentence(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, line, said = ROWS[mistake]
+    file = write_study(tmp_path, kind)
+    (tmp_path / "train.jsonl").write_bytes(line + b"\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoralignError, match=re.escape(said)):
+        Resident(load(file, *(f"task.{split}={split}.jsonl" for split in ("train", "valid", "test"))))
+
+
+def test_a_classifier_without_a_tokenizer_is_one_sentence(tmp_path: Path) -> None:
+    file = write_study(tmp_path, "classify")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).unlink()
+    with pytest.raises(LoralignError, match=r"it has no tokenizer; copy tokenizer\.json"):
+        Resident(load(file))
 
 
 def test_what_is_chosen_sees_validation_rows_and_what_is_reported_test_rows(tmp_path: Path) -> None:

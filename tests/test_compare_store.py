@@ -65,7 +65,7 @@ def test_an_arm_that_changed_is_refused_by_name(tmp_path: Path) -> None:
     assert claimed is not None
     claimed.finish(ended())
     for changed, said in (
-        (arm("lora", r=8), "`r` the default, now it has 8"),
+        (arm("lora", r=8), "`rank` the default, now it has 8"),
         (arm("lora", method="rslora"), "`scale` the default, now it has over_sqrt_rank"),
         (arm("lora", max_grad_norm=0.5), "`max_grad_norm` the default, now it has 0.5"),
         (arm("lora", exclude=("q_proj",)), "`exclude.0` the default, now it has q_proj"),
@@ -83,7 +83,7 @@ def test_an_arm_without_a_trial_may_still_change(tmp_path: Path) -> None:
     Store(spec(tmp_path, arm("lora"), mended))
     claimed = Store(spec(tmp_path, arm("lora"), mended)).claim(replace(FIRST, arm="pissa"))
     assert claimed is not None
-    with pytest.raises(LoralignError, match=r"^arm 'pissa' was started with `r` 8, now it has the default"):
+    with pytest.raises(LoralignError, match=r"^arm 'pissa' was started with `rank` 8, now it has the default"):
         Store(spec(tmp_path))
     claimed.drop()  # a trial without an outcome binds nothing
     Store(spec(tmp_path))
@@ -143,8 +143,11 @@ def test_options_of_a_closure_count() -> None:
     ],
     ids=str,
 )
-def test_other_settings_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
-    Store(spec(tmp_path))
+def test_other_settings_are_refused_once_a_trial_has_begun(tmp_path: Path, changes: dict[str, Any]) -> None:
+    other, first = Store(spec(tmp_path, **changes)), Store(spec(tmp_path))
+    with pytest.raises(LoralignError, match="was started"):
+        other.claim(FIRST)  # its settings are the study's no more
+    assert first.claim(FIRST) is not None
     with pytest.raises(LoralignError, match="was started"):
         Store(spec(tmp_path, **changes))
 

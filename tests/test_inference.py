@@ -194,6 +194,13 @@ def test_what_differs_is_kept_and_several_tasks_add_up() -> None:
     assert effects([{"x": one(0.0)}], "lora") == {} and set(effects([task(0, 0)], "lora")) == {"x", "a", "b", "c"}
 
 
+def test_a_spread_that_is_hardly_known_says_less() -> None:
+    """Two arms alike but for what is known of the second's variance: its interval is wider, its effect weaker."""
+    arms = {"lora": one(0.0, 0.01, 50, n=12), **{f"arm {i}": one(0.2 * i, 0.01, 50) for i in range(-4, 4)}}
+    sure, unsure = (effects([{**arms, "x": one(-0.5, 0.3, df)}], "lora")["x"] for df in (500, 2))
+    assert unsure.high - unsure.low > 1.15 * (sure.high - sure.low)
+
+
 def test_the_same_samples_give_the_same_answer() -> None:
     arms = [one(0.1 * i, 1.0, 4) for i in range(4)]
     assert against_baseline(arms, one(0.0), 0.02) == against_baseline(arms, one(0.0), 0.02)

@@ -66,6 +66,7 @@ class Store:
 
     def _bind(self, spec: Spec) -> None:
         """Keep the settings of a new study and of new arms; refuse others than those that trials have run with."""
+        self._spec = spec
         known = self._journal.get_study_user_attrs(self._study)
         if spec.reading:
             self._check(spec, known)
@@ -80,9 +81,12 @@ class Store:
         known = self._journal.get_study_user_attrs(self._study)
         if odd := [key for key in wanted if not isinstance(known[key], Mapping)]:
             raise LoralignError(damaged(self._path, f"in its {odd[0]}"))
-        self._check(spec, known)
         kept = [t for t in self._trials() if t.state == TrialState.COMPLETE or self._alive(t)]
         begun = {arm_of(t.user_attrs["key"]) for t in kept}
+        if not kept and first_difference(translated(known["settings"]), wanted["settings"]):
+            self._journal.set_study_user_attr(self._study, "settings", wanted["settings"])
+        else:
+            self._check(spec, known)
         for arm in spec.arms:
             changed = first_difference(known[f"arm {arm.name}"], wanted[f"arm {arm.name}"])
             if changed and arm.name in begun:
@@ -140,7 +144,11 @@ class Store:
         return float(total + sum(t.user_attrs["beat"][0] for t in rest))
 
     def claim(self, trial: Trial) -> Claim | None:
-        """Take a trial, or None where another worker has it or has finished it."""
+        """Take a trial, or None where another worker has it or has finished it.
+
+        Raises LoralignError where the study was begun anew with other settings since it was opened.
+        """
+        self._check(self._spec, self._journal.get_study_user_attrs(self._study))
         claimed = Claim(self._journal, self._study, trial.key)
         for t in self._trials():
             if t.user_attrs.get("key") != trial.key or t.number >= claimed.number:

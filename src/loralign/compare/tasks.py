@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from loralign.compare.spec import Spec
 from loralign.data.chat import IGNORED, fit
 from loralign.data.read import read_rows
 from loralign.data.rows import rows_format, to_trl
 from loralign.train.heads import draw_head, linears
-from loralign.train.model import load
+from loralign.train.model import load, loading, read_tokenizer
 from loralign.types import LoralignError
 
 Rows = list[dict[str, Any]]
@@ -55,29 +54,27 @@ class Prepared:
 def prepare_task(spec: Spec, device: str) -> Prepared:
     """Load the base in fp32 and tokenise the three splits."""
     kinds: dict[str, Callable[[Spec, str], Prepared]] = {"text": _text, "classify": _classify, "sft": _sft}
-    return kinds[spec.task.kind](spec, device)
+    made = kinds[spec.task.kind](spec, device)
+    if len(made.train) < spec.batch_size:
+        what = f"blocks of {spec.task.length} tokens" if spec.task.kind == "text" else "rows"
+        raise LoralignError(
+            f"`task.train` makes {len(made.train)} {what}, less than one step of {spec.batch_size}: give more rows, or "
+            "lower `train.batch_size`"
+        )
+    return made
 
 
-def read_jsonl(path: str, needed: Sequence[str]) -> Rows:
-    """Rows of a json-lines file; a missing file, broken line or missing column is one sentence."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise LoralignError(f"no such file: {path}")
-    rows: Rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise LoralignError(f"{file.name}, line {number}: broken json ({error.msg})") from error
-        missing = [c for c in needed if c not in row]
-        if missing:
-            raise LoralignError(f"{file.name}, line {number}: no column {missing[0]!r} (it has {sorted(row)})")
-        rows.append(row)
-    if not rows:
-        raise LoralignError(f"{file.name} holds no rows")
-    return rows
+def rows_with(path: str, needed: Sequence[str]) -> Rows:
+    """The rows of a file, which all have these columns, `text` among them."""
+    rows = read_rows(path)
+    for number, row in enumerate(rows, 1):
+        if missing := [c for c in needed if row.get(c) is None]:
+            has = ", ".join(sorted(row))[:80]
+            raise LoralignError(f"row {number} of {rows.name} has no {missing[0]!r} (it has {has}): add the column")
+        if not isinstance(row["text"], str):
+            kind = type(row["text"]).__name__
+            raise LoralignError(f"`text` in row {number} of {rows.name} is no text but {kind}: put it in quotes")
+    return list(rows)
 
 
 def _text(spec: Spec, device: str) -> Prepared:
@@ -85,7 +82,7 @@ def _text(spec: Spec, device: str) -> Prepared:
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
     def blocks(path: str) -> Rows:
-        ids = [t for row in read_jsonl(path, ["text"]) for t in [*tokenizer(row["text"]).input_ids, *end]]
+        ids = [t for row in rows_with(path, ["text"]) for t in [*tokenizer(row["text"]).input_ids, *end]]
         n = spec.task.length
         cut = [torch.tensor(ids[i : i + n]) for i in range(0, len(ids) - n + 1, n)]
         if not cut:
@@ -93,13 +90,13 @@ def _text(spec: Spec, device: str) -> Prepared:
         return [{"input_ids": block, "labels": block} for block in cut]
 
     # Transformers makes no mask for such rows, but one while a step is recorded, which would be compiled then
-    given, mask = spec.compile and spec.capture and device == "cuda", torch.ones(spec.task.length, spec.task.length)
-    mask = mask.tril().bool()[None, None]
+    given = spec.compile and spec.capture and device == "cuda"
+    mask = torch.ones((spec.task.length,) * 2, dtype=torch.bool).tril()[None, None] if given else None
 
     def collate(rows: Rows) -> dict[str, Tensor]:
         ids = torch.stack([row["input_ids"] for row in rows])
         batch = {"input_ids": ids, "labels": ids.clone()}
-        return {**batch, "attention_mask": mask.expand(len(rows), 1, -1, -1).contiguous()} if given else batch
+        return batch if mask is None else {**batch, "attention_mask": mask.expand(len(rows), 1, -1, -1).contiguous()}
 
     train, valid, test = (blocks(p) for p in (spec.task.train, spec.task.valid, spec.task.test))
     return Prepared(model, train, valid, test, collate, None)
@@ -114,19 +111,21 @@ def _causal(spec: Spec, device: str) -> tuple[PreTrainedModel, Any]:
 
 def _classify(spec: Spec, device: str) -> Prepared:
     where = str(folder) if (folder := Path(spec.model).expanduser()).is_dir() else spec.model
-    tokenizer = AutoTokenizer.from_pretrained(where)
-    raw = [read_jsonl(p, ["text", "label"]) for p in (spec.task.train, spec.task.valid, spec.task.test)]
+    with loading(spec.model, "a text classifier"):
+        tokenizer = read_tokenizer(where)
+    raw = [rows_with(p, ["text", "label"]) for p in (spec.task.train, spec.task.valid, spec.task.test)]
     names = sorted({str(row["label"]) for row in raw[0]})
     unknown = sorted({str(row["label"]) for rows in raw[1:] for row in rows} - set(names))
     if unknown:
-        raise LoralignError(f"label {unknown[0]!r} occurs in validation or test rows only")
+        raise LoralignError(f"label {unknown[0]!r} occurs in validation or test rows only: give training rows of it")
     splits = []
     for rows in raw:
         ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=spec.task.length).input_ids
         splits.append(
             [{"input_ids": i, "labels": names.index(str(r["label"]))} for i, r in zip(ids, rows, strict=True)]
         )
-    model, head = _classifier(where, len(names))
+    with loading(spec.model, "a text classifier"):
+        model, head = _classifier(where, len(names))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
 

@@ -20,6 +20,7 @@ from loralign.carrier.stored import BadInput, check_base, out_of_memory
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
+NO_TOKENIZER = "it has no tokenizer; copy tokenizer.json and tokenizer_config.json beside it"
 
 
 def load(
@@ -34,7 +35,7 @@ def load(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **extra}
     with loading(name):
         check_causal(AutoConfig.from_pretrained(where, **options))
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        tokenizer = read_tokenizer(where, **options)
         model, told = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype_of(precision), use_safetensors=True, output_loading_info=True, **options
         )
@@ -47,6 +48,14 @@ def load(
     if torch.cuda.is_available() and not will_be_split():
         model.to("cuda")
     return model, tokenizer
+
+
+def read_tokenizer(where: str, **options: Any) -> Any:
+    """The tokenizer beside a model. Raises where the files hold none: some classes then read every word as unknown."""
+    found = AutoTokenizer.from_pretrained(where, **options)
+    if found.vocab_size <= len(found.all_special_ids):
+        raise BadInput(NO_TOKENIZER)
+    return found
 
 
 def check_causal(config: Any) -> None:
@@ -145,7 +154,7 @@ def _why(error: Exception, kind: str) -> str:
     if "ignore_mismatched_sizes" in text:
         return "its weights have other shapes than its config.json says; download or copy it again"
     if "backend tokenizer" in text:
-        return "it has no tokenizer; copy tokenizer.json and tokenizer_config.json beside it"
+        return NO_TOKENIZER
     if "trust_remote_code" in text:
         return "it needs code that its repository ships; set `trust_remote_code: true` if you trust that code"
     if "no file named" in text and "safetensors" in text:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from loralign.data.read import read_rows
 from loralign.data.table import Rows as Table
 from loralign.evidence import Progress
 from loralign.maths.draws import keyed_generator
-from loralign.train.model import loading
+from loralign.train.model import loading, read_tokenizer
 from loralign.train.task_rows import Task
 from loralign.train.task_trainer import TaskTraining
 from loralign.train.tasks import TaskResult, run_tasks
@@ -84,7 +84,7 @@ def _load(job: TextTasks, classes: int) -> tuple[PreTrainedModel, Any]:
     folder = Path(job.model).expanduser()
     where = str(folder) if folder.is_dir() else job.model
     with loading(job.model, "a text classifier"):
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=job.revision)
+        tokenizer = read_tokenizer(where, revision=job.revision)
         model = AutoModelForSequenceClassification.from_pretrained(
             where, num_labels=classes, dtype=torch.float32, use_safetensors=True, revision=job.revision
         )
