@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable
@@ -15,16 +16,18 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, get_scheduler
 
 import warm
 from loralign import LoralignError, Recipe, build, factors, sites
+from loralign.carrier.sites import draw_for
 from loralign.config.tasks_file import load_tasks, parse_tasks, schema_text, to_tasks
 from loralign.io.matrix import accuracy_picture
 from loralign.train import tasks as driver
 from loralign.train.accuracy import scores
+from loralign.train.heads import draw_head
 from loralign.train.task_rows import Ordered, Task, check_tasks, drawn, joined, masked_loss, visible
-from loralign.train.task_trainer import TaskTraining
+from loralign.train.task_trainer import TasksTrainer, TaskTraining, by_task
 from loralign.train.tasks import run_tasks
 from tiny_trl import tokenizer
 from toy import bert, vit
@@ -305,6 +308,36 @@ def test_decisions_are_among_the_classes_seen_whatever_their_order(base: Path, t
         right = (chosen == torch.tensor([r["labels"] for r in task.test])).float().mean()
         assert float(right) == pytest.approx(accuracy, abs=1e-6)
     assert sum(found.matrix[-1]) > 0.5 and task.classes == (2, 3)
+
+
+def test_every_task_has_the_whole_course_of_the_schedule_and_a_link_without_a_warm_up_of_its_own() -> None:
+    trainer: Any = TasksTrainer.__new__(TasksTrainer)
+    trainer.lr_scheduler, trainer.lengths, trainer.ends, trainer.course = None, [3, 5], [3, 8], ("cosine", 0.3)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    course, found = trainer.create_scheduler(8, optimizer), []
+    for _ in range(8):
+        found.append(course.get_last_lr()[0])
+        optimizer.step()
+        course.step()
+    want = []
+    for steps in (3, 5):
+        one = get_scheduler("cosine", optimizer, math.ceil(0.3 * steps), steps).lr_lambdas[0]
+        want += [one(step) for step in range(steps)]
+    assert found == pytest.approx(want) and found[0] == found[3] == 0.0
+    links = by_task(recipe("chain-of-lora", {"links": 2, "restart": True}), (300, 500)).outer
+    second = links.episode(1, 800, ["layers.0.q"], draw_for(0))
+    assert second is not None and (second.steps, second.warm_up_steps, second.restart) == (500, 0, False)
+
+
+def test_the_head_starts_from_the_seed_at_its_own_rate(base: Path, tmp_path: Path) -> None:
+    model, training = model_of(base), replace(TRAINING, steps=2, save_every=None, head_lr=1e-12)
+    before = model.classifier.weight.detach().clone()
+    run_tasks(model, recipe("lora"), of_images()[:1], training, tmp_path / "out", export_moments=False)
+    drawn_head = torch.nn.Linear(before.shape[1], before.shape[0])
+    draw_head([drawn_head], recipe().seed)
+    (after,) = [p.detach() for n, p in model.named_parameters() if "modules_to_save" in n and n.endswith("weight")]
+    torch.testing.assert_close(after, drawn_head.weight.detach(), atol=1e-9, rtol=0)
+    assert (after - before).norm() > 0.1
 
 
 def test_micro_batches_add_up(base: Path, tmp_path: Path) -> None:
