@@ -46,7 +46,7 @@ class TaskSection(_Section):
     kind: Literal["text", "sft", "classify"]
     """text: plain causal LM on `text` rows; sft: loss on answers; classify: `text` and `label` rows."""
     train: Source
-    """Training rows (jsonl)."""
+    """Training rows: jsonl, json or csv."""
     valid: Source
     """Rows on which learning rates are chosen."""
     test: Source
