@@ -94,6 +94,19 @@ def test_differences_of_speed() -> None:
     assert back[0] == pytest.approx([math.log(2)] * 2)  # swapped, only the sign changes
 
 
+def test_what_was_there_at_the_first_evaluation_is_no_later_than_it_must_be() -> None:
+    """Both below the level at once; the arm's start is charged 9 steps: in (9, 19] and (0, 10], either may be sooner.
+    Charged 30, it is in (30, 40], later than 10; a base that takes 28 steps is in no doubt."""
+    level = [curve("lora", s, 1.0, 1.0) for s in (0, 1)]
+    late, later = ([curve("x", s, 1.0, 1.0, init_tokens=n, step_tokens=1.0) for s in (0, 1)] for n in (9, 30))
+    slow = [curve("lora", s, 4.0, 2.0, 0.75) for s in (0, 1)]
+    for arm, base, ratio in ((late, level, 1.0), (later, level, 3.0), (late, slow, 19 / 28), (later, slow, 30 / 28)):
+        steps, _ = log_ratios(list(zip(arm, base, strict=True)))
+        back, _ = log_ratios(list(zip(base, arm, strict=True)))
+        assert steps == pytest.approx([math.log(ratio)] * 2) and back == pytest.approx([-math.log(ratio)] * 2)
+    assert log_ratios(list(zip(late, level, strict=True)))[1] == [0.0, 0.0]
+
+
 def test_the_loss_is_straight_between_evaluations() -> None:
     assert loss_at([10, 20, 30], [4.0, 3.0, 2.0], 25.0) == 2.5
     assert loss_at([10, 20, 30], [4.0, 3.0, 2.0], 99.0) == 2.0

@@ -6,8 +6,10 @@ study file declares; `full` is the control, a family of its own that shows wheth
     final   mean over seeds, against the baseline's mean over its own, more, seeds: inference.against_baseline
     speed   q_s = log(T_arm,s(ℓ_s) / T_base,s(ℓ_s)),  ℓ_s = max(L_arm,s, L_base,s) + σ    negative: the arm is sooner
 
-T(ℓ) is the first step with loss ≤ ℓ, σ the standard deviation of a final loss over seeds. Both arms come to ℓ_s, so
-nothing is censored, and swapping the arms only changes the signs; σ keeps a flat end from turning noise into time.
+T(ℓ) is the first step with loss ≤ ℓ. At an arm's first evaluation that may have been any step since its start: of what
+q may then be, the value nearest 0 is taken. σ is the standard deviation of a final loss over seeds. Both arms come to
+ℓ_s, so nothing is censored later, and swapping the arms only changes the signs; σ keeps a flat end from turning noise
+into time.
 q is of runs with the same seed (same data order), tested by a paired t against 0 where the final losses tie,
 corrected by Holm within the family.
 
@@ -146,8 +148,11 @@ def log_ratios(pairs: Sequence[tuple[Curve, Curve]]) -> tuple[list[float], list[
     """q over steps and q over seconds of (arm, baseline) pairs, one value a seed."""
     finals = np.array([[a.final, b.final] for a, b in pairs])
     margin = math.sqrt(float(finals.var(axis=0, ddof=1).mean()))
-    steps = [_log_ratio(a, b, a.charged_steps, b.charged_steps, margin) for a, b in pairs]
-    seconds = [_log_ratio(a, b, a.seconds, b.seconds, margin) for a, b in pairs]
+    levels = [max(a.final, b.final) + margin for a, b in pairs]
+    steps, seconds = (
+        [_log_ratio(_when(a, axis, v), _when(b, axis, v)) for (a, b), v in zip(pairs, levels, strict=True)]
+        for axis in (("charged_steps", "ahead"), ("seconds", "init_s"))
+    )
     return steps, seconds
 
 
@@ -181,11 +186,18 @@ def on_common_seeds(arm: Sequence[Curve], base: Sequence[Curve]) -> list[tuple[C
     return [(c, by_seed[c.seed]) for c in sorted(arm, key=lambda c: c.seed) if c.sound and c.seed in by_seed]
 
 
-def _log_ratio(a: Curve, b: Curve, x_a: Sequence[float], x_b: Sequence[float], margin: float) -> float:
-    level = max(a.final, b.final) + margin
-    first = min((v for v in (*x_a, *x_b) if v > 0), default=1.0)
-    t_a, t_b = (max(reach(x, c.losses, level).value, first) for x, c in ((x_a, a), (x_b, b)))
-    return math.log(t_a / t_b)
+def _when(curve: Curve, axis: tuple[str, str], level: float) -> tuple[float, float]:
+    """Between what two steps or seconds the level was reached: equal unless it was at the first evaluation."""
+    x, begun = getattr(curve, axis[0]), getattr(curve, axis[1])
+    at = reach(x, curve.losses, level).value
+    return (begun, at) if at <= x[0] else (at, at)
+
+
+def _log_ratio(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """log(T_a / T_b), of what it may be the value nearest 0."""
+    least = math.log(a[0] / b[1]) if a[0] > 0 else -math.inf
+    most = math.log(a[1] / b[0]) if b[0] > 0 else math.inf
+    return min(max(0.0, least), most)
 
 
 def _exp(log: Interval) -> Interval:
