@@ -66,7 +66,7 @@ def test_it_holds_what_the_other_files_say(page: Path) -> None:
     for arm in arms:
         assert f"<b>{arm['arm']}</b>: " in text and f"{arm['final']['mean']:.4f} ± " in text
     assert text.count("Only seeds were drawn anew") == 1
-    assert text.count("−0.241 (−0.371 … −0.110)") == 3  # full less lora: in both sizes of the figure, and in the table
+    assert text.count("−0.241 (−0.371 … −0.110)") == 5  # full less lora: figures and tips in two sizes, the table
     assert text.count('<span class="flag">edge</span>') == 3 and '<span class="flag">unequal budget</span>' in text
 
 
