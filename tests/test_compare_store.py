@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from html import escape
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,17 @@ def test_arms_may_be_called_what_markup_and_mathematics_mean(tmp_path: Path) -> 
         console.print(table)
     assert console.file.getvalue().count("[/x]") == console.file.getvalue().count("a$^{$b") > 1  # type: ignore[attr-defined]
     assert {"rates.png", "steps.png"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_the_page_holds_names_as_text_and_not_as_markup(tmp_path: Path) -> None:
+    bad = "</script><i>"
+    study = spec(tmp_path, arm("lora"), arm(bad, method="pissa"), references=False)
+    assert work(study, bowl)
+    report(study)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert bad not in page and escape(bad) in page
+    held = re.search(r'<script type="application/json" id="data-0">(.*?)</script>', page, re.S)
+    assert held and json.loads(held[1])["result"]["arms"][1]["arm"] == bad
 
 
 @pytest.mark.slow
