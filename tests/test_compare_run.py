@@ -291,6 +291,15 @@ def test_an_arm_that_would_not_act_is_told_before_the_first_trial_and_once(tmp_p
     assert done.returncode == 0 and done.stderr.startswith(said) and done.stderr.count(said) == 1, done.stderr
 
 
+def test_the_clock_stands_while_rows_are_evaluated(tmp_path: Path) -> None:
+    def slow(step: int, loss: float) -> bool:
+        time.sleep(1.0)
+        return False
+
+    outcome = Resident(load(write_study(tmp_path))).run(trial("lora"), slow)
+    assert outcome.seconds[-1] < 1.0 and outcome.step_s < 0.5 and outcome.total_s > 2.0
+
+
 def test_given_up_half_way(tmp_path: Path) -> None:
     outcome = Resident(load(write_study(tmp_path))).run(trial("lora"), lambda step, loss: step >= 2)
     assert outcome.pruned and outcome.steps == (2,)
