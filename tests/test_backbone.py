@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 import loralign
 from loralign.carrier.storage import SlotLinear
+from loralign.carrier.together import Together
+from loralign.train import quick
 from loralign.train.backbone import KIND, Backbone, Both
 from loralign.train.beside import unseen
 from loralign.train.recorder import MOST, Outputs
-from test_compiled import TRACED, Loop, batch
+from test_compiled import SEEN, Loop, batch, losses_of, trainer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
@@ -42,7 +45,7 @@ class Replays:
         return kept, replay
 
 
-def quick() -> Callable[[Callable[[], object]], float]:
+def quick_clock() -> Callable[[Callable[[], object]], float]:
     """A clock on which replays are the faster ones: of as it is, replayed, and both again."""
     told = iter([1.0, 0.5] * 1000)
 
@@ -54,7 +57,7 @@ def quick() -> Callable[[Callable[[], object]], float]:
 
 
 def record(model: nn.Module, by: Any, clock: Any = None) -> Backbone:
-    made = Backbone(model, None, by, clock or quick())
+    made = Backbone(model, None, by, clock or quick_clock())
     assert made.unfit() == ""
     made.start()
     return made
@@ -108,7 +111,7 @@ def test_gradients_add_up(run: Callable[[Any], None]) -> None:
 
 def test_each_shape_has_its_recording_and_compiled_blocks_are_recorded_too() -> None:
     plain, loop = Loop("plain").run(10, (8, 6)), Loop("plain")
-    blocks = loralign.compile(loop.model, backend=TRACED)
+    blocks = loralign.compile(loop.model, backend=SEEN)
     found = record(loop.model, Replays(loop.model))
     assert loop.run(10, (8, 6)) == pytest.approx(plain, rel=1e-5)
     assert len(taken(found)) == 2 and blocks.why == ""
@@ -130,6 +133,64 @@ def test_a_backward_of_values_that_are_gone_raises() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="call backward once"):
         loss.backward()
+
+
+@pytest.mark.parametrize("bf16", [pytest.param(False, marks=pytest.mark.slow), True], ids=["fp32", "bf16"])
+def test_a_trainer_of_rows_replays(bf16: bool, tmp_path: Path) -> None:
+    """Micro-batches, evaluations and activation checkpoints of TRL's defaults, the state of autocast as it is there."""
+    more: dict[str, Any] = {"bf16": bf16, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
+    plain, trainer = (trainer_of(tmp_path / name, False, **more) for name in ("plain", "replayed"))
+    blocks = [quick.quicken(one, packing=False, seed=0, backend=SEEN, short=1) for one in (plain, trainer)]
+    found = Backbone(trainer.model, blocks[1], Replays(trainer.model), quick_clock())
+    assert found.unfit() == ""
+    found.start()
+    expected = losses_of(plain)
+    assert losses_of(trainer) == pytest.approx(expected, rel=1e-6)
+    assert taken(found) and KIND not in found.recorder.refused
+    evals = [[e["eval_loss"] for e in one.state.log_history if "eval_loss" in e] for one in (plain, trainer)]
+    assert evals[1] == pytest.approx(evals[0], rel=1e-6) and len(evals[0]) == 2
+    found.restore()
+    torch._dynamo.reset()
+
+
+def test_gradients_that_were_handed_out_stay() -> None:
+    loop = Loop("plain")
+    found = record(loop.model, Replays(loop.model))
+    several(loop.model)
+    trained = [p for p in loop.model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(loop.model(**batch()).loss, trained)
+    before = [g.clone() for g in first]
+    torch.autograd.grad(loop.model(**batch()).loss, trained)
+    assert taken(found) and all(map(torch.equal, first, before))
+
+
+def test_a_recording_is_a_forward_of_its_own() -> None:
+    """What the layers of one forward share is not left for the one that runs, whose values it does not have."""
+    loop = Loop("shared")
+    counted, left = Replays(loop.model), []
+    hooks = [hook for m in loop.model.modules() for hook in m._forward_pre_hooks.values()]
+    together = next(p for p in (getattr(hook, "__self__", None) for hook in hooks) if isinstance(p, Together))
+
+    def by(work: Callable[[], Outputs]) -> Any:
+        made = counted(work)
+        left.append(together.made)
+        return made
+
+    record(loop.model, by)
+    several(loop.model)
+    assert left == [None, None] and together.owner is None
+
+
+def test_a_model_that_does_not_train_runs_as_it_is() -> None:
+    loop = Loop("plain")
+    counted = Replays(loop.model)
+    found = record(loop.model, counted)
+    several(loop.model)
+    before = counted.replayed
+    loop.model.eval()(**batch()).loss.backward()
+    with torch.no_grad():
+        loop.model.train()(**batch())
+    assert taken(found) and counted.replayed == before > 0
 
 
 # ----------------------------------------------------------------------------------------------- what speaks against it
@@ -206,8 +267,8 @@ def test_checkpointed_blocks_are_recorded_where_they_are_compiled(caplog: pytest
     plain, loop = Loop("plain").run(6), Loop("plain", checkpointing=True)
     assert "checkpoints activations" in refused(caplog, loop)
     loop = Loop("plain", checkpointing=True)
-    blocks = loralign.compile(loop.model, backend=TRACED)
-    found = Backbone(loop.model, blocks, Replays(loop.model), quick())
+    blocks = loralign.compile(loop.model, backend=SEEN)
+    found = Backbone(loop.model, blocks, Replays(loop.model), quick_clock())
     found.start()
     assert loop.run(6) == pytest.approx(plain, rel=1e-5) and taken(found)
     torch._dynamo.reset()

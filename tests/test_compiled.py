@@ -436,15 +436,16 @@ def test_labels_at_the_beginning_of_a_document_do_not_count() -> None:
 
 def trainer_of(folder: Any, packing: bool, **fields: Any) -> SFTTrainer:
     args = SFTConfig(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        learning_rate=1e-2, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
-        max_length=16, packing=packing, bf16=False, seed=3, **fields,
+        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2,
+        use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1, max_length=16,
+        packing=packing, seed=3, **{"max_steps": 4, "bf16": False, **fields},
     )  # fmt: skip
     recipe = recipe_of("plain")
     model, data = toy.llama(use_cache=False), Dataset.from_list(rows(40))
     trainer = quick.RowTrainer(
-        model, args, train_dataset=data, peft_config=peft_config(recipe, model), processing_class=tokenizer()
-    )
+        model, args, train_dataset=data, eval_dataset=data.select(range(4)), processing_class=tokenizer(),
+        peft_config=peft_config(recipe, model),
+    )  # fmt: skip
     attach(trainer, recipe)
     return trainer
 
