@@ -53,33 +53,41 @@ output: out
 """
 
 
-def world(kind: str) -> None:
-    """base, quantised, rows.jsonl and r.yaml in the working folder."""
-    cuda = torch.cuda.is_available()
+def plain() -> None:
+    """base, rows.jsonl and r.yaml, which trains on base, in the working folder."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, max_position_embeddings=256, **(LARGE if cuda else SMALL)))
-    model.to(torch.bfloat16 if cuda else torch.float32).save_pretrained("base")
+    sizes = LARGE if torch.cuda.is_available() else SMALL
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, max_position_embeddings=256, **sizes))
+    model.to(dtype()).save_pretrained("base")
     words = Tokenizer(WordLevel({"<unk>": 0, "<bos>": 1, "<eos>": 2} | {f"w{k}": k for k in range(3, WORDS)}, "<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>", pad_token="<eos>"
-    )
-    if kind == "nf4":
-        config: Any = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=model.dtype
-        )
-    else:
-        config = TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig())
-    AutoModelForCausalLM.from_pretrained(
-        "base", quantization_config=config, dtype=model.dtype, device_map="cuda" if cuda else None
-    ).save_pretrained("quantised")
-    for folder in ("base", "quantised"):
-        tokenizer.save_pretrained(folder)
+    ).save_pretrained("base")
     rows = [
         {"prompt": " ".join(f"w{3 + (7 * k + j) % 90}" for j in range(60)), "completion": f" w{100 + k % 3} w{110}"}
         for k in range(64)
     ]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    Path("r.yaml").write_text(RECIPE.format(model="base", steps=STEPS), encoding="utf-8")
+
+
+def dtype() -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def quantise(kind: str) -> None:
+    """Store base as quantised, which r.yaml trains on from now on."""
+    if kind == "nf4":
+        config: Any = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype())
+    else:
+        config = TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig())
+    AutoModelForCausalLM.from_pretrained(
+        "base", quantization_config=config, dtype=dtype(), device_map="cuda" if torch.cuda.is_available() else None
+    ).save_pretrained("quantised")
+    for file in Path("base").iterdir():
+        if not Path("quantised", file.name).exists() and file.suffix != ".safetensors":
+            shutil.copy(file, "quantised")
     Path("r.yaml").write_text(RECIPE.format(model="quantised", steps=STEPS), encoding="utf-8")
 
 
@@ -108,7 +116,8 @@ def apart(one: str, other: str) -> float:
 
 
 def check(kind: str) -> dict[str, Any]:
-    world(kind)
+    plain()
+    quantise(kind)
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
