@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification, get_scheduler
+from transformers import BertForSequenceClassification, BertModel, ViTConfig, ViTForImageClassification, get_scheduler
 
 import warm
 from loralign import LoralignError, Recipe, build, factors, sites
@@ -406,6 +406,30 @@ def test_the_command_trains_says_and_verifies(world: Path, monkeypatch: pytest.M
     ):
         assert said in run("tasks", "tasks.yaml", "--set", setting, "--set", "output=x").err
     assert not (world / "x").exists()
+
+
+def test_a_base_with_another_head_is_taken_and_one_without_its_pooler_is_not(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cli_world import run
+
+    monkeypatch.chdir(world)
+    warm.verification(monkeypatch)
+    config = bert().config
+    config.num_labels = 7
+    for name, model in (
+        ("seven", BertForSequenceClassification(config)),
+        ("headless", BertModel(config, add_pooling_layer=False)),
+    ):
+        model.save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    asked = ["tasks", "tasks.yaml", "--set", f"output={tmp_path / 'out'}", "--set"]
+    done = run(*asked, f"model={tmp_path / 'seven'}")
+    assert done.code == 0 and "Verified: after-1, after-2" in done.out, done.err
+    shutil.rmtree(tmp_path / "out")
+    done = run(*asked, f"model={tmp_path / 'headless'}")
+    assert done.code == 2 and "its files lack bert.pooler.dense.bias" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

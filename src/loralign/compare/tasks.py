@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loralign.compare.spec import Spec
 from loralign.data.chat import IGNORED, fit
 from loralign.data.read import read_rows
 from loralign.data.rows import rows_format, to_trl
 from loralign.train.heads import draw_head, linears
-from loralign.train.model import load, loading, read_tokenizer
+from loralign.train.model import load, load_classifier, loading, read_tokenizer
 from loralign.types import LoralignError
 
 Rows = list[dict[str, Any]]
@@ -125,7 +125,7 @@ def _classify(spec: Spec, device: str) -> Prepared:
             [{"input_ids": i, "labels": names.index(str(r["label"]))} for i, r in zip(ids, rows, strict=True)]
         )
     with loading(spec.model, "a text classifier"):
-        model, head = _classifier(where, len(names))
+        model, head, _ = load_classifier(where, len(names))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
@@ -137,24 +137,6 @@ def _classify(spec: Spec, device: str) -> Prepared:
 
     train, valid, test = splits
     return Prepared(model.to(device), train, valid, test, collate, accuracy, head)
-
-
-def _classifier(where: str, labels: int) -> tuple[Any, tuple[str, ...]]:
-    """The model and the modules of its head, which every seed draws. What else its files lack, a pooler, is drawn here,
-    alike by every worker."""
-    torch.manual_seed(0)
-    model, found = AutoModelForSequenceClassification.from_pretrained(
-        where,
-        num_labels=labels,
-        dtype=torch.float32,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # a head of another number of labels
-        output_loading_info=True,
-    )
-    head = tuple(n for n in ("classifier", "score") if hasattr(model, n))
-    if odd := sorted(name for name, *_ in found["mismatched_keys"] if name.split(".")[0] not in head):
-        raise LoralignError(f"{where}: {odd[0]} has another shape than config.json says: download or copy it again")
-    return model, head
 
 
 def common_width(longest: int, most: int, device: str) -> int:

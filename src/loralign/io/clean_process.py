@@ -125,7 +125,7 @@ def load_base(source: str, revision: str | None, how: dict[str, Any], device: st
             f"transformers has no class {name or how['model_class']}, so {source} needs remote code: not verified"
         )
     if how["labels"] is not None and config.num_labels != how["labels"]:
-        options["num_labels"] = how["labels"]
+        options["num_labels"], options["ignore_mismatched_sizes"] = how["labels"], True  # the head is the adapter's
     if how.get("vocabulary") is not None and getattr(config, "vocab_size", None) != how["vocabulary"]:
         options["vocab_size"] = how["vocabulary"]
     if how["attention"]:

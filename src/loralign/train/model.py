@@ -11,9 +11,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from loralign.carrier.abilities import width
+from loralign.carrier.abilities import fresh_heads, width
 from loralign.carrier.slot import is_adapted
 from loralign.carrier.storage import will_be_split
 from loralign.carrier.stored import BadInput, check_base, out_of_memory
@@ -48,6 +55,25 @@ def load(
     if torch.cuda.is_available() and not will_be_split():
         model.to("cuda")
     return model, tokenizer
+
+
+def load_classifier(where: str, labels: int, revision: str | None = None) -> tuple[Any, tuple[str, ...], list[str]]:
+    """A text classifier in fp32, the modules of its head, which has `labels` labels and which the caller draws, and
+    what else its files lack, a pooler: that is drawn here, alike by every process."""
+    torch.manual_seed(0)
+    model, told = AutoModelForSequenceClassification.from_pretrained(
+        where,
+        num_labels=labels,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # a head of another number of labels
+        output_loading_info=True,
+        revision=revision,
+    )
+    head = tuple(fresh_heads(model))
+    if odd := sorted(name for name, *_ in told["mismatched_keys"] if name.split(".")[0] not in head):
+        raise LoralignError(f"{where}: {odd[0]} has another shape than config.json says: download or copy it again")
+    return model, head, sorted(name for name in told["missing_keys"] if name.split(".")[0] not in head)
 
 
 def read_tokenizer(where: str, **options: Any) -> Any:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loralign.data.read import read_rows
 from loralign.data.table import Rows as Table
 from loralign.evidence import Progress
 from loralign.maths.draws import keyed_generator
-from loralign.train.model import loading, read_tokenizer
+from loralign.train.model import load_classifier, loading, read_tokenizer
 from loralign.train.task_rows import Task
 from loralign.train.task_trainer import TaskTraining
 from loralign.train.tasks import TaskResult, run_tasks
@@ -85,9 +85,12 @@ def _load(job: TextTasks, classes: int) -> tuple[PreTrainedModel, Any]:
     where = str(folder) if folder.is_dir() else job.model
     with loading(job.model, "a text classifier"):
         tokenizer = read_tokenizer(where, revision=job.revision)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            where, num_labels=classes, dtype=torch.float32, use_safetensors=True, revision=job.revision
-        )
+        model, _, lacking = load_classifier(where, classes, job.revision)
+        if lacking:
+            raise LoralignError(
+                f"cannot load the model {job.model!r}: its files lack {lacking[0]}, which would be drawn at random and "
+                "be in no adapter; take a base that has it"
+            )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
