@@ -195,8 +195,10 @@ def with_trainer(name: str, folder: Path, world: int) -> dict[str, Any]:
 
 
 def with_tasks(folder: Path, world: int) -> dict[str, Any]:
-    """Two tasks of one class each for the toy BERT, four rows per step."""
-    rows = [[{"labels": c, **part} for part in parts(c)] for c in range(2)]
+    """Two tasks of two classes and one for the toy BERT, four rows per step."""
+    rows = [
+        [{"labels": c + (c and 1) + (not c and i % 2), **part} for i, part in enumerate(parts(c))] for c in range(2)
+    ]
     tasks = [Task(str(c), rows[c], rows[c][:3]) for c in range(2)]
     made = build("sd-lora", {"tasks": 2}, r=3)
     assert isinstance(made, Recipe)

@@ -26,7 +26,7 @@ from loralign.io.matrix import accuracy_picture
 from loralign.train import tasks as driver
 from loralign.train.accuracy import scores
 from loralign.train.heads import draw_head
-from loralign.train.task_rows import Ordered, Task, check_tasks, drawn, joined, masked_loss, visible
+from loralign.train.task_rows import Ordered, Task, check_choices, check_tasks, drawn, joined, masked_loss, visible
 from loralign.train.task_trainer import TasksTrainer, TaskTraining, by_task
 from loralign.train.tasks import run_tasks
 from tiny_trl import tokenizer
@@ -120,6 +120,16 @@ def test_scores_of_a_matrix_by_hand() -> None:
     assert found.average == pytest.approx(0.6) and found.anytime == pytest.approx((0.9 + 0.65 + 0.6) / 3)
     assert found.forgetting == pytest.approx(((0.9 - 0.7) + (0.8 - 0.6)) / 2)
     assert scores([[0.5, 0.7]]).forgetting == 0.0 and scores([[0.2], [0.6, 0.4]]).forgetting == pytest.approx(-0.4)
+
+
+def test_a_loss_of_one_class_is_refused() -> None:
+    tasks = [Task(str(c), images((c,), 2, c), images((c,), 1, c)) for c in range(2)]
+    with pytest.raises(LoralignError, match="the loss of task 1 sees one class alone"):
+        check_choices(tasks[1:], visible(tasks, 2, "task"))
+    check_choices(tasks[1:], visible(tasks, 2, "seen"))
+    with pytest.raises(LoralignError, match="the loss of task 0 sees"):
+        check_choices(tasks, visible(tasks, 2, "seen"))
+    check_choices([joined(tasks)], visible([joined(tasks)], 2, "task"))
 
 
 @pytest.mark.parametrize(
@@ -365,7 +375,7 @@ FILE = {
     "targets": ["query", "value"],
     "data": {"train": "rows.jsonl", "test": 0.25},
     "split": [2, 1],
-    "train": {"learning_rate": 5e-3, "steps": 2, "batch_size": 4},
+    "train": {"learning_rate": 5e-3, "steps": 2, "batch_size": 4, "mask": "seen"},
     "output": "out",
 }
 
@@ -394,7 +404,12 @@ def test_the_command_trains_says_and_verifies(world: Path, monkeypatch: pytest.M
     kept = json.loads((world / "out" / "results.json").read_text())
     assert kept["tasks"] == {"a, b": [0, 1], "c": [2]} and kept["labels"] == ["a", "b", "c"]
     assert "c = " not in (world / "out" / "after-1" / "README.md").read_text()
-    assert "1 = b" in (world / "out" / "after-1" / "README.md").read_text()
+    card = (world / "out" / "after-1" / "README.md").read_text()
+    assert "1 = b" in card and "Verified" in card and "Not verified" not in card
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(world / "out" / "after-1"))
+    used: dict[str, Any] = {}
+    exec(code, used)  # the base has a head of another number of labels, this one says three
+    assert used["model"].get_base_model().classifier.modules_to_save["default"].out_features == 3
     again = run("tasks", "tasks.yaml", "--resume")
     assert again.code == 0 and again.out.splitlines()[1:4] == done.out.splitlines()[1:4]
     other = run("tasks", "tasks.yaml", "--resume", "--set", "seed=1")
@@ -403,6 +418,7 @@ def test_the_command_trains_says_and_verifies(world: Path, monkeypatch: pytest.M
         ("split=[2, 2]", "the rows 3: a, b, c"),
         ("split=[[a], [d]]", "names 'd', a label of no row"),
         ("data.label=topic", "has no 'topic'"),
+        ("train.mask=task", "the loss of task c sees one class alone"),
     ):
         assert said in run("tasks", "tasks.yaml", "--set", setting, "--set", "output=x").err
     assert not (world / "x").exists()

@@ -75,6 +75,12 @@ def write_card(folder: Path, card: Card) -> None:
         write_text(folder / CARD, render(card))
 
 
+def note_verified(folder: Path, said: bool | str) -> None:
+    """State in a card that was written before what the verification said since."""
+    text = (folder / CARD).read_text(encoding="utf-8")
+    write_text(folder / CARD, text.replace(_verified(None), _verified(said)))
+
+
 def render(card: Card) -> str:
     """The card as Markdown with front matter; no local path survives."""
     sections = [_front(card), _title(card), _use(card), _training(card), _export(card), _recipe(card), _versions()]
@@ -132,6 +138,7 @@ def _use(card: Card) -> str:
     else:
         revision = card.export.revision if card.export else card.revision
         pinned = f', revision="{revision}"' if revision else ""
+        pinned += f", num_labels={card.export.labels}" if card.export and card.export.labels is not None else ""
         code = (
             f"from peft import PeftModel\nfrom transformers import {auto}\n"
             f'model = PeftModel.from_pretrained({auto}.from_pretrained("{_base(card)}"{pinned}), "path/to/this/folder")'
@@ -172,15 +179,18 @@ def _export(card: Card) -> str:
     if card.export is None:
         return ""
     lines = card.export.lines()
-    if card.verified is None:
-        lines.append("Not verified yet: `loralign verify path/to/this/folder` reloads it in a clean process.")
-    elif card.verified is False:
-        lines.append("**Verification failed**: the reloaded folder does not give the stored logits.")
-    elif card.verified is True:
-        lines.append("Verified: reloaded in a clean process without loralign, the stored logits were reproduced.")
-    else:
-        lines.append(str(card.verified))
+    lines.append(_verified(card.verified))
     return "## Export\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _verified(said: bool | str | None) -> str:
+    if said is None:
+        return "Not verified yet: `loralign verify path/to/this/folder` reloads it in a clean process."
+    if said is False:
+        return "**Verification failed**: the reloaded folder does not give the stored logits."
+    if said is True:
+        return "Verified: reloaded in a clean process without loralign, the stored logits were reproduced."
+    return said
 
 
 def _recipe(card: Card) -> str:

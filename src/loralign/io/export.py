@@ -259,7 +259,7 @@ def _measured(
     how = record(model, report.profile, precision, value, difference(value, base).relative, lost)
     if how.coarse and report.profile != "merged":
         found_logits["base"] = base
-    return report, how, found_logits
+    return replace(report, labels=how.labels), how, found_logits
 
 
 def _found(model: PeftModel) -> list[Site]:

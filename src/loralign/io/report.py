@@ -39,6 +39,8 @@ class ExportReport:
     merged_into: str = ""
     compact: float | None = None
     """Bytes of the compact file over those of the adapter's, where there is one."""
+    labels: int | None = None
+    """Of a classifier's head, which the adapter holds."""
     traps: tuple[str, ...] = ()
     """What servers would do wrong with this folder (profile portable: none)."""
 

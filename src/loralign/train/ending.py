@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback
 
 from loralign.carrier.sites import factors, sites
+from loralign.io.card import note_verified
+from loralign.io.verify import VerifyJob, verify_many
 from loralign.train.checkpoint import AlreadyTrained
-from loralign.types import Full, Recipe, WorkFailed
+from loralign.types import Full, LoralignError, Recipe, VerificationFailed, WorkFailed
 
 log = logging.getLogger("loralign")
 
@@ -71,3 +74,15 @@ def _steps(trainer: Any) -> str:
     if total <= max(1, trainer.args.get_warmup_steps(trainer.state.max_steps)):
         return f"{total} steps of warm-up, the first of which has rate 0: raise `train.steps` or set `train.warmup: 0`"
     return f"{total} steps: look at the learning rate, `options` and whether the rows give gradients"
+
+
+def proven(folders: Sequence[Path], base: str) -> bool:
+    """Verify what moments left and state it in their cards; whether all of them move the logits enough to tell."""
+    reports = verify_many([VerifyJob(folder, base) for folder in folders])
+    for folder, report in zip(folders, reports, strict=True):
+        if not report.passed:
+            raise (LoralignError if report.kind == "input" else VerificationFailed)(report.failure)
+        note_verified(folder, report.proven or report.line())
+        if not report.proven:
+            log.warning("%s: %s", folder.name, report.line())
+    return all(report.proven for report in reports)

@@ -54,6 +54,16 @@ def check_tasks(tasks: Sequence[Task], labels: int) -> None:
         raise LoralignError(f"class {max(seen)} does not fit a head of {labels}: load the model with num_labels=…")
 
 
+def check_choices(tasks: Sequence[Task], allowed: Tensor) -> None:
+    """Raise LoralignError where the loss of a task sees one class alone: it is zero, and nothing would train."""
+    for task in tasks:
+        if int(allowed[list(task.classes)].sum(dim=1).max()) < 2:
+            raise LoralignError(
+                f"the loss of task {task.name} sees one class alone, so it is zero and nothing is learnt: give the "
+                "task two classes, or, after the first one, set `mask: seen`"
+            )
+
+
 def joined(tasks: Sequence[Task]) -> Task:
     """All of them as one: joint training, the upper bound."""
     return Task("all", [row for task in tasks for row in task.train], [row for task in tasks for row in task.test])

@@ -20,13 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    TrainerCallback,
-    default_data_collator,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, default_data_collator, set_seed
 
 from loralign.carrier.abilities import fresh_heads
 from loralign.carrier.sites import put_in
@@ -38,19 +32,27 @@ from loralign.io.export import base_name, export
 from loralign.io.lock import locked
 from loralign.io.matrix import accuracy_picture
 from loralign.io.provenance import remove_left, write_json
-from loralign.io.verify import VerifyJob, verify_many
 from loralign.train.accuracy import Scores, scores
 from loralign.train.adapt import check_start
 from loralign.train.attach import attach
 from loralign.train.begun import check_output, check_settings, clear_way, note_beginning, resume_point
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import reopen, step_of
-from loralign.train.ending import check_moved, train_to_the_end
+from loralign.train.ending import check_moved, proven, train_to_the_end
 from loralign.train.heads import draw_head, linears
 from loralign.train.journal import Journal
-from loralign.train.task_rows import Ordered, Task, check_tasks, fingerprint, joined, masked_loss, visible
+from loralign.train.task_rows import (
+    Ordered,
+    Task,
+    check_choices,
+    check_tasks,
+    fingerprint,
+    joined,
+    masked_loss,
+    visible,
+)
 from loralign.train.task_trainer import TasksTrainer, TaskTraining, arguments, by_task, steps_of
-from loralign.types import LoralignError, Recipe, VerificationFailed
+from loralign.types import LoralignError, Recipe
 
 log = logging.getLogger("loralign")
 
@@ -119,14 +121,16 @@ class _Run:
     ) -> None:
         classes = int(model.config.num_labels)
         check_tasks(tasks, classes)
+        self.parts = [joined(tasks)] if joint else list(tasks)
+        allowed = visible(self.parts, classes, training.mask)
+        check_choices(self.parts, allowed)
         self.labels = list(labels) if labels is not None else [str(c) for c in range(classes)]
         self.model, self.tasks, self.training, self.output, self.collate = model, list(tasks), training, output, collate
-        self.parts = [joined(tasks)] if joint else list(tasks)
         steps = [steps_of(len(task.train), training) for task in tasks]
         self.lengths = [sum(steps)] if joint else steps
         self.ends = [sum(self.lengths[: k + 1]) for k in range(len(self.lengths))]
         self.recipe = by_task(recipe, self.lengths)
-        self.loss = masked_loss(visible(self.parts, classes, training.mask))
+        self.loss = masked_loss(allowed)
         self.matrix: list[list[float]] = []
 
     def seen(self, moment: int) -> list[Task]:
@@ -264,21 +268,15 @@ class _Run:
         moments = tuple(self.folder(k) for k in range(len(self.ends))) if exported else ()
         if not trainer.is_world_process_zero():
             return TaskResult(self.matrix, result, moments, False)
-        reports = verify_many([VerifyJob(folder, base) for folder in moments]) if base and moments else []
-        for report in reports:
-            if report.kind == "input":
-                raise LoralignError(report.failure)
-            if report.kind == "verification":
-                raise VerificationFailed(report.failure)
+        verified = bool(base and moments) and proven(moments, str(base))
         names = [task.name for task in self.tasks]
         title = f"{self.recipe.name}: {100 * result.average:.1f} % at the end, forgetting {100 * result.forgetting:.1f}"
         accuracy_picture({"joint" if len(self.parts) == 1 and len(names) > 1 else "in sequence": self.matrix}, names,
                          self.output / "accuracy.png", title=title)  # fmt: skip
         facts_of: dict[str, Any] = {"method": self.recipe.name, "tasks": {t.name: list(t.classes) for t in self.tasks}}
-        facts_of |= {"labels": self.labels}
-        facts_of |= {"matrix": self.matrix, **asdict(result), "verified": bool(reports)}
+        facts_of |= {"labels": self.labels, "matrix": self.matrix, **asdict(result), "verified": verified}
         write_json(self.output / "results.json", facts_of)
-        return TaskResult(self.matrix, result, moments, bool(reports))
+        return TaskResult(self.matrix, result, moments, verified)
 
 
 class _Moments(TrainerCallback):
