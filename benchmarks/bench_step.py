@@ -187,8 +187,8 @@ def compile_blocks(model: Any) -> None:
 
 def step_of(kind: str, shape: str, device: str, dropout: float) -> Callable[[], None]:
     """A closure that runs one whole step of one kind."""
-    model: Any = base_model(shape, device)
     recipe = recipe_of(kind.split()[-1], dropout)
+    model: Any = fresh_model(shape, device) if isinstance(recipe, Full) else base_model(shape, device)
     ids = torch.randint(0, 8000, SHAPES[shape][1:], device=device)
     rows, length = SHAPES[shape][1:]
     mask = (
