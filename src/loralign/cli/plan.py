@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -105,18 +106,29 @@ def _stored_less(name: str, model: Any, section: dict[str, Any]) -> tuple[int, i
 @contextmanager
 def _computing(name: str, make: Callable[[], Any], step: Step) -> Iterator[None]:
     """Within: what fails although no adapter is in it is the model's own fault, and said so."""
+    quiet = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what is said below
+    before = quiet.level
     try:
+        quiet.setLevel(logging.CRITICAL)
         yield
     except (RuntimeError, ArithmeticError) as error:
         model = make()
         try:
             trace(model, step, example_batch(model, step), model_loss)
         except (RuntimeError, ArithmeticError):
+            positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or step.length
+            if step.length > positions:
+                raise LoralignError(
+                    f"rows of {step.length} tokens are more than the {positions} positions of {name!r}: lower "
+                    "`data.max_length`, or `--length`"
+                ) from error
             why = str(error).splitlines()[0][:100]
             raise LoralignError(
                 f"the model {name!r} cannot compute as its config.json describes it ({why}); download or copy it again"
             ) from error
         raise
+    finally:
+        quiet.setLevel(before)
 
 
 def as_data(found: Planned) -> dict[str, Any]:
