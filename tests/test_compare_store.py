@@ -28,7 +28,7 @@ from loralign.compare.report import collect, repeatable, report
 from loralign.compare.schedule import rate_trials, seed_trials, wanted
 from loralign.compare.spec import Arm, Budget, Outcome, Spec, TaskSpec, Trial
 from loralign.compare.store import Store
-from loralign.compare.study import no_room, work
+from loralign.compare.study import chosen, no_room, work
 from loralign.compare.tables import terminal_tables
 from loralign.io.content import file_print, model_print
 from loralign.types import Recipe
@@ -58,6 +58,32 @@ FIRST = Trial("rate", "lora", 0, 1e-3, 1000)
 
 
 # -------------------------------------------------------------------------------------------- what a study is bound to
+
+
+@pytest.mark.parametrize("knows", ["lora", "pissa"])
+def test_a_worker_keeps_to_what_it_compiled_within_a_round_of_seeds(tmp_path: Path, knows: str) -> None:
+    """Stopped at any moment, no arm is more than one seed ahead of what it is compared with."""
+    ran: list[Trial] = []
+
+    def noted(trial: Trial, report: Callable[[int, float], bool]) -> Outcome:
+        ran.append(trial)
+        return bowl(trial, report)
+
+    study = spec(tmp_path, arm("lora"), arm("pissa"), arm("olora"), compile=True, seeds=3, baseline_seeds=3)
+    assert work(study, noted)
+    seeds = [t.seed for t in ran if t.phase == "seed"]
+    assert seeds == sorted(seeds) and len(seeds) == 9
+    free = [t for t in ran if t.phase == "seed"]
+    assert chosen(free, {knows}) == Trial("seed", knows, *asked(free, knows))
+    assert chosen([t for t in free if t.arm != knows or t.seed], {knows}).seed == 0
+    rates = [t for t in ran if t.phase == "rate"]
+    assert chosen(rates, {"olora"}).arm == "olora"
+
+
+def asked(trials: list[Trial], name: str) -> tuple[int, float, int]:
+    """What an arm's first seed runs at."""
+    (first,) = (t for t in trials if t.arm == name and t.seed == 0)
+    return first.index, first.lr, 0
 
 
 def test_an_arm_that_changed_is_refused_by_name(tmp_path: Path) -> None:

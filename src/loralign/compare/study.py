@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from statistics import median
 from uuid import uuid4
 
@@ -66,7 +66,7 @@ def work(
             if not busy or free:
                 log.warning("the budget is spent with %d of %d trials done; run again to go on", len(done), len(plan))
                 return False
-        elif free and (claim := store.claim(trial := next((t for t in free if t.arm in compiled), free[0]))):
+        elif free and (claim := store.claim(trial := chosen(free, compiled))):
             compiled |= {trial.arm} if spec.compile else set()
             try:
                 outcome = _one(store, going, trial, claim, runner, started, session)
@@ -81,6 +81,17 @@ def work(
                 on_done(trial, outcome, len(store.outcomes()), len(plan))
             continue
         time.sleep(POLL_S)  # other workers hold the rest
+
+
+def chosen(free: Sequence[Trial], compiled: Collection[str]) -> Trial:
+    """Which of the trials that nobody runs a worker takes: one of an arm that it has compiled, of the first round.
+
+    A round is one seed of every arm: a study that is stopped has its arms, and what they are compared with, at the same
+    number of seeds, whatever the workers know.
+    """
+    first = free[0]
+    round_ = [t for t in free if t.phase == first.phase and (t.phase == "rate" or t.seed == first.seed)]
+    return next((t for t in round_ if t.arm in compiled), first)
 
 
 def _one(
