@@ -23,7 +23,7 @@ from loralign.optim.pairs import PairOptimizer
 from loralign.plan.course import check_length
 from loralign.train.episodes import Episodes, Gather
 from loralign.train.events import Stage, agreed, apply_plan
-from loralign.types import Facts, Inputs, LoralignError, Prox, Recipe, WorkFailed
+from loralign.types import Facts, Inputs, LoralignError, Prox, Recipe, WorkFailed, Zero
 
 log = logging.getLogger("loralign")
 
@@ -175,7 +175,7 @@ class Driver:
                 stage = Stage(self.optimizer, state, self.recipe.seed, step)
                 changed = apply_plan(stage, verbs)
                 self.changes.append((step, len(changed)))
-                quiet = all(isinstance(verb, Prox) for verb in verbs)  # every step
+                quiet = all(isinstance(verb, (Prox, Zero)) for verb in verbs)  # for now, and up to every step
                 said = "%s: slots changed at %d sites after step %d"
                 log.log(logging.DEBUG if quiet else logging.INFO, said, self.recipe.name, len(changed), step)
             elif plan:
