@@ -67,9 +67,7 @@ class RecipeCallback(TrainerCallback):
         """Remember the optimizer that the Trainer asked for."""
         self.optimizer = optimizer
         self.driver = Driver(self.recipe, self.model, optimizer, gather=self.gather, observe=self.observe)
-        # rules look at the factors after every step
-        whole = all(p.is_cuda and not isinstance(p, DTensor) for p in self.model.parameters())
-        optimizer.norms.late = whole and not self.recipe.rules
+        optimizer.norms.late = all(p.is_cuda and not isinstance(p, DTensor) for p in self.model.parameters())
         return optimizer
 
     def _driver(self) -> Driver:

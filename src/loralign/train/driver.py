@@ -168,14 +168,21 @@ class Driver:
         for i, rule in enumerate(self.recipe.rules):
             state = self.optimizer.rule_states[i]
             moment = self.optimizer.moment(**seen)
-            state, plan = rule.step(state, moment)
+            try:
+                state, plan = rule.step(state, moment)
+            except WorkFailed:
+                self.optimizer.norms.check()  # says it better where the gradient is to blame
+                raise
             self.optimizer.rule_states[i] = state
             self.acted[i] |= plan is not None and moment.step > 0
             if self.facts[i].events and (verbs := agreed(plan)):
+                often = all(isinstance(verb, Prox) for verb in verbs)
+                if not often:  # what an event changes, nobody puts back
+                    self.optimizer.norms.check()
                 stage = Stage(self.optimizer, state, self.recipe.seed, step)
                 changed = apply_plan(stage, verbs)
                 self.changes.append((step, len(changed)))
-                quiet = all(isinstance(verb, (Prox, Zero)) for verb in verbs)  # for now, and up to every step
+                quiet = often or all(isinstance(verb, Zero) for verb in verbs)  # for now, and up to every step
                 said = "%s: slots changed at %d sites after step %d"
                 log.log(logging.DEBUG if quiet else logging.INFO, said, self.recipe.name, len(changed), step)
             elif plan:
