@@ -88,6 +88,12 @@ def recipe_of(name: str, rank: int) -> Recipe:
     return recipe
 
 
+def optimizer_of(model: Any, recipe: Recipe, device: str) -> Any:
+    made = optimizer(model, recipe, 1e-3)
+    made.norms.late = device == "cuda"  # as `attach` has it
+    return made
+
+
 def tokens(shape: str, device: str) -> torch.Tensor:
     return torch.randint(0, 8000, SHAPES[shape][1:], device=device)
 
@@ -101,11 +107,11 @@ def measure(name: str, shape: str, device: str, rank: int, steps: int, repeats: 
     def both() -> None:
         loss_of(model, ids, shape, device).backward()
 
-    plain = optimizer(model, replace(recipe, rules=()), 1e-3)
+    plain = optimizer_of(model, replace(recipe, rules=()), device)
     both()
     plain.step()
     passes = min(seconds(both, device) for _ in range(repeats))
-    opt = optimizer(model, recipe, 1e-3)
+    opt = optimizer_of(model, recipe, device)
     driver = drive(model, recipe, opt, steps)
     seen = passes
     if driver.inputs is not None:  # with and without hooks in turn
@@ -140,7 +146,7 @@ def whole(name: str, shape: str, device: str, rank: int, steps: int, compiled: b
 
     def steps_of(recipe: Recipe, ruled: bool) -> Callable[[int], None]:
         model: Any = adapt(base_model(shape, device), recipe).train()
-        opt = optimizer(model, recipe if ruled else replace(recipe, rules=()), 1e-3)
+        opt = optimizer_of(model, recipe if ruled else replace(recipe, rules=()), device)
         driver = drive(model, recipe, opt, steps) if ruled else None
         blocks = loralign.compile(model, backend=None if device == "cuda" else "eager") if compiled else None
 
