@@ -9,7 +9,8 @@ Before what is timed every process runs the arm for three steps and an evaluatio
 what that took is `first_s`. With --together every process first has the device to itself, then all run at once, those
 that have ended again until the last has. --world FOLDER: random weights of SmolLM2-135M's shape (--shape tiny: for a
 CPU) and rows of a chain of words, written there once, in place of the study's own; scripts/studies/trials.yaml is meant
-for it. --set key=value: as in `loralign compare`. A CPU records and compiles nothing: there all modes are one.
+for it. --set key=value: as in `loralign compare`. A CPU records and compiles nothing: there all modes are one. Every
+trial is told when it has ended ("so far"): a run that is stopped has said what it measured.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def known(asked: Asked, arm: str, resident: Resident) -> float:
     resident.spec = replace(spec, steps=3, eval_every=3, charge="none")
     resident.run(Trial("seed", arm, 0, rate_of(spec, arm), 0), lambda step, loss: False)
     resident.spec = spec
-    return time.perf_counter() - started
+    taken = time.perf_counter() - started
+    _so_far(arm, "its first steps, compiling included", seconds=taken)
+    return taken
 
 
 def resident_of(asked: Asked, spent: list[float]) -> Resident:
@@ -117,14 +120,24 @@ def resident_of(asked: Asked, spent: list[float]) -> Resident:
     return resident
 
 
-def trials_of(resident: Resident, arm: str, repeat: int, spent: list[float]) -> list[dict[str, Any]]:
+def trials_of(
+    resident: Resident, arm: str, repeat: int, spent: list[float], said: str = "alone"
+) -> list[dict[str, Any]]:
     """Whole trials of an arm that this process knows."""
     found = []
     for seed in range(repeat):
         spent.clear()
         outcome = resident.run(_trial(resident, arm, seed), lambda step, loss: False)
         found.append({**asdict(outcome), "replays": list(spent)})
+        _so_far(
+            arm, f"a whole trial {said}", trial_s=outcome.total_s, between_s=outcome.between_s, step_s=outcome.step_s
+        )
     return found
+
+
+def _so_far(arm: str, what: str, **measured: float) -> None:
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+    print(f"{arm}, {what}: {numbers}, so far", flush=True)
 
 
 def _trial(resident: Resident, arm: str, seed: int) -> Trial:
@@ -152,7 +165,7 @@ def _process(asked: Asked, arm: str, turn: int, repeat: int, barrier: Any, ended
             barrier.wait()
             alone += trials_of(resident, arm, repeat, spent) if now == turn else []
         barrier.wait()
-        together = trials_of(resident, arm, repeat, spent)
+        together = trials_of(resident, arm, repeat, spent, f"of {barrier.parties} at once")
         with ended.get_lock():
             ended.value += 1
         while ended.value < barrier.parties:
@@ -240,7 +253,10 @@ def _pairs(asked: Asked, arm: str, modes: Sequence[str], seeds: int) -> list[dic
         spec = replace(asked, mode=mode, replays=False).spec()
         resident = Resident(replace(spec, eval_every=spec.steps))
         trials = [Trial("rate", arm, 0, rate_of(spec, arm), seed) for seed in range(seeds)]
-        ends[mode] = [resident.run(trial, lambda step, loss: False).losses[-1] for trial in trials]
+        ends[mode] = []
+        for trial in trials:
+            ends[mode].append(resident.run(trial, lambda step, loss: False).losses[-1])
+            _so_far(arm, f"{mode}, seed {trial.seed}", loss=ends[mode][-1])
         del resident
         _freed()
     return [compared(mode, arm, ends["plain"], ends[mode]) for mode in modes if mode != "plain"]

@@ -48,7 +48,10 @@ def test_the_command_alone_and_paired(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*words, "--modes", "recorded", "--paired", "2", "--json", str(tmp_path / "pairs.json")]) == 0
     (pair,) = json.loads((tmp_path / "pairs.json").read_text(encoding="utf-8"))
     assert pair["plain"] == pair["other"] and len(set(pair["plain"])) == 2 and pair["mean"] == 0
-    assert pair["said"] in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        pair["said"] in said and "lora, a whole trial alone: trial_s " in said and "lora, plain, seed 1: loss " in said
+    )
 
 
 @pytest.mark.slow
