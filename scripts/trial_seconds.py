@@ -7,10 +7,10 @@
 
 Before what is timed every process runs the arm for three steps and an evaluation, so that its kind of block is known;
 what that took is `first_s`. With --together every process first has the device to itself, then all run at once, those
-that have ended again until the last has. --world FOLDER: random weights of SmolLM2-135M's shape (--shape tiny: for a
+that have ended again until the last has. Every figure is printed, and written to --json, as soon as it is known.
+--world FOLDER: random weights of SmolLM2-135M's shape (--shape tiny: for a
 CPU) and rows of a chain of words, written there once, in place of the study's own; scripts/studies/trials.yaml is meant
-for it. --set key=value: as in `loralign compare`. A CPU records and compiles nothing: there all modes are one. Every
-trial is told when it has ended ("so far"): a run that is stopped has said what it measured.
+for it. --set key=value: as in `loralign compare`. A CPU records and compiles nothing: there all modes are one.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from loralign.compare.runner import Resident
 from loralign.compare.spec import Spec, Trial
 from loralign.config.study import load_study
 from loralign.train.recorder import Outputs, Record, cuda_graph
+from trial_processes import Tell, side_by_side
 from trial_world import SHAPES, make_world
 
 MODES = {"plain": (False, False), "recorded": (True, False), "compiled": (False, True), "both": (True, True)}
@@ -59,8 +60,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Row:
-    """Trials of one arm in one mode, so many processes at once. trial_s: median of a whole one, evaluations included;
-    times_alone: the same over that of one process."""
+    """Trials of one process in one mode, so many processes at once. trial_s: median of a whole one, evaluations
+    included; times_alone: the same over that of this process alone."""
 
     mode: str
     arm: str
@@ -102,111 +103,91 @@ def rate_of(spec: Spec, arm: str) -> float:
     return next(a.lr for a in spec.arms if a.name == arm)
 
 
-def known(asked: Asked, arm: str, resident: Resident) -> float:
-    """Seconds of the first trial of an arm: three steps and an evaluation, which meet every shape."""
-    started, spec = time.perf_counter(), resident.spec
-    resident.spec = replace(spec, steps=3, eval_every=3, charge="none")
-    resident.run(Trial("seed", arm, 0, rate_of(spec, arm), 0), lambda step, loss: False)
-    resident.spec = spec
-    taken = time.perf_counter() - started
-    _so_far(arm, "its first steps, compiling included", seconds=taken)
-    return taken
+class Process:
+    """One worker in one mode: an arm is made known, then whole trials of it are timed."""
+
+    def __init__(self, asked: Asked, tell: Tell) -> None:
+        started = time.perf_counter()
+        self.asked, self.tell, self.spent = asked, tell, list[float]()
+        self.resident = Resident(asked.spec())
+        if asked.replays and self.resident.record:
+            self.resident.record = timed(self.spent)
+        self.loaded_s = time.perf_counter() - started
+
+    def trial(self, arm: str, seed: int) -> Trial:
+        return Trial("seed", arm, 0, rate_of(self.resident.spec, arm), seed)
+
+    def know(self, arm: str) -> None:
+        """Three steps and an evaluation, which meet every shape."""
+        started, spec = time.perf_counter(), self.resident.spec
+        self.resident.spec = replace(spec, steps=3, eval_every=3, charge="none")
+        self.resident.run(self.trial(arm, 0), lambda step, loss: False)
+        self.resident.spec, self.first_s = spec, time.perf_counter() - started
+        self.tell(f"{arm}, {self.asked.mode}: loaded in {self.loaded_s:.1f} s, known after {self.first_s:.1f} s more")
+
+    def run(self, arm: str, repeat: int, workers: int, alone: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+        """Whole trials. alone: those of this process without others."""
+        found = []
+        for seed in range(repeat):
+            self.spent.clear()
+            outcome = self.resident.run(self.trial(arm, seed), lambda step, loss: False)
+            found.append({**asdict(outcome), "replays": list(self.spent)})
+            self.tell(f"{arm}, {self.asked.mode}, a whole trial, {workers} at once: {outcome.total_s:.2f} s")
+        self.tell(asdict(row(self.asked.mode, arm, workers, found, self.first_s, alone or found)))
+        return found
 
 
-def resident_of(asked: Asked, spent: list[float]) -> Resident:
-    resident = Resident(asked.spec())
-    if asked.replays and resident.record:
-        resident.record = timed(spent)
-    return resident
+def one_after_another(asked: Asked, arms: Sequence[str], modes: Sequence[str], repeat: int, tell: Tell) -> None:
+    """This process alone: in every mode every arm once to know it, then `repeat` whole trials."""
+    for mode in modes:
+        worker = Process(replace(asked, mode=mode), tell)
+        for arm in arms:
+            worker.know(arm)
+            worker.run(arm, repeat, 1)
+        del worker
+        _freed()
 
 
-def trials_of(
-    resident: Resident, arm: str, repeat: int, spent: list[float], said: str = "alone"
-) -> list[dict[str, Any]]:
-    """Whole trials of an arm that this process knows."""
-    found = []
-    for seed in range(repeat):
-        spent.clear()
-        outcome = resident.run(_trial(resident, arm, seed), lambda step, loss: False)
-        found.append({**asdict(outcome), "replays": list(spent)})
-        _so_far(
-            arm, f"a whole trial {said}", trial_s=outcome.total_s, between_s=outcome.between_s, step_s=outcome.step_s
-        )
-    return found
+@dataclass(frozen=True)
+class Crowd:
+    """What processes that run side by side share."""
+
+    arms: Sequence[str]
+    repeat: int
+    barrier: Any
+    ended: Any
+
+    def run(self, worker: Process, turn: int, number: int) -> None:
+        """One of them in the number-th mode: alone when it is its turn, then with all others until the last ends."""
+        arm, alone, last = self.arms[turn], list[dict[str, Any]](), number * len(self.arms)
+        worker.know(arm)
+        for now in range(len(self.arms)):
+            self.barrier.wait()
+            alone = worker.run(arm, self.repeat, 1) if now == turn else alone
+        self.barrier.wait()
+        worker.run(arm, self.repeat, len(self.arms), alone)
+        with self.ended.get_lock():
+            self.ended.value += 1
+        while self.ended.value < last:
+            worker.resident.run(worker.trial(arm, 0), lambda step, loss: bool(self.ended.value >= last))
 
 
-def _so_far(arm: str, what: str, **measured: float) -> None:
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-    print(f"{arm}, {what}: {numbers}, so far", flush=True)
-
-
-def _trial(resident: Resident, arm: str, seed: int) -> Trial:
-    return Trial("seed", arm, 0, rate_of(resident.spec, arm), seed)
-
-
-def one_after_another(asked: Asked, arms: Sequence[str], repeat: int) -> list[Row]:
-    """This process alone: every arm once to know it, then `repeat` whole trials."""
-    spent = list[float]()
-    resident, rows = resident_of(asked, spent), []
-    for arm in arms:
-        first_s = known(asked, arm, resident)
-        trials = trials_of(resident, arm, repeat, spent)
-        rows.append(row(asked.mode, arm, 1, trials, first_s, trials))
-    return rows
-
-
-def _process(asked: Asked, arm: str, turn: int, repeat: int, barrier: Any, ended: Any, queue: Any) -> None:
-    """One of several: alone when it is its turn, then with all others."""
-    spent = list[float]()
-    try:
-        resident = resident_of(asked, spent)
-        first_s, alone = known(asked, arm, resident), []
-        for now in range(barrier.parties):
-            barrier.wait()
-            alone += trials_of(resident, arm, repeat, spent) if now == turn else []
-        barrier.wait()
-        together = trials_of(resident, arm, repeat, spent, f"of {barrier.parties} at once")
-        with ended.get_lock():
-            ended.value += 1
-        while ended.value < barrier.parties:
-            resident.run(_trial(resident, arm, 0), lambda step, loss: bool(ended.value >= barrier.parties))
-        queue.put((turn, first_s, alone, together))
-    except BaseException as error:
-        barrier.abort()
-        ended.value = barrier.parties
-        queue.put(f"{type(error).__name__}: {error}")
-        raise
-
-
-def at_once(asked: Asked, arms: Sequence[str], repeat: int) -> list[Row]:
-    """A process for each arm on this device: each alone, then all together."""
+def at_once(asked: Asked, arms: Sequence[str], modes: Sequence[str], repeat: int, tell: Tell) -> None:
+    """A process for each arm on this device: in every mode each alone, then all together."""
     context = get_context("spawn")
-    barrier, ended, queue = context.Barrier(len(arms)), context.Value("i", 0), context.Queue()
-    made = [
-        context.Process(target=_process, args=(asked, arm, turn, repeat, barrier, ended, queue))
-        for turn, arm in enumerate(arms)
-    ]
-    told = _told_by(made, queue)
-    of = {arm: [t for t in told if arms[t[0]] == arm] for arm in dict.fromkeys(arms)}
-    rows = []
-    for workers in (1, len(arms)):
-        for arm, own in of.items():
-            alone = [trial for _, _, trials, _ in own for trial in trials]
-            trials = alone if workers == 1 else [trial for _, _, _, trials in own for trial in trials]
-            rows.append(row(asked.mode, arm, workers, trials, max(first_s for _, first_s, _, _ in own), alone))
-    return rows
+    crowd = Crowd(arms, repeat, context.Barrier(len(arms)), context.Value("i", 0))
+    side_by_side(context, [(_one_of_many, (turn, asked, modes, crowd)) for turn in range(len(arms))], tell)
 
 
-def _told_by(processes: Sequence[Any], queue: Any) -> list[Any]:
-    """What each put into the queue."""
-    for process in processes:
-        process.start()
-    told: list[Any] = [queue.get() for _ in processes]
-    for process in processes:
-        process.join()
-    if failed := [said for said in told if isinstance(said, str)]:
-        raise SystemExit(f"{len(failed)} of {len(processes)} processes failed: {failed[0]}")
-    return told
+def _one_of_many(turn: int, asked: Asked, modes: Sequence[str], crowd: Crowd, tell: Tell) -> None:
+    try:
+        for number, mode in enumerate(modes, 1):
+            crowd.run(Process(replace(asked, mode=mode), tell), turn, number)
+            _freed()
+    except BaseException:
+        crowd.barrier.abort()
+        crowd.ended.value = len(modes) * len(crowd.arms)
+        raise
 
 
 def row(
@@ -227,39 +208,30 @@ def row(
 # -------------------------------------------------------------------------------------------------------------- paired
 
 
-def paired(asked: Asked, arms: Sequence[str], modes: Sequence[str], seeds: int) -> list[dict[str, Any]]:
+def paired(asked: Asked, arms: Sequence[str], modes: Sequence[str], seeds: int, tell: Tell) -> None:
     """Final losses on validation rows of every mode and seed, and what each mode's differ from plain's. Several arms
     run side by side: nothing is timed."""
     if len(arms) == 1:
-        return _pairs(asked, arms[0], modes, seeds)
-    context = get_context("spawn")
-    queue = context.Queue()
-    made = [context.Process(target=_pairs_told, args=(asked, arm, modes, seeds, queue)) for arm in arms]
-    found = {arm: tests for arm, tests in _told_by(made, queue)}
-    return [test for arm in arms for test in found[arm]]
+        _pairs(asked, arms[0], modes, seeds, tell)
+    else:
+        side_by_side(get_context("spawn"), [(_pairs, (asked, arm, modes, seeds)) for arm in arms], tell)
 
 
-def _pairs_told(asked: Asked, arm: str, modes: Sequence[str], seeds: int, queue: Any) -> None:
-    try:
-        queue.put((arm, _pairs(asked, arm, modes, seeds)))
-    except BaseException as error:
-        queue.put(f"{type(error).__name__}: {error}")
-        raise
-
-
-def _pairs(asked: Asked, arm: str, modes: Sequence[str], seeds: int) -> list[dict[str, Any]]:
-    ends: dict[str, list[float]] = {}
+def _pairs(asked: Asked, arm: str, modes: Sequence[str], seeds: int, tell: Tell) -> None:
+    plain: list[float] = []
     for mode in dict.fromkeys(("plain", *modes)):
         spec = replace(asked, mode=mode, replays=False).spec()
         resident = Resident(replace(spec, eval_every=spec.steps))
         trials = [Trial("rate", arm, 0, rate_of(spec, arm), seed) for seed in range(seeds)]
-        ends[mode] = []
+        ends = list[float]()
         for trial in trials:
-            ends[mode].append(resident.run(trial, lambda step, loss: False).losses[-1])
-            _so_far(arm, f"{mode}, seed {trial.seed}", loss=ends[mode][-1])
+            ends.append(resident.run(trial, lambda step, loss: False).losses[-1])
+            tell(f"{arm}, {mode}, seed {trial.seed}: loss {ends[-1]:.5f}")
+        plain = plain or ends
+        if mode != "plain":
+            tell(compared(mode, arm, plain, ends))
         del resident
         _freed()
-    return [compared(mode, arm, ends["plain"], ends[mode]) for mode in modes if mode != "plain"]
 
 
 def compared(mode: str, arm: str, plain: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
@@ -304,22 +276,28 @@ def main(words: Sequence[str] | None = None) -> int:
     world = make_world(args.world, args.shape) if args.world else []
     asked = Asked(str(args.study), (*world, *args.set), "plain", args.steps, args.replays)
     arms = args.arms or [a.name for a in asked.spec().arms]
-    found: list[dict[str, Any]] = []
+    started, found = time.perf_counter(), list[dict[str, Any]]()
+
+    def tell(said: Any) -> None:
+        print(f"[{time.perf_counter() - started:3.0f} s] {_told(said)}", flush=True)
+        if isinstance(said, dict):
+            found.append(said)
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
     if args.paired:
-        found = paired(asked, arms, args.modes, args.paired)
-        print(*(test["said"] for test in found), sep="\n", flush=True)
-    for mode in () if args.paired else args.modes:
-        measured = (at_once if args.together else one_after_another)(replace(asked, mode=mode), arms, args.repeat)
-        found += [asdict(line) for line in measured]
-        print(*(_told(line) for line in found[-len(measured) :]), sep="\n", flush=True)
-        _freed()
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        paired(asked, arms, args.modes, args.paired, tell)
+    else:
+        (at_once if args.together else one_after_another)(asked, arms, args.modes, args.repeat, tell)
     return 0
 
 
-def _told(row: dict[str, Any]) -> str:
-    kept = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v not in (None, "")}
+def _told(said: Any) -> str:
+    if isinstance(said, str):
+        return said
+    if "said" in said:
+        return str(said["said"])
+    kept = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in said.items() if v not in (None, "")}
     return " ".join(f"{k}={v}" for k, v in kept.items())
 
 

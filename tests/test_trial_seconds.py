@@ -50,8 +50,20 @@ def test_the_command_alone_and_paired(tmp_path: Path, capsys: pytest.CaptureFixt
     assert pair["plain"] == pair["other"] and len(set(pair["plain"])) == 2 and pair["mean"] == 0
     said = capsys.readouterr().out
     assert (
-        pair["said"] in said and "lora, a whole trial alone: trial_s " in said and "lora, plain, seed 1: loss " in said
+        pair["said"] in said
+        and "lora, plain, a whole trial, 1 at once: " in said
+        and "lora, plain, seed 1: loss " in said
     )
+
+
+def test_what_is_known_stays_where_a_later_arm_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A figure is printed and written as soon as it is known: a command that is cut off leaves what it found."""
+    words = [str(STUDY), "--world", str(tmp_path / "world"), *SMALL, "nobody", "--modes", "plain"]
+    with pytest.raises(StopIteration):
+        main([*words, "--json", str(tmp_path / "rows.json")])
+    (made,) = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    said = capsys.readouterr().out.splitlines()
+    assert made["arm"] == "lora" and "lora, plain: loaded in" in said[0] and "trial_s=" in said[2]
 
 
 @pytest.mark.slow
