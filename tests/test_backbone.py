@@ -215,6 +215,16 @@ def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture)
     assert refused(caplog, Loop("plain"), broken).endswith("recorded: operation not permitted when stream is capturing")
 
 
+def test_a_replay_that_fails_on_trial_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    loop = Loop("plain")
+    counted = Replays(loop.model)
+
+    def by(work: Callable[[], Outputs]) -> Any:
+        return counted(work)[0], lambda: [][0]
+
+    assert refused(caplog, loop, by).endswith("its trial failed: list index out of range")
+
+
 def test_replays_with_other_numbers_are_not_taken(caplog: pytest.LogCaptureFixture) -> None:
     loop = Loop("plain")
     assert "numbers differ by" in refused(caplog, loop, Replays(loop.model, wrong=1.01))

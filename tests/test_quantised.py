@@ -88,3 +88,18 @@ def test_a_stopped_run_goes_on_bit_by_bit(trained: Done) -> None:
     assert again.code == 0, again.err
     ours, theirs = (load_file(Path(f, "adapter_model.safetensors")) for f in ("again", "out"))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_a_base_that_bitsandbytes_stored_is_loaded_by_its_own_settings(world: Path) -> None:
+    """Without the settings that the proof remembers: Transformers refuses them beside the config's."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from loralign.io.clean_process import load_base
+    from loralign.io.probes import is_quantised
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained("base", quantization_config=config).save_pretrained("nf4")
+    settings = json.loads(Path("nf4/config.json").read_text(encoding="utf-8"))["quantization_config"]
+    how = {"model_class": "LlamaForCausalLM", "labels": None, "attention": "sdpa", "quantization": settings}
+    assert is_quantised(load_base("nf4", None, {**how, "base_dtype": "float32", "dtype": "float32"}, "cpu"))

@@ -126,5 +126,6 @@ def _reference(base: Path | str) -> str:
 def _import_paths() -> list[str]:
     """Where the packages are, for interpreters that find them by PYTHONPATH only (which -I ignores)."""
     files = [m.__file__ for m in (torch, transformers, peft, safetensors)]
-    optional = find_spec("gguf")
-    return sorted({str(Path(str(file)).parents[1]) for file in (*files, *([optional.origin] if optional else []))})
+    optional = (find_spec(name) for name in ("gguf", "torchao", "bitsandbytes"))
+    files += [found.origin for found in optional if found is not None]
+    return sorted({str(Path(str(file)).parents[1]) for file in files})

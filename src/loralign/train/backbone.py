@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 
 from loralign.carrier.abilities import drops_layers
 from loralign.carrier.together import anew
+from loralign.data.read import first_line
 from loralign.train.beside import apart, foreign_hook, put_back, seconds, states, unseen
 from loralign.train.compiled import ROUNDING, Blocks
 from loralign.train.recorder import MOST, Batch, Outputs, Record, Recorder, Replayed, cuda_graph
@@ -248,8 +249,12 @@ class Backbone:
 
     def _decide(self, both: Both, kwargs: Mapping[str, Any]) -> None:
         """Whether replays are taken, on a batch that was not recorded."""
-        with unseen(self.model):
-            off, before, after = self._trial(both, kwargs)
+        try:
+            with unseen(self.model):
+                off, before, after = self._trial(both, kwargs)
+        except Exception as error:  # whatever it is: the part runs as it is next, and raises what is its own
+            self.recorder.refuse(KIND, f"its trial failed: {first_line(error)[:120]}")
+            return
         if off > 2 * ROUNDING.get(both.hidden.dtype, 0.03):
             self.recorder.refuse(KIND, f"a replay's numbers differ by {off:.1e} of their norm")
             return

@@ -134,6 +134,6 @@ class Recorder(Generic[Made]):
         inputs = {name: value.clone() for name, value in tensors.items()}
         try:
             return Recording(inputs, make({**batch, **inputs}))
-        except (RuntimeError, torch.AcceleratorError) as error:
+        except Exception as error:  # whatever it is: the work runs as it is next, and raises what is its own
             self.refuse(kind, first_line(error)[:160])
             return None
