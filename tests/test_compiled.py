@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -464,10 +465,28 @@ def test_a_trainer_of_rows_learns_the_same(packing: bool, tmp_path: Any, caplog:
     assert "padded to" in caplog.text and ("padded rows need no mask" in caplog.text) != packing
     assert losses_of(trainer) == pytest.approx(plain, rel=1e-5)
     entry = next(entry for entry in reversed(trainer.state.log_history) if "num_tokens" in entry)
+    assert entry["grad_norm"] > 0 and trainer.state.total_flos > 0
     assert not packing or entry["num_tokens"] == 4 * 2 * 2 * 16
     assert blocks is not None and blocks.why == "" and 1 <= counters["stats"]["unique_graphs"] <= 4
     assert all(block._compiled_call_impl is None for block in blocks.blocks)  # after the run the model is as it was
     assert trainer.model.get_base_model().config._attn_implementation == "sdpa"
+
+
+def test_trackers_see_the_norm_of_our_optimizer_and_flos_are_those_of_the_trainer(tmp_path: Any) -> None:
+    """Trackers come before the recipe's callback; the Trainer would go through all modules for both at every step."""
+    seen: list[float] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.extend([logs["grad_norm"]] if "loss" in logs else [])
+
+    trainer, stock = trainer_of(tmp_path / "ours", False), trainer_of(tmp_path / "stock", False)
+    trainer.callback_handler.callbacks.insert(0, Tracker())
+    stock.floating_point_ops = partial(SFTTrainer.floating_point_ops, stock)  # type: ignore[method-assign]
+    assert losses_of(trainer) == losses_of(stock)
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
+    assert seen == logged == [e["grad_norm"] for e in stock.state.log_history if "loss" in e] and len(seen) == 4
+    assert trainer.state.total_flos == stock.state.total_flos > 0
 
 
 def test_a_short_run_is_not_compiled(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:

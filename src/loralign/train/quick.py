@@ -41,8 +41,16 @@ class RowTrainer(SFTTrainer):
         return self._flos[0] * tokens // max(1, self._flos[1])
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        ours = isinstance(getattr(self.optimizer, "optimizer", self.optimizer), PairOptimizer)
-        return grad_norm if ours else super()._get_grad_norm(model, grad_norm)
+        return grad_norm if self._pairs() else super()._get_grad_norm(model, grad_norm)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if (ours := self._pairs()) and "loss" in logs:
+            logs["grad_norm"] = ours.grad_norm  # before any tracker sees the entry
+        super().log(logs, *args, **kwargs)
+
+    def _pairs(self) -> PairOptimizer | None:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner if isinstance(inner, PairOptimizer) else None
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         rows = inputs.get("position_ids") if "attention_mask" not in inputs else None
