@@ -20,6 +20,7 @@ from loralign.io.adalora import is_adalora, write_plain
 from loralign.io.export import export
 from loralign.maths.budget import Window, cubic_budget, cubic_pruned, lowest, narrowed, widened, window
 from loralign.methods.rule.adalora import Orthogonal, sensitivity
+from loralign.methods.rule.combine import slots_of
 from loralign.methods.rule.dynamic_rank import Variance
 from loralign.methods.rule.dynamic_rank import shares as component_shares
 from loralign.methods.rule.sora import SoftThreshold
@@ -27,7 +28,7 @@ from loralign.plan.combinations import check_combination
 from loralign.plan.course import check_length, idle
 from loralign.train.attach import attach
 from loralign.train.rank_log import RankLog
-from loralign.types import Ctx, Facts, Moment, Plan, RuleState, WorkFailed
+from loralign.types import Ctx, Facts, Moment, Plan, RuleState, Stack, WorkFailed
 from oracles import adalora, dynamic_rank_lora, sora
 from planted import RANKS as PLANTED
 from planted import SETTINGS, planted
@@ -95,6 +96,32 @@ def test_exact_counts_whatever_the_ties() -> None:
         assert got == adalora.dropped({n: [float(v) for v in s] for n, s in found.items()}, count)
     with pytest.raises(WorkFailed, match="not finite"):
         lowest({"a": torch.tensor([1.0, float("nan")])}, 1)
+
+
+def test_slots_of_stacks_count_in_the_order_of_the_names() -> None:
+    """The stacks of a run lie in the order of shapes and modules."""
+    stacks = [Stack("4", ("d", "b"), 2, {}), Stack("5", ("c", "a"), 3, {})]
+    found = slots_of(stacks, [torch.arange(4).view(2, 2), torch.arange(10, 16).view(2, 3)])
+    assert list(found) == ["a", "b", "c", "d"] and len(found) == 4
+    by_hand = {"d": [0, 1], "b": [2, 3], "c": [10, 11, 12], "a": [13, 14, 15]}
+    assert {name: row.tolist() for name, row in found.items()} == by_hand
+    assert lowest(found, 5) == {"b": (0, 1), "c": (0,), "d": (0, 1)}
+    ties = slots_of(stacks, [torch.zeros(2, 2), torch.zeros(2, 3)])
+    assert lowest(ties, 3) == {"c": (2,), "d": (0, 1)}
+
+
+def test_a_factor_without_a_gradient_has_a_gradient_of_zero() -> None:
+    """As an expert that no token came to; its neighbours of the same shape keep theirs."""
+    recipe = made()
+    model = toy(recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    backward(model)
+    one = sites(model)[0]
+    trained_of(one.layer, one.adapter)["gate"].grad = None
+    stack = next(s for s in opt.moment().stacks if one.name in s.sites)
+    assert len(stack.sites) == 2
+    for site, row in zip(stack.sites, stack.grads["gate"], strict=True):
+        assert bool(row.any()) == (site != one.name)
 
 
 def test_budgets() -> None:
@@ -271,6 +298,9 @@ def test_scores_masks_and_budget_equal_the_oracle(interval: int) -> None:
             last = want
         if t >= 21:
             assert zeros(model) == last and len(last) == 6, "final"
+    for stack in opt.moment().stacks:  # nothing is observed from the end of the window on
+        for name, row in zip(stack.sites, opt.rule_states[0][f"spread|{stack.key}|B"], strict=True):
+            assert torch.allclose(row, averages[name].spread["B"], rtol=1e-9, atol=0)
     assert regrown, "c = 0 trains: some slot came back between events"
     assert {step - 1 for step, _ in driver.changes} <= set(events) and driver.changes[-1][0] == 22
     ranks = {s.name: int((factors(s)[1] != 0).any(0).sum()) for s in sites(model)}
@@ -646,12 +676,12 @@ def test_a_skipped_step_is_not_observed(tmp_path: Path) -> None:
     trainer.train()
     assert callback.optimizer is not None
     before = {k: v.clone() for k, v in callback.optimizer.rule_states[0].items()}
-    kept = gates(trainer.model)
+    kept = {n: p.clone() for n, p in trainer.model.named_parameters()}
     for p in trainer.model.parameters():
         p.grad = torch.full_like(p, float("inf")) if p.requires_grad else None
     callback.on_optimizer_step(trainer.args, trainer.state, trainer.control)
     assert all(torch.equal(before[k], v) for k, v in callback.optimizer.rule_states[0].items())
-    assert all(torch.equal(kept[n], c) for n, c in gates(trainer.model).items())
+    assert all(torch.equal(kept[n], p) for n, p in trainer.model.named_parameters())
 
 
 # ------------------------------------------------------------------------------------------------------- planted truth

@@ -123,6 +123,19 @@ def test_an_event_copies_what_donors_were_and_touches_nothing_else() -> None:
     assert events > 0
 
 
+def test_an_event_after_step_t_has_the_threshold_of_t_minus_1() -> None:
+    """p(1) = 0.75 where p(2) = 1, which would copy nothing."""
+    recipe = made("beamlora", interval=2, keep=0.5, until=0.5)
+    model = net(recipe)
+    opt = optimizer(model, recipe, 1e-3)
+    driver = drive(model, recipe, opt, 4)
+    for t in range(1, 5):
+        backward(model, t)
+        opt.step()
+        driver.after_step()
+    assert [step for step, _ in driver.changes] == [2]
+
+
 def _A(site: Any) -> Any:
     return live_of(site.layer, site.adapter).A
 
@@ -327,6 +340,18 @@ def test_inputs_count_once_whatever_reads_them_again(reentrant: bool | None) -> 
     assert found.keys() == seen.keys() and all(torch.allclose(found[n], x, rtol=1e-4) for n, x in seen.items())
     assert not any(some.squares.any() for some in tap.taken())
     tap.remove()
+
+
+def test_inputs_of_a_skipped_step_are_forgotten() -> None:
+    recipe = made("prilora", interval=2)
+    model = net(recipe)
+    driver = drive(model, recipe, optimizer(model, recipe, 1e-2), 4)
+    assert driver.inputs is not None
+    for skipped in (False, True):
+        backward(model)
+        if skipped:
+            driver.skipped_step()
+        assert any(seen.squares.any() for seen in driver.inputs.taken()) != skipped
 
 
 def test_the_sums_lie_where_the_layers_are_when_the_run_begins() -> None:
