@@ -21,7 +21,7 @@ from loralign.plan.combinations import check_combination
 from loralign.plan.course import check_length
 from loralign.train.driver import Driver
 from loralign.train.events import Stage, apply_plan
-from loralign.types import Elements, InputSquares, Live, Moment, RuleState, Zero
+from loralign.types import Copy, Elements, InputSquares, Live, Moment, Off, RuleState, Zero
 from oracles import allocating_lora, beamlora, prilora
 from toy import batch_for, llama, t5
 
@@ -419,6 +419,30 @@ def test_verbs_of_one_tensor_unite() -> None:
         _A(sites(model)[0]).copy_(before)
     apply_plan(stage, (Elements(name, "A", "a"), Elements(name, "A", "b")))
     assert torch.equal(_A(sites(model)[0]), before.masked_fill(masks["a"] | masks["b"], 0.0))
+
+
+def test_slots_are_copied_one_after_another_with_their_second_moments() -> None:
+    """Onto a dead one, which lives again, and from there to a third; a dead slot's gate has no moments either."""
+    recipe = made("beamlora")
+    model = net(recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    driver = drive(model, recipe, opt, 36)
+    for t in range(2):  # B is zero before the first, so gates have no gradient there
+        backward(model, t)
+        opt.step()
+        driver.after_step()
+    site = sites(model)[0]
+    name, p, gate = site.name, _A(site), trained_of(site.layer, "default")["gate"]
+    A, v = p.detach().clone(), opt.state[p]["exp_avg_sq"].clone()
+    stage = Stage(opt, {}, seed=0, step=1)
+    apply_plan(stage, (Off(name, (3,)),))
+    assert opt.dead[name].tolist() == [False, False, False, True]
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert (opt.state[gate][key] != 0).tolist() == [True, True, True, False]
+    apply_plan(stage, (Copy(name, (3,), (0,)), Copy(name, (1,), (3,))))
+    assert name not in opt.dead
+    assert torch.equal(p, A[[0, 0, 2, 0]]) and torch.equal(opt.state[p]["exp_avg_sq"], v[[0, 0, 2, 0]])
+    assert opt.state[p]["exp_avg"].any(1).tolist() == [True, False, True, False]
 
 
 def test_a_decoder_is_not_masked_by_the_encoders_padding() -> None:
