@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from loralign import adapt, build
 from loralign.carrier.sites import draw_for
-from loralign.methods.init.gaussian import gaussian
+from loralign.methods.init.gaussian import Gaussian, gaussian
 from loralign.methods.init.kaiming_both import kaiming_both
-from loralign.types import Init, Start, Weight
+from loralign.train.adapt import is_trained
+from loralign.types import Directions, Draw, Init, Recipe, Start, Weight, WorkFailed
+from toy import llama
 
 D_OUT, D_IN, R = 600, 400, 24
 
@@ -38,3 +45,43 @@ def test_draws_are_keyed_and_apart(init: Init) -> None:
     assert not torch.equal(made.A, other.A)
     assert not torch.equal(made.A.flatten()[:100], made.B.flatten()[:100])
     assert made.train == "AB" and not made.twin and init.fits(D_OUT, D_IN, R) == ""
+
+
+@dataclass(frozen=True)
+class MovesOne(Gaussian):
+    """B is zero but for one module of a real size."""
+
+    def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Start:
+        made = super().__call__(W, r, s, evidence, draw)
+        return made if W.name.endswith("1.mlp.up_proj") else Start(made.A, torch.zeros_like(made.B))
+
+
+def test_a_start_that_moves_a_module_is_refused_by_its_name() -> None:
+    recipe = build("lora", r=2)
+    assert isinstance(recipe, Recipe)
+    with pytest.raises(WorkFailed, match=r"the init of lora moves model\.layers\.1\.mlp\.up_proj away from W0"):
+        adapt(llama(), replace(recipe, init=MovesOne()))
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads from tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_start_reads_as_little_from_many_modules_as_from_few() -> None:
+    """On a GPU that several processes share every read waits for the others' kernels."""
+    found = []
+    for layers in (1, 6):
+        model = llama(num_hidden_layers=layers)
+        with Reads() as reads:
+            adapted = adapt(model, build("lora", r=2))
+            assert not is_trained(adapted)
+        found.append(reads.found)
+    assert found[0] == found[1] < 20

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from loralign.carrier.path import wire
 from loralign.carrier.sites import draw_for, factors, keep_saving_right, put_in, sites, skipped, weight
@@ -123,7 +123,7 @@ def start(model: PeftModel, recipe: Recipe, evidence: Mapping[str, Directions]) 
 
 def is_trained(model: PeftModel) -> bool:
     """Whether the adapter moves the model already: some site's B is not zero."""
-    return any(bool(_parameter(site, "lora_B").any()) for site in sites(model))
+    return any(read([_parameter(site, "lora_B").any() for site in sites(model)]))
 
 
 def check_goes_on(recipe: Recipe) -> None:
@@ -176,9 +176,8 @@ def write_start(
         own = Own({**trained, **start.own}, recipe.form.constants(W, site.r, draw), shared)
         install(site.layer, site.adapter, start, recipe.form, own, chain=chain, turns=recipe.init.facts.turns)
     wire(model, {site.name: site.layer for site in found}, found[0].adapter, recipe.form)
-    for site in found:
-        if not moved and not made[site.name].twin and moves(site):
-            raise WorkFailed(f"the init of {recipe.name} moves {site.name} away from W0 without a twin")
+    for site in moving([s for s in found if not moved and not made[s.name].twin]):
+        raise WorkFailed(f"the init of {recipe.name} moves {site.name} away from W0 without a twin")
     keep_saving_right(model)
     left = Counter(skipped(model, found).values())
     said = ", ".join(f"{count} × {reason}" for reason, count in left.items())
@@ -186,10 +185,20 @@ def write_start(
     return {name: Storage(int(f.A.shape[0]), f.twin, f.train) for name, f in made.items()}
 
 
-def moves(site: Site) -> bool:
-    """Does the adapter change W at this site? (No product is formed where a factor is zero.)"""
-    A, B = factors(site)
-    return bool(A.any()) and bool(B.any()) and bool((B @ A).any())
+def moving(found: Sequence[Site]) -> list[Site]:
+    """The sites whose adapter changes W. (No product is formed where a factor is zero.)"""
+    possible = read([A.any() & B.any() for A, B in map(factors, found)])
+    left = [site for site, on in zip(found, possible, strict=True) if on]
+    return [site for site, on in zip(left, read([(B @ A).any() for A, B in map(factors, left)]), strict=True) if on]
+
+
+def read(flags: Sequence[Tensor]) -> list[bool]:
+    """What they hold, of every device at once: each look waits for a device, on which others may be at work."""
+    held = dict[int, bool]()
+    for device in dict.fromkeys(flag.device for flag in flags):
+        here = [i for i, flag in enumerate(flags) if flag.device == device]
+        held |= zip(here, torch.stack([flags[i] for i in here]).tolist(), strict=True)
+    return [held[i] for i in range(len(flags))]
 
 
 def restore_storage(model: PeftModel, recipe: Recipe, stored: Mapping[str, Storage]) -> None:
