@@ -55,6 +55,7 @@ class Estimate:
     adapter_bytes: int
     """Live and frozen slots, and a form's own tensors."""
     optimizer_bytes: int
+    """State; on a GPU also the trained numbers as they were before the last step."""
     activation_bytes: int
     """What forward and backward add at the fullest moment, gradients included."""
     peak_bytes: int
@@ -115,6 +116,8 @@ def estimate(
     live = {name: each * R * (name in last or not held[name]) for name, R in ranks.items()}
     frozen = sum(((each - 1) * s.r + held[s.name]) * 4 * (s.d_in + s.d_out) for s in found)
     gradients, stepping = _nbytes(trained), _step_bytes(recipe, trained, start.twin)
+    if step.device == "cuda" and not recipe.rules and not layout.sharded:
+        state += gradients  # what the last step moved, until its norm is read (optim/norm.py)
     moment = _moment(adapted, step, batch, loss, layout, gradients) - static
     whole = Estimate(
         trainable=sum(p.numel() for p in trained),
