@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from pyarrow import Table, parquet  # type: ignore[import-untyped]
 from torch._dynamo.utils import counters
 from transformers import BertForSequenceClassification, BertModel
 
@@ -34,7 +35,7 @@ from loralign.compare.runner import Resident
 from loralign.compare.spec import Outcome, Trial
 from loralign.compare.store import Store
 from loralign.compare.study import work
-from loralign.compare.tasks import Rows
+from loralign.compare.tasks import Rows, rows_with
 from loralign.types import Full, LoralignError, Recipe, WorkFailed
 from tiny_study import SMALL, load, write_study
 from tiny_trl import tokenizer
@@ -173,6 +174,13 @@ def test_rows_that_cannot_be_learnt_are_one_sentence(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LoralignError, match=re.escape(said)):
         Resident(load(file, *(f"task.{split}={split}.jsonl" for split in ("train", "valid", "test"))))
+
+
+def test_a_column_that_a_kind_of_file_does_not_give_is_named(tmp_path: Path) -> None:
+    parquet.write_table(Table.from_pydict({"text": ["w1"], "label": ["x"]}), tmp_path / "rows.parquet")
+    assert rows_with(str(tmp_path / "rows.parquet"), ["text"]) == [{"text": "w1"}]
+    with pytest.raises(LoralignError, match=r"'label' is not read from \.parquet files: write .* as jsonl"):
+        rows_with(str(tmp_path / "rows.parquet"), ["text", "label"])
 
 
 def test_a_classifier_without_a_tokenizer_is_one_sentence(tmp_path: Path) -> None:

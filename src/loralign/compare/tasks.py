@@ -69,6 +69,8 @@ def rows_with(path: str, needed: Sequence[str]) -> Rows:
     rows = read_rows(path)
     for number, row in enumerate(rows, 1):
         if missing := [c for c in needed if row.get(c) is None]:
+            if missing[0] in rows.columns and all(missing[0] not in other for other in rows):
+                raise LoralignError(f"{missing[0]!r} is not read from {Path(path).suffix} files: write {path} as jsonl")
             has = ", ".join(sorted(row))[:80]
             raise LoralignError(f"row {number} of {rows.name} has no {missing[0]!r} (it has {has}): add the column")
         if not isinstance(row["text"], str):
