@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +126,41 @@ class Graph:
         pass
 
 
+def test_a_recording_that_failed_leaves_the_stream_and_says_the_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own context enters a stream of its own and leaves it only where the recording could be ended."""
+    now = ["main"]
+
+    @contextmanager
+    def graph(graph: Graph, **_: Any) -> Iterator[None]:
+        now[0] = "recording"
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: now.__setitem__(0, stream))
+
+    def work() -> Outputs:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        cuda_graph(work)
+    assert now == ["main"]
+    with pytest.raises(RuntimeError, match="previous error"):
+        cuda_graph(lambda: [])
+    assert now == ["main"]
+
+
 def test_nothing_is_compiled_while_a_step_is_recorded(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
 
     class Doubled(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -39,15 +39,21 @@ def without_compiling() -> Any:
 
 def cuda_graph(work: Callable[[], Outputs], pool: Any = None) -> Replayed:
     """Record the work, which is not executed; replaying it fills the outputs. pool: memory that recordings share."""
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     generators = [(g, g.clone_state()) for g in torch.cuda.default_generators]
+    broken: list[BaseException] = []
     try:
         with without_compiling(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            outputs = work()
-    except BaseException:
+            try:
+                outputs = work()
+            except BaseException as error:
+                broken.append(error)
+                raise
+    except BaseException as error:
+        torch.cuda.set_stream(stream)  # where ending it fails as well, torch stays on the recording's own
         for generator, state in generators:  # a recording that failed may leave them waiting for its end
             generator.graphsafe_set_state(state)
-        raise
+        raise broken[0] if broken else error  # and what its end says is no reason
     return outputs, graph.replay
 
 
