@@ -53,7 +53,7 @@ def cuda_graph(work: Callable[[], Outputs], pool: Any = None) -> Replayed:
         torch.cuda.set_stream(stream)  # where ending it fails as well, torch stays on the recording's own
         for generator, state in generators:  # a recording that failed may leave them waiting for its end
             generator.graphsafe_set_state(state)
-        raise broken[0] if broken else error  # and what its end says is no reason
+        raise (broken[0] if broken else error) from None  # what its end says is no reason
     return outputs, graph.replay
 
 
