@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import loralign
+import toy
 from loralign.carrier.storage import SlotLinear
 from loralign.carrier.together import Together
 from loralign.train import quick
@@ -107,6 +108,15 @@ def test_gradients_add_up(run: Callable[[Any], None]) -> None:
     assert found is not None and taken(found)
     for a, b in zip(plain, recorded, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_head_that_gives_the_ids_by_their_place_replays_too() -> None:
+    plain, recorded = Loop("plain"), Loop("plain")
+    for loop in (plain, recorded):
+        loop.model = loralign.adapt(toy.gpt2(), loop.recipe).train()
+        loop.model.config.use_cache = False
+    found = record(recorded.model, Replays(recorded.model))
+    assert recorded.run(6) == pytest.approx(plain.run(6), rel=1e-6) and taken(found)
 
 
 def test_each_shape_has_its_recording_and_compiled_blocks_are_recorded_too() -> None:
@@ -223,6 +233,15 @@ def test_a_replay_that_fails_on_trial_is_not_taken(caplog: pytest.LogCaptureFixt
         return counted(work)[0], lambda: [][0]
 
     assert refused(caplog, loop, by).endswith("its trial failed: list index out of range")
+
+
+def test_tensors_inside_of_an_argument_are_no_input_of_a_recording(caplog: pytest.LogCaptureFixture) -> None:
+    """They would stay those of the batch that was recorded."""
+    loop = Loop("plain")
+    part, found = loop.model.get_base_model().model, record(loop.model, Replays(loop.model))
+    for _ in range(3):
+        part(input_ids=batch()["input_ids"], marks=(torch.ones(2),))
+    assert KIND in found.recorder.refused and "gets marks, whose tensors" in caplog.text
 
 
 def test_replays_with_other_numbers_are_not_taken(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,8 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
+from types import NoneType
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ KIND = "training"
 HELD = "last_hidden_state"
 AUTOCAST = "autocast"
 """The key under which its state travels with a batch."""
+PLAIN = (Tensor, bool, int, float, str, NoneType)
 TRIAL = 2
 """The call after recording that is the trial: the first is of the batch that was recorded."""
 WORTH = 0.97
@@ -119,6 +122,8 @@ class Backbone:
     ) -> None:
         self.model, self.blocks = model, blocks
         self.part = backbone_of(model)
+        given = signature(self.part.forward).parameters.values() if self.part is not None else ()
+        self.names = [p.name for p in given if p.kind is p.POSITIONAL_OR_KEYWORD]  # some heads give the ids by place
         self.record = record or self._cuda_graph
         self.clock = clock or seconds
         self.recorder: Recorder[Both] = Recorder(model)
@@ -153,6 +158,8 @@ class Backbone:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         assert self.part is not None
+        if len(args) <= len(self.names):
+            args, kwargs = (), dict(zip(self.names, args, strict=False)) | kwargs
         both = None if args or not self._trains(kwargs) else self.recorder.of(KIND, kwargs | _autocast(), self._both)
         if both is None or not both.taken:
             return self.part._call_impl(*args, **kwargs)
@@ -195,6 +202,8 @@ class Backbone:
         if why := self._speaks_against():
             raise RuntimeError(why)
         kwargs = {k: v for k, v in batch.items() if k != AUTOCAST}
+        if held := [k for k, v in kwargs.items() if not isinstance(v, PLAIN)]:
+            raise RuntimeError(f"its part below the head gets {held[0]}, whose tensors would be those of this batch")
         latest: dict[str, Any] = {}
 
         def forward() -> Outputs:
