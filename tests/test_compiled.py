@@ -18,7 +18,15 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, TrainerCallback
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -28,6 +36,7 @@ from loralign import LoralignError, Recipe, adapt, attach, build, drive, optimiz
 from loralign.data.packing import check_packing
 from loralign.data.widths import Packed, Padded, widths
 from loralign.train import compiled, quick
+from loralign.train.recorder import without_compiling
 from loralign.train.undisturbed import as_written
 from tiny_trl import tokenizer
 
@@ -130,6 +139,26 @@ def test_compiled_blocks_are_checkpointed(form: str) -> None:
     blocks.start()
     assert loop.run(3) == pytest.approx(plain, rel=1e-6)
     assert blocks.why == "" and checkpoints and set(checkpoints) == {1}  # one in every graph: a block recomputes
+
+
+def test_a_call_of_another_kind_while_steps_are_recorded_is_no_fault_of_the_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Transformers makes a mask there of rows without padding, for which it makes none else."""
+    loop = Loop("plain")
+    blocks = compiled.Blocks(loop.model, SEEN)
+    blocks.start()
+    loop.run(1)
+    mask = {"attention_mask": torch.ones(2, 1, 8, 8).tril().bool()}
+    for name in ("is_available", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    with without_compiling(), pytest.raises(RuntimeError, match="of another kind than before"):
+        loop.model(**batch(), **mask)
+    monkeypatch.undo()
+    with without_compiling(), pytest.raises(RuntimeError, match="recompile"):
+        loop.model(**batch(6))
+    loop.model(**batch(), **mask)
+    assert blocks.why == ""
 
 
 def test_layers_of_one_input_share_a_product() -> None:
@@ -435,16 +464,17 @@ def test_labels_at_the_beginning_of_a_document_do_not_count() -> None:
 # ------------------------------------------------------------------------------------------------------------ trainers
 
 
-def trainer_of(folder: Any, packing: bool, **fields: Any) -> SFTTrainer:
+def trainer_of(folder: Any, packing: bool, model: Any = None, **fields: Any) -> SFTTrainer:
     args = SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2,
         use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1, max_length=16,
         packing=packing, seed=3, **{"max_steps": 4, "bf16": False, **fields},
     )  # fmt: skip
     recipe = recipe_of("plain")
-    model, data = toy.llama(use_cache=False), Dataset.from_list(rows(40))
+    model, data = model or toy.llama(use_cache=False), Dataset.from_list(rows(40))
+    held_out = Dataset.from_list([*data.select(range(3)), {"input_ids": [3] * 15, "labels": [3] * 15}])
     trainer = quick.RowTrainer(
-        model, args, train_dataset=data, eval_dataset=data.select(range(4)), processing_class=tokenizer(),
+        model, args, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer(),
         peft_config=peft_config(recipe, model),
     )  # fmt: skip
     attach(trainer, recipe)
@@ -487,6 +517,18 @@ def test_trackers_see_the_norm_of_our_optimizer_and_flos_are_those_of_the_traine
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
     assert seen == logged == [e["grad_norm"] for e in stock.state.log_history if "loss" in e] and len(seen) == 4
     assert trainer.state.total_flos == stock.state.total_flos > 0
+
+
+def test_rows_held_out_are_masked_where_they_alone_are_longer_than_a_window(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows of 11 tokens to train on and one of 15 held out, beside a window of 13."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=toy.VOCAB, **sizes, num_key_value_heads=2, sliding_window=13, use_cache=False)
+    trainer = trainer_of(tmp_path, False, MistralForCausalLM(config))
+    with caplog.at_level(logging.INFO):
+        quick.quicken(trainer, packing=False, seed=0, backend=SEEN, short=1)
+    assert "padded rows are masked in attention, since some of its layers are not causal" in caplog.text
 
 
 def test_a_short_run_is_not_compiled(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:

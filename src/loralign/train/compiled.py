@@ -151,6 +151,8 @@ class Blocks:
             return block._call_impl(*args, **kwargs)
         kind = number, given(args, kwargs)
         if kind not in self.tried and torch.is_grad_enabled():
+            if _recording():  # a trial would fail there, which is no fault of compiling
+                raise RuntimeError("a block gets arguments of another kind than before")
             self.tried.add(kind)
             if why := self._split() or self._trial(block, run, args, kwargs):
                 self.stop(why)
@@ -205,6 +207,11 @@ class Blocks:
             with torch.no_grad():
                 for b, before in kept:
                     b.copy_(before)
+
+
+def _recording() -> bool:
+    """Whether calls become a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def first(y: Any) -> Tensor:

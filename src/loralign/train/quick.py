@@ -82,7 +82,7 @@ def quicken(
     if why := _unfit(trainer, packing) or blocks.unfit():
         log.warning(NOT, why)
         return None
-    longest = _few_shapes(trainer, packing, seed)
+    longest = max([_few_shapes(trainer, packing, seed), *_lengths(trainer.eval_dataset)])
     unmasked = Unmasked(trainer.model)
     if not packing:
         why = unmasked.start(longest, trainer.accelerator.autocast())
@@ -124,10 +124,14 @@ def _forwards(trainer: SFTTrainer) -> int:
     return int(steps * args.gradient_accumulation_steps)
 
 
+def _lengths(rows: Any) -> list[int]:
+    return [len(ids) for ids in rows["input_ids"]] if rows is not None else []
+
+
 def _few_shapes(trainer: SFTTrainer, packing: bool, seed: int) -> int:
     """Give the trainer batches of one shape, or of at most four, and say how much of them is padding; the longest."""
     plain: Any = trainer.data_collator
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    lengths = _lengths(trainer.train_dataset)
     most, size = trainer.args.max_length or max(lengths), trainer.args.per_device_train_batch_size
     if packing:
         collate = Packed(plain.pad_token_id, max(most, *lengths))
