@@ -17,11 +17,12 @@ from loralign.methods.form.gated import beam
 from loralign.methods.rule.allocating_lora import spread
 from loralign.methods.rule.beamlora import beyond, threshold
 from loralign.methods.rule.prilora import least, ranks_by_depth
+from loralign.optim.stacks import Scratch
 from loralign.plan.combinations import check_combination
 from loralign.plan.course import check_length
 from loralign.train.driver import Driver
 from loralign.train.events import Stage, apply_plan
-from loralign.types import Copy, Elements, InputSquares, Live, Moment, Off, RuleState, Zero
+from loralign.types import Copy, Elements, InputSquares, Live, Moment, Off, RuleState, Set, Zero
 from oracles import allocating_lora, beamlora, prilora
 from toy import batch_for, llama, t5
 
@@ -443,6 +444,34 @@ def test_slots_are_copied_one_after_another_with_their_second_moments() -> None:
     assert name not in opt.dead
     assert torch.equal(p, A[[0, 0, 2, 0]]) and torch.equal(opt.state[p]["exp_avg_sq"], v[[0, 0, 2, 0]])
     assert opt.state[p]["exp_avg"].any(1).tolist() == [True, False, True, False]
+
+
+def test_gates_that_never_stepped_do_not_keep_the_others_moments() -> None:
+    recipe = made("beamlora")
+    model = net(recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    driver = drive(model, recipe, opt, 36)
+    for t in range(2):
+        backward(model, t)
+        opt.step()
+        driver.after_step()
+    first, second, _ = sites(model)
+    gates = [trained_of(site.layer, "default")["gate"] for site in (first, second)]
+    opt.state[gates[1]] = {}
+    apply_plan(Stage(opt, {}, seed=0, step=1), [Set(site.name, "gate", (0, 2), (5.0, 6.0)) for site in (first, second)])
+    assert [gate.detach()[[0, 2]].tolist() for gate in gates] == [[5.0, 6.0]] * 2
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert (opt.state[gates[0]][key] != 0).tolist() == [False, True, False, True]
+    assert not opt.state[gates[1]]
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 3)])
+def test_small_tensors_of_any_shape_share_memory(shape: tuple[int, ...]) -> None:
+    given = [torch.full(shape, float(k)) for k in range(3)]
+    scratch = Scratch()
+    for some in (given, given[::-1]):
+        joint, rows = scratch(some)
+        assert torch.equal(joint, torch.stack(some)) and all(map(torch.equal, rows, some))
 
 
 def test_a_decoder_is_not_masked_by_the_encoders_padding() -> None:

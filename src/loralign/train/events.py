@@ -255,15 +255,14 @@ def _set(stage: Stage, verbs: Sequence[Set]) -> None:
             flat.index_copy_(0, at, torch.tensor([x for site in sites for x in wanted[site].values]).to(flat))
             write_all(ps, flat.view(len(ps), r).unbind())
             states = [stage.optimizer.state[p] for p in ps]
-            if all(states):
-                for key in ("exp_avg", "exp_avg_sq"):
-                    moments = [state[key] for state in states]
-                    flat = torch.cat(moments).index_fill_(0, at, 0.0)
-                    torch._foreach_copy_(moments, list(flat.view(len(ps), r).unbind()))
+            for key in ("exp_avg", "exp_avg_sq") if any(states) else ():
+                moments = [state[key] if state else torch.zeros(r, device=flat.device) for state in states]
+                flat = torch.cat(moments).index_fill_(0, at, 0.0)
+                torch._foreach_copy_(moments, list(flat.view(len(ps), r).unbind()))
 
 
 def _prox(stage: Stage, verbs: Sequence[Prox]) -> None:
-    """x − min(max(x, −ξ), ξ) of vectors. One collective for sharded ones, a few calls for all: due at every step."""
+    """x − min(max(x, −ξ), ξ). One collective for sharded ones, a few calls for all: due at every step."""
     for verb in verbs:
         for _, ps in stage.alike(verb.sites, verb.name):
             values = wholes(ps)
