@@ -232,7 +232,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     check_split(trainer, job.recipe)
     if job.once and args.max_steps > 0:
         a_step = job.training.batch_size * args.world_size
-        check_passes(args.max_steps * a_step / max(1, len(trainer.train_dataset)))
+        check_passes(args.max_steps / max(1, math.ceil(len(trainer.train_dataset) / a_step)))  # the last may be smaller
     if isinstance(recipe, Recipe):
         check_exportable(trainer.model)
         size, device = trainer.args.per_device_train_batch_size, trainer.args.device
