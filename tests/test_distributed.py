@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import toy
 import warm
 from loralign import Recipe, adapt, build, factors, optimizer, peft_config, sites
-from loralign.carrier.slot import live_of, whole
+from loralign.carrier.slot import live_of, trained_of, whole
 from loralign.optim.pairs import PairOptimizer
 from loralign.train.attach import attach
 from loralign.train.driver import drive
@@ -33,7 +33,7 @@ from loralign.train.events import Stage, apply_plan
 from loralign.train.task_rows import Task
 from loralign.train.task_trainer import TaskTraining
 from loralign.train.tasks import run_tasks
-from loralign.types import Elements, LoralignError, WorkFailed
+from loralign.types import Elements, LoralignError, WorkFailed, ZeroWhere
 from trainers import toy_trainer
 
 pytestmark = pytest.mark.distributed
@@ -243,6 +243,15 @@ def different_masks(rank: int) -> str:
     return ""
 
 
+def gates_off(rank: int) -> list[bool]:
+    """Which gates are zero where each process would switch off another slot of every site."""
+    model, made = prepared("sora")
+    opt = optimizer(model, made, 1e-2)
+    masks = {f"off|{st.key}": torch.arange(st.r).eq(rank).repeat(len(st.sites), 1) for st in opt.moment().stacks}
+    apply_plan(Stage(opt, masks, 0, 1), (ZeroWhere("gate", "off"),))
+    return [zero for s in sites(model) for zero in trained_of(s.layer, s.adapter)["gate"].eq(0).tolist()]
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of foreign packages; this process has no pytest to turn them into errors
@@ -255,6 +264,7 @@ def worker(rank: int, folder: str) -> None:
         found[name, "trainer"] = with_trainer(name, Path(folder, name), 2)
     found["tasks", "trainer"] = with_tasks(Path(folder), 2)
     found["prilora", "masks"] = different_masks(rank)
+    found["sora", "gates"] = gates_off(rank)
     found["pissa", "replicas"] = replicas(rank, Path(folder, "replicas"))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -312,6 +322,11 @@ def test_tasks_on_two_processes_equal_one(tmp_path: Path, pair_of_processes: lis
 def test_different_masks_are_refused(pair_of_processes: list[dict[tuple[str, str], Any]]) -> None:
     for found in pair_of_processes:
         assert found["prilora", "masks"] == "the processes computed different element masks at blocks.1.up"
+
+
+def test_gates_are_switched_off_as_rank_0_says(pair_of_processes: list[dict[tuple[str, str], Any]]) -> None:
+    one, two = (found["sora", "gates"] for found in pair_of_processes)
+    assert one == two and sum(one) > 1 and one[0]
 
 
 def test_a_start_from_weights_that_one_process_lacks_is_refused(

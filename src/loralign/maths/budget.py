@@ -44,7 +44,7 @@ class BySite(Mapping[str, Tensor]):
 def in_order(scores: Mapping[str, Tensor]) -> BySite:
     """As one tensor, on the CPU; the host waits once."""
     if isinstance(scores, BySite):
-        return scores
+        return BySite(scores.sizes, scores.flat.detach().cpu())
     names = sorted(scores)
     sizes = {name: scores[name].shape[0] for name in names}
     return BySite(sizes, torch.cat([scores[name] for name in names]).detach().cpu())

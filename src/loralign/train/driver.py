@@ -22,8 +22,8 @@ from loralign.optim.masks import DeadSlots
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.course import check_length
 from loralign.train.episodes import Episodes, Gather
-from loralign.train.events import Stage, agreed, apply_plan
-from loralign.types import Facts, Inputs, LoralignError, Prox, Recipe, WorkFailed, Zero
+from loralign.train.events import OFTEN, Stage, agreed, apply_plan
+from loralign.types import Facts, Inputs, LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
 
@@ -176,15 +176,14 @@ class Driver:
             self.optimizer.rule_states[i] = state
             self.acted[i] |= plan is not None and moment.step > 0
             if self.facts[i].events and (verbs := agreed(plan)):
-                often = all(isinstance(verb, Prox) for verb in verbs)
+                often = all(isinstance(verb, OFTEN) for verb in verbs)
                 if not often:  # what an event changes, nobody puts back
                     self.optimizer.norms.check()
                 stage = Stage(self.optimizer, state, self.recipe.seed, step)
                 changed = apply_plan(stage, verbs)
                 self.changes.append((step, len(changed)))
-                quiet = often or all(isinstance(verb, Zero) for verb in verbs)  # for now, and up to every step
                 said = "%s: slots changed at %d sites after step %d"
-                log.log(logging.DEBUG if quiet else logging.INFO, said, self.recipe.name, len(changed), step)
+                log.log(logging.DEBUG if often else logging.INFO, said, self.recipe.name, len(changed), step)
             elif plan:
                 raise WorkFailed(f"{type(rule).__name__} planned an event, but its facts say that it has none")
 

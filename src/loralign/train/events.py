@@ -1,8 +1,8 @@
 """Carry out what rules plan: slots die, come alive, are copied; Parameters and shapes stay, optimizer state follows.
 
 Every process computes the plan, since a rule's memory must be the same everywhere; what rank 0 planned is carried out
-by all, so that no rounding can drive them apart. `Prox`, which is due at every step, is not sent: it follows from what
-is the same everywhere.
+by all, so that no rounding can drive them apart. What may be due at every step (`OFTEN`) is not sent as text: it
+follows from the step alone, and the masks of a `ZeroWhere` are sent from device to device.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -41,15 +41,17 @@ from loralign.types import (
     Verb,
     WorkFailed,
     Zero,
+    ZeroWhere,
 )
 
-VERBS: dict[str, type[Any]] = {v.__name__: v for v in (Off, Unborn, On, Zero, Copy, Set, Prox, Freeze, Elements)}
+OFTEN = (Prox, ZeroWhere)
+VERBS: dict[str, type[Any]] = {v.__name__: v for v in (Off, Unborn, On, Zero, Copy, Set, Freeze, Elements)}
 
 
 def agreed(plan: Plan | None) -> Plan:
     """Rank 0's plan, on every rank. Where nothing is due all know it, and what is the same everywhere anyway is not
     sent: nobody waits for the others at steps without an event."""
-    if plan is None or (plan and all(isinstance(verb, Prox) for verb in plan)):
+    if plan is None or (plan and all(isinstance(verb, OFTEN) for verb in plan)):
         return plan or ()
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return plan or ()
@@ -88,14 +90,14 @@ class Stage:
         return p
 
     @cached_property
-    def _lists(self) -> dict[str, list[Any]]:
+    def lists(self) -> dict[str, list[Any]]:
         return listed(self.optimizer.param_groups)
 
     def own(self, site: str, name: str) -> Tensor:
         role, k = self.optimizer.layout.where.get(site, {}).get(name, ("", 0))
         if role != "form":
             raise LoralignError(f"a rule planned for the tensor {name!r} of {site}, which its form does not have")
-        p: Tensor = self._lists[role][k]
+        p: Tensor = self.lists[role][k]
         return p
 
     def alike(self, sites: Iterable[str], name: str) -> list[tuple[list[str], list[Tensor]]]:
@@ -155,7 +157,13 @@ def apply_plan(stage: Stage, plan: Plan) -> set[str]:
             if change is not None:
                 changes.setdefault(site, []).append(change)
     stage.optimizer.on_slots(changes)
-    return {site for verb in plan for site in (verb.sites if isinstance(verb, Prox) else (verb.site,))}
+    return {site for verb in plan for site in _sites(stage, verb)}
+
+
+def _sites(stage: Stage, verb: Verb) -> Iterable[str]:
+    if isinstance(verb, ZeroWhere):
+        return [site for place in stage.optimizer.layout.all if verb.name in place.found for site in place.sites]
+    return verb.sites if isinstance(verb, Prox) else (verb.site,)
 
 
 def _runs(plan: Sequence[Any]) -> Iterator[tuple[type[Any], list[Any]]]:
@@ -211,6 +219,28 @@ def _zero_wide(ps: Sequence[Tensor], axis: int, slots: Sequence[tuple[int, ...]]
     values = wholes(ps)
     rows = [torch.tensor(at, device=x.device).long() for x, at in zip(values, slots, strict=True)]
     write_all(ps, [x.index_fill(axis, at, 0.0) for x, at in zip(values, rows, strict=True)])
+
+
+def _zero_where(stage: Stage, verbs: Sequence[ZeroWhere]) -> None:
+    """One collective for sharded vectors, one for the masks, three calls for each stack."""
+    for verb in verbs:
+        places = [place for place in stage.optimizer.layout.all if verb.name in place.found]
+        masks = _of_rank_0([stage.state.pop(f"{verb.mask}|{place.key}") for place in places])
+        ps: list[list[Any]] = [place.tensors(verb.name, stage.lists) for place in places]
+        values = iter(wholes([p for some in ps for p in some]))
+        for mask, some in zip(masks, ps, strict=True):
+            joint, rows = stage.optimizer.layout.scratch(list(islice(values, len(some))))
+            joint.masked_fill_(mask.to(joint.device), 0.0)
+            write_all(some, rows)
+
+
+def _of_rank_0(masks: Sequence[Tensor]) -> Sequence[Tensor]:
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return masks
+    sent = torch.cat([mask.reshape(-1) for mask in masks]).to(torch.uint8)
+    dist.broadcast(sent, 0)
+    parts = sent.bool().split([mask.numel() for mask in masks])
+    return [part.view(mask.shape) for part, mask in zip(parts, masks, strict=True)]
 
 
 def _tensor(stage: Stage, site: str, name: str) -> tuple[Tensor, int]:
@@ -313,6 +343,7 @@ ACTIONS: dict[type[Verb], Callable[[Stage, Site, Any], SlotChange | None]] = {
 }
 TOGETHER: dict[type[Verb], Callable[[Stage, Sequence[Any]], Changes | None]] = {
     Zero: _zero,
+    ZeroWhere: _zero_where,
     Copy: _copy,
     Set: _set,
     Prox: _prox,

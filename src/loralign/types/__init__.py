@@ -79,3 +79,4 @@ from loralign.types.slots import State as State
 from loralign.types.slots import Unborn as Unborn
 from loralign.types.slots import Verb as Verb
 from loralign.types.slots import Zero as Zero
+from loralign.types.slots import ZeroWhere as ZeroWhere

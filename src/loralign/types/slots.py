@@ -177,6 +177,16 @@ class Zero:
 
 
 @dataclass(frozen=True)
+class ZeroWhere:
+    """Entries of a form's own tensors become zero and go on training where the rule's state holds True under
+    "<mask>|<key of a stack>", (n, r). Every process makes its masks, and those of rank 0 are carried out: where a rule
+    plans it at most of its steps, the host need not wait for the device to know them."""
+
+    name: str
+    mask: str
+
+
+@dataclass(frozen=True)
 class Copy:
     """Slots `to` become copies of slots `source`, rows of A and columns of B, as they are, or as the rule's state
     holds them under "<snapshot>|<site>|A" and "…|B"."""
@@ -225,7 +235,7 @@ class Elements:
     mask: str
 
 
-Verb = Off | Unborn | On | Zero | Copy | Set | Prox | Freeze | Elements
+Verb = Off | Unborn | On | Zero | ZeroWhere | Copy | Set | Prox | Freeze | Elements
 Plan = tuple[Verb, ...]
 """Numbers and names only: planned on rank 0, broadcast as text, carried out in order, each verb in place."""
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from loralign.maths.bounds import Count, Positive, Share, bounded
-from loralign.maths.budget import Slots, cut
+from loralign.maths.budget import Slots, cut, in_order
 from loralign.methods.rule.combine import GATE, slots_of
 from loralign.types import Copy, Facts, Moment, Plan, RuleBase, RuleState, Set
 
@@ -88,8 +88,9 @@ class Beam(RuleBase):
         if t % every or T - t < every or p >= 1 - 1e-6:
             return state, None
         gates = [st.tensors[GATE].double() for st in moment.stacks]
-        phi = slots_of(moment.stacks, [c.shape[1] * torch.softmax(c / self.tau, 1) for c in gates])
-        lost, c = beyond(phi, p), slots_of(moment.stacks, gates)
+        shares = [c.shape[1] * torch.softmax(c / self.tau, 1) for c in gates]
+        phi, c = (in_order(slots_of(moment.stacks, found)) for found in (shares, gates))
+        lost = beyond(phi, p)
         made = [pair for name, at in lost.items() if (pair := self._copy(name, at, phi[name], c[name], moment))]
         return state, tuple(verb for alike in zip(*made, strict=True) for verb in alike)
 

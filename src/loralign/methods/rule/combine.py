@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from loralign.maths.budget import BySite, Slots, Window, lowest, narrowed, too_short, widened, window
+from loralign.maths.budget import BySite, Slots, Window, in_order, lowest, narrowed, too_short, widened, window
 from loralign.types import (
     Ctx,
     Facts,
@@ -30,10 +30,12 @@ from loralign.types import (
     SiteShape,
     Stack,
     Zero,
+    ZeroWhere,
 )
 
 GATE = "gate"
 KEPT = "kept|"
+OFF = "off"
 FOREIGN = "was made for other stacks (an older version, or other devices): resume it as it was made, or start anew"
 """What to say of a checkpoint's tensors that fit no stack of the run."""
 
@@ -52,27 +54,44 @@ class Scorer(Protocol):
 
 
 def slots_of(stacks: Sequence[Stack], joint: Sequence[Tensor]) -> BySite:
-    """(r,) by site of what was computed for stacks, (n, r) each; on the CPU, which waits once."""
+    """(r,) by site of what was computed for stacks, (n, r) each; where the first one lies."""
     device = joint[0].device
-    flat = torch.cat([scores.reshape(-1).to(device) for scores in joint]).cpu()
-    sizes, order = _by_name(tuple((stack.sites, stack.r) for stack in stacks))
+    flat = torch.cat([scores.reshape(-1).to(device) for scores in joint])
+    sizes, order = _by_name(_shapes(stacks), device)
     return BySite(sizes, flat[order])
 
 
+def lowest_in(stacks: Sequence[Stack], scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """As `lowest`, True in (n, r) by the keys of the stacks; the host does not wait for it."""
+    flat = (scores if isinstance(scores, BySite) else in_order(scores)).flat
+    order = _by_name(_shapes(stacks), flat.device)[1]
+    last = flat.double().sort(descending=True, stable=True).indices[len(flat) - count :]
+    off = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device).index_fill_(0, order[last], True)
+    parts = off.split([len(stack.sites) * stack.r for stack in stacks])
+    return {stack.key: part.view(-1, stack.r) for stack, part in zip(stacks, parts, strict=True)}
+
+
+def _shapes(stacks: Sequence[Stack]) -> tuple[tuple[tuple[str, ...], int], ...]:
+    return tuple((stack.sites, stack.r) for stack in stacks)
+
+
 @lru_cache
-def _by_name(stacks: tuple[tuple[tuple[str, ...], int], ...]) -> tuple[dict[str, int], Tensor]:
+def _by_name(stacks: tuple[tuple[tuple[str, ...], int], ...], device: torch.device) -> tuple[dict[str, int], Tensor]:
     """r by site, and where its slots lie in the tensors of the stacks, in the order of the names."""
     starts: dict[str, tuple[int, int]] = {}
+    start = 0
     for sites, r in stacks:
         for site in sites:
-            starts[site] = sum(r for _, r in starts.values()), r
+            starts[site] = start, r
+            start += r
     found = {site: starts[site] for site in sorted(starts)}
-    return {site: r for site, (_, r) in found.items()}, torch.cat([torch.arange(k, k + r) for k, r in found.values()])
+    order = torch.tensor([k + j for k, r in found.values() for j in range(r)], dtype=torch.int64, device=device)
+    return {site: r for site, (_, r) in found.items()}, order
 
 
 def gates_of(moment: Moment) -> BySite:
-    """(r,) by site, on the CPU."""
-    return slots_of(moment.stacks, [stack.tensors[GATE] for stack in moment.stacks])
+    """(r,) by site, on the CPU, which waits once."""
+    return in_order(slots_of(moment.stacks, [stack.tensors[GATE] for stack in moment.stacks]))
 
 
 def average(state: RuleState, key: str, like: Tensor) -> Tensor:
@@ -178,10 +197,15 @@ class Shrink(RuleBase):
         if not law.due(t):
             return state, None
         b0, bT = self.law.ends(moment.sites)
-        dropped = lowest(self.scorer.scores(state, moment), b0 - self.law.budget(t, law, b0, bT))
+        count, scores = b0 - self.law.budget(t, law, b0, bT), self.scorer.scores(state, moment)
         if t == law.stop:
+            dropped = lowest(scores, count)
             keep(state, moment, dropped)
-        return state, tuple(Zero(site, GATE, at) for site, at in dropped.items())
+            return state, tuple(Zero(site, GATE, at) for site, at in dropped.items())
+        if not count:
+            return state, ()
+        state |= {f"{OFF}|{key}": off for key, off in lowest_in(moment.stacks, scores, count).items()}
+        return state, (ZeroWhere(GATE, OFF),)
 
 
 def window_shares(first: float, last: float) -> None:
