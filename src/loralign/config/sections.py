@@ -93,7 +93,8 @@ class TrainSection(_Section):
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
     compile: Literal["auto", "off"] = "auto"
-    """auto: on a GPU the model's blocks are compiled, where a trial of one of them works; off: they are not."""
+    """auto: on a GPU the model's blocks are compiled and, where that is faster, replayed as CUDA graphs, each after a
+    trial; off: neither."""
     workers: Processes = 0
     """Data loader processes."""
     extra: dict[str, Any] = {}
