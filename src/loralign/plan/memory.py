@@ -116,7 +116,7 @@ def estimate(
     live = {name: each * R * (name in last or not held[name]) for name, R in ranks.items()}
     frozen = sum(((each - 1) * s.r + held[s.name]) * 4 * (s.d_in + s.d_out) for s in found)
     gradients, stepping = _nbytes(trained), _step_bytes(recipe, trained, start.twin)
-    if step.device == "cuda" and not recipe.rules and not layout.sharded:
+    if step.device == "cuda" and not layout.sharded:
         state += gradients  # what the last step moved, until its norm is read (optim/norm.py)
     moment = _moment(adapted, step, batch, loss, layout, gradients) - static
     whole = Estimate(
