@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from loralign import LoralignError, Recipe, adapt, build, drive, optimizer, sites
@@ -21,8 +22,25 @@ from loralign.optim.stacks import Scratch
 from loralign.plan.combinations import check_combination
 from loralign.plan.course import check_length
 from loralign.train.driver import Driver
-from loralign.train.events import Stage, apply_plan
-from loralign.types import Copy, Elements, InputSquares, Live, Moment, Off, RuleState, Set, Zero
+from loralign.train.events import Stage, agreed, apply_plan
+from loralign.types import (
+    Copy,
+    Elements,
+    Freeze,
+    InputSquares,
+    Live,
+    Moment,
+    Off,
+    On,
+    Plan,
+    Prox,
+    RuleState,
+    Set,
+    Unborn,
+    Verb,
+    Zero,
+    ZeroWhere,
+)
 from oracles import allocating_lora, beamlora, prilora
 from toy import batch_for, llama, t5
 
@@ -444,6 +462,18 @@ def test_slots_are_copied_one_after_another_with_their_second_moments() -> None:
     assert name not in opt.dead
     assert torch.equal(p, A[[0, 0, 2, 0]]) and torch.equal(opt.state[p]["exp_avg_sq"], v[[0, 0, 2, 0]])
     assert opt.state[p]["exp_avg"].any(1).tolist() == [True, False, True, False]
+
+
+def test_every_verb_is_sent_as_text_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes rank 0's: a plan of several kinds of verbs comes back as it was."""
+    for name, value in {"is_initialized": True, "get_world_size": 2, "get_backend": "gloo", "broadcast": None}.items():
+        monkeypatch.setattr(dist, name, lambda *_, value=value: value)
+    plan: Plan = (
+        Off("one", (1,)), Unborn("one", (2,)), On("one", (2,)), Zero("one", "gate", (0,)), ZeroWhere("gate", "off"),
+        Copy("one", (1,), (0,), "snapshot"), Set("one", "gate", (0, 1), (0.5, 1.0)), Prox(("one", "two"), "gate", 0.1),
+        Freeze("one", 0.5), Elements("one", "A", "mask"),
+    )  # fmt: skip
+    assert agreed(plan) == plan and {type(verb) for verb in plan} == set(get_args(Verb))
 
 
 def test_gates_that_never_stepped_do_not_keep_the_others_moments() -> None:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby, islice
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ from loralign.types import (
 )
 
 OFTEN = (Prox, ZeroWhere)
-VERBS: dict[str, type[Any]] = {v.__name__: v for v in (Off, Unborn, On, Zero, Copy, Set, Freeze, Elements)}
+VERBS: dict[str, type[Any]] = {v.__name__: v for v in get_args(Verb)}
 
 
 def agreed(plan: Plan | None) -> Plan:
