@@ -519,13 +519,15 @@ def test_trackers_see_the_norm_of_our_optimizer_and_flos_are_those_of_the_traine
     assert trainer.state.total_flos == stock.state.total_flos > 0
 
 
-def test_rows_held_out_are_masked_where_they_alone_are_longer_than_a_window(
-    tmp_path: Any, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("window", "most"), [(13, None), (20, 32)], ids=["held out", "rows of a rule"])
+def test_rows_are_masked_where_others_than_those_to_train_on_may_be_longer_than_a_window(
+    window: int, most: int | None, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Rows of 11 tokens to train on and one of 15 held out, beside a window of 13."""
+    """Rows of 11 tokens to train on and one of 15 held out; a rule's own rows may be as long as `max_length`."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = MistralConfig(vocab_size=toy.VOCAB, **sizes, num_key_value_heads=2, sliding_window=13, use_cache=False)
+    config = MistralConfig(vocab_size=toy.VOCAB, **sizes, num_key_value_heads=2, sliding_window=window, use_cache=False)
     trainer = trainer_of(tmp_path, False, MistralForCausalLM(config))
+    trainer.args.max_length = most
     with caplog.at_level(logging.INFO):
         quick.quicken(trainer, packing=False, seed=0, backend=SEEN, short=1)
     assert "padded rows are masked in attention, since some of its layers are not causal" in caplog.text

@@ -82,7 +82,8 @@ def quicken(
     if why := _unfit(trainer, packing) or blocks.unfit():
         log.warning(NOT, why)
         return None
-    longest = max([_few_shapes(trainer, packing, seed), *_lengths(trainer.eval_dataset)])
+    top = _few_shapes(trainer, packing, seed)
+    longest = max([top, trainer.args.max_length or 0, *_lengths(trainer.eval_dataset)])  # rules have rows of their own
     unmasked = Unmasked(trainer.model)
     if not packing:
         why = unmasked.start(longest, trainer.accelerator.autocast())
