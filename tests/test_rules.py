@@ -18,6 +18,7 @@ from loralign import Recipe, build, peft_config
 from loralign.carrier.sites import factors, sites
 from loralign.carrier.slot import Own, install, write
 from loralign.maths.draws import keyed_generator
+from loralign.maths.lists import joined
 from loralign.methods.form.delta_lora import boosted
 from loralign.methods.form.plain import plain
 from loralign.methods.rule.delta_lora import snapshot
@@ -124,6 +125,16 @@ def test_regulariser_and_its_gradient_equal_the_oracle() -> None:
         close(made[p.name, "B"], B, 1e-12)
     for p, A in zip(pairs, want_A, strict=False):
         close(made[p.name, "A"], A, 1e-12)
+
+
+def test_stacks_that_follow_one_another_are_joined_without_a_copy() -> None:
+    whole = torch.arange(48.0).view(8, 2, 3)
+    one, two, three = whole.split([3, 4, 1])
+    assert joined([one, two, three]).data_ptr() == whole.data_ptr() and torch.equal(joined([one, two, three]), whole)
+    assert torch.equal(joined([two, three]), whole[3:])
+    for apart in ([two, one], [one, three], [one.clone(), two], [one, two.clone()], [one.mT, two.mT]):
+        copy = joined(apart)
+        assert torch.equal(copy, torch.cat(apart)) and copy.data_ptr() not in (one.data_ptr(), two.data_ptr())
 
 
 def test_regulariser_at_its_special_points() -> None:

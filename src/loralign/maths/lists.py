@@ -68,6 +68,17 @@ def widened(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
+def joined(stacks: Sequence[Tensor]) -> Tensor:
+    """(Σn, ...) of stacks (n, ...), not to be written to; no copy where they follow one another in one tensor."""
+    base, start = stacks[0]._base, stacks[0].data_ptr()
+    end = start
+    for X in stacks:
+        if base is None or X._base is not base or X.data_ptr() != end or not X.is_contiguous():
+            return torch.cat(list(stacks))
+        end += X.numel() * X.element_size()
+    return stacks[0].as_strided((sum(map(len, stacks)), *stacks[0].shape[1:]), stacks[0].stride())
+
+
 _BASE = attrgetter("_base")
 
 

@@ -222,16 +222,23 @@ def _zero_wide(ps: Sequence[Tensor], axis: int, slots: Sequence[tuple[int, ...]]
 
 
 def _zero_where(stage: Stage, verbs: Sequence[ZeroWhere]) -> None:
-    """One collective for sharded vectors, one for the masks, three calls for each stack."""
+    """One collective for sharded vectors, one for the masks, a few calls for all vectors of one length."""
     for verb in verbs:
         places = [place for place in stage.optimizer.layout.all if verb.name in place.found]
         masks = _of_rank_0([stage.state.pop(f"{verb.mask}|{place.key}") for place in places])
         ps: list[list[Any]] = [place.tensors(verb.name, stage.lists) for place in places]
         values = iter(wholes([p for some in ps for p in some]))
+        kinds: dict[object, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
         for mask, some in zip(masks, ps, strict=True):
-            joint, rows = stage.optimizer.layout.scratch(list(islice(values, len(some))))
-            joint.masked_fill_(mask.to(joint.device), 0.0)
-            write_all(some, rows)
+            now = list(islice(values, len(some)))
+            kind = kinds.setdefault((now[0].shape, now[0].dtype, now[0].device), ([], [], []))
+            kind[0].append(mask)
+            kind[1].extend(some)
+            kind[2].extend(now)
+        for off, written, now in kinds.values():
+            joint, rows = stage.optimizer.layout.scratch(now)
+            joint.masked_fill_(torch.cat(off).to(joint.device), 0.0)
+            write_all(written, rows)
 
 
 def _of_rank_0(masks: Sequence[Tensor]) -> Sequence[Tensor]:

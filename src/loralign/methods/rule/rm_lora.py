@@ -35,6 +35,7 @@ from torch import Tensor
 from loralign.maths.bounds import Count, NotNegative, bounded
 from loralign.maths.draws import keyed_scores
 from loralign.maths.linalg import gram, grams
+from loralign.maths.lists import joined
 from loralign.types import Ctx, Facts, Joint, LoralignError, RuleBase, RuleState, Stack
 
 
@@ -54,21 +55,31 @@ def slopes(stacks: Sequence[Stack], c: float) -> Joint | None:
     """c·d‖XᵀX − I‖/dX = 2c·X·(XᵀX − I)/‖XᵀX − I‖ of each factor, over their number; 0 at the minimum. A's directions
     are its rows, B's its columns.
 
-    The small matrices of all stacks of a rank are treated together: launches count more than arithmetic here.
+    The factors of one shape, and the small matrices of all of a rank, are treated together: launches count more than
+    arithmetic here.
     """
-    found = [(k, name, st.tensors[name]) for k, st in enumerate(stacks) for name in "AB" if name in st.tensors]
-    count = sum(X.shape[0] for *_, X in found)
-    if not c or not count:
+    if not c:
+        return None
+    kinds: dict[tuple[object, ...], tuple[str, list[int]]] = {}
+    for name in "AB":
+        for k, st in enumerate(stacks):
+            if name in st.tensors:
+                X = st.tensors[name]
+                kinds.setdefault((name, st.r, X.device, X.shape[1:]), (name, []))[1].append(k)
+    count = sum(len(stacks[k].sites) for _, at in kinds.values() for k in at)
+    if not count:
         return None
     made: list[dict[str, Tensor]] = [{} for _ in stacks]
-    kinds: dict[object, list[tuple[int, str, Tensor]]] = {}
-    for k, name, X in found:
-        kinds.setdefault((stacks[k].r, X.device), []).append((k, name, X))
-    for alike in kinds.values():
-        E = _excess(grams([X.mT if name == "A" else X for _, name, X in alike]))
-        parts = _scaled(E, c / count).split([X.shape[0] for *_, X in alike])
-        for (k, name, X), part in zip(alike, parts, strict=True):
-            made[k][name] = torch.bmm(part, X) if name == "A" else torch.bmm(X, part)  # E is symmetric
+    ranks: dict[object, list[tuple[str, list[int], Tensor]]] = {}
+    for name, at in kinds.values():
+        X = joined([stacks[k].tensors[name] for k in at])
+        ranks.setdefault((stacks[at[0]].r, X.device), []).append((name, at, X))
+    for alike in ranks.values():
+        E = _scaled(_excess(grams([X.mT if name == "A" else X for name, _, X in alike])), c / count)
+        for (name, at, X), part in zip(alike, E.split([len(X) for *_, X in alike]), strict=True):
+            slope = torch.bmm(part, X) if name == "A" else torch.bmm(X, part)  # E is symmetric
+            for k, own in zip(at, slope.split([len(stacks[k].sites) for k in at]), strict=True):
+                made[k][name] = own
     return made
 
 
