@@ -66,7 +66,7 @@ def record(model: nn.Module, by: Any, clock: Any = None) -> Backbone:
 
 def taken(found: Backbone) -> list[Both]:
     made = [known.made for known in found.recorder.recordings.values() if known is not None]
-    return [both for both in made if both.runs > 2]
+    return [both for both in made if both is not None and both.runs > 2]
 
 
 @pytest.mark.parametrize("form", ["plain", "twins", "inputs", "chain", "shared", "cross-layer", "features"])
@@ -126,6 +126,19 @@ def test_each_shape_has_its_recording_and_compiled_blocks_are_recorded_too() -> 
     assert loop.run(10, (8, 6)) == pytest.approx(plain, rel=1e-5)
     assert len(taken(found)) == 2 and blocks.why == ""
     torch._dynamo.reset()
+
+
+def test_a_shape_without_room_leaves_the_others_their_recordings(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, loop = Loop("plain").run(10, (8, 6)), Loop("plain")
+    said = iter(["", "1.0 GiB are free, two steps need 2.0"])
+    found = record(loop.model, Replays(loop.model))
+    monkeypatch.setattr(found, "_no_room", lambda: next(said))
+    with caplog.at_level(logging.INFO, "loralign"):
+        assert loop.run(10, (8, 6)) == pytest.approx(plain, rel=1e-6)
+    assert len(taken(found)) == 1 and KIND not in found.recorder.refused
+    assert caplog.text.count("are not recorded: 1.0 GiB are free") == 1
 
 
 def test_dropout_is_drawn_anew_in_every_replay() -> None:

@@ -126,12 +126,11 @@ class Backbone:
         self.names = [p.name for p in given if p.kind is p.POSITIONAL_OR_KEYWORD]  # some heads give the ids by place
         self.record = record or self._cuda_graph
         self.clock = clock or seconds
-        self.recorder: Recorder[Both] = Recorder(model)
+        self.recorder: Recorder[Both | None] = Recorder(model)
         self.hooks = -1
         """How many hooks there had been when they were last looked at."""
         self.flight: Callable[[], Flight | None] = lambda: None
-        self.pool: tuple[Any, Any] | None = None
-        """Of the model as it is wired."""
+        self.pool: tuple[Any, Any] | None = None  # of the model as it is wired
 
     def unfit(self) -> str:
         """Why nothing is recorded, as far as that is known without trying; else ""."""
@@ -195,12 +194,15 @@ class Backbone:
         checkpoints = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
         if checkpoints and (self.blocks is None or self.blocks.why):
             return "it checkpoints activations, and its blocks are not compiled"
-        return self._no_room()
+        return ""
 
-    def _both(self, batch: Batch) -> Both:
-        """F and B on tensors that stay."""
+    def _both(self, batch: Batch) -> Both | None:
+        """F and B on tensors that stay; None: there is no room for them, beside those of other shapes."""
         if why := self._speaks_against():
             raise RuntimeError(why)
+        if why := self._no_room():
+            log.info("batches of one shape are not recorded: %s", why)
+            return None
         kwargs = {k: v for k, v in batch.items() if k != AUTOCAST}
         if held := [k for k, v in kwargs.items() if not isinstance(v, PLAIN)]:
             raise RuntimeError(f"its part below the head gets {held[0]}, whose tensors would be those of this batch")
@@ -253,8 +255,6 @@ class Backbone:
         need = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         free = torch.cuda.mem_get_info()[0]
         return "" if 2 * need < free else f"{free / 2**30:.1f} GiB are free, two steps need {2 * need / 2**30:.1f}"
-
-    # ----------------------------------------------------------------------------------------------------------- trial
 
     def _decide(self, both: Both, kwargs: Mapping[str, Any]) -> None:
         """Whether replays are taken, on a batch that was not recorded."""
