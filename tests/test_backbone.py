@@ -216,6 +216,17 @@ def test_a_model_that_does_not_train_runs_as_it_is() -> None:
     assert taken(found) and counted.replayed == before > 0
 
 
+def test_a_forward_under_another_autocast_is_another_recording() -> None:
+    loop = Loop("plain")
+    counted = Replays(loop.model)
+    found = record(loop.model, counted)
+    several(loop.model)
+    before = counted.replayed
+    with torch.autocast("cpu", torch.bfloat16):
+        loop.model(**batch()).loss.backward()
+    assert taken(found) and counted.replayed == before and len(found.recorder.recordings) == 2
+
+
 # ----------------------------------------------------------------------------------------------- what speaks against it
 
 

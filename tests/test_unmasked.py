@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -89,3 +89,21 @@ def test_an_encoder_and_a_model_of_images_keep_their_masks() -> None:
     assert Unmasked(encoder).start(LENGTH, nullcontext())
     assert Unmasked(seeing()).start(LENGTH, nullcontext()) == "the model is more than a language model"
     assert Unmasked(toy.llama().model).start(LENGTH, nullcontext()) == "LlamaModel has no part below a head"
+
+
+def test_a_layer_without_such_attention_and_one_that_reads_the_mask_itself_keep_it() -> None:
+    class Nothing(nn.Module):
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+            return torch.zeros_like(hidden_states), None
+
+    def pooled(layer: nn.Module, args: Any, kwargs: Any, hidden: Tensor) -> Tensor:
+        mask = kwargs["attention_mask"]
+        rows = torch.ones(hidden.shape[:2]) if mask is None else mask[:, 0, -1].float()
+        return hidden + (rows[..., None] * hidden).sum(1, keepdim=True) / rows.sum(1)[:, None, None]
+
+    first, second = made(CAUSAL_MODELS["llama"]), made(CAUSAL_MODELS["llama"])
+    first.model.layers[1].self_attn = Nothing()
+    assert "some of its layers are not causal" in Unmasked(first).start(LENGTH, nullcontext())
+    second.model.layers[0].register_forward_hook(pooled, with_kwargs=True)
+    assert "without one, hidden states differ by" in Unmasked(second).start(LENGTH, nullcontext())
+    assert first.config._attn_implementation == second.config._attn_implementation == "sdpa"
