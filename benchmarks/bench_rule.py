@@ -4,8 +4,9 @@
     python benchmarks/bench_rule.py --device cuda --shape 1b --whole --json out.json
 
 step: forward, backward, optimizer, zero_grad without the rule. masks: what the rule adds within the optimizer's step,
-its penalty included. after: what follows it, events and the verbs that they plan included. Both are means over a run of
---steps optimizer steps, whose gradients are those of the first backward, so that it is short. inputs: what PRILoRA's
+its penalty included; a mean of differences without the tenth at either end. after: what follows it, events and the verbs
+that they plan included, a mean. Both over a run of --steps optimizer steps, whose gradients are those of the first
+backward, so that it is short. inputs: what PRILoRA's
 look at the inputs adds to forward and backward. ops: calls into torch that the rule adds to a step, a mean over a run
 of a hundred, beside those of the optimizer without it: what a fast GPU's host pays for, whatever the machine.
 On a GPU wall time between synchronisations around each part: the host's work counts although in a run the device may
@@ -22,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -126,10 +127,17 @@ def measure(name: str, shape: str, device: str, rank: int, steps: int, repeats: 
     driver.close()
     counted = operations(model, recipe, both)
     own = statistics.fmean(without[1:])
-    parts = {"masks": statistics.fmean(within[1:]) - own, "after": statistics.fmean(after), "inputs": seen - passes}
+    parts = {"masks": trimmed(within[1:], without[1:]), "after": statistics.fmean(after), "inputs": seen - passes}
     step = passes + own
     share = max(0.0, sum(parts.values())) / step
     return {"step": 1e3 * step, **{k: 1e3 * v for k, v in parts.items()}, "share": share, **counted}
+
+
+def trimmed(more: Sequence[float], less: Sequence[float]) -> float:
+    """The mean of the differences without the tenth at either end: those are the machine's."""
+    apart = sorted(a - b for a, b in zip(more, less, strict=True))
+    cut = len(apart) // 10
+    return statistics.fmean(apart[cut : len(apart) - cut])
 
 
 def _watched(both: Callable[[], None], model: Any, opt: Any, device: str) -> float:
