@@ -36,21 +36,20 @@ def adam_slots(state: dict[str, Tensor], axis: int, change: SlotChange) -> None:
     fresh = [*change.fresh, *(to for to, source in change.copied if source < 0)]
     copies = [(to, source) for to, source in change.copied if source >= 0]
     m, v = (state[key].movedim(axis, 0) for key in ("exp_avg", "exp_avg_sq"))
-    gone = _at([*change.off, *fresh, *(to for to, _ in copies)], v)
-    there = v.flatten(1).any(1) if v.dim() > 1 else v > 0
-    count = there.index_fill_(0, gone, False).to(v.dtype)
-    mean = (v * count.view(-1, *(1,) * (v.dim() - 1))).sum(0) / count.sum().clamp_min_(1.0)
-    sources = v[_at([source for _, source in copies], v)]
+    parts = [*change.off], fresh, [to for to, _ in copies], [source for _, source in copies]
+    places = torch.tensor([slot for part in parts for slot in part], dtype=torch.int64, device=v.device)
+    gone = places[: len(places) - len(copies)]
+    _, new, to, origin = places.split([len(part) for part in parts])
+    sources = v[origin] if copies else None
+    if fresh:
+        there = (v.flatten(1).any(1) if v.dim() > 1 else v > 0).index_fill_(0, gone, False).to(v.dtype)
+        mean = (v * there.view(-1, *(1,) * (v.dim() - 1))).sum(0) / there.sum().clamp_min_(1.0)
     m.index_fill_(0, gone, 0.0)
     v.index_fill_(0, gone, 0.0)
     if fresh:
-        v.index_copy_(0, _at(fresh, v), mean.expand(len(fresh), *mean.shape))
-    if copies:
-        v.index_copy_(0, _at([to for to, _ in copies], v), sources)
-
-
-def _at(places: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(places, dtype=torch.int64, device=like.device)
+        v.index_copy_(0, new, mean.expand(len(fresh), *mean.shape))
+    if sources is not None:
+        v.index_copy_(0, to, sources)
 
 
 def stacked(tensors: Sequence[Tensor | None]) -> Tensor:
