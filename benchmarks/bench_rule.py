@@ -6,9 +6,9 @@
 step: forward, backward, optimizer, zero_grad without the rule. masks: what the rule adds within the optimizer's step,
 its penalty included; a mean of differences without the tenth at either end. after: what follows it, events and the
 verbs that they plan included, a mean. Both over a run of --steps optimizer steps, whose gradients are those of the
-first backward, so that it is short. inputs: what PRILoRA's look at the inputs adds to forward and backward. ops: calls into
-torch that the rule adds to a step, a mean over a run of a hundred, beside those of the optimizer without it: what a
-fast GPU's host pays for, whatever the machine.
+first backward, so that it is short. inputs: what PRILoRA's look at the inputs adds to forward and backward. ops: calls
+into torch that the rule adds to a step, a mean over a run of a hundred, beside those of the optimizer without it: what
+a fast GPU's host pays for, whatever the machine.
 On a GPU wall time between synchronisations around each part: the host's work counts although in a run the device may
 still be busy with the step. Shapes are bench_step's. So "share" is the most that the rule can cost.
 --whole: besides, real steps with the rule and without it, on a model each, ten of each in turn until --whole-steps with
