@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from loralign import LoralignError, Recipe, adapt, build, drive, optimizer, sites
 from loralign.carrier.slot import live_of, trained_of
 from loralign.evidence.inputs import InputTap
+from loralign.methods import rule as rules
 from loralign.methods.form.gated import beam
 from loralign.methods.rule.allocating_lora import spread
 from loralign.methods.rule.beamlora import beyond, threshold
-from loralign.methods.rule.prilora import least, ranks_by_depth
+from loralign.methods.rule.prilora import depth_and_pruning, least, ranks_by_depth
 from loralign.optim.stacks import Scratch
 from loralign.plan.combinations import check_combination
 from loralign.plan.course import check_length
@@ -42,6 +43,7 @@ from loralign.types import (
     ZeroWhere,
 )
 from oracles import allocating_lora, beamlora, prilora
+from stacking import stacks_of
 from toy import batch_for, llama, t5
 
 
@@ -359,6 +361,20 @@ def test_inputs_count_once_whatever_reads_them_again(reentrant: bool | None) -> 
     assert found.keys() == seen.keys() and all(torch.allclose(found[n], x, rtol=1e-4) for n, x in seen.items())
     assert not any(some.squares.any() for some in tap.taken())
     tap.remove()
+
+
+@pytest.mark.parametrize("most", [1, 20, 1 << 24])
+def test_rows_of_all_ranks_are_pruned_as_by_themselves(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are sorted at once."""
+    monkeypatch.setattr(rules.prilora, "AT_ONCE", most)
+    A = {
+        name: normal(r, d, seed=k)
+        for k, (name, r, d) in enumerate([("a", 2, 6), ("b", 3, 6), ("c", 2, 6), ("d", 1, 4)])
+    }
+    norms = {name: normal(X.shape[1], seed=9 + k).abs() for k, (name, X) in enumerate(A.items())}
+    found = depth_and_pruning(pruned=0.5)._masks(stacks_of({(name, "A"): X for name, X in A.items()}), norms)
+    assert found.keys() == A.keys()
+    assert all(torch.equal(mask, least(A[name], norms[name], 0.5)) for name, mask in found.items())
 
 
 def test_inputs_of_a_skipped_step_are_forgotten() -> None:

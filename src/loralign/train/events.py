@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loralign.carrier.slot import add_frozen, whole, write
 from loralign.maths.draws import keyed_generator
+from loralign.maths.lists import joined
 from loralign.optim.pairs import PairOptimizer
 from loralign.optim.shards import sharded, wholes
 from loralign.optim.stacks import listed
@@ -317,15 +318,20 @@ def _freeze(stage: Stage, site: Site, verb: Freeze) -> None:
 
 
 def _elements(stage: Stage, verbs: Sequence[Elements]) -> None:
-    """One comparison and one collective for all of them."""
+    """One comparison and one collective for all of them, three calls for those of one width."""
     masks: dict[tuple[str, str], Tensor] = {}
     for verb in verbs:
         key, mask = (verb.site, verb.name), stage.state[verb.mask]
         masks[key] = masks[key] | mask if key in masks else mask
     _same_everywhere(masks)
     ps = [_tensor(stage, *key)[0] for key in masks]
-    found = zip(wholes(ps), masks.values(), strict=True)
-    write_all(ps, [value.masked_fill(mask.to(value.device), 0.0) for value, mask in found])
+    kinds: dict[object, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for p, value, mask in zip(ps, wholes(ps), masks.values(), strict=True):
+        kinds.setdefault((value.shape[1:], value.dtype, value.device), []).append((p, value, mask))
+    for alike in kinds.values():
+        written, values, off = zip(*alike, strict=True)
+        joint = torch.cat(values).masked_fill_(joined(off).to(values[0].device), 0.0)
+        write_all(written, joint.split([len(value) for value in values]))
 
 
 def _same_everywhere(masks: Mapping[tuple[str, str], Tensor]) -> None:

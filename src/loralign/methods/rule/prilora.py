@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from loralign.maths.bounds import Count, Positive, Share, bounded
 from loralign.maths.draws import hashed
+from loralign.maths.lists import joined
 from loralign.methods.rule.combine import FOREIGN, average
 from loralign.types import (
     Elements,
@@ -45,12 +46,15 @@ from loralign.types import (
     RuleBase,
     RuleNeed,
     RuleState,
+    Stack,
 )
 
 DECAY = 0.9
 NORM, SITES = "norm|", "sites|"
 """Heads of the state's keys: averages, and whose they are."""
 INPUTS = Inputs()
+AT_ONCE = 1 << 24
+"""Entries that are sorted at once: about half a gigabyte."""
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -130,13 +134,26 @@ class DepthAndPruning(RuleBase):
         if moment.step % self.interval:
             return state, None
         norms = {site: row for key, seen in averaged.items() for site, row in zip(seen.sites, state[key], strict=True)}
-        plan = []
-        for stack in moment.stacks:
+        masks = self._masks(moment.stacks, norms)
+        state |= {f"mask|{site}": mask for site, mask in masks.items()}
+        return state, tuple(Elements(site, "A", f"mask|{site}") for site in masks)
+
+    def _masks(self, stacks: Sequence[Stack], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows of all ranks of a width are sorted together, a bounded number at a time."""
+        kinds: dict[object, list[Stack]] = {}
+        for stack in stacks:
             A = stack.tensors["A"]
-            masks = least(A, torch.stack([norms[site] for site in stack.sites])[:, None].to(A), self.pruned)
-            state.update(zip((f"mask|{site}" for site in stack.sites), masks.unbind(), strict=True))
-            plan += [Elements(site, "A", f"mask|{site}") for site in stack.sites]
-        return state, tuple(plan)
+            kinds.setdefault((A.shape[2], A.dtype, A.device), []).append(stack)
+        found: dict[str, Tensor] = {}
+        for alike in kinds.values():
+            rows = joined([stack.tensors["A"].flatten(0, 1) for stack in alike])
+            ranks = {site: stack.r for stack in alike for site in stack.sites}
+            by_row = torch.tensor([k for k, r in enumerate(ranks.values()) for _ in range(r)], device=rows.device)
+            weights = torch.stack([norms[site] for site in ranks]).to(rows)
+            parts = zip(rows.split(n := max(1, AT_ONCE // rows.shape[1])), by_row.split(n), strict=True)
+            masks = torch.cat([least(part, weights[at], self.pruned) for part, at in parts])
+            found.update(zip(ranks, masks.split(list(ranks.values())), strict=True))
+        return found
 
 
 @bounded
