@@ -20,7 +20,7 @@ from loralign.io.adalora import is_adalora, write_plain
 from loralign.io.export import export
 from loralign.maths.budget import Window, cubic_budget, cubic_pruned, lowest, narrowed, widened, window
 from loralign.methods.rule.adalora import Orthogonal, sensitivity
-from loralign.methods.rule.combine import slots_of
+from loralign.methods.rule.combine import lowest_in, slots_of
 from loralign.methods.rule.dynamic_rank import Variance
 from loralign.methods.rule.dynamic_rank import shares as component_shares
 from loralign.methods.rule.sora import SoftThreshold
@@ -108,6 +108,12 @@ def test_slots_of_stacks_count_in_the_order_of_the_names() -> None:
     assert lowest(found, 5) == {"b": (0, 1), "c": (0,), "d": (0, 1)}
     ties = slots_of(stacks, [torch.zeros(2, 2), torch.zeros(2, 3)])
     assert lowest(ties, 3) == {"c": (2,), "d": (0, 1)}
+    for scores in (found, ties):  # where they lie, and of a mapping on the host
+        for count in range(11):
+            for given in (scores, dict(scores)):
+                off = lowest_in(stacks, given, count)
+                rows = {s: m.nonzero().flatten() for st in stacks for s, m in zip(st.sites, off[st.key], strict=True)}
+                assert {s: tuple(at.tolist()) for s, at in rows.items() if len(at)} == lowest(scores, count)
 
 
 def test_a_factor_without_a_gradient_has_a_gradient_of_zero() -> None:
