@@ -467,8 +467,8 @@ def test_labels_at_the_beginning_of_a_document_do_not_count() -> None:
 def trainer_of(folder: Any, packing: bool, model: Any = None, **fields: Any) -> SFTTrainer:
     args = SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2,
-        use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1, max_length=16,
-        packing=packing, seed=3, **{"max_steps": 4, "bf16": False, **fields},
+        use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1, packing=packing,
+        seed=3, **{"max_steps": 4, "bf16": False, "max_length": 16, **fields},
     )  # fmt: skip
     recipe = recipe_of("plain")
     model, data = model or toy.llama(use_cache=False), Dataset.from_list(rows(40))
@@ -531,6 +531,16 @@ def test_rows_are_masked_where_others_than_those_to_train_on_may_be_longer_than_
     with caplog.at_level(logging.INFO):
         quick.quicken(trainer, packing=False, seed=0, backend=SEEN, short=1)
     assert "padded rows are masked in attention, since some of its layers are not causal" in caplog.text
+
+
+def test_rows_may_be_allowed_to_be_longer_than_the_model_has_positions(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = toy.gpt2()
+    trainer = trainer_of(tmp_path, False, model, max_length=2 * model.config.n_positions)
+    with caplog.at_level(logging.INFO):
+        quick.quicken(trainer, packing=False, seed=0, backend=SEEN, short=1)
+    assert "padded rows need no mask" in caplog.text
 
 
 def test_a_short_run_is_not_compiled(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from loralign.carrier.abilities import text_config
 from loralign.data.packing import check_packing
 from loralign.data.widths import Packed, Padded, widths
 from loralign.optim.pairs import PairOptimizer
@@ -83,7 +84,7 @@ def quicken(
         log.warning(NOT, why)
         return None
     top = _few_shapes(trainer, packing, seed)
-    longest = max([top, trainer.args.max_length or 0, *_lengths(trainer.eval_dataset)])  # rules have rows of their own
+    longest = max([top, _most(trainer), *_lengths(trainer.eval_dataset)])  # rules have rows of their own
     unmasked = Unmasked(trainer.model)
     if not packing:
         why = unmasked.start(longest, trainer.accelerator.autocast())
@@ -123,6 +124,13 @@ def _forwards(trainer: SFTTrainer) -> int:
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / a_step * args.num_train_epochs)
     return int(steps * args.gradient_accumulation_steps)
+
+
+def _most(trainer: SFTTrainer) -> int:
+    """Tokens of a row at most; no more than the model has positions for, beyond which a GPU's lookup breaks the run."""
+    positions = getattr(text_config(trainer.model.config), "max_position_embeddings", None)
+    most = trainer.args.max_length or 0
+    return min(most, positions or most)
 
 
 def _lengths(rows: Any) -> list[int]:
