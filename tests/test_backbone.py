@@ -328,7 +328,7 @@ def test_checkpointed_blocks_are_recorded_where_they_are_compiled(caplog: pytest
 
 
 def test_what_is_known_before_a_step_is_said() -> None:
-    assert Backbone(nn.Linear(2, 2)).unfit() == "the model has no part below its head that says what it is"
+    assert Backbone(nn.Linear(2, 2)).unfit() == "it is no adapted Transformers model with a part below its head"
 
 
 def test_restoring_leaves_the_model_as_it_was() -> None:

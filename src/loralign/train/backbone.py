@@ -135,7 +135,7 @@ class Backbone:
     def unfit(self) -> str:
         """Why nothing is recorded, as far as that is known without trying; else ""."""
         if self.part is None:
-            return "the model has no part below its head that says what it is"
+            return "it is no adapted Transformers model with a part below its head"
         if drops_layers(self.part):
             return "it skips layers by chance"
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
