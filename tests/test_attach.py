@@ -370,12 +370,14 @@ def test_the_scheduler_turns_our_rates(tmp_path: Path) -> None:
     [
         ("loss", "lora-ga", {}),
         ("gradient", "lora-ga", {}),
-        ("loss", "adalora", {"first": 0.1, "last": 0.3, "interval": 1}),
+        ("loss", "adalora", {"first": 0.1, "last": 0.5}),
+        ("loss", "dynamic-rank-lora", {"first": 0.1, "last": 0.3}),
         ("loss", "sora", {"threshold": 1e-3}),
+        ("loss", "sora", {"target_rank": 1, "last": 0.4}),
         ("loss", "delta-lora", {"wait_steps": 2}),
         ("loss", "prilora", {"interval": 3}),
     ],
-    ids=["loss", "gradient", "scores", "shrunk", "frozen", "elements"],
+    ids=["loss", "gradient", "scores", "switched", "shrunk", "cut", "frozen", "elements"],
 )
 def test_a_run_that_is_not_finite_ends_undamaged(
     broken: str, name: str, options: dict[str, Any], late: bool, save: int, tmp_path: Path
@@ -401,7 +403,7 @@ def test_a_run_that_is_not_finite_ends_undamaged(
     trainer.compute_loss = loss  # type: ignore[method-assign]
     with pytest.raises(WorkFailed, match=r"gradient is not finite at step 3 .*lower the learning rate"):
         trainer.train()
-    event = name in ("adalora", "delta-lora", "prilora")  # of that step, before which it is found
+    event = name in ("adalora", "delta-lora", "prilora") or "target_rank" in options  # of that step, before which it is found
     assert trainer.state.global_step == (3 if late and not event else 2)
     assert all(torch.equal(kept[n], p) for n, p in trained(trainer.model).items())
     assert not callback.optimizer.state  # the moments that saw such a gradient are dropped
