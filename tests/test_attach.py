@@ -403,7 +403,8 @@ def test_a_run_that_is_not_finite_ends_undamaged(
     trainer.compute_loss = loss  # type: ignore[method-assign]
     with pytest.raises(WorkFailed, match=r"gradient is not finite at step 3 .*lower the learning rate"):
         trainer.train()
-    event = name in ("adalora", "delta-lora", "prilora") or "target_rank" in options  # of that step, before which it is found
+    # an event of that step, which waits for the norm
+    event = name in ("adalora", "delta-lora", "prilora") or "target_rank" in options
     assert trainer.state.global_step == (3 if late and not event else 2)
     assert all(torch.equal(kept[n], p) for n, p in trained(trainer.model).items())
     assert not callback.optimizer.state  # the moments that saw such a gradient are dropped
