@@ -232,13 +232,10 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What a recipe costs before anything is spent: memory, init time, learning rate and its source, exported rank."""
-    from loralign.plan.several import Layout
+    file, chosen = file_of(recipe, overrides, device=device.value, spread=(gpus, fsdp))
+    from loralign.cli.plan import Layout, as_data, planned, sentences
 
-    layout = Layout(gpus, fsdp)
-    file, chosen = file_of(recipe, overrides, device=device.value, layout=layout)
-    from loralign.cli.plan import as_data, planned, sentences
-
-    found = planned(file, device.value, layout)
+    found = planned(file, device.value, Layout(gpus, fsdp))
     if as_json:
         say(json.dumps({**as_data(found), **({"chosen_by": chosen} if chosen else {})}))
         return

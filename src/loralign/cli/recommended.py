@@ -9,7 +9,6 @@ from typing import Any
 
 from loralign.config.recipe import RunFile, parse
 from loralign.plan import recommended as rule
-from loralign.plan.several import ALONE, Layout
 from loralign.types import LoralignError
 
 CHOSEN = ("rank", "alpha", "ranks", "preset")
@@ -21,16 +20,23 @@ def asks(content: Mapping[str, Any]) -> bool:
 
 
 def resolved(
-    content: Mapping[str, Any], name: str, *, device: str = "auto", layout: Layout = ALONE, resume: bool = False
+    content: Mapping[str, Any],
+    name: str,
+    *,
+    device: str = "auto",
+    spread: tuple[int, bool] | None = None,
+    resume: bool = False,
 ) -> tuple[RunFile, str]:
     """The file as it is run, and why so.
 
     content: as it stands in a file; its `options.memory` is the memory of one device in GiB, omitted: this machine's.
+    spread: over how many GPUs, and whether by FSDP2; None: as `accelerate launch` spreads this process's run.
     resume: the run in its output goes on with what it began with, whatever this machine's memory is.
     Raises:
         LoralignError: the file sets what the name chooses, its rows repeat, or nothing fits.
     """
     from loralign.cli.plan import planned
+    from loralign.plan.several import Layout
     from loralign.train.model import hidden_size
 
     rule.check_alone(content, CHOSEN)
@@ -42,6 +48,7 @@ def resolved(
     if resume and (begun := _begun_with(Path(file.output).expanduser())) in files:
         return files[begun], f"{rule.NAME}: {rule.METHOD}, rank {begun}, as the run began"
     where = this_device(device)
+    layout = Layout(*(spread or _launched()))
     room = 2**30 * memory if memory else total_memory(where)
 
     def peak(rank: int) -> int:
@@ -73,10 +80,9 @@ def _begun_with(output: Path) -> int:
         return 0
 
 
-def launched() -> Layout:
-    """How `accelerate launch` spreads this process's run."""
+def _launched() -> tuple[int, bool]:
     gpus = int(os.environ.get("WORLD_SIZE", "1"))
-    return Layout(gpus, gpus > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true")
+    return gpus, gpus > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def this_device(device: str) -> str:

@@ -102,10 +102,9 @@ def file_of(path: Path, overrides: Sequence[str] | None, **where: Any) -> tuple[
 
 def job_of(path: Path, overrides: Sequence[str] | None, *, resume: bool = False) -> Job:
     """The run of a recipe file, one line about its learning rate, and one about its method where that was chosen."""
-    from loralign.cli.recommended import launched
     from loralign.config.recipe import to_job
 
-    file, chosen = file_of(path, overrides, layout=launched(), resume=resume)
+    file, chosen = file_of(path, overrides, resume=resume)
     hidden = 2000
     if file.train.learning_rate is None:
         from loralign.train.model import hidden_size

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from loralign.maths.bounds import Count, NotNegative, bounded
 from loralign.maths.draws import keyed_scores
-from loralign.maths.linalg import gram, grams
+from loralign.maths.linalg import gram
 from loralign.maths.lists import joined
 from loralign.types import Ctx, Facts, Joint, LoralignError, RuleBase, RuleState, Stack
 
@@ -70,17 +70,23 @@ def slopes(stacks: Sequence[Stack], c: float) -> Joint | None:
     if not count:
         return None
     made: list[dict[str, Tensor]] = [{} for _ in stacks]
-    ranks: dict[object, list[tuple[str, list[int], Tensor]]] = {}
+    ranks: dict[object, list[tuple[str, list[int]]]] = {}
     for name, at in kinds.values():
-        X = joined([stacks[k].tensors[name] for k in at])
-        ranks.setdefault((stacks[at[0]].r, X.device), []).append((name, at, X))
+        ranks.setdefault((stacks[at[0]].r, stacks[at[0]].tensors[name].device), []).append((name, at))
     for alike in ranks.values():
-        E = _scaled(_excess(grams([X.mT if name == "A" else X for name, _, X in alike])), c / count)
-        for (name, at, X), part in zip(alike, E.split([len(X) for *_, X in alike]), strict=True):
+        found = [gram(X.mT if name == "A" else X) for name, at in alike for X in [_together(stacks, name, at)]]
+        E = _scaled(_excess(torch.cat(found)), c / count)
+        for (name, at), part in zip(alike, E.split([len(G) for G in found]), strict=True):
+            X = _together(stacks, name, at)  # once more: of all kinds at once it would be the trained numbers again
             slope = torch.bmm(part, X) if name == "A" else torch.bmm(X, part)  # E is symmetric
             for k, own in zip(at, slope.split([len(stacks[k].sites) for k in at]), strict=True):
                 made[k][name] = own
     return made
+
+
+def _together(stacks: Sequence[Stack], name: str, at: Sequence[int]) -> Tensor:
+    """The factors of some stacks, which are of one shape."""
+    return joined([stacks[k].tensors[name] for k in at])
 
 
 def _excess(H: Tensor) -> Tensor:
@@ -98,7 +104,7 @@ class MaskedOrthogonal(RuleBase):
 
     @property
     def facts(self) -> Facts:
-        return Facts(least_rank=self.keep or 1, least_option="keep", transient=1.1)
+        return Facts(least_rank=self.keep or 1, least_option="keep", transient=1.2)
 
     def penalty(self, state: RuleState, stacks: Sequence[Stack], ctx: Ctx) -> Joint | None:
         return slopes(stacks, self.c)
