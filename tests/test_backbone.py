@@ -18,7 +18,7 @@ from loralign.carrier.together import Together
 from loralign.train import quick
 from loralign.train.backbone import KIND, Backbone, Both
 from loralign.train.beside import unseen
-from loralign.train.recorder import MOST, Outputs
+from loralign.train.recorder import MOST, Outputs, recovers
 from test_compiled import SEEN, Loop, batch, losses_of, trainer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -337,3 +337,13 @@ def test_restoring_leaves_the_model_as_it_was() -> None:
     several(loop.model)
     found.restore()
     assert found.part is not None and found.part._compiled_call_impl is None and not found.recorder.recordings
+
+
+def test_recordings_wait_for_a_torch_that_recovers() -> None:
+    assert [recovers(v) for v in ("2.8.0", "2.11.0+cu130", "2.12.0", "2.13.0+cpu", "3.0.1")] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]

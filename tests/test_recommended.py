@@ -13,7 +13,7 @@ import yaml
 from cli_world import Done, run
 from loralign import build
 from loralign.cli.plan import planned
-from loralign.cli.recommended import total_memory
+from loralign.cli.recommended import _container_limit, total_memory
 from loralign.config.recipe import load
 from loralign.plan import recommended as rule
 from loralign.plan.suggest import findings, judged, rate
@@ -121,6 +121,13 @@ def test_what_it_refuses(words: tuple[str, ...], said: str, tmp_path: Path) -> N
     done = command("train", *words, f"output={tmp_path / 'o'}")
     assert done.code == 2 and said in done.err and len(done.err.strip().splitlines()[-1]) < 300
     assert not (tmp_path / "o").exists() or not any(p.is_file() for p in (tmp_path / "o").rglob("adapter*"))
+
+
+def test_a_container_has_the_memory_that_it_is_given(tmp_path: Path) -> None:
+    for text, found in (("1073741824\n", [GIB]), ("max\n", []), ("", [])):
+        (tmp_path / "memory.max").write_text(text, encoding="ascii")
+        assert _container_limit(tmp_path / "memory.max") == found
+    assert _container_limit(tmp_path / "none") == []
 
 
 def test_elsewhere_the_name_says_where_it_is_resolved() -> None:

@@ -99,4 +99,12 @@ def total_memory(where: str) -> float:
         if not torch.cuda.is_available():
             raise LoralignError("there is no GPU here: say its memory in GiB with `--set options.memory=80`")
         return float(torch.cuda.get_device_properties(0).total_memory)
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return float(min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_container_limit()]))
+
+
+def _container_limit(file: Path = Path("/sys/fs/cgroup/memory.max")) -> list[int]:
+    """Bytes that this container may take, where there is a limit."""
+    try:
+        return [int(file.read_text(encoding="ascii"))]
+    except (OSError, ValueError):  # no such file, or "max"
+        return []

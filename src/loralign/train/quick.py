@@ -16,6 +16,7 @@ from loralign.data.widths import Packed, Padded, widths
 from loralign.optim.pairs import PairOptimizer
 from loralign.train.backbone import Backbone
 from loralign.train.compiled import NOT, Blocks, Until
+from loralign.train.recorder import recovers
 from loralign.train.unmasked import Unmasked
 
 log = logging.getLogger("loralign")
@@ -67,12 +68,12 @@ def quicken(
     seed: int,
     backend: str | None = None,
     short: int = SHORT,
-    replay: bool = True,
+    replay: bool | None = None,
 ) -> Blocks | None:
     """Compile the model of a trainer whose rows are tokens; None, with a line that says why, where it does not pay.
 
-    backend: as in `compile`; None: on a GPU only. short: forwards below which a run is left as it is. replay: steps of
-    compiled blocks may become CUDA graphs.
+    backend: as in `compile`; None: on a GPU only. short: forwards below which a run is left as it is. replay: whether
+    steps of compiled blocks may become CUDA graphs; None: where torch goes on after a recording that fails.
     """
     if backend is None and trainer.args.device.type != "cuda":
         return None
@@ -91,9 +92,10 @@ def quicken(
         log.info("%s", f"padded rows are masked in attention, since {why}" if why else "padded rows need no mask")
     blocks.start()
     backbone = Backbone(trainer.model, blocks)
-    if why := backbone.unfit():
+    old = "" if replay is not None or recovers() else "torch before 2.12 does not recover from a recording that fails"
+    if why := backbone.unfit() or old:
         log.info("the model's steps are not recorded, since %s", why)
-    elif replay and trainer.args.device.type == "cuda":
+    elif replay is not False and trainer.args.device.type == "cuda":
         backbone.start()
     trainer.add_callback(Until(blocks, backbone, unmasked))
     return blocks

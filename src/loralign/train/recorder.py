@@ -37,6 +37,12 @@ def without_compiling() -> Any:
     return torch.compiler.set_stance("fail_on_recompile")
 
 
+def recovers(version: str = torch.__version__) -> bool:
+    """Whether torch goes on after a recording that failed. Before 2.12 its allocator stays in it, and raises when it
+    next gives memory back (pytorch issue 180395)."""
+    return tuple(map(int, version.split(".")[:2])) >= (2, 12)
+
+
 def cuda_graph(work: Callable[[], Outputs], pool: Any = None) -> Replayed:
     """Record the work, which is not executed; replaying it fills the outputs. pool: memory that recordings share."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
