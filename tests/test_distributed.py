@@ -29,7 +29,8 @@ from loralign.carrier.slot import live_of, trained_of, whole
 from loralign.optim.pairs import PairOptimizer
 from loralign.train.attach import attach
 from loralign.train.driver import drive
-from loralign.train.events import Stage, apply_plan
+from loralign.train.events import apply_plan
+from loralign.train.stage import Stage
 from loralign.train.task_rows import Task
 from loralign.train.task_trainer import TaskTraining
 from loralign.train.tasks import run_tasks

@@ -23,7 +23,8 @@ from loralign.optim.stacks import Scratch
 from loralign.plan.combinations import check_combination
 from loralign.plan.course import check_length
 from loralign.train.driver import Driver
-from loralign.train.events import Stage, agreed, apply_plan
+from loralign.train.events import agreed, apply_plan
+from loralign.train.stage import Stage
 from loralign.types import (
     Copy,
     Elements,

@@ -22,7 +22,8 @@ from loralign.optim.masks import DeadSlots
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.course import check_length
 from loralign.train.episodes import Episodes, Gather
-from loralign.train.events import OFTEN, Stage, agreed, apply_plan
+from loralign.train.events import OFTEN, agreed, apply_plan
+from loralign.train.stage import Stage
 from loralign.types import Facts, Inputs, LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")
