@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
+from telling import killed, waiting
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
+import trial_processes  # noqa: E402
+from trial_processes import side_by_side  # noqa: E402
 from trial_seconds import compared, main, row  # noqa: E402
 
 STUDY = ROOT / "scripts/studies/trials.yaml"
@@ -81,3 +86,11 @@ def test_the_command_with_a_process_for_each_arm(tmp_path: Path) -> None:
     ]
     assert [r["loss"] for r in found[:2]] == [r["loss"] for r in found[2:]]
     assert found[3]["times_alone"] == pytest.approx(found[3]["trial_s"] / found[1]["trial_s"])
+
+
+def test_a_process_that_is_killed_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial_processes, "LOOK_S", 0.5)
+    said: list[object] = []
+    with pytest.raises(SystemExit, match=r"1 of 2 processes were killed \(signal 9\)"):
+        side_by_side(get_context("spawn"), [(killed, ()), (waiting, ())], said.append)
+    assert said == ["begun"]
