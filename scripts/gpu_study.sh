@@ -5,7 +5,8 @@
 #
 # Fetches weights and rows into the asset cache (scripts/assets.py), cuts the rows, runs `loralign compare` from where the
 # record's journal stands. Stopped at any moment, the same command goes on. More arms are appended in study.yaml. PYTHON,
-# STUDY, OUT, ROWS_LANGUAGE (de) and LORALIGN_ASSETS may be set.
+# STUDY, OUT, ROWS_LANGUAGE (de) and LORALIGN_ASSETS may be set. KEEP=FILE: the journal is copied there every ten seconds,
+# for a machine that may be taken away.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
@@ -22,5 +23,9 @@ journal="$(dirname "$study")/study.journal"
 cp "$rows/train.jsonl" "$cut/train.jsonl"
 head -n 220 "$rows/valid.jsonl" >"$cut/valid.jsonl"
 head -n 440 "$rows/test.jsonl" >"$cut/test.jsonl"
-exec "$python" -m loralign compare "$study" "$@" --set model="$model" --set output="$out" \
+if [ -n "${KEEP:-}" ]; then
+  (while sleep 10; do cp "$out/study.journal" "$KEEP.part" && mv "$KEEP.part" "$KEEP"; done) 2>/dev/null &
+  trap 'kill $!; cp "$out/study.journal" "$KEEP"' EXIT
+fi
+"$python" -m loralign compare "$study" "$@" --set model="$model" --set output="$out" \
   --set task.train="$cut/train.jsonl" --set task.valid="$cut/valid.jsonl" --set task.test="$cut/test.jsonl"
