@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from loralign import Recipe, drive, optimizer
 from loralign.evidence import model_loss
 from loralign.optim.pairs import PairOptimizer
+from loralign.train.driver import Driver
 from loralign.train.validation import validation_loss
 from loralign.types import Validation
 from toy import batch_for
@@ -29,6 +31,19 @@ def judged(model: Any, made: Recipe) -> Any:
     """Losses on a batch of its own, for rules that decide by them."""
     wants = any(isinstance(rule.needs, Validation) for rule in made.rules)
     return validation_loss(model, [batch_for(model, seed=9)], model_loss) if wants else None
+
+
+def driven(
+    model: Any, made: Recipe, backward: Callable[[Any, int], object], times: Sequence[int], total: int, lr: float = 1e-2
+) -> tuple[PairOptimizer, Driver]:
+    """Steps of a run of `total`, whose gradients are backward's of each of `times`."""
+    opt = optimizer(model, made, lr)
+    driver = drive(model, made, opt, total)
+    for t in times:
+        backward(model, t)
+        opt.step()
+        driver.after_step()
+    return opt, driver
 
 
 def train(model: Any, made: Recipe, steps: int, lr: float = 3e-3) -> PairOptimizer:

@@ -92,6 +92,15 @@ def several(model: Any) -> None:
         model(**batch()).loss.backward()
 
 
+def replaying() -> tuple[Loop, Replays, Backbone]:
+    """A loop whose backbone is replayed by now."""
+    loop = Loop("plain")
+    counted = Replays(loop.model)
+    found = record(loop.model, counted)
+    several(loop.model)
+    return loop, counted, found
+
+
 def two_forwards(model: Any) -> None:
     for _ in range(4):
         model(**batch()).loss.backward()
@@ -205,10 +214,7 @@ def test_a_recording_is_a_forward_of_its_own() -> None:
 
 
 def test_a_model_that_does_not_train_runs_as_it_is() -> None:
-    loop = Loop("plain")
-    counted = Replays(loop.model)
-    found = record(loop.model, counted)
-    several(loop.model)
+    loop, counted, found = replaying()
     before = counted.replayed
     loop.model.eval()(**batch()).loss.backward()
     with torch.no_grad():
@@ -217,10 +223,7 @@ def test_a_model_that_does_not_train_runs_as_it_is() -> None:
 
 
 def test_a_forward_under_another_autocast_is_another_recording() -> None:
-    loop = Loop("plain")
-    counted = Replays(loop.model)
-    found = record(loop.model, counted)
-    several(loop.model)
+    loop, counted, found = replaying()
     before = counted.replayed
     with torch.autocast("cpu", torch.bfloat16):
         loop.model(**batch()).loss.backward()

@@ -19,7 +19,7 @@ from transformers import LlamaForTokenClassification
 import toy
 import warm
 from loralign import adapt, build, factors, sites
-from loralign.carrier.slot import commit
+from loralign.carrier.links import commit
 from loralign.io import adapter_file
 from loralign.io.card import Card, write_card
 from loralign.io.export import ExportReport, base_name, export

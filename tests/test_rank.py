@@ -32,6 +32,7 @@ from loralign.types import Ctx, Facts, Moment, Plan, RuleState, Stack, WorkFaile
 from oracles import adalora, dynamic_rank_lora, sora
 from planted import RANKS as PLANTED
 from planted import SETTINGS, planted
+from short_runs import driven
 from stacking import by_name, stacks_of
 from toy import batch_for, llama
 from trainers import toy_trainer
@@ -317,12 +318,7 @@ def test_equal_ranks_at_start_and_end_do_nothing_wrong() -> None:
     """PEFT's AdaLoRA fails at its first event (kthvalue of nothing)."""
     recipe = made(start_ratio=1.0)
     model = toy(recipe)
-    opt = optimizer(model, recipe, 1e-2)
-    driver = drive(model, recipe, opt, 8)
-    for t in range(8):
-        backward(model, t)
-        opt.step()
-        driver.after_step()
+    _, driver = driven(model, recipe, backward, range(8), 8)
     assert not zeros(model) and not driver.changes
 
 
@@ -555,12 +551,7 @@ def test_without_a_threshold_sora_is_a_gated_lora() -> None:
     for rules in (made("sora", threshold=0.0).rules, ()):
         recipe = replace(made("sora"), rules=rules)
         model = toy(recipe)
-        opt = optimizer(model, recipe, 1e-2)
-        driver = drive(model, recipe, opt, 4)
-        for t in range(4):
-            backward(model, t)
-            opt.step()
-            driver.after_step()
+        _opt, _ = driven(model, recipe, backward, range(4), 4)
         runs.append(gates(model))
     assert all(torch.equal(runs[0][n], runs[1][n]) for n in runs[0])
 

@@ -44,6 +44,7 @@ from loralign.types import (
     ZeroWhere,
 )
 from oracles import allocating_lora, beamlora, prilora
+from short_runs import driven
 from stacking import stacks_of
 from toy import batch_for, llama, t5
 
@@ -149,12 +150,7 @@ def test_an_event_after_step_t_has_the_threshold_of_t_minus_1() -> None:
     """p(1) = 0.75 where p(2) = 1, which would copy nothing."""
     recipe = made("beamlora", interval=2, keep=0.5, until=0.5)
     model = net(recipe)
-    opt = optimizer(model, recipe, 1e-3)
-    driver = drive(model, recipe, opt, 4)
-    for t in range(1, 5):
-        backward(model, t)
-        opt.step()
-        driver.after_step()
+    _, driver = driven(model, recipe, backward, range(1, 5), 4, 1e-3)
     assert [step for step, _ in driver.changes] == [2]
 
 
@@ -461,12 +457,8 @@ def test_slots_are_copied_one_after_another_with_their_second_moments() -> None:
     """Onto a dead one, which lives again, and from there to a third; a dead slot's gate has no moments either."""
     recipe = made("beamlora")
     model = net(recipe)
-    opt = optimizer(model, recipe, 1e-2)
-    driver = drive(model, recipe, opt, 36)
-    for t in range(2):  # B is zero before the first, so gates have no gradient there
-        backward(model, t)
-        opt.step()
-        driver.after_step()
+    # B is zero before the first, so gates have no gradient there
+    opt, _ = driven(model, recipe, backward, range(2), 36)
     site = sites(model)[0]
     name, p, gate = site.name, _A(site), trained_of(site.layer, "default")["gate"]
     A, v = p.detach().clone(), opt.state[p]["exp_avg_sq"].clone()
@@ -496,12 +488,7 @@ def test_every_verb_is_sent_as_text_beside_others(monkeypatch: pytest.MonkeyPatc
 def test_gates_that_never_stepped_do_not_keep_the_others_moments() -> None:
     recipe = made("beamlora")
     model = net(recipe)
-    opt = optimizer(model, recipe, 1e-2)
-    driver = drive(model, recipe, opt, 36)
-    for t in range(2):
-        backward(model, t)
-        opt.step()
-        driver.after_step()
+    opt, _ = driven(model, recipe, backward, range(2), 36)
     first, second, _ = sites(model)
     gates = [trained_of(site.layer, "default")["gate"] for site in (first, second)]
     opt.state[gates[1]] = {}

@@ -12,10 +12,11 @@ import yaml
 
 from cli_world import Done, run
 from loralign import build
+from loralign.cli.machine import container_limit, host_memory
 from loralign.cli.plan import planned
-from loralign.cli.recommended import _container_limit, total_memory
 from loralign.config.recipe import load
 from loralign.plan import recommended as rule
+from loralign.plan.fitting import ROOM
 from loralign.plan.suggest import findings, judged, rate
 from loralign.types import LoralignError
 from tiny_trl import tokenizer, words
@@ -59,7 +60,7 @@ def peak(rank: int, *more: str) -> int:
 
 def between(*more: str) -> float:
     """GiB that hold rank 32 and not rank 64."""
-    low, high = (peak(r, *more) / rule.ROOM / GIB for r in (32, 64))
+    low, high = (peak(r, *more) / ROOM / GIB for r in (32, 64))
     assert low < high
     return (low + high) / 2
 
@@ -92,7 +93,7 @@ def test_plan_says_what_it_chose_and_why() -> None:
     done = command("plan", "--device", "cpu")
     first = done.out.splitlines()[0]
     assert done.code == 0 and first.startswith("recommended: spectral, rank 64, s = √r, ") and rule.RECORD in first
-    assert f"GiB of {total_memory('cpu') / GIB:.1f}" in first
+    assert f"GiB of {host_memory() / GIB:.1f}" in first
     small = json.loads(command("plan", "--device", "cpu", "--json", f"options.memory={between()}").out)
     assert small["method"] == "spectral" and small["export_rank"] == 32 and small["peak_bytes"] == peak(32)
     assert "rank 64 does not fit there, and 32 was not part of the judgement" in small["chosen_by"]
@@ -126,8 +127,8 @@ def test_what_it_refuses(words: tuple[str, ...], said: str, tmp_path: Path) -> N
 def test_a_container_has_the_memory_that_it_is_given(tmp_path: Path) -> None:
     for text, found in (("1073741824\n", [GIB]), ("max\n", []), ("", [])):
         (tmp_path / "memory.max").write_text(text, encoding="ascii")
-        assert _container_limit(tmp_path / "memory.max") == found
-    assert _container_limit(tmp_path / "none") == []
+        assert container_limit(tmp_path / "memory.max") == found
+    assert container_limit(tmp_path / "none") == []
 
 
 def test_elsewhere_the_name_says_where_it_is_resolved() -> None:

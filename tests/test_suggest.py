@@ -14,7 +14,8 @@ import pytest
 from loralign.cli.app import main
 from loralign.cli.plan import costs, planned
 from loralign.config.recipe import load, to_job
-from loralign.plan.suggest import ROOM, Choice, Finding, caution, findings, first_that_fits, ranked, rate
+from loralign.plan.fitting import ROOM
+from loralign.plan.suggest import Choice, Finding, caution, findings, first_that_fits, ranked, rate
 from loralign.types import LoralignError
 from tiny_trl import tokenizer
 from toy import bert, llama

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loralign.cli.machine import device_here, gpu_memory, host_memory
 from loralign.config.recipe import RunFile, parse
 from loralign.plan import recommended as rule
 from loralign.types import LoralignError
@@ -47,9 +48,9 @@ def resolved(
     rule.check_passes(file.train.epochs or 1.0)
     if resume and (begun := _begun_with(Path(file.output).expanduser())) in files:
         return files[begun], f"{rule.NAME}: {rule.METHOD}, rank {begun}, as the run began"
-    where = this_device(device)
+    where = device_here(device)
     layout = Layout(*(spread or _launched()))
-    room = 2**30 * memory if memory else total_memory(where)
+    room = 2**30 * memory if memory else _all_memory(where)
 
     def peak(rank: int) -> int:
         return planned(files[rank], where, layout).estimate.peak_bytes
@@ -85,26 +86,6 @@ def _launched() -> tuple[int, bool]:
     return gpus, gpus > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def this_device(device: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def total_memory(where: str) -> float:
-    """Bytes of the first GPU, or of this machine: all of it, so that an interrupted run is chosen the same again."""
-    import torch
-
-    if where == "cuda":
-        if not torch.cuda.is_available():
-            raise LoralignError("there is no GPU here: say its memory in GiB with `--set options.memory=80`")
-        return float(torch.cuda.get_device_properties(0).total_memory)
-    return float(min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_container_limit()]))
-
-
-def _container_limit(file: Path = Path("/sys/fs/cgroup/memory.max")) -> list[int]:
-    """Bytes that this container may take, where there is a limit."""
-    try:
-        return [int(file.read_text(encoding="ascii"))]
-    except (OSError, ValueError):  # no such file, or "max"
-        return []
+def _all_memory(where: str) -> float:
+    """All of it, not what is free: an interrupted run is chosen the same again."""
+    return gpu_memory("in GiB with `--set options.memory=80`") if where == "cuda" else host_memory()

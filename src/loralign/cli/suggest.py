@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loralign.cli.machine import device_here, free_host_memory, gpu_memory
 from loralign.cli.run import say
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ def suggest(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """A recipe to begin with: method, rank, scale and rate, why, what they rest on, and what a step takes."""
-    import torch
 
     from loralign.cli.plan import costs, planned, trained
     from loralign.config.recipe import parse
@@ -45,7 +44,7 @@ def suggest(
         raise LoralignError("--rows and --tokens: the rows tell how much they are, leave --tokens out")
     if out is not None and out.exists():
         raise LoralignError(f"{out} is there already: choose another name for --out")
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    where = device_here(device)
     answers, count = _kind(rows, tokens, length)
     width = hidden_size(model)
     plans: dict[str, Planned] = {}
@@ -54,7 +53,7 @@ def suggest(
         plans[repr(choice)] = found = planned(parse(_recipe(choice, model, rows, length, count)), where)
         return found.estimate.peak_bytes
 
-    room = 2**30 * memory if memory else _memory(where)
+    room = 2**30 * memory if memory else gpu_memory("with --memory") if where == "cuda" else free_host_memory()
     first = judged(findings(), width) if _epochs(count) == 1 else []
     choice, needed = first_that_fits([*first, *ranked(findings(), answers, width)], peak, room)
     found, file = plans[repr(choice)], _recipe(choice, model, rows, length, count)
@@ -121,18 +120,6 @@ def _kind(rows: str | None, tokens: int | None, length: int) -> tuple[bool, int]
 
 def _epochs(count: int) -> int:
     return min(3, max(1, math.ceil(STEPS * 16 / count))) if count else 1
-
-
-def _memory(where: str) -> float:
-    import torch
-
-    from loralign.types import LoralignError
-
-    if where == "cuda":
-        if not torch.cuda.is_available():
-            raise LoralignError("there is no GPU here: say its memory with --memory")
-        return float(torch.cuda.get_device_properties(0).total_memory)
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _write(out: Path, file: dict[str, Any], lines: dict[str, str]) -> None:

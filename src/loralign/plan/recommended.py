@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from loralign.plan.fitting import first_fitting
 from loralign.types import LoralignError
 
 NAME, METHOD, RANKS = "recommended", "spectral", (64, 32)
 RECORD = "records/2026-11-29-h200-judge"
-ROOM = 0.9
-"""The share of the memory that a plan may take; the allocator needs the rest."""
 LESS = {64: "", 32: "; rank 64 does not fit there, and 32 was not part of the judgement"}
 
 REPEATS = (
@@ -29,13 +28,18 @@ REPEATS = (
 )
 
 
+def wide_enough(width: int, rank: int) -> bool:
+    """A rank above half of a model's width is left out."""
+    return 2 * rank <= width
+
+
 def ranks(width: int) -> tuple[int, ...]:
-    """What to try in order, on a model of this width; a rank above half of it is left out.
+    """What to try in order, on a model of this width.
 
     Raises:
         LoralignError: the model is too narrow for any.
     """
-    found = tuple(r for r in RANKS if 2 * r <= width)
+    found = tuple(r for r in RANKS if wide_enough(width, r))
     if not found:
         raise LoralignError(
             f"`method: {NAME}` begins at a model width of {2 * min(RANKS)}, this one has {width}: name another method"
@@ -62,14 +66,15 @@ def first_that_fits(candidates: Sequence[int], peak: Callable[[int], int], memor
     Raises:
         LoralignError: none does.
     """
-    needed = 0
-    for rank in candidates:
-        if (needed := peak(rank)) <= ROOM * memory:
-            return rank, needed
-    raise LoralignError(
-        f"`method: {NAME}` takes {needed / 2**30:.1f} GiB at rank {candidates[-1]} of {memory / 2**30:.1f}: set "
-        "`train.gradient_checkpointing`, lower `train.micro_batch_size` or `data.max_length`, or ask `loralign suggest`"
-    )
+
+    def refusal(least: int) -> str:
+        return (
+            f"`method: {NAME}` takes {least / 2**30:.1f} GiB at rank {candidates[-1]} of {memory / 2**30:.1f}: set "
+            "`train.gradient_checkpointing`, lower `train.micro_batch_size` or `data.max_length`, or ask "
+            "`loralign suggest`"
+        )
+
+    return first_fitting(candidates, peak, memory, refusal)
 
 
 def said(rank: int, needed: int, memory: float) -> str:

@@ -22,8 +22,8 @@ from typing import Any
 
 from loralign.methods.table import learning_rate, method
 from loralign.plan import recommended
-from loralign.plan.recommended import ROOM
-from loralign.types import LoralignError
+from loralign.plan.fitting import first_fitting
+from loralign.plan.recommended import wide_enough
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def judged(found: Sequence[Finding], width: int) -> list[Choice]:
     return [
         Choice(known[r], f"{ground}{recommended.LESS[r]}", judged=True)
         for r in recommended.RANKS
-        if r in known and 2 * r <= width
+        if r in known and wide_enough(width, r)
     ]
 
 
@@ -103,7 +103,7 @@ def ranked(found: Sequence[Finding], answers: bool, width: int) -> list[Choice]:
     choices = [
         Choice(f, f"{f.arm} on {f.model}, {f.steps} steps, test rows, {f.seeds} seeds: {f.sentence}")
         for f in better
-        if 2 * (f.rank or 0) <= width
+        if wide_enough(width, f.rank or 0)
     ]
     return [*choices, _plain(found, task, _why_plain(better, choices, width, task))]
 
@@ -194,14 +194,11 @@ def first_that_fits(choices: Sequence[Choice], peak: Callable[[Choice], int], me
     Raises:
         LoralignError: none does.
     """
-    least = None
-    for choice in variants(choices):
-        needed = peak(choice)
-        if needed <= ROOM * memory:
-            return choice, needed
-        least = min(needed, least or needed)
-    assert least is not None
-    raise LoralignError(
-        f"nothing fits into {memory / 2**30:.1f} GiB: the least, plain LoRA with activations recomputed, takes "
-        f"{least / 2**30:.1f} GiB at this length; lower `--length`, or take a smaller or a quantised model"
-    )
+
+    def refusal(least: int) -> str:
+        return (
+            f"nothing fits into {memory / 2**30:.1f} GiB: the least, plain LoRA with activations recomputed, takes "
+            f"{least / 2**30:.1f} GiB at this length; lower `--length`, or take a smaller or a quantised model"
+        )
+
+    return first_fitting(variants(choices), peak, memory, refusal)

@@ -19,8 +19,9 @@ from peft import PeftModel
 
 from loralign.carrier.absorb import absorb
 from loralign.carrier.compress import compress
+from loralign.carrier.links import commit
 from loralign.carrier.sites import draw_for, sites, sync_config, weight
-from loralign.carrier.slot import commit, effective, whole, write
+from loralign.carrier.slot import effective, whole, write
 from loralign.optim.pairs import PairOptimizer
 from loralign.types import (
     Directions,

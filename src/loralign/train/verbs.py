@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loralign.carrier.slot import add_frozen, whole
+from loralign.carrier.links import add_frozen
+from loralign.carrier.slot import whole
 from loralign.maths.draws import keyed_generator
 from loralign.maths.lists import joined
 from loralign.optim.shards import sharded, wholes
