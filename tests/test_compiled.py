@@ -502,6 +502,30 @@ def test_a_trainer_of_rows_learns_the_same(packing: bool, tmp_path: Any, caplog:
     assert trainer.model.get_base_model().config._attn_implementation == "sdpa"
 
 
+def test_modes_are_set_once_and_after_evaluations(tmp_path: Any) -> None:
+    """The Trainer sets the mode of all modules at every batch; parts that were left in another mode learn it too."""
+    trainer = trainer_of(tmp_path, False, max_steps=4, eval_strategy="steps", eval_steps=2)
+    inner = trainer.model.get_base_model().model
+    set_to: list[bool] = []
+    at_loss: list[bool] = []
+
+    class Watched(torch.nn.Module):
+        def train(self, mode: bool = True) -> Any:
+            set_to.append(mode)
+            return super().train(mode)
+
+    def look(module: Any, args: Any) -> None:
+        if not at_loss:
+            set_to.clear()
+        at_loss.append(module.watched.training)
+
+    inner.watched = Watched().eval()
+    inner.register_forward_pre_hook(look)
+    trainer.train()
+    trains, rests = [True] * 2 * 2, [False]  # two steps of two batches, an evaluation of one
+    assert at_loss == [*trains, *rests, *trains, *rests] and set_to == [False, True, False]
+
+
 def test_trackers_see_the_norm_of_our_optimizer_and_flos_are_those_of_the_trainer(tmp_path: Any) -> None:
     """Trackers come before the recipe's callback; the Trainer would go through all modules for both at every step."""
     seen: list[float] = []
