@@ -502,8 +502,8 @@ def test_a_trainer_of_rows_learns_the_same(packing: bool, tmp_path: Any, caplog:
     assert trainer.model.get_base_model().config._attn_implementation == "sdpa"
 
 
-def test_modes_are_set_once_and_after_evaluations(tmp_path: Any) -> None:
-    """The Trainer sets the mode of all modules at every batch; parts that were left in another mode learn it too."""
+def test_modes_are_set_where_some_part_is_in_another(tmp_path: Any) -> None:
+    """The Trainer sets the mode of all modules at every batch."""
     trainer = trainer_of(tmp_path, False, max_steps=4, eval_strategy="steps", eval_steps=2)
     inner = trainer.model.get_base_model().model
     set_to: list[bool] = []
@@ -519,11 +519,17 @@ def test_modes_are_set_once_and_after_evaluations(tmp_path: Any) -> None:
             set_to.clear()
         at_loss.append(module.watched.training)
 
+    class Rest(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                inner.watched.eval()
+
     inner.watched = Watched().eval()
     inner.register_forward_pre_hook(look)
+    trainer.add_callback(Rest())
     trainer.train()
     trains, rests = [True] * 2 * 2, [False]  # two steps of two batches, an evaluation of one
-    assert at_loss == [*trains, *rests, *trains, *rests] and set_to == [False, True, False]
+    assert at_loss == [*trains, *rests, *trains, *rests] and set_to == [False, True, False, True, False]
 
 
 def test_trackers_see_the_norm_of_our_optimizer_and_flos_are_those_of_the_trainer(tmp_path: Any) -> None:

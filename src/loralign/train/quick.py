@@ -29,17 +29,17 @@ MASKED = ("eager", "sdpa", "flex_attention")
 
 
 class Settled:
-    """A model in training for a Trainer, which sets the mode of every module at every step: 6 ms of the host's time for
-    210 adapted matrices of a 30-layer model, in a step that a GPU may need 18 for (`bench_step.py --shapes host`'s)."""
+    """A model for a Trainer, which sets the mode of every module at every batch: 6 ms of the host's time for 210 adapted
+    matrices of 30 layers, in steps of which a GPU may need 18 (records/2026-11-29-h200-replay). To look costs 0.2."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model, self.parts = model, list(model.modules())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
     def train(self) -> None:
-        if not self.model.training:  # after an evaluation
+        if not all(part.training for part in self.parts):
             self.model.train()
 
 
@@ -50,8 +50,7 @@ class RowTrainer(SFTTrainer):
     _total_train_tokens: int
     _flos: tuple[int, int] = 0, 0
     """Operations of a batch, and its tokens."""
-    _settled: Any = None
-    """The model that was put in training mode in all its parts."""
+    _settled: Settled | None = None
 
     def floating_point_ops(self, inputs: Any) -> int:
         tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
@@ -71,15 +70,10 @@ class RowTrainer(SFTTrainer):
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner if isinstance(inner, PairOptimizer) else None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._settled = None
-        return super().train(*args, **kwargs)
-
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._settled is not model:  # parts may be in another mode than the whole
-            model.train()
-            self._settled = model
-        return super().training_step(Settled(model), *args, **kwargs)
+        if self._settled is None or self._settled.model is not model:
+            self._settled = Settled(model)
+        return super().training_step(self._settled, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         model = model.model if isinstance(model, Settled) else model
