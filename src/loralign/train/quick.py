@@ -29,8 +29,8 @@ MASKED = ("eager", "sdpa", "flex_attention")
 
 
 class Settled:
-    """A model for a Trainer, which sets the mode of every module at every batch: 6 ms of the host's time for 210 adapted
-    matrices of 30 layers, in steps of which a GPU may need 18 (records/2026-11-29-h200-replay). To look costs 0.2."""
+    """A model for a Trainer, which sets the mode of every module at every batch: 6 ms of the host's time for 210
+    adapted matrices, in steps of which a GPU may need 18 (records/2026-11-29-h200-replay). To look takes 0.2."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.parts = model, list(model.modules())
