@@ -71,6 +71,18 @@ def test_replayed_steps_are_the_steps(arm: str, options: dict[str, Any], micro: 
 
 
 @on_a_cpu
+def test_batches_with_fewer_rows_are_not_recorded(tmp_path: Path) -> None:
+    """An epoch's last one, and those of its evaluations, though they come again."""
+    resident = Resident(load(write_study(tmp_path, train={**SMALL, "steps": 22, "eval_every": 11})))
+    rows = len(resident.task.train)
+    assert rows % 8 and 2 * (rows // 8 + 1) < 22 and len(resident.task.test) % 8
+    plain = resident.run(trial("lora"), never)
+    resident.record = counted = Counted()
+    assert timeless(resident.run(trial("lora"), never)) == timeless(plain)
+    assert counted.recorded == 2
+
+
+@on_a_cpu
 def test_what_cannot_be_recorded_runs_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     resident = Resident(load(write_study(tmp_path)))
     plain = resident.run(trial("lora"), never)

@@ -1,6 +1,7 @@
 """A trial's steps as CUDA graphs: forward and backward of one shape, loss and all, are one recording.
 
-What is between them, the optimizer, rules and knots, runs as ever.
+What is between them, the optimizer, rules and knots, runs as ever. A batch with fewer rows than usual, an epoch's last,
+is neither recorded nor run by compiled blocks: either costs more than it saves on the few such batches of a trial.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from transformers import Trainer
 
 from loralign.carrier.abilities import drops_layers
 from loralign.train.recorder import Batch, Outputs, Record, Recorder, Replayed
+from loralign.train.undisturbed import as_written
 
 
 class Steps(Recorder[Replayed]):
@@ -45,6 +47,9 @@ class CapturedTrainer(Trainer):
             self.recorder = Steps(model, record)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if len(inputs[ROWS]) < self.args.per_device_train_batch_size:
+            with as_written(model):
+                return super().training_step(model, inputs, num_items_in_batch)
         if self.recorder is None:
             return super().training_step(model, inputs, num_items_in_batch)
         trained = self.recorder.trained()
@@ -78,6 +83,9 @@ class CapturedTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
+        if len(inputs[ROWS]) < self.args.per_device_eval_batch_size:
+            with as_written(model):
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self.recorder is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         batch, plain = self._prepare_inputs(inputs), super().prediction_step
@@ -91,5 +99,7 @@ class CapturedTrainer(Trainer):
         return loss, logits, None if prediction_loss_only else batch["labels"]
 
 
+ROWS = "input_ids"
+"""What every batch of a study holds, a row each."""
 COUNT = "loralign's number of items"
 """The key under which the Trainer's number of items travels with a batch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,11 @@ from transformers import Trainer
 
 from loralign.train.compiled import named_blocks
 from loralign.train.undisturbed import undisturbed
-from loralign.types import Batch, LoralignError, Loss
+from loralign.types import Batch, LoralignError
 
 LIMIT = 128
-"""Variants of a block: arms × training and evaluation × sizes of a batch. Beyond it torch would fall back to eager code
-without a word; here it raises."""
+"""Variants of a block: arms × training and evaluation × the first block and the others. Beyond it torch would fall back
+to eager code without a word; here it raises."""
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -42,15 +42,18 @@ def compiled(base: nn.Module, backend: str = "inductor") -> Iterator[None]:
                 block._compiled_call_impl = None
 
 
-def warm(trainer: Trainer, model: nn.Module, loss: Loss, learnt: Batch, held_out: Sequence[Batch]) -> None:
-    """Run batches of every shape once, forward and backward; weights, gradients and generators stay as they were."""
-    was_training = model.training
+def warm(trainer: Trainer, model: nn.Module, learnt: Batch, held_out: Batch | None) -> None:
+    """Run a batch of either kind once, as the trainer will; weights, gradients and generators stay as they were."""
+    was_training, autocast = model.training, trainer.accelerator.autocast  # it wraps the model when it trains, not yet
+    _, items = trainer.get_batch_samples(iter([learnt]), 1, trainer.args.device)  # blocks get it, too
     with undisturbed(trainer, model):
         model.train()
-        loss(model, learnt).backward()
+        with autocast():
+            loss = trainer.compute_loss(model, trainer._prepare_inputs(dict(learnt)), num_items_in_batch=items)
+        loss.backward()
         model.zero_grad(set_to_none=True)
         model.eval()
-        for batch in held_out:
-            with trainer.accelerator.autocast():  # the Trainer wraps the model in it when it trains, not before
-                trainer.prediction_step(model, dict(batch), prediction_loss_only=True)
+        if held_out is not None:
+            with autocast():
+                trainer.prediction_step(model, dict(held_out), prediction_loss_only=True)
     model.train(was_training)

@@ -27,7 +27,7 @@ from loralign.compare.study import warn_of_idle_arms
 from loralign.compare.tasks import Prepared, Rows, prepare_task
 from loralign.compare.watch import Report, Watch
 from loralign.plan.combinations import check_ranks
-from loralign.train.attach import attach, loss_of
+from loralign.train.attach import attach
 from loralign.train.recorder import Record, cuda_graph
 from loralign.train.validation import apart, batches
 from loralign.types import Full, LoralignError, Recipe, Validation, WorkFailed
@@ -141,12 +141,10 @@ class Resident:
             watch.diverged, watch.note = True, str(error)
 
     def _warm(self, trainer: CapturedTrainer, trial: Trial) -> None:
-        """Compile for every shape of a trial, of which the last batch held out may be one."""
+        """Compile for a whole batch that is learnt and one that is held out; smaller ones run as they are."""
         size, held_out, collate = self.spec.micro_batch_size, self._held_out(trial), self.task.collate
-        rest = len(held_out) % size
-        shapes = [rows for rows in (held_out[:size], held_out[len(held_out) - rest :]) if rows]
-        learnt, seen = collate(list(self.task.train[:size])), [collate(list(rows)) for rows in shapes]
-        warm(trainer, self.adapted, loss_of(trainer), learnt, seen)
+        seen = collate(list(held_out[:size])) if len(held_out) >= size else None
+        warm(trainer, self.adapted, collate(list(self.task.train[:size])), seen)
 
     def _finite(self) -> bool:
         trained = [p for p in self.adapted.parameters() if p.requires_grad]
