@@ -14,6 +14,7 @@ from torch import nn
 from loralign.compare.captured import Steps
 from loralign.compare.runner import Resident
 from loralign.train.recorder import MOST, Outputs, cuda_graph
+from loralign.train.settled import Settled
 from test_compare_run import never, on_a_cpu, timeless, trial
 from tiny_study import SMALL, load, write_study
 
@@ -80,6 +81,31 @@ def test_batches_with_fewer_rows_are_not_recorded(tmp_path: Path) -> None:
     resident.record = counted = Counted()
     assert timeless(resident.run(trial("lora"), never)) == timeless(plain)
     assert counted.recorded == 2
+
+
+def test_a_settled_model_drops_the_gradients_of_what_it_holds_now() -> None:
+    """Of tensors that came later or rest by now, too; one that two modules share counts once."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    settled = Settled(model)
+    model[1].weight = model[0].weight
+    model[0].bias = nn.Parameter(torch.zeros(2))
+    assert [id(p) for p in settled.parameters()] == [id(p) for p in model.parameters()]
+    model(torch.ones(1, 2)).sum().backward()
+    model[0].bias.requires_grad_(False)
+    assert all(p.grad is not None for p in model.parameters())
+    settled.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@on_a_cpu
+def test_the_trainer_goes_through_all_modules_once_for_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[Any] = []
+    plain = nn.Module.zero_grad
+    monkeypatch.setattr(nn.Module, "zero_grad", lambda self, *args: (called.append(self), plain(self, *args)))
+    Resident(load(write_study(tmp_path))).run(trial("lora"), never)
+    assert len(called) == 1  # before the first step
 
 
 @on_a_cpu

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
 
 from loralign.carrier.abilities import drops_layers
 from loralign.train.recorder import Batch, Outputs, Record, Recorder, Replayed
+from loralign.train.settled import Settling
 from loralign.train.undisturbed import as_written
 
 
@@ -34,7 +34,7 @@ class Steps(Recorder[Replayed]):
         return outputs
 
 
-class CapturedTrainer(Trainer):
+class CapturedTrainer(Settling):
     """A Trainer whose forward and backward are recorded, once `record_steps` is called.
 
     What the Trainer computes for its log alone is left out."""

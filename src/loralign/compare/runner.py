@@ -53,6 +53,8 @@ class Resident:
         self.adapted: Any = self.task.model
         self._check_arms()
         self.pristine = self._pristine()
+        self.known: set[str] = set()
+        """Arms whose blocks are compiled."""
         self.teardown_s = 0.0
 
     def run(self, trial: Trial, report: Report) -> Outcome:
@@ -131,8 +133,9 @@ class Resident:
             with compiled(self.task.model) if self.compile else nullcontext():
                 if self.record:
                     trainer.record_steps(self.adapted, self.record)
-                if self.compile:
+                if self.compile and arm.name not in self.known:
                     self._warm(trainer, trial)
+                    self.known.add(arm.name)
                     watch.warm_s = watch.paused = time.perf_counter() - watch.started - watch.init_s
                 trainer.train()
         except (WorkFailed, torch.linalg.LinAlgError) as error:
@@ -171,6 +174,7 @@ class Resident:
             bf16=self.device == "cuda" and spec.autocast,
             use_cpu=self.device == "cpu",
             dataloader_pin_memory=self.device == "cuda",
+            accelerator_config={"non_blocking": self.device == "cuda"},  # else every batch waits for the step before
             disable_tqdm=True,
             seed=trial.seed,
             data_seed=trial.seed,

@@ -17,6 +17,7 @@ from loralign.optim.pairs import PairOptimizer
 from loralign.train.backbone import Backbone
 from loralign.train.compiled import NOT, Blocks, Until
 from loralign.train.recorder import recovers
+from loralign.train.settled import Settling
 from loralign.train.unmasked import Unmasked
 
 log = logging.getLogger("loralign")
@@ -28,29 +29,13 @@ MASKED = ("eager", "sdpa", "flex_attention")
 """Kinds of attention that keep packed rows apart by a mask, whatever their number in a batch."""
 
 
-class Settled:
-    """A model for a Trainer, which sets the mode of every module at every batch: 6 ms of the host's time for 210
-    adapted matrices, in steps of which a GPU may need 18 (records/2026-11-29-h200-replay). To look takes 0.2."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.parts = model, list(model.modules())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def train(self) -> None:
-        if not all(part.training for part in self.parts):
-            self.model.train()
-
-
-class RowTrainer(SFTTrainer):
+class RowTrainer(Settling, SFTTrainer):
     """SFTTrainer whose `num_tokens` counts packed rows that stay rows, TRL knows one row of them; and which does not go
-    through all modules at every step for their mode, the operations of a token and a norm that our optimizer has."""
+    through all modules at every step for the operations of a token and a norm that our optimizer has."""
 
     _total_train_tokens: int
     _flos: tuple[int, int] = 0, 0
     """Operations of a batch, and its tokens."""
-    _settled: Settled | None = None
 
     def floating_point_ops(self, inputs: Any) -> int:
         tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
@@ -70,13 +55,7 @@ class RowTrainer(SFTTrainer):
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner if isinstance(inner, PairOptimizer) else None
 
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._settled is None or self._settled.model is not model:
-            self._settled = Settled(model)
-        return super().training_step(self._settled, *args, **kwargs)
-
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        model = model.model if isinstance(model, Settled) else model
         rows = inputs.get("position_ids") if "attention_mask" not in inputs else None
         if rows is not None and model.training:
             self._total_train_tokens += (rows.shape[0] - 1) * rows.shape[1] * self.accelerator.num_processes
