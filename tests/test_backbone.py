@@ -17,7 +17,7 @@ from loralign.carrier.storage import SlotLinear
 from loralign.carrier.together import Together
 from loralign.train import quick
 from loralign.train.backbone import KIND, Backbone, Both
-from loralign.train.beside import unseen
+from loralign.train.beside import Room, unseen
 from loralign.train.recorder import MOST, Outputs, recovers
 from test_compiled import SEEN, Loop, batch, losses_of, trainer_of
 
@@ -143,7 +143,7 @@ def test_a_shape_without_room_leaves_the_others_their_recordings(
     plain, loop = Loop("plain").run(10, (8, 6)), Loop("plain")
     said = iter(["", "1.0 GiB are free, two steps need 2.0"])
     found = record(loop.model, Replays(loop.model))
-    monkeypatch.setattr(found, "_no_room", lambda: next(said))
+    monkeypatch.setattr(found.room, "lacking", lambda: next(said))
     with caplog.at_level(logging.INFO, "loralign"):
         assert loop.run(10, (8, 6)) == pytest.approx(plain, rel=1e-6)
     assert len(taken(found)) == 1 and KIND not in found.recorder.refused
@@ -291,14 +291,28 @@ def test_replays_that_save_no_time_are_not_taken(caplog: pytest.LogCaptureFixtur
     assert said == "2 × 8 tokens: forward and backward take 250.0 ms, replayed 250.0, so they are not"
 
 
-def test_a_hook_of_others_speaks_against_recording(caplog: pytest.LogCaptureFixture) -> None:
-    loop, seen = Loop("plain"), []
-    loop.model.get_base_model().model.layers[0].register_forward_hook(lambda *_: seen.append(1))
-    assert refused(caplog, loop).endswith("sits on LlamaDecoderLayer")
-    assert len(seen) == 6
+def test_while_a_hook_of_others_is_there_steps_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    """From the start, or from the middle of a run on; every call of it is one of the hook, and it is said once."""
+    plain, loop, seen = Loop("plain"), Loop("plain"), list[int]()
+    layer = loop.model.get_base_model().model.layers[0]
+    counted = Replays(loop.model)
+    found = record(loop.model, counted)
+    for steps, hooked in ((2, True), (4, False), (1, True), (2, False), (1, True), (2, False)):
+        hook = layer.register_forward_hook(lambda *_: seen.append(1)) if hooked else None
+        before, replayed = len(seen), counted.replayed
+        assert loop.run(steps) == pytest.approx(plain.run(steps), rel=1e-6)
+        assert len(seen) - before == (steps if hooked else 0)
+        assert (counted.replayed > replayed) == (not hooked)
+        if hook is not None:
+            hook.remove()
+    assert taken(found) and KIND not in found.recorder.refused and counted.recorded == 2
+    said = (
+        f"training runs one kernel at a time while a hook of {__name__.partition('.')[0]!r} sits on LlamaDecoderLayer"
+    )
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [said]
 
 
-def test_a_hook_that_comes_later_ends_the_replays(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hook_on_a_gradient_that_comes_later_is_called(caplog: pytest.LogCaptureFixture) -> None:
     loop, seen = Loop("plain"), []
     found = record(loop.model, Replays(loop.model))
     several(loop.model)
@@ -306,6 +320,40 @@ def test_a_hook_that_comes_later_ends_the_replays(caplog: pytest.LogCaptureFixtu
     next(p for p in loop.model.parameters() if p.requires_grad).register_hook(lambda g: seen.append(1))
     loop.model(**batch()).loss.backward()
     assert seen == [1] and "a hook sits on base_model" in caplog.text
+
+
+def test_room_is_judged_by_the_steps_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process needed before, loading or collecting evidence, does not count."""
+    gib, peak = 2**30, [60]
+
+    def reset(device: Any) -> None:
+        peak[0] = 10
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0] * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * gib)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * gib, 80 * gib))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    room = Room(nn.Linear(2, 2))
+    monkeypatch.setattr(room, "_gpu", lambda: torch.device("cuda"))
+    room.begin()
+    peak[0] += 4  # a step
+    room.begin()
+    assert room.lacking() == ""
+    peak[0] += 12
+    assert room.lacking() == "30.0 GiB are free, two steps need 32.0"
+
+
+def test_the_first_step_of_a_run_is_where_its_peak_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop("plain")
+    found = record(loop.model, Replays(loop.model))
+    loop.model.eval()
+    loop.model(**batch())
+    assert not found.room.begun
+    loop.model.train()
+    loop.model(**batch()).loss.backward()
+    assert found.room.begun
 
 
 def test_a_model_that_changes_all_the_time_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:

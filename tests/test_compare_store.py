@@ -116,6 +116,16 @@ def test_an_arm_without_a_trial_may_still_change(tmp_path: Path) -> None:
     Store(spec(tmp_path))
 
 
+def test_an_arm_that_another_worker_changed_meanwhile_is_not_claimed(tmp_path: Path) -> None:
+    """Nothing of it had begun, so the other one could: its trials have the same names."""
+    first = Store(spec(tmp_path))
+    other = Store(spec(tmp_path, arm("lora"), arm("pissa", r=8)))
+    with pytest.raises(LoralignError, match=r"^arm 'pissa' was started with `rank` 8, now it has the default"):
+        first.claim(replace(FIRST, arm="pissa"))
+    assert first.claim(FIRST) is not None  # an arm that stayed as it was
+    assert set(other.running()) == {FIRST.key} and other.claim(replace(FIRST, arm="pissa")) is not None
+
+
 def test_a_fact_that_one_side_does_not_name_is_no_difference() -> None:
     """The list of facts grows with the code; one that both sides name counts."""
     old = {"form": "Gated", "form.facts.own_lr": 2.0}

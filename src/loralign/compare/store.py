@@ -101,6 +101,14 @@ class Store:
         if different := first_difference(translated(known["settings"]), settings(spec)):
             raise LoralignError(other_settings(spec.output, *different))
 
+    def _check_own(self, trial: Trial) -> None:
+        """The settings that this trial would run with are those of the journal."""
+        known = self._journal.get_study_user_attrs(self._study)
+        self._check(self._spec, known)
+        arm = next(arm for arm in self._spec.arms if arm.name == trial.arm)
+        if changed := first_difference(known[f"arm {arm.name}"], arm_settings(arm)):
+            raise LoralignError(other_arm(arm, *changed))
+
     def _trials(self) -> list[FrozenTrial]:
         found: list[FrozenTrial] = self._journal.get_all_trials(self._study, deepcopy=False)
         for t in found:
@@ -146,10 +154,14 @@ class Store:
     def claim(self, trial: Trial) -> Claim | None:
         """Take a trial, or None where another worker has it or has finished it.
 
-        Raises LoralignError where the study was begun anew with other settings since it was opened.
+        Raises LoralignError where the study, or the trial's arm, was begun anew with other settings since it was opened.
         """
-        self._check(self._spec, self._journal.get_study_user_attrs(self._study))
-        claimed = Claim(self._journal, self._study, trial.key)
+        claimed = Claim(self._journal, self._study, trial.key)  # first: whoever opens the study now sees it begun
+        try:
+            self._check_own(trial)
+        except LoralignError:
+            claimed.drop()
+            raise
         for t in self._trials():
             if t.user_attrs.get("key") != trial.key or t.number >= claimed.number:
                 continue

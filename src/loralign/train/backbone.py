@@ -30,7 +30,7 @@ from transformers.utils import ModelOutput
 from loralign.carrier.abilities import drops_layers
 from loralign.carrier.together import anew
 from loralign.data.read import first_line
-from loralign.train.beside import apart, foreign_hook, put_back, seconds, states, unseen
+from loralign.train.beside import Room, apart, foreign_hook, put_back, seconds, states, unseen
 from loralign.train.compiled import ROUNDING, Blocks
 from loralign.train.recorder import MOST, Batch, Outputs, Record, Recorder, Replayed, cuda_graph
 
@@ -127,8 +127,11 @@ class Backbone:
         self.record = record or self._cuda_graph
         self.clock = clock or seconds
         self.recorder: Recorder[Both | None] = Recorder(model)
-        self.hooks = -1
-        """How many hooks there had been when they were last looked at."""
+        self.room = Room(model)
+        self.hooks, self.foreign = -1, ""
+        """How many hooks there had been when they were last looked at; one that a replay would not call."""
+        self.told: set[str] = set()
+        """Such hooks, said once."""
         self.flight: Callable[[], Flight | None] = lambda: None
         self.pool: tuple[Any, Any] | None = None  # of the model as it is wired
 
@@ -180,12 +183,17 @@ class Backbone:
         flying = self.flight()
         if flying is not None and not flying.done:
             return False
-        if RemovableHandle.next_id != self.hooks:
-            self.hooks = RemovableHandle.next_id
-            if why := foreign_hook(self.model):
-                self.recorder.refuse(KIND, why)
-                return False
-        return not any(isinstance(v, Tensor) and v.requires_grad for v in kwargs.values())
+        self.room.begin()
+        return not self._watched() and not any(isinstance(v, Tensor) and v.requires_grad for v in kwargs.values())
+
+    def _watched(self) -> bool:
+        """Whether a hook of others sits on the model, which a replay would not call."""
+        if self.foreign or RemovableHandle.next_id != self.hooks:
+            self.hooks, self.foreign = RemovableHandle.next_id, foreign_hook(self.model)
+        if self.foreign and self.foreign not in self.told:
+            self.told.add(self.foreign)
+            log.warning("%s runs one kernel at a time while %s", KIND, self.foreign)
+        return bool(self.foreign)
 
     def _speaks_against(self) -> str:
         """Why nothing is recorded now, "" where something is."""
@@ -200,7 +208,7 @@ class Backbone:
         """F and B on tensors that stay; None: there is no room for them, beside those of other shapes."""
         if why := self._speaks_against():
             raise RuntimeError(why)
-        if why := self._no_room():
+        if why := self.room.lacking():
             log.info("batches of one shape are not recorded: %s", why)
             return None
         kwargs = {k: v for k, v in batch.items() if k != AUTOCAST}
@@ -245,16 +253,6 @@ class Backbone:
         if self.pool is None or self.pool[0] is not self.recorder.wiring:
             self.pool = self.recorder.wiring, torch.cuda.graph_pool_handle()
         return cuda_graph(work, self.pool[1])
-
-    def _no_room(self) -> str:
-        """A recording keeps its activations; evaluation and whatever else runs needs as much again."""
-        if not next(self.model.parameters()).is_cuda:
-            return ""
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        need = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-        free = torch.cuda.mem_get_info()[0]
-        return "" if 2 * need < free else f"{free / 2**30:.1f} GiB are free, two steps need {2 * need / 2**30:.1f}"
 
     def _decide(self, both: Both, kwargs: Mapping[str, Any]) -> None:
         """Whether replays are taken, on a batch that was not recorded."""

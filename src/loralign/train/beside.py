@@ -1,4 +1,4 @@
-"""Runs of a model beside its steps, which must leave no trace, and what is compared in them."""
+"""Runs of a model beside its steps, which must leave no trace, what is compared in them, and their memory."""
 
 from __future__ import annotations
 
@@ -79,3 +79,31 @@ def seconds(work: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+class Room:
+    """A GPU's memory for recordings: each keeps its activations, and evaluation and whatever else runs needs as much
+    again. Judged by the steps of this run, from the first one on torch counts its peak anew."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.begun = model, False
+
+    def begin(self) -> None:
+        """Before a step."""
+        if not self.begun and (device := self._gpu()):
+            torch.cuda.reset_peak_memory_stats(device)
+        self.begun = True
+
+    def lacking(self) -> str:
+        """Why one more recording is one too many, "" where there is room for it."""
+        if not (device := self._gpu()):
+            return ""
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        need = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0]
+        return "" if 2 * need < free else f"{free / 2**30:.1f} GiB are free, two steps need {2 * need / 2**30:.1f}"
+
+    def _gpu(self) -> torch.device | None:
+        device = next(self.model.parameters()).device
+        return device if device.type == "cuda" else None
