@@ -154,7 +154,7 @@ class Store:
     def claim(self, trial: Trial) -> Claim | None:
         """Take a trial, or None where another worker has it or has finished it.
 
-        Raises LoralignError where the study, or the trial's arm, was begun anew with other settings since it was opened.
+        Raises LoralignError where the study, or the trial's arm, was begun anew with other settings.
         """
         claimed = Claim(self._journal, self._study, trial.key)  # first: whoever opens the study now sees it begun
         try:
