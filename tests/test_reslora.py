@@ -264,7 +264,7 @@ def test_nothing_is_held_after_the_forward(shortcut: str) -> None:
     (path,) = {site.layer.lora_variant["default"].path for site in sites(model)}  # type: ignore[index, operator, union-attr]
     with pytest.raises(RuntimeError):
         model(torch.zeros(2, WIDTH + 1, dtype=torch.float64))
-    assert path.seen is None and path.owner is None
+    assert not path.begun and path.owner is None and all(handed.value is None for handed in path.handed)
 
 
 def test_generation_uses_the_shortcuts() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loralign.carrier.ragged import leave_open
 from loralign.carrier.slot import live_of, trained_of, whole, write
 from loralign.carrier.storage import SlotLinear, axis_of, to_grid
 from loralign.types import LoralignError, Start
@@ -20,6 +21,7 @@ def add_frozen(layer: Any, adapter: str, A: Tensor, B: Tensor) -> None:
         if not isinstance(side, SlotLinear):
             raise LoralignError("this adapter has no room for frozen slots: a rule that adds some needs its own form")
         side.frozen = torch.cat([side.frozen, whole(value).to(side.frozen)], axis_of(side.kind))
+        leave_open(side.frozen, axis_of(side.kind))
     variant = layer.lora_variant[adapter]
     variant.links = (*variant.links, int(A.shape[0]))
 
@@ -63,6 +65,8 @@ def commit(layer: Any, adapter: str, fresh: Start, slots: int | None = None) -> 
     if fresh.twin:
         side_A.frozen = torch.cat([fresh.A.to(side_A.frozen), side_A.frozen])
         side_B.frozen = torch.cat([to_grid(fresh.B.float()).to(side_B.frozen), side_B.frozen], dim=1)
+        leave_open(side_A.frozen, 0)
+        leave_open(side_B.frozen, 1)
         side_B.kind = "T"
     for side, value in ((side_A, fresh.A), (side_B, fresh.B)):
         write(side.live, torch.zeros_like(value) if fresh.twin else value.to(side.frozen))

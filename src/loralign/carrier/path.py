@@ -33,28 +33,50 @@ REFUSED = (
 )
 
 
+class Handed:
+    """What one layer left in this forward, None before that. It stands beside the layer, not in a table of all layers:
+    compiled code would be made for the layer's own key in it."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+
 class Path(Pass):
-    """The inputs or features of one forward, by layer."""
+    """The inputs or features of one forward."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.seen: dict[int, Tensor] | None = None
+        self.begun = False
+        self.handed: list[Handed] = []
+        """Of every layer."""
 
     def begin(self, model: nn.Module) -> None:
         if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             raise LoralignError(REFUSED)
-        self.seen = {}
+        self.begun = True
 
     def end(self) -> None:
-        self.seen = None
+        self.begun = False
+        for handed in self.handed:
+            handed.value = None
 
-    def joined(self, layer: Any, before: list[Any], own: Tensor) -> Tensor:
+    def held(self) -> Any:
+        return self.begun, [handed.value for handed in self.handed], super().held()
+
+    def hold(self, held: Any) -> None:
+        self.begun, values, rest = held
+        for handed, value in zip(self.handed, values, strict=True):
+            handed.value = value
+        super().hold(rest)
+
+    def joined(self, variant: Any, adapter: str, own: Tensor) -> Tensor:
         """`own` and what the layers before it left in this forward."""
-        if self.seen is None:
+        if not self.begun:
             raise LoralignError(REFUSED)
-        self.seen[id(layer)] = own
-        found = [self.seen[id(other)] for other in before if id(other) in self.seen]
+        variant.handed.value = own
+        before = [other.lora_variant[adapter].handed.value for other in variant.neighbours]
+        found = [value for value in before if value is not None]
         if any(other.shape != own.shape for other in found):
             raise LoralignError(
                 "this method adds inputs of one layer to another's, and these see different rows (experts, another "
@@ -67,14 +89,14 @@ class Path(Pass):
     def forward(self, layer: Any, adapter: str, x: Tensor, base: Tensor, *, writable: bool) -> Tensor:
         """base + s·B·A·(joined inputs), or base + s·B·(joined features)."""
         side_A, side_B = layer.lora_A[adapter], layer.lora_B[adapter]
-        dropout, s, before = layer.lora_dropout[adapter], layer.scaling[adapter], layer.lora_variant[adapter].neighbours
+        dropout, s, variant = layer.lora_dropout[adapter], layer.scaling[adapter], layer.lora_variant[adapter]
         if self.kind == "inputs":
             _note(layer, adapter, x)
-            x = dropout(self.joined(layer, before, x))
+            x = dropout(self.joined(variant, adapter, x))
             return low_rank(base, x, side_A.live, side_B.live, s, writable=writable)
         h = Dense(side_A.live).matmul(dropout(x).to(base.dtype))
         _note(layer, adapter, h)
-        return Dense(side_B.live).add_to(base, self.joined(layer, before, h), s)
+        return Dense(side_B.live).add_to(base, self.joined(variant, adapter, h), s)
 
 
 @torch.no_grad()
@@ -102,7 +124,8 @@ def wire(model: PeftModel, layers: dict[str, Any], adapter: str, form: Form) -> 
         variant.neighbours = [layers[n] for n in form.neighbours(name, list(layers))]
         if path is not None:
             variant.neighbours = _linked(layer, variant.neighbours, adapter, path.kind)
-            variant.path = path
+            variant.path, variant.handed = path, Handed()
+            path.handed.append(variant.handed)
 
 
 def _linked(layer: Any, before: list[Any], adapter: str, kind: str) -> list[Any]:

@@ -35,6 +35,8 @@ class LowRankVariant(LoraVariant):
         self.neighbours = list(neighbours)
         self.path: Any = None
         """What hands inputs from layer to layer (`path.py`); None for forms that stay in their layer."""
+        self.handed: Any = None
+        """What this layer handed on in the forward that runs."""
         self.together: Any = None
         """What makes the factors of all layers at once (`together.py`); None for forms that make one by one."""
         self.siblings: Any = None

@@ -32,6 +32,13 @@ class Pass:
     def end(self) -> None:
         """After it, also where it raised."""
 
+    def held(self) -> Any:
+        """What `hold` restores."""
+        return dict(vars(self))
+
+    def hold(self, held: Any) -> None:
+        vars(self).update(held)
+
     def watch(self, model: nn.Module) -> None:
         model.register_forward_pre_hook(self.open)
         model.register_forward_hook(self.close, always_call=True)
@@ -52,7 +59,7 @@ def anew(model: nn.Module) -> Iterator[None]:
     """Within: a forward by itself inside of the model's one that runs; what that one knows is as before afterwards."""
     hooks = (hook for m in model.modules() for hook in m._forward_pre_hooks.values())
     passes = {p for p in (getattr(hook, "__self__", None) for hook in hooks) if isinstance(p, Pass)}
-    kept = [(p, dict(vars(p))) for p in passes]
+    kept = [(p, p.held()) for p in passes]
     for p in passes:
         p.end()
         if p.owner is not None:
@@ -61,7 +68,7 @@ def anew(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for p, before in kept:
-            vars(p).update(before)
+            p.hold(before)
 
 
 Factors = tuple[Operator, Operator]

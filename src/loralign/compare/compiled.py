@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from loralign.carrier.ragged import OPEN, leave_ranks_open
 from loralign.train.compiled import named_blocks
 from loralign.train.undisturbed import undisturbed
 from loralign.types import Batch, LoralignError
@@ -31,8 +32,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def compiled(base: nn.Module, backend: str = "inductor") -> Iterator[None]:
     """Within: the blocks of the base, with whatever adapter they carry, run compiled code."""
     config: Any = torch._dynamo.config
-    with config.patch(recompile_limit=LIMIT, accumulated_recompile_limit=8 * LIMIT, fail_on_recompile_limit_hit=True):
+    limits = {"recompile_limit": LIMIT, "accumulated_recompile_limit": 8 * LIMIT, "fail_on_recompile_limit_hit": True}
+    with config.patch(**limits, **OPEN):
         found = blocks(base)
+        leave_ranks_open(found)
         for block in found:
             block.compile(dynamic=False, backend=backend)
         try:

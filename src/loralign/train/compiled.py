@@ -3,8 +3,8 @@
     loralign.compile(model)          # a loop of one's own, before the first step; `attach(…, compile="auto")`, recipes
 
 torch.compile guards on structure and not on the identity of modules, so all blocks of a kind run one piece of code, and
-a fresh adapter of a known kind runs what an earlier one made. Shapes are static: with dynamic ones the numbers would
-depend on which shapes came before. The first call of each kind (by a block's modules and the arguments it gets) is a
+a fresh adapter of a known kind runs what an earlier one made. Shapes of batches are static: with dynamic ones the numbers
+would depend on which shapes came before; ranks that differ between blocks are left open (`ragged.py`). The first call of each kind (by a block's modules and the arguments it gets) is a
 trial: one block, forward and backward, its output beside the untouched block's. What it raises, a graph that breaks,
 and shapes without end leave the model as it was, and one line says why. Evaluation and generation run as they are.
 """
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.utils.output_capturing import _active_collector
 
+from loralign.carrier.ragged import OPEN, leave_ranks_open
 from loralign.carrier.siblings import apart, share_inputs
 from loralign.data.read import first_line
 from loralign.evidence.inputs import sums_in
@@ -126,6 +127,9 @@ class Blocks:
         """From the next call on."""
         config: Any = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, STORM)
+        for setting, value in OPEN.items():  # for this process, as calls are compiled whenever they come
+            setattr(config, setting, value)
+        leave_ranks_open(self.blocks)
         numbers: dict[Structure, int] = {}
         for block in self.blocks:
             number = numbers.setdefault(structure(block), len(numbers))
