@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._dynamo import maybe_mark_dynamic

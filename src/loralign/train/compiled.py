@@ -3,10 +3,11 @@
     loralign.compile(model)          # a loop of one's own, before the first step; `attach(…, compile="auto")`, recipes
 
 torch.compile guards on structure and not on the identity of modules, so all blocks of a kind run one piece of code, and
-a fresh adapter of a known kind runs what an earlier one made. Shapes of batches are static: with dynamic ones the numbers
-would depend on which shapes came before; ranks that differ between blocks are left open (`ragged.py`). The first call of each kind (by a block's modules and the arguments it gets) is a
-trial: one block, forward and backward, its output beside the untouched block's. What it raises, a graph that breaks,
-and shapes without end leave the model as it was, and one line says why. Evaluation and generation run as they are.
+a fresh adapter of a known kind runs what an earlier one made. Shapes of batches are static: with dynamic ones the
+numbers would depend on which shapes came before; ranks that differ between blocks are left open (`ragged.py`). The
+first call of each kind (by a block's modules and the arguments it gets) is a trial: one block, forward and backward,
+its output beside the untouched block's. What it raises, a graph that breaks, and shapes without end leave the model as
+it was, and one line says why. Evaluation and generation run as they are.
 """
 
 from __future__ import annotations
