@@ -99,6 +99,31 @@ def test_exact_counts_whatever_the_ties() -> None:
         lowest({"a": torch.tensor([1.0, float("nan")])}, 1)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at-once", "late"])
+def test_scores_that_are_not_finite_end_the_run_in_the_middle_of_its_window(late: bool) -> None:
+    """An overflow, which no norm of a gradient shows. late: as on a GPU, when the next step begins."""
+    recipe = made(interval=1)
+    model = toy(recipe)
+    opt = optimizer(model, recipe, 1e-2)
+    opt.norms.late = late
+    driver = drive(model, recipe, opt, 20)
+    settles = recipe.rules[0].law.window(20).stop  # type: ignore[attr-defined]
+    for t in range(20):
+        if t == 8:
+            for key, average in opt.rule_states[0].items():
+                average.fill_(1e200 if key.startswith(("mean|", "spread|")) else 0)
+        backward(model, t)
+        before = gates(model)
+        try:
+            opt.step()
+            driver.after_step()
+        except WorkFailed as error:
+            assert str(error).startswith("the scores of the slots are not finite")
+            break
+    assert t == (9 if late else 8) < settles
+    assert not late or all(torch.equal(before[n], c) for n, c in gates(model).items())
+
+
 def test_slots_of_stacks_count_in_the_order_of_the_names() -> None:
     """The stacks of a run lie in the order of shapes and modules."""
     stacks = [Stack("4", ("d", "b"), 2, {}), Stack("5", ("c", "a"), 3, {})]

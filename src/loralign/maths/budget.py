@@ -19,6 +19,7 @@ from torch import Tensor
 from loralign.types import LoralignError, WorkFailed
 
 Slots = dict[str, tuple[int, ...]]
+NOT_FINITE = "the scores of the slots are not finite: the run has diverged, lower the learning rate"
 
 
 class BySite(Mapping[str, Tensor]):
@@ -55,7 +56,7 @@ def cut(scores: Mapping[str, Tensor], kept: Callable[[Tensor], int]) -> Slots:
     known = in_order(scores)
     flat = known.flat.double()
     if not bool(flat.isfinite().all()):
-        raise WorkFailed("the scores of the slots are not finite: the run has diverged, lower the learning rate")
+        raise WorkFailed(NOT_FINITE)
     values, order = flat.sort(descending=True, stable=True)
     places = order[kept(values) :].sort().values.tolist()
     found: Slots = {}

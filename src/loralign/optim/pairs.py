@@ -250,6 +250,7 @@ class PairOptimizer(torch.optim.Optimizer):
         Made when a rule reads it, so read it before the next step, and under FSDP2 on every rank or on none.
         """
         ctx = self._in_link()
+        seen["expect"] = self.norms.expect
         return moment(self.param_groups, self.values, self.layout, self.awake, self.dead, ctx, **seen)
 
     def on_slots(self, changes: Mapping[str, Sequence[SlotChange]]) -> None:

@@ -156,7 +156,8 @@ class Moment:
     done at every step. All are made when they are read. dead: slots that do not train, by site. losses: of
     the validation rows with these slots alone, for each of several {site: bool (r,)}; a site that is not named keeps
     its slots. Processes share them, so ask for many at once. Only for rules that need `Validation`. inputs: of all
-    sites, by their width; only for rules that need `Inputs`.
+    sites, by their width; only for rules that need `Inputs`. expect: (holds, why) -> None raises WorkFailed(why) where
+    a number on the device is false, before the next step; nobody waits for it.
     """
 
     step: int
@@ -169,6 +170,7 @@ class Moment:
     draw: Callable[[str, str], torch.Generator]
     losses: Callable[[Sequence[Mapping[str, Tensor]]], Sequence[float]] | None = None
     inputs: Sequence[InputSquares] | None = None
+    expect: Callable[[Tensor, str], None] | None = None
 
 
 @runtime_checkable

@@ -17,7 +17,18 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from loralign.maths.budget import BySite, Slots, Window, in_order, lowest, narrowed, too_short, widened, window
+from loralign.maths.budget import (
+    NOT_FINITE,
+    BySite,
+    Slots,
+    Window,
+    in_order,
+    lowest,
+    narrowed,
+    too_short,
+    widened,
+    window,
+)
 from loralign.types import (
     Ctx,
     Facts,
@@ -69,6 +80,11 @@ def lowest_in(stacks: Sequence[Stack], scores: Mapping[str, Tensor], count: int)
     off = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device).index_fill_(0, order[last], True)
     parts = off.split([len(stack.sites) * stack.r for stack in stacks])
     return {stack.key: part.view(-1, stack.r) for stack, part in zip(stacks, parts, strict=True)}
+
+
+def finite(scores: Mapping[str, Tensor]) -> Tensor:
+    """Whether all are, where they lie."""
+    return (scores if isinstance(scores, BySite) else in_order(scores)).flat.isfinite().all()
 
 
 def _shapes(stacks: Sequence[Stack]) -> tuple[tuple[tuple[str, ...], int], ...]:
@@ -204,6 +220,8 @@ class Shrink(RuleBase):
             return state, tuple(Zero(site, GATE, at) for site, at in dropped.items())
         if not count:
             return state, ()
+        assert moment.expect is not None
+        moment.expect(finite(scores), NOT_FINITE)
         state |= {f"{OFF}|{key}": off for key, off in lowest_in(moment.stacks, scores, count).items()}
         return state, (ZeroWhere(GATE, OFF),)
 
