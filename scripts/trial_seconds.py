@@ -27,6 +27,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from loralign.compare.curves import Interval, interval
 from loralign.compare.runner import Resident
@@ -61,7 +62,7 @@ class Asked:
 @dataclass(frozen=True)
 class Row:
     """Trials of one process in one mode, so many processes at once. trial_s: median of a whole one, evaluations
-    included; times_alone: the same over that of this process alone."""
+    included; times_alone: the same over that of this process alone. graphs: compiled in all of them."""
 
     mode: str
     arm: str
@@ -75,6 +76,7 @@ class Row:
     replay_ms: float | None
     loss: float | None
     peak_gib: float
+    graphs: int
     note: str
 
 
@@ -130,8 +132,10 @@ class Process:
         found = []
         for seed in range(repeat):
             self.spent.clear()
+            before = counters["stats"]["unique_graphs"]
             outcome = self.resident.run(self.trial(arm, seed), lambda step, loss: False)
-            found.append({**asdict(outcome), "replays": list(self.spent)})
+            graphs = counters["stats"]["unique_graphs"] - before
+            found.append({**asdict(outcome), "replays": list(self.spent), "graphs": graphs})
             self.tell(f"{arm}, {self.asked.mode}, a whole trial, {workers} at once: {outcome.total_s:.2f} s")
         self.tell(asdict(row(self.asked.mode, arm, workers, found, self.first_s, alone or found)))
         return found
@@ -201,7 +205,8 @@ def row(
         first_s=first_s, between_s=median(t["between_s"] for t in trials),
         step_ms=1e3 * median(t["step_s"] for t in trials), replay_ms=1e3 * median(replays) if replays else None,
         loss=trials[0]["losses"][-1] if trials[0]["losses"] else None,
-        peak_gib=max(t["peak_bytes"] for t in trials) / 2**30, note=trials[0]["note"],
+        peak_gib=max(t["peak_bytes"] for t in trials) / 2**30, graphs=sum(t["graphs"] for t in trials),
+        note=trials[0]["note"],
     )  # fmt: skip
 
 

@@ -33,11 +33,11 @@ def test_the_paired_test_sees_a_shift_that_the_seeds_spread_hides() -> None:
 def test_a_row_sets_whole_trials_beside_those_of_a_process_alone() -> None:
     def ran(total: float) -> dict[str, object]:
         spent = {"total_s": total, "between_s": 0.5, "step_s": 0.01, "peak_bytes": 2**30}
-        return {**spent, "losses": [2.0, 1.0], "note": "", "replays": [0.001, 0.003]}
+        return {**spent, "losses": [2.0, 1.0], "note": "", "replays": [0.001, 0.003], "graphs": 1}
 
     made = row("both", "lora", 2, [ran(12), ran(10), ran(14), ran(11)], 3.0, [ran(5), ran(5)])
     assert (made.trials, made.trial_s, made.times_alone, made.first_s) == (4, 11.5, 2.3, 3.0)
-    assert (made.loss, made.peak_gib, made.step_ms, made.replay_ms) == (1.0, 1.0, 10.0, 2.0)
+    assert (made.loss, made.peak_gib, made.step_ms, made.replay_ms, made.graphs) == (1.0, 1.0, 10.0, 2.0, 4)
 
 
 SMALL = ["--shape", "tiny", "--steps", "6", "--set", "train.batch_size=4", "--arms", "lora"]
