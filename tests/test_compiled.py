@@ -366,6 +366,18 @@ def test_a_block_that_breaks_the_graph_runs_as_it_is(caplog: pytest.LogCaptureFi
     mlp.act_fn = nn.Sequential(mlp.act_fn, Breaks())
     assert loop.run(2) == pytest.approx(plain, rel=1e-6)
     assert len(said(caplog)) == 1 and "Unsupported" in blocks.why
+    assert "(User-inserted graph break" in blocks.why  # dynamo's explanation: its first line names no function
+
+
+@pytest.mark.parametrize("form", ["gates", *(pytest.param(f, marks=pytest.mark.slow) for f in FORMS if f != "gates")])
+def test_blocks_are_compiled_under_autocast(form: str) -> None:
+    """Forms look whether it is on, and reslora where sizes change: in ways that torch 2.11's dynamo did not know."""
+    loop = Loop(form)
+    blocks = loralign.compile(loop.model.bfloat16(), backend=SEEN)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loop.model(**batch()).loss
+    loss.backward()
+    assert blocks.why == "" and counters["stats"]["unique_graphs"] >= 1 and math.isfinite(loss.item())
 
 
 def test_a_storm_of_shapes_ends(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,8 +60,9 @@ class LowRankVariant(LoraVariant):
             return made
         live, others = live_of(layer, adapter), [live_of(other, adapter) for other in self.neighbours]
         kind = live.A.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # `plan` traces on meta
-        if autocast:  # a form's own products, such as a norm, are of the factors' precision
+        # a form's own products, such as a norm, are of the factors' precision; `plan` traces on meta, which has no
+        # autocast, and torch 2.11's dynamo does not know `is_autocast_available`
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return self.form.factors(live, others)
         return self.form.factors(live, others)

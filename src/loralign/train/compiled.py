@@ -41,6 +41,9 @@ others, before and after a rule changed something. More of them cost more than t
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 """By how much, of its norm, a compiled block's output may differ; in half precisions 0.03."""
 
+EXPLAINED = "Explanation: "
+"""How dynamo begins the line that names what it does not know."""
+
 Structure = tuple[tuple[str, type[nn.Module], frozenset[tuple[str, bool]]], ...]
 Given = tuple[tuple[bool, ...], frozenset[str]]
 
@@ -226,9 +229,11 @@ def first(y: Any) -> Tensor:
 
 
 def why_not(error: BaseException) -> str:
-    """What a failed compilation says, without the pages after it."""
+    """What a failed compilation says, dynamo's explanation with it, without the pages after it."""
     cause = getattr(error, "inner_exception", None) or error
-    return f"{type(cause).__name__}: {first_line(cause)}"[:200]
+    lines = (line.strip() for line in str(cause).splitlines())
+    more = next((f" ({line.removeprefix(EXPLAINED)})" for line in lines if line.startswith(EXPLAINED)), "")
+    return f"{type(cause).__name__}: {first_line(cause)}{more}"[:240]
 
 
 def _as_is(t: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Literal
 
 import torch
@@ -82,8 +81,16 @@ class Shortcuts(FormBase):
         sizes = live.A.shape[1], live.B.shape[0]
         return (*sizes, live.A.shape[0]) if self.shortcut == "ms" else sizes
 
+    def _linked(self, own: Live, others: Sequence[Live]) -> list[Live]:
+        found = []
+        for other in others:  # torch 2.11's dynamo does not know `takewhile`
+            if self._sizes(other) != self._sizes(own):
+                break
+            found.append(other)
+        return found
+
     def factors(self, own: Live, others: Sequence[Live]) -> tuple[Operator, Operator]:
-        linked = list(takewhile(lambda o: self._sizes(o) == self._sizes(own), others))
+        linked = self._linked(own, others)
         if self.shortcut == "bs":
             parts = [own, *linked]
             if len(parts) == 1:
