@@ -42,14 +42,17 @@ class Reading:
             return None
         readings, found = [self], norms(x, self.tap.masks.get(self.mask))
         self.tap.shared = weakref.ref(x), readings
-        y.register_hook(partial(_counted, readings, found))
+        assert y.grad_fn is not None  # a hook on the node costs the host half of one on y
+        y.grad_fn.register_prehook(partial(_counted, readings, found))
         return None
 
     def add(self, norms: Tensor) -> None:
         self.squares.addcmul_(norms, norms)
 
 
-def _counted(readings: Sequence[Reading], norms: Tensor, delta: Tensor) -> None:
+def _counted(readings: Sequence[Reading], norms: Tensor, deltas: Sequence[Tensor | None]) -> None:
+    if len(readings) == 1:
+        return readings[0].add(norms)
     each = [norms] * len(readings)
     torch._foreach_addcmul_([reading.squares for reading in readings], each, each)
 
@@ -116,10 +119,12 @@ def _given_masks(model: nn.Module) -> list[nn.Module]:
 
 def norms(x: Tensor, mask: Tensor | None) -> Tensor:
     """‖X_k‖ (d_in,) over the rows that a mask (rows, tokens) leaves in; one pass where there is none."""
-    rows = x.detach().reshape(-1, x.shape[-1])
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    used = None if mask is None or mask.numel() != len(rows) else mask.reshape(-1).to(rows.device)
-    if not rows.is_cuda:  # slow there, while products are quick
+    x, wide = x.detach(), torch.promote_types(x.dtype, torch.float32)
+    used = None if mask is None or mask.numel() * x.shape[-1] != x.numel() else mask.reshape(-1).to(x.device)
+    if x.is_cuda and used is None and x.dim() > 1:  # as it is: every call is the host's, who may be the slower one
+        return torch.linalg.vector_norm(x, dim=tuple(range(x.dim() - 1)), dtype=wide)
+    rows = x.reshape(-1, x.shape[-1])
+    if not x.is_cuda:  # slow there, while products are quick
         used = torch.ones(len(rows), dtype=wide) if used is None else used.to(wide)
         return (used @ rows.to(wide).square()).sqrt()
     rows = rows if used is None else rows * used.to(rows.dtype)[:, None]
