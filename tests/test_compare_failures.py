@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import subprocess
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from loralign.cli.app import main
 from loralign.compare.failures import CONTEXT, standing
 from loralign.compare.live import watched
 from loralign.compare.report import repeatable, report
-from loralign.compare.runner import Residents
+from loralign.compare.residents import Residents
 from loralign.compare.schedule import wanted
 from loralign.compare.spec import Arm, Outcome, Spec, TaskSpec, Trial
 from loralign.compare.store import Store
@@ -212,6 +214,23 @@ def test_a_trial_after_one_that_raised_is_as_if_alone(tmp_path: Path, monkeypatc
             with pytest.raises(ValueError, match="in the middle"):
                 running.run(trial(arm), stop)
     assert timeless(running.run(trial("lora"), never)) == timeless(alone)
+
+
+def test_what_all_trials_share_is_set_apart_from_collections_and_what_a_trial_leaves_is_not(tmp_path: Path) -> None:
+    gone: list[int] = []
+    running = Residents(load(write_study(tmp_path)))
+    resident, before = running.resident, gc.get_freeze_count()
+    assert resident is not None
+
+    def watch(step: int, loss: float) -> bool:
+        weakref.finalize(resident.adapted, gone.append, step)
+        return True
+
+    running.run(trial("lora"), watch)
+    known = gc.get_freeze_count()
+    assert known > before and gone == [2]
+    running.run(trial("lora"), never)
+    assert 0.99 * known < gc.get_freeze_count() <= known  # a known arm's trial adds nothing
 
 
 def command_line(capsys: pytest.CaptureFixture[str], file: Path) -> tuple[int, str, str]:

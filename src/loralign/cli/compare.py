@@ -116,7 +116,7 @@ def check_failed(failed: Mapping[str, str]) -> None:
 
 def work_here(spec: Spec, started: float, session: str, on_done: object = None) -> bool:
     """Work until nothing is left or the budget is spent; True when the study is complete."""
-    from loralign.compare.runner import Residents
+    from loralign.compare.residents import Residents
     from loralign.compare.schedule import wanted
     from loralign.compare.store import Store
     from loralign.compare.study import work

@@ -6,7 +6,6 @@ trial's outcome depends on (spec, arm, rate, seed) alone and not on what ran bef
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import tempfile
@@ -260,28 +259,11 @@ class Resident:
     def _unload(self) -> None:
         if self.adapted is not self.task.model:
             self.adapted.unload()
+            self.adapted = self.task.model
         for p in self.task.model.parameters():
             p.grad = None
         if self.device == "cuda":
             torch.cuda.empty_cache()
-
-
-class Residents:
-    """Runs trials in one resident process state, built anew after a trial that raised: what it left behind is not
-    known."""
-
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-        self.resident: Resident | None = Resident(spec)
-
-    def run(self, trial: Trial, report: Report) -> Outcome:
-        if self.resident is None:
-            gc.collect()
-            self.resident = Resident(self.spec)
-        resident, self.resident = self.resident, None
-        outcome = resident.run(trial, report)
-        self.resident = resident
-        return outcome
 
 
 def left_after(tokens: int, step_tokens: float, spec: Spec) -> int:
