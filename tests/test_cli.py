@@ -412,6 +412,13 @@ def test_bad_input_exits_2_and_harms_nothing(what: str, world: Path) -> None:
 
 BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
     "no recipe": (["train", "none.yaml"], r"no such recipe file: none\.yaml; examples/ holds some to copy"),
+    "parts that do not go together": (  # said before model and rows are looked for
+        [
+            *("train", "r.yaml", "--set", "method=adalora + lora-rite", "--set", "options={}"),
+            *("--set", "model=none.gguf", "--set", "data.train=none.jsonl"),
+        ],
+        r"r\.yaml: adalora \+ lora-rite: a trained gate stands between A and B, .*; use the transform adamw",
+    ),
     "no argument": (["train"], r"Missing argument 'RECIPE' \(see loralign train --help\)"),
     "unknown option": (["train", "r.yaml", "--foo"], r"No such option.*--foo.*\(see loralign train --help\)"),
     "unknown command": (["tran"], r"No such command 'tran'.*train"),

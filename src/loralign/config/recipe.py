@@ -67,7 +67,7 @@ def parse(content: Mapping[str, Any], name: str = "recipe") -> RunFile:
 
 
 def to_recipe(file: RecipeKeys) -> Recipe | Full:
-    """The recipe of a file: preset, then what the file says."""
+    """The recipe of a file: preset, then what the file says; its parts go together."""
     lines = [method(part) for part in file.method.split("+")]
     if any(line.reference for line in lines):
         idle = [k for k in ("rank", "alpha", "dropout", "ranks") if getattr(file, k) not in (None, 0, {})]
@@ -83,7 +83,12 @@ def to_recipe(file: RecipeKeys) -> Recipe | Full:
     fields |= {"seed": file.seed, "exclude": tuple(file.exclude), "ranks": dict(file.ranks)}
     fields["targets"] = file.targets if isinstance(file.targets, str) else tuple(file.targets)
     options = {**preset, **_typed(lines, file.options)}
-    return build(file.method, options, **{k: v for k, v in fields.items() if v is not None})
+    recipe = build(file.method, options, **{k: v for k, v in fields.items() if v is not None})
+    if isinstance(recipe, Recipe):
+        from loralign.plan.combinations import check_combination  # imports PEFT, for which a wrong key need not wait
+
+        check_combination(recipe)
+    return recipe
 
 
 def options_of(name: str) -> frozenset[str]:
