@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileOpenLock
 from rich.console import Console
 
@@ -124,6 +125,24 @@ def test_an_arm_that_another_worker_changed_meanwhile_is_not_claimed(tmp_path: P
         first.claim(replace(FIRST, arm="pissa"))
     assert first.claim(FIRST) is not None  # an arm that stayed as it was
     assert set(other.running()) == {FIRST.key} and other.claim(replace(FIRST, arm="pissa")) is not None
+
+
+@pytest.mark.parametrize("key", ["settings", "arm pissa"])
+def test_what_a_trial_begins_with_at_the_same_moment_stays(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, write, trial = Store(spec(tmp_path)), JournalStorage.set_study_user_attr, replace(FIRST, arm="pissa")
+
+    def later(journal: Any, study: int, name: str, value: Any) -> None:
+        if name == key and not first.running():
+            assert first.claim(trial) is not None
+        write(journal, study, name, value)
+
+    monkeypatch.setattr(JournalStorage, "set_study_user_attr", later)
+    other = spec(tmp_path, steps=8) if key == "settings" else spec(tmp_path, arm("lora"), arm("pissa", r=8))
+    with pytest.raises(LoralignError, match="was started with"):
+        Store(other)
+    assert set(Store(spec(tmp_path)).running()) == {trial.key}  # as the one that runs knows it
 
 
 def test_a_fact_that_one_side_does_not_name_is_no_difference() -> None:

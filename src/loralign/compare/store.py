@@ -81,18 +81,30 @@ class Store:
         known = self._journal.get_study_user_attrs(self._study)
         if odd := [key for key in wanted if not isinstance(known[key], Mapping)]:
             raise LoralignError(damaged(self._path, f"in its {odd[0]}"))
-        kept = [t for t in self._trials() if t.state == TrialState.COMPLETE or self._alive(t)]
-        begun = {arm_of(t.user_attrs["key"]) for t in kept}
-        if not kept and first_difference(translated(known["settings"]), wanted["settings"]):
-            self._journal.set_study_user_attr(self._study, "settings", wanted["settings"])
-        else:
+        changed = first_difference(translated(known["settings"]), wanted["settings"])
+        if changed and not self._rebound("settings", known, wanted):
             self._check(spec, known)
         for arm in spec.arms:
-            changed = first_difference(known[f"arm {arm.name}"], wanted[f"arm {arm.name}"])
-            if changed and arm.name in begun:
+            key = f"arm {arm.name}"
+            changed = first_difference(known[key], wanted[key])
+            if changed and not self._rebound(key, known, wanted, arm.name):
                 raise LoralignError(other_arm(arm, *changed))
-            if changed:
-                self._journal.set_study_user_attr(self._study, f"arm {arm.name}", wanted[f"arm {arm.name}"])
+
+    def _rebound(self, key: str, was: Mapping[str, Any], now: Mapping[str, Any], arm: str | None = None) -> bool:
+        """Write what no trial, or none of an arm, has begun with. Where one begins meanwhile it is put back: that one
+        has seen what was there."""
+        if self._begun(arm):
+            return False
+        self._journal.set_study_user_attr(self._study, key, now[key])
+        if not self._begun(arm):
+            return True
+        self._journal.set_study_user_attr(self._study, key, was[key])
+        return False
+
+    def _begun(self, arm: str | None) -> bool:
+        """Whether a trial, of this arm or of any, is finished or at work."""
+        kept = (t for t in self._trials() if t.state == TrialState.COMPLETE or self._alive(t))
+        return any(arm is None or arm_of(t.user_attrs["key"]) == arm for t in kept)
 
     def _check(self, spec: Spec, known: Mapping[str, Any]) -> None:
         """The settings are those that the journal was begun with."""
