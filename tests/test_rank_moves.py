@@ -508,6 +508,40 @@ def test_small_tensors_of_any_shape_share_memory(shape: tuple[int, ...]) -> None
         assert torch.equal(joint, torch.stack(some)) and all(map(torch.equal, rows, some))
 
 
+def sums_of(tap: InputTap) -> dict[str, Tensor]:
+    return {s: row for some in tap.taken() for s, row in zip(some.sites, some.squares, strict=True)}
+
+
+def test_inputs_of_two_forwards_and_of_a_backward_that_fails_are_counted() -> None:
+    recipe = build("prilora", r=4, alpha=8.0)
+    assert isinstance(recipe, Recipe)
+    model: Any = adapt(llama(), recipe).train()
+    tap, want = InputTap(model, sites(model)), dict[str, Any]()
+    for seed in (0, 1):
+        model(**batch_for(model, seed=seed)).loss.backward()
+        for name, row in sums_of(tap).items():
+            want[name] = want.get(name, 0.0) + row
+    sum(model(**batch_for(model, seed=seed)).loss for seed in (0, 1)).backward()
+    for name, row in sums_of(tap).items():
+        torch.testing.assert_close(row, want[name])
+
+    def fails(grad: Tensor) -> None:
+        raise RuntimeError("half way")
+
+    broken = model.get_submodule("base_model.model.model.layers.0.mlp").register_forward_hook(
+        lambda module, args, y: y.register_hook(fails) and None
+    )
+    with pytest.raises(RuntimeError, match="half way"):
+        model(**batch_for(model)).loss.backward()
+    broken.remove()
+    reached = sums_of(tap)
+    assert all(row.any() == (".1." in name) for name, row in reached.items()) and len({*reached}) > 1
+    for seed in (0, 1):
+        model(**batch_for(model, seed=seed)).loss.backward()
+    for name, row in sums_of(tap).items():
+        torch.testing.assert_close(row, want[name])
+
+
 def test_a_decoder_is_not_masked_by_the_encoders_padding() -> None:
     recipe = build("prilora", r=4, alpha=8.0, targets=("q",))
     assert isinstance(recipe, Recipe)

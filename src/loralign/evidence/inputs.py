@@ -1,8 +1,8 @@
 """Σx² of every site's input features over the micro-batches of an optimizer step, for rules that weigh by them.
 
-x is read in forward, once for all sites that share it (q, k and v do), and counted when the gradient comes back:
-gradient checkpointing, which runs forward twice, counts once, evaluations count nothing. Rows that the model's
-attention mask leaves out (padding) are left out. Sums are over all processes.
+x is read in forward, once for all sites that share it (q, k and v do), and counted at the end of the backward that
+reaches it: gradient checkpointing, which runs forward twice, counts once, evaluations count nothing. Rows that the
+model's attention mask leaves out (padding) are left out. Sums are over all processes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.autograd import Variable
 
 from loralign.carrier.layer import first_input, tap
 from loralign.types import InputSquares, Site
@@ -43,18 +44,11 @@ class Reading:
         readings, found = [self], norms(x, self.tap.masks.get(self.mask))
         self.tap.shared = weakref.ref(x), readings
         assert y.grad_fn is not None  # a hook on the node costs the host half of one on y
-        y.grad_fn.register_prehook(partial(_counted, readings, found))
+        y.grad_fn.register_prehook(partial(self.tap.reached, readings, found))
         return None
 
     def add(self, norms: Tensor) -> None:
         self.squares.addcmul_(norms, norms)
-
-
-def _counted(readings: Sequence[Reading], norms: Tensor, deltas: Sequence[Tensor | None]) -> None:
-    if len(readings) == 1:
-        return readings[0].add(norms)
-    each = [norms] * len(readings)
-    torch._foreach_addcmul_([reading.squares for reading in readings], each, each)
 
 
 class InputTap:
@@ -68,6 +62,8 @@ class InputTap:
         self.masks: dict[str, Tensor] = {}
         self.shared: tuple[Callable[[], Any], list[Reading]] = (lambda: None), []
         """The input that was read last, and who read it."""
+        self.due: list[tuple[list[Reading], Tensor]] = []
+        """Whom the backward that runs has reached; counted at its end, in one call."""
         self.hooks = [m.register_forward_pre_hook(self._batch, with_kwargs=True) for m in _given_masks(model)]
         for site, reading in zip(self.sites, self.readings, strict=True):
             self.hooks.append(site.layer.register_forward_hook(reading, with_kwargs=True))
@@ -82,13 +78,37 @@ class InputTap:
             alike.setdefault((site.d_in, p.device, wide), []).append((site.name, reading.squares))
         self.joint = list(alike.values())
 
+    def reached(self, readings: list[Reading], norms: Tensor, deltas: Sequence[Tensor | None]) -> None:
+        """The gradient is back where an input was read."""
+        if norms.is_cuda and torch.cuda.is_current_stream_capturing():  # the recording adds by itself
+            for reading in readings:
+                reading.add(norms)
+            return
+        if not self.due:
+            engine: Any = Variable._execution_engine
+            engine.queue_callback(self.count)
+        self.due.append((readings, norms))
+
+    def count(self) -> None:
+        """Add what is due; nothing, where that was done before."""
+        due, self.due = self.due, []
+        pairs = [(reading, norms) for readings, norms in due for reading in readings]
+        if len({id(reading) for reading, _ in pairs}) < len(pairs):  # one call must not write a sum twice
+            for reading, norms in pairs:
+                reading.add(norms)
+        elif pairs:
+            each = [norms for _, norms in pairs]
+            torch._foreach_addcmul_([reading.squares for reading, _ in pairs], each, each)
+
     def _batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.count()  # of a backward that failed
         found = {name: kwargs[name] for name in MASKS if name in kwargs}
         if found or isinstance(model, PeftModel):
             self.masks = {name: m for name, m in found.items() if isinstance(m, Tensor) and m.dim() == 2}
 
     def taken(self) -> list[InputSquares]:
         """Of the sites of each width, summed over all processes; the sums start again."""
+        self.count()
         found = []
         for joint in self.joint:
             names, sums = zip(*joint, strict=True)
