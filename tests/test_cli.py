@@ -95,6 +95,18 @@ def test_a_finished_folder_is_not_trained_over(trained: Done) -> None:
     assert bytes_of(Path("out")) == before
 
 
+def test_last_rows_may_be_dropped_and_fewer_rows_than_a_batch_are_still_told(world: Path, tmp_path: Path) -> None:
+    """The first batch, which checks the start and becomes the probe, has fewer rows than one of training."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((world / "rows.jsonl").read_text(encoding="utf-8").splitlines(True)[:3]), encoding="utf-8")
+    drop = ("--set", "method=lora", "--set", "options={}", "--set", "train.extra={dataloader_drop_last: true}")
+    done = run("train", "r.yaml", *drop, "--set", f"output={tmp_path / 'all'}", "--set", "train.steps=2")
+    assert done.code == 0, done.err
+    none = run("train", "r.yaml", *drop, "--set", f"output={tmp_path / 'none'}", "--set", f"data={{train: {few}}}")
+    assert none.code == 2
+    assert "dataloader_drop_last" in assert_one_sentence(none)
+
+
 @pytest.mark.usefixtures("trained")
 def test_full_disk_then_resume_equals_the_uninterrupted_run(tmp_path: Path) -> None:
     folder = tmp_path / "again"
@@ -357,6 +369,24 @@ BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is s
     ),
     "extra token": ("train.extra={hub_token: hf_SECRET}", r"`train\.extra\.hub_token` is refused: upload"),
     "extra that splits": ("train.extra={deepspeed: d.json}", r"`train\.extra\.deepspeed` is refused: use torchrun"),
+    "extra that rounds": (
+        "train.extra={bf16_full_eval: true}",
+        r"`train\.extra\.bf16_full_eval` is refused: an evaluation would round the trained adapter",
+    ),
+    "extra that mixes rows": (
+        "train.extra={packing_strategy: wrapped}",
+        r"`train\.extra\.packing_strategy` would not count",
+    ),
+    "extra without a resume": (
+        "train.extra={save_only_model: true}",
+        r"`train\.extra\.save_only_model` is refused: --resume needs the optimizer's state",
+    ),
+    "extra that torch refuses": (
+        "train.extra={dataloader_persistent_workers: true}",
+        r"does not take `train\.extra\.dataloader_persistent_workers` here \(persistent_workers option needs",
+    ),
+    "half a mix": ("method=lora-ga +", "a method's name is missing: write one, or a mix such as"),
+    "twice in a mix": ("method=lora-ga + lora-ga", r"lora-ga \+ lora-ga names lora-ga twice: name it once"),
     "schedule below its end": (
         "train={steps: 6, batch_size: 4, schedule: polynomial, learning_rate: 1e-7}",
         r"`train\.schedule` polynomial does not go with 6 steps, 1 of them warm-up, at rate 1e-07 \(.*\): take another",

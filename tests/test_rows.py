@@ -153,7 +153,7 @@ BAD_ROWS: list[tuple[list[dict[str, Any]], str]] = [
     ([{"messages": [assistant("a")], "chat_template_kwargs": [1]}], "row 1: `chat_template_kwargs` is no object"),
     ([{"messages": [user("q"), assistant("a") | {"weight": 0}]}], "row 1 has no assistant turn, so nothing to learn"),
     ([{"text": 3}], "row 1: `text` is of type int: write it as text"),
-    ([{"prompt": "p", "completion": 3}], "row 1: `completion` is no list of turns: write"),
+    ([{"prompt": "p", "completion": 3}], "row 1: `completion` is no list of turns: write text in quotes, or"),
     ([{"instruction": "i", "output": 3}], "row 1: the assistant's turn is of type int: write it as text"),
     (
         [{"instruction": "i", "output": "o", "history": [["x"]]}],

@@ -131,6 +131,9 @@ def _alpaca(row: Row, where: str) -> Row:
     }
 
 
+TEXT_OR_TURNS = "text in quotes, or [{role, content}, …]"
+
+
 def _prompt_completion(row: Row, where: str) -> Row:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -140,11 +143,13 @@ def _prompt_completion(row: Row, where: str) -> Row:
                 "give them as lists of turns"
             )
         return {"prompt": prompt, "completion": completion}
-    asked = [turn("user", prompt, where)] if isinstance(prompt, str) else turns_of(prompt, "`prompt`", where)
+    asked = (
+        [turn("user", prompt, where)] if isinstance(prompt, str) else turns_of(prompt, "`prompt`", where, TEXT_OR_TURNS)
+    )
     answered = (
         [turn("assistant", completion, where)]
         if isinstance(completion, str)
-        else turns_of(completion, "`completion`", where)
+        else turns_of(completion, "`completion`", where, TEXT_OR_TURNS)
     )
     if any(t["role"] != "assistant" for t in answered):
         raise LoralignError(

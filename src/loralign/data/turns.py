@@ -41,11 +41,11 @@ KNOWN = ("role", "content", "name", "tool_calls", "tool_call_id", *THOUGHTS, "we
 _READ = ("role", "from", "content", "value", "function_call", *MARKS)
 
 
-def turns_of(value: Any, what: str, where: str) -> list[Turn]:
-    """A list of turns, checked; where: file and row, for the error."""
+def turns_of(value: Any, what: str, where: str, write: str = "[{role, content}, …]") -> list[Turn]:
+    """A list of turns, checked; where: file and row, write: what may stand there, for the error."""
     value = parsed(value)
     if not isinstance(value, list) or not value or not all(isinstance(t, dict) for t in value):
-        raise LoralignError(f"{where}: {what} is no list of turns: write [{{role, content}}, …]")
+        raise LoralignError(f"{where}: {what} is no list of turns: write {write}")
     return [_one_turn(turn, where) for turn in value]
 
 

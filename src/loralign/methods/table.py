@@ -222,6 +222,8 @@ RESOLVED = {
 def method(name: str) -> Method:
     """The line of a method id; unknown and ambiguous names raise with the candidates."""
     key = name.strip().lower().replace("_", "-")
+    if not key:
+        raise LoralignError("a method's name is missing: write one, or a mix such as `lora-ga + lora-rite`")
     if key in METHODS:
         return METHODS[key]
     if key in AMBIGUOUS:
@@ -241,6 +243,8 @@ def build(name: str, options: Mapping[str, Any] | None = None, **fields: Any) ->
     """
     lines = [method(part) for part in name.split("+")]
     label = " + ".join(line.id for line in lines)
+    if twice := next((line.id for line in lines if lines.count(line) > 1), ""):
+        raise LoralignError(f"{label} names {twice} twice: name it once")
     for line in lines:
         if line.renamed:
             _say_renamed(line.id, line.renamed)

@@ -6,6 +6,8 @@ import difflib
 import json
 import math
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -16,9 +18,11 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
+from loralign.data.read import first_line
 from loralign.train.job import Job
 from loralign.train.model import dtype_of
 from loralign.train.replaced import OPTIMIZER, ROWS, instead_of
+from loralign.train.undisturbed import same_randomness
 from loralign.types import LoralignError, Recipe
 
 REFUSED = {
@@ -27,8 +31,15 @@ REFUSED = {
     "push_to_hub": "upload the result yourself, `hf upload` does it",
     "hub_": "upload the result yourself, `hf upload` does it",
     "resume_from_checkpoint": "say --resume",
+    "ignore_data_skip": "--resume goes on with the rows that come next",
+    "save_only_model": "--resume needs the optimizer's state",
+    "enable_jit_checkpoint": "a stop by SIGTERM leaves the last checkpoint as it is, set `train.save_every`",
+    "fp16": "set `train.precision`",
+    "bf16_full_eval": "an evaluation would round the trained adapter, set `train.precision`",
+    "torch_compile": "`train.compile` decides it",
+    "parallelism_config": "use torchrun or accelerate launch (docs/scale.md)",
 }
-"""Beginnings of fields that would take the run out of our hands, and what to do instead."""
+"""Beginnings of fields that would take the run out of our hands or harm what it leaves, and what to do instead."""
 
 
 def arguments(job: Job, *, resumed: bool = False) -> SFTConfig:
@@ -56,6 +67,35 @@ def arguments(job: Job, *, resumed: bool = False) -> SFTConfig:
     if job.training.steps is not None:
         check_schedule(made, job.training.steps)
     return made
+
+
+@contextmanager
+def naming(extra: Mapping[str, Any]) -> Iterator[None]:
+    """Within: what TRL and torch say of settings that they do not take is told with the keys of `train.extra`.
+
+    Raises:
+        LoralignError: they refused something, and `extra` holds settings.
+    """
+    try:
+        yield
+    except (AttributeError, ImportError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        if not extra:
+            raise
+        keys = ", ".join(f"`train.extra.{key}`" for key in sorted(extra))
+        raise LoralignError(
+            f"TRL's SFTTrainer does not take {keys} here ({first_line(error)}): leave it out"
+        ) from error
+
+
+def check_batches(trainer: Any) -> None:
+    """Raise where the loader's settings do not fit it, or leave it without a batch."""
+    with same_randomness():
+        batches = len(trainer.get_train_dataloader())
+    if not batches:
+        raise LoralignError(
+            f"`train.extra.dataloader_drop_last` leaves none of the {len(trainer.train_dataset)} rows, fewer than a "
+            "batch: leave it out, or give more rows"
+        )
 
 
 def check_schedule(args: SFTConfig, steps: int) -> None:
@@ -146,7 +186,8 @@ def _check_extra(job: Job, settings: dict[str, Any]) -> None:
         raise LoralignError(f"`train.extra.{name}` is no field of TRL's SFTConfig{hint}")
     kinds = get_type_hints(SFTConfig)
     for name, value in extra.items():
-        if mend := next((mend for start, mend in REFUSED.items() if name.startswith(start)), ""):
+        mend = next((mend for start, mend in REFUSED.items() if name.startswith(start)), "")
+        if mend and value not in (None, False):
             raise LoralignError(f"`train.extra.{name}` is refused: {mend}")
         try:
             TypeAdapter(kinds[name], config=ConfigDict(strict=True)).validate_json(json.dumps(value))

@@ -68,6 +68,8 @@ def read_begun(output: Path) -> Begun:
 def resume_point(output: Path) -> Path:
     """The last checkpoint of the run whose parts are all as they were written; newer ones are named."""
     folder = output / "checkpoints"
+    if not output.exists():
+        raise LoralignError(f"nothing to resume: there is no folder {output.name}; run without --resume")
     faults: list[str] = []
     found = numbered(folder)
     run = read_begun(output).run if found else ""

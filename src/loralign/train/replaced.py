@@ -17,8 +17,10 @@ OPTIMIZER = (
 ROWS = (
     *("chat_template_path", "dataset_text_field", "dataset_kwargs", "dataset_num_proc", "eos_token"),
     *("truncation_mode", "completion_only_loss", "model_init_kwargs", "trust_remote_code"),
+    *("packing_strategy", "eval_packing", "padding_free"),
 )
-"""What `loralign train` does itself before TRL sees a row: it loads the model and turns rows into tokens and labels."""
+"""What `loralign train` does itself before TRL sees a row: it loads the model, turns rows into tokens and labels,
+and packs whole rows, which it has tried with the model."""
 _SAME = {"optim": ("adamw_torch", "adamw_torch_fused")}
 
 

@@ -14,7 +14,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +44,7 @@ from loralign.io.provenance import remove_left
 from loralign.io.verify import verify
 from loralign.plan.recommended import check_passes
 from loralign.train.adapt import check_start
-from loralign.train.arguments import arguments, check_schedule
+from loralign.train.arguments import arguments, check_batches, check_schedule, naming
 from loralign.train.attach import attach
 from loralign.train.begun import (
     check_output,
@@ -228,7 +227,9 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     journal = Journal(job.output / "log.jsonl", step_of(resume_from) if resume_from else None, progress)
     started = time.perf_counter()
     dtypes = masters(model, recipe) if isinstance(recipe, Full) else {}
-    trainer = _trainer(recipe, model, tokenizer, args, train, held_out)
+    with naming(job.training.extra):
+        trainer = _trainer(recipe, model, tokenizer, args, train, held_out)
+        check_batches(trainer)
     check_split(trainer, job.recipe)
     if job.once and args.max_steps > 0:
         a_step = job.training.batch_size * args.world_size
@@ -288,9 +289,8 @@ def _trainer(
 
 
 def _one_batch(trainer: SFTTrainer) -> dict[str, Any]:
-    """One prepared evaluation-style batch; the global generators are left as they were."""
-    dataset = trainer.train_dataset.select(range(min(2, len(trainer.train_dataset))))
-    batch: dict[str, Any] = next(islice(iter(trainer.get_eval_dataloader(dataset)), 1))
+    """The first two rows of training as a batch; the global generators are left as they were."""
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(min(2, len(trainer.train_dataset)))])
     return {
         k: v for k, v in trainer._prepare_inputs(batch).items() if k in ("input_ids", "attention_mask", "position_ids")
     }
