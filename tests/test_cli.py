@@ -385,6 +385,11 @@ BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is s
         "train.extra={dataloader_persistent_workers: true}",
         r"does not take `train\.extra\.dataloader_persistent_workers` here \(persistent_workers option needs",
     ),
+    "what TRL refuses": (
+        "targets=[lm_head]",
+        "does not take this run: Applying a PEFT adapter to `lm_head` is not supp",
+    ),
+    "output is this folder": ("output=.", r"\. is not empty: choose another output folder"),
     "half a mix": ("method=lora-ga +", "a method's name is missing: write one, or a mix such as"),
     "twice in a mix": ("method=lora-ga + lora-ga", r"lora-ga \+ lora-ga names lora-ga twice: name it once"),
     "schedule below its end": (
@@ -462,7 +467,7 @@ BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
     ),
     "nothing to resume": (
         ["train", "r.yaml", "--resume", "--set", "output=fresh"],
-        "nothing to resume in fresh: no ch",
+        "nothing to resume: there is no folder fresh; run without",
     ),
     "use a model": (
         ["generate", "base", "--prompt", "x"],

@@ -74,17 +74,19 @@ def naming(extra: Mapping[str, Any]) -> Iterator[None]:
     """Within: what TRL and torch say of settings that they do not take is told with the keys of `train.extra`.
 
     Raises:
-        LoralignError: they refused something, and `extra` holds settings.
+        LoralignError: they refused something.
     """
     try:
         yield
     except (AttributeError, ImportError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        if not extra:
+        if extra:
+            keys = ", ".join(f"`train.extra.{key}`" for key in sorted(extra))
+            raise LoralignError(
+                f"TRL's SFTTrainer does not take {keys} here ({first_line(error)}): leave it out"
+            ) from error
+        if type(error) is not ValueError:
             raise
-        keys = ", ".join(f"`train.extra.{key}`" for key in sorted(extra))
-        raise LoralignError(
-            f"TRL's SFTTrainer does not take {keys} here ({first_line(error)}): leave it out"
-        ) from error
+        raise LoralignError(f"TRL's SFTTrainer does not take this run: {first_line(error)}") from error
 
 
 def check_batches(trainer: Any) -> None:

@@ -33,7 +33,7 @@ def check_output(folder: Path) -> None:
     """The output folder is free and can be made; found before anything is spent."""
     if folder.is_dir():
         if any(p.is_file() for p in folder.rglob("*")):
-            raise LoralignError(f"{folder.name} is not empty: choose another output folder, or --resume the run in it")
+            raise LoralignError(f"{folder} is not empty: choose another output folder, or --resume the run in it")
     elif folder.exists():
         raise LoralignError(f"{folder} is a file: name a folder in `output`")
     above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -61,7 +61,7 @@ def read_begun(output: Path) -> Begun:
         return Begun(str(body.get("run", "")), {str(k): str(v) for k, v in settings.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise LoralignError(
-            f"cannot resume {output.name}: its checkpoints/{BEGUN} is missing or damaged; begin a run elsewhere"
+            f"cannot resume {output}: its checkpoints/{BEGUN} is missing or damaged; begin a run elsewhere"
         ) from None
 
 
@@ -69,7 +69,7 @@ def resume_point(output: Path) -> Path:
     """The last checkpoint of the run whose parts are all as they were written; newer ones are named."""
     folder = output / "checkpoints"
     if not output.exists():
-        raise LoralignError(f"nothing to resume: there is no folder {output.name}; run without --resume")
+        raise LoralignError(f"nothing to resume: there is no folder {output}; run without --resume")
     faults: list[str] = []
     found = numbered(folder)
     run = read_begun(output).run if found else ""
@@ -82,12 +82,10 @@ def resume_point(output: Path) -> Path:
         faults.append(fault)
     if any((checkpoint / NOTE).is_file() for checkpoint in found):
         raise LoralignError(
-            f"nothing to resume in {output.name}: {faults[0]}, and there is no other one; delete "
-            f"{output.name}, run without --resume"
+            f"nothing to resume in {output}: {faults[0]}, and there is no other one; delete "
+            f"{output}, run without --resume"
         )
-    raise LoralignError(
-        f"nothing to resume in {output.name}: no checkpoint is complete; empty it, run without --resume"
-    )
+    raise LoralignError(f"nothing to resume in {output}: no checkpoint is complete; empty it, run without --resume")
 
 
 def clear_way(point: Path, run: str, keep: int | None) -> None:
@@ -142,7 +140,7 @@ def check_unchanged(job: Job, rows: Mapping[str, str]) -> Begun:
     begun = read_begun(job.output)
     if begun.run:
         return check_settings(job.output, settings_and_model(job, rows), rows)
-    log.warning("%s was begun by an older loralign: whether its base model is this one is not known", job.output.name)
+    log.warning("%s was begun by an older loralign: whether its base model is this one is not known", job.output)
     return check_settings(job.output, {key: repr(value) for key, value in given_settings(job, rows).items()}, rows)
 
 
@@ -157,7 +155,7 @@ def check_settings(output: Path, now: Mapping[str, str], rows: Collection[str]) 
     said = f"the rows of `{key}` are not those that the run began with" if key in rows else f"`{key}` {values}"
     said = "`model` holds other weights than the run began with" if key == "model" else said
     raise LoralignError(
-        f"cannot resume {output.name}: {said}{more}; give what it began with, or another `output` for a new run"
+        f"cannot resume {output}: {said}{more}; give what it began with, or another `output` for a new run"
     )
 
 

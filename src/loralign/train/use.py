@@ -48,7 +48,7 @@ def open_adapter(folder: Path, base: str | None = None) -> tuple[Any, PreTrained
         tensors = read_tensors(folder, config)
     named = config.get("base_model_name_or_path")
     if base is None and not named:
-        raise LoralignError(f"{folder.name} does not say which base model it belongs to: name it with --base")
+        raise LoralignError(f"{folder} does not say which base model it belongs to: name it with --base")
     try:
         model, tokenizer = load(base or str(named), revision=None if base else config.get("revision"))
     except LoralignError as error:
@@ -76,7 +76,7 @@ def has_tokenizer(folder: Path) -> bool:
 def _own(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     template = folder / "chat_template.jinja"
     if has_tokenizer(folder):
-        with loading(folder.name):
+        with loading(str(folder)):
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
     elif template.is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
