@@ -20,6 +20,7 @@ from peft import AdaLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import toy
 from cached_assets import asset, needs
 from cli_world import Done, assert_one_sentence, bytes_of, run, run_process, world_in
 from loralign import METHODS
@@ -346,6 +347,7 @@ BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is s
     "damaged weights": ("model=torn", r"'torn': its weights are damaged \(.*\); download or copy them again"),
     "foreign code": ("model=coded", "'coded': it needs code that its repository ships; set `trust_remote_code: true`"),
     "no language model": ("model=seeing", "'seeing': it is no causal language model, which task sft needs"),
+    "tokenizer of more tokens": ("model=small", r"has '.*' as token \d+, the model embeds 8: take the tokenizer of"),
     "no gguf file": ("model=none.gguf", r"no such file: none\.gguf"),
     "foreign setting": (
         "train.extra={max_step: 1}",
@@ -417,7 +419,7 @@ BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is s
 
 def odd_models(root: Path) -> None:
     """Copies of the base model that cannot be used."""
-    for name in ("pickled", "torn", "coded", "seeing"):
+    for name in ("pickled", "torn", "coded", "seeing", "small"):
         shutil.copytree(root / "base", root / name, dirs_exist_ok=True)
     config = json.loads((root / "base" / "config.json").read_text(encoding="utf-8"))
     own = {**config, "model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
@@ -425,6 +427,7 @@ def odd_models(root: Path) -> None:
     (root / "coded" / "own.py").write_text("raise SystemExit('run')", encoding="utf-8")
     (root / "seeing" / "config.json").write_text(json.dumps({**config, "model_type": "vit"}), encoding="utf-8")
     weights = "model.safetensors"
+    toy.llama(vocab_size=8).save_pretrained(root / "small")
     (root / "pickled" / weights).unlink()
     torch.save(load_file(root / "base" / weights), root / "pickled" / "pytorch_model.bin")
     (root / "torn" / weights).write_bytes((root / "base" / weights).read_bytes()[:3000])

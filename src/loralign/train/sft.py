@@ -216,7 +216,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     recipe = without_towers(job.recipe, model)
     if job.data.packing:
         check_packing(model)
-    train, held_out, prompts = tokens(job, tokenizer)
+    train, held_out, prompts = tokens(job, tokenizer, model)
     train, deciding = apart(train, recipe)
     name_ends(model, tokenizer, prompts)
     if args.max_steps < 0:

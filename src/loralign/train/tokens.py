@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,6 +15,7 @@ from loralign.data.split import split_eval
 from loralign.data.table import Rows
 from loralign.train.job import Job
 from loralign.train.use import stops
+from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
 
@@ -29,8 +31,10 @@ def _rows(job: Job) -> tuple[Rows, Rows | None]:
     return train, to_trl(held_out, rows_format(held_out))
 
 
-def tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None, Prompts]:
-    """The rows of a job as tokens, for training and held out, and how those of training ask."""
+def tokens(
+    job: Job, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> tuple[Dataset, Dataset | None, Prompts]:
+    """The rows of a job as tokens of the model, for training and held out, and how those of training ask."""
 
     def one(rows: Rows, what: str) -> Fit:
         found: Fit = fit(rows, tokenizer, max_length=job.data.max_length, assistant_only=job.data.assistant_only)
@@ -42,7 +46,21 @@ def tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Datas
 
     train, held_out = _rows(job)
     fitted = one(train, "training")
-    return fitted.dataset, None if held_out is None else one(held_out, "evaluation").dataset, fitted.prompts
+    judged = None if held_out is None else one(held_out, "evaluation").dataset
+    _check_vocabulary(model, tokenizer, fitted.dataset, judged)
+    return fitted.dataset, judged, fitted.prompts
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *sets: Dataset | None) -> None:
+    """Raise where a row, or what rows are padded with, has a token for which the model has no embedding."""
+    largest = [pc.max(pc.list_flatten(s.data.column("input_ids"))).as_py() for s in sets if s is not None]
+    token = max([*largest, tokenizer.pad_token_id or 0])
+    known = model.get_input_embeddings().weight.shape[0]
+    if token >= known:
+        raise LoralignError(
+            f"the tokenizer has {tokenizer.convert_ids_to_tokens(token)!r} as token {token}, the model embeds {known}: "
+            "take the tokenizer of this model, or resize_token_embeddings in Python and save the model"
+        )
 
 
 def name_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> None:
