@@ -94,7 +94,7 @@ def trace(model: nn.Module, step: Step, batch: Batch, loss: Loss) -> int:
         warnings.simplefilter("ignore")
         if step.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-        with FakeTensorMode(allow_non_fake_inputs=True), as_on(step.device), LiveBytes() as live:
+        with FakeTensorMode(allow_non_fake_inputs=True), _Grouped(), as_on(step.device), LiveBytes() as live:
             _to_fake(model)
             if step.micro_batches > 1:
                 for p in model.parameters():
@@ -111,6 +111,16 @@ def trace(model: nn.Module, step: Step, batch: Batch, loss: Loss) -> int:
                     "memory cannot be planned: measure one step instead"
                 ) from error
     return live.peak
+
+
+class _Grouped(TorchDispatchMode):
+    """Products of fused experts in the dtype of their inputs: the kernels take fp32, their shapes bf16 alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        made: Tensor = func(*(t.bfloat16() for t in args[:2]), *args[2:], **(kwargs or {}))
+        return made.to(args[0].dtype)
 
 
 def _operator(error: Any) -> str:
