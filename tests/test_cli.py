@@ -569,6 +569,7 @@ class OutOfMemoryError(RuntimeError):
         ),
         (OSError(36, "File name too long", "x" * 999), 2, "x" * 40 + "…" + "x" * 12 + ": file name too long; name"),
         (MemoryError(), 1, "out of memory"),
+        (UnicodeEncodeError("ascii", "ü", 0, 1, "not in range"), 2, r"this locale (ascii) has no '\xfc', which a path"),
         (PermissionError(13, "Permission denied", "/x"), 2, "/x: permission denied; name another path"),
         (OSError(5, "Input/output error", "/x"), 1, "/x: Input/output error"),
         (ZeroDivisionError(), 1, "unexpected ZeroDivisionError: no message; --debug shows where, please report it"),

@@ -150,6 +150,9 @@ def explained(error: Exception) -> tuple[int, str]:
         return 1, f"{_named(error.filename)}: {error.strerror}"
     if isinstance(error, RuntimeError) and "home directory" in said:
         return 2, "a path begins with ~ and a user without a home: write the folder out"
+    if isinstance(error, UnicodeEncodeError) and "utf" not in error.encoding.lower():
+        wrong = ascii(error.object[error.start : error.start + 1])
+        return 2, f"this locale ({error.encoding}) has no {wrong}, which a path or a text holds: set PYTHONUTF8=1"
     fault = clipped(f"{type(error).__name__}: {said or 'no message'}", 200)
     return 1, f"unexpected {fault}; --debug shows where, please report it"
 
