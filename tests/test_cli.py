@@ -348,6 +348,7 @@ BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is s
     "foreign code": ("model=coded", "'coded': it needs code that its repository ships; set `trust_remote_code: true`"),
     "no language model": ("model=seeing", "'seeing': it is no causal language model, which task sft needs"),
     "tokenizer of more tokens": ("model=small", r"has '.*' as token \d+, the model embeds 8: take the tokenizer of"),
+    "classifier": ("model=sorting", "'sorting': .* no causal language model, which task sft needs"),
     "no gguf file": ("model=none.gguf", r"no such file: none\.gguf"),
     "foreign setting": (
         "train.extra={max_step: 1}",
@@ -419,13 +420,15 @@ BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is s
 
 def odd_models(root: Path) -> None:
     """Copies of the base model that cannot be used."""
-    for name in ("pickled", "torn", "coded", "seeing", "small"):
+    for name in ("pickled", "torn", "coded", "seeing", "small", "sorting"):
         shutil.copytree(root / "base", root / name, dirs_exist_ok=True)
     config = json.loads((root / "base" / "config.json").read_text(encoding="utf-8"))
     own = {**config, "model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
     (root / "coded" / "config.json").write_text(json.dumps(own), encoding="utf-8")
     (root / "coded" / "own.py").write_text("raise SystemExit('run')", encoding="utf-8")
     (root / "seeing" / "config.json").write_text(json.dumps({**config, "model_type": "vit"}), encoding="utf-8")
+    heads = {"architectures": ["LlamaForSequenceClassification"]}
+    (root / "sorting" / "config.json").write_text(json.dumps({**config, **heads}), encoding="utf-8")
     weights = "model.safetensors"
     toy.llama(vocab_size=8).save_pretrained(root / "small")
     (root / "pickled" / weights).unlink()

@@ -19,6 +19,8 @@ from transformers import (
     Gemma3TextConfig,
     Mamba2Config,
     Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -171,6 +173,20 @@ def test_state_space_mixers_keep_their_out_proj(make: str) -> None:
         peft_config(recipe(targets=("in_proj", "out_proj")), model)
     names = {site.name.rpartition(".")[2] for site in sites(adapt(model, recipe()))}
     assert "in_proj" in names and "out_proj" not in names
+
+
+def test_a_first_mamba_keeps_what_its_kernels_read() -> None:
+    """PEFT would adapt dt_proj, whose weight the mixer takes, to no effect; x_proj is the GPU kernel's."""
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2))
+    with pytest.raises(
+        LoralignError, match=r"dt_proj can't be adapted \(the kernels of mamba .* 'dt_proj' in `exclude`"
+    ):
+        peft_config(recipe(targets=("in_proj", "dt_proj")), model)
+    adapted = adapt(model, recipe())
+    assert {site.name.rpartition(".")[2] for site in sites(adapted)} == {"in_proj"}
+    adapted.train()(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    assert all(site.layer.lora_B["default"].weight.grad is not None for site in sites(adapted))
 
 
 # -------------------------------------------------------------------------------------------------- what a model can do

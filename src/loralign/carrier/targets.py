@@ -23,6 +23,8 @@ from loralign.types import LoralignError
 
 PREFIX = "base_model.model."
 ALL = "all-linear"
+READ = ("x_proj", "dt_proj")
+"""Layers of a state-space mixer whose weight its kernels take, besides those that PEFT knows."""
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -85,9 +87,8 @@ def chosen(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str
 def _wanted(model: nn.Module, linear: dict[str, nn.Module], targets: str | Sequence[str]) -> list[str]:
     if targets == ALL:
         head, blocks = output_head(model), expert_blocks(model)
-        refused = {last: refusal(model, last) for last in {n.rpartition(".")[2] for n in linear}}
         plain = [n for n, m in linear.items() if m is not head and not inside(n, blocks)]
-        return [n for n in plain if not refused[n.rpartition(".")[2]]]
+        return [n for n in plain if not refusal(model, n)]
     if isinstance(targets, str) and (by_pattern := _by_pattern(linear, targets)):
         return by_pattern
     keys = [key.strip() for key in targets.split(",")] if isinstance(targets, str) else list(targets)
@@ -134,13 +135,15 @@ def _check_exclude(model: nn.Module, exclude: Sequence[str]) -> None:
 
 
 def refusal(model: nn.Module, name: str) -> str:
-    """Why PEFT would not adapt a linear layer of this name, "" where it would; asked of PEFT's own rule."""
+    """Why a linear layer of this name can't be adapted, "" where it can: PEFT's own rule, and what it leaves out."""
+    mixer, _, last = name.rpartition(".")
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    why = f"the kernels of {kind} read its weight past any adapter"
     try:
-        _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+        _check_lora_target_modules_mamba(LoraConfig(), model, last)
     except ValueError:
-        kind = getattr(getattr(model, "config", None), "model_type", "")
-        return f"the kernels of {kind} read its weight past any adapter"
-    return ""
+        return why
+    return why if last in READ and hasattr(model.get_submodule(mixer), "A_log") else ""
 
 
 def by_weight(model: nn.Module, names: Iterable[str]) -> list[str]:

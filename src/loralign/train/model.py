@@ -84,10 +84,15 @@ def read_tokenizer(where: str, **options: Any) -> Any:
     return found
 
 
+OTHER_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice")
+"""Endings of architectures whose weights hold no language head."""
+
+
 def check_causal(config: Any) -> None:
     """Raise where the config says what no causal language model has."""
     check_base(config)
-    if config.is_encoder_decoder:
+    heads = getattr(config, "architectures", None) or []
+    if config.is_encoder_decoder or (heads and all(head.endswith(OTHER_HEADS) for head in heads)):
         raise BadInput("its config.json says that it is no causal language model, which task sft needs")
 
 
