@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import BertLMHeadModel
 
 from loralign.cli.app import main
 from loralign.cli.plan import costs, planned
@@ -18,7 +19,7 @@ from loralign.plan.fitting import ROOM
 from loralign.plan.suggest import Choice, Finding, caution, findings, first_that_fits, ranked, rate
 from loralign.types import LoralignError
 from tiny_trl import tokenizer
-from toy import gpt2, llama
+from toy import bert, llama
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -187,8 +188,10 @@ def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path, capsys: py
 
 
 def test_rows_longer_than_the_model_has_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gpt2().save_pretrained(tmp_path)
+    config = bert().config
+    config.is_decoder = True
+    BertLMHeadModel(config).save_pretrained(tmp_path)
     assert main(["suggest", str(tmp_path), "--device", "cpu", "--length", "4096"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"rows of 4096 tokens are more than the {gpt2().config.max_position_embeddings} positions of" in said
+    assert f"rows of 4096 tokens are more than the {config.max_position_embeddings} positions of" in said
     assert "lower `data.max_length`, or `--length`" in said
