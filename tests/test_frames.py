@@ -83,10 +83,10 @@ def stack(count: int) -> Steps:
     return Steps(count)
 
 
-def recipe_of(name: str, folder: Path, dropout: float) -> Recipe:
+def recipe_of(name: str, folder: Path) -> Recipe:
     parts, more = MIXES.get(name, (name, {}))
     options = {k: v for part in parts.split(" + ") for k, v in OPTIONS.get(part, {}).items()}
-    fields = {"r": 4, "alpha": 8.0, "dropout": dropout, "targets": ("up", "down")}
+    fields = {"r": 4, "alpha": 8.0, "targets": ("up", "down")}
     if isinstance(build(parts).init.needs, CommonSubspace):  # type: ignore[union-attr]
         options["sources"] = adapters(lambda: stack(DEEP), folder)
     made = build(parts, {**options, **more}, **fields)
@@ -94,7 +94,7 @@ def recipe_of(name: str, folder: Path, dropout: float) -> Recipe:
     return made
 
 
-def frames(base: Any, made: Recipe, batch: dict[str, Tensor], backend: str = "eager") -> list[int]:
+def frames(base: Any, made: Recipe, batch: dict[str, Tensor]) -> list[int]:
     """How many were compiled by the first step, by the last one, by an evaluation, by a backward in evaluation mode."""
     model: Any = adapt(base, made, [batch] * 3)
     opt = optimizer(model, made, 1e-2)
@@ -103,7 +103,7 @@ def frames(base: Any, made: Recipe, batch: dict[str, Tensor], backend: str = "ea
     driver = drive(model, made, opt, STEPS, observe=lambda: judged if wants else {})
     counters.clear()
     found = []
-    with compiled(base, backend):
+    with compiled(base, "eager"):
         for step in range(STEPS):
             model.train()
             model(**batch).loss.backward()
@@ -131,7 +131,7 @@ QUICK = {"lora", "adalora", "prilora", "pissa", "xgblora", "chain-of-lora", "res
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*ADAPTERS, *MIXES)]
 )
 def test_a_deeper_model_compiles_no_more(name: str, tmp_path: Path) -> None:
-    made = recipe_of(name, tmp_path, 0.0)
+    made = recipe_of(name, tmp_path)
     batch = {"x": torch.randn(3, 12)}
     shallow = frames(stack(SHALLOW), made, batch)
     torch._dynamo.reset()

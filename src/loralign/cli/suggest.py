@@ -31,7 +31,6 @@ def suggest(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """A recipe to begin with: method, rank, scale and rate, why, what they rest on, and what a step takes."""
-
     from loralign.cli.plan import costs, planned, trained
     from loralign.config.recipe import parse
     from loralign.plan.suggest import caution, findings, first_that_fits, judged, ranked, rate

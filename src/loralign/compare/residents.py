@@ -1,8 +1,7 @@
 """A worker's resident process state, from trial to trial, and a new one after a trial that raised.
 
 Every trial begins with a collection of garbage (accelerate's). What lives when the first trial of an arm has ended
-lives on: it is set apart, so that collections do not go through it. A process that compiles has 700,000 such objects
-(0.6 s).
+lives on: it is set apart, so that collections do not go through it.
 """
 
 from __future__ import annotations

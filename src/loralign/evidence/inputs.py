@@ -43,7 +43,7 @@ class Reading:
             return None
         readings, found = [self], norms(x, self.tap.masks.get(self.mask))
         self.tap.shared = weakref.ref(x), readings
-        assert y.grad_fn is not None  # a hook on the node costs the host half of one on y
+        assert y.grad_fn is not None  # a hook on the node is called without y's own
         y.grad_fn.register_prehook(partial(self.tap.reached, readings, found))
         return None
 

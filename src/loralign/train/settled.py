@@ -1,7 +1,7 @@
 """A model for a Trainer, which goes through all modules at every batch and step, whatever there is to change.
 
-For 210 adapted matrices to set their mode takes 6 ms of the host's time and to drop their gradients 4, in steps of
-which a GPU may need 18 (records/2026-11-29-h200-replay). To look takes 0.2 and 0.4.
+For 210 adapted matrices to set their mode takes 6.6 ms of the host's time and to drop their gradients 4.5, in steps of
+which a GPU may need 18 (records/2026-11-29-h200-replay). To look takes 0.2 and 1.7 (benchmarks/bench_walks.py, a CPU).
 """
 
 from __future__ import annotations

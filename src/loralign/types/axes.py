@@ -157,7 +157,7 @@ class Moment:
     the validation rows with these slots alone, for each of several {site: bool (r,)}; a site that is not named keeps
     its slots. Processes share them, so ask for many at once. Only for rules that need `Validation`. inputs: of all
     sites, by their width; only for rules that need `Inputs`. expect: (holds, why) -> None raises WorkFailed(why) where
-    a number on the device is false, before the next step; nobody waits for it.
+    a number on the device is false: at once, or where norms are read late, when the next step begins.
     """
 
     step: int
