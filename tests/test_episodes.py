@@ -19,17 +19,20 @@ from loralign.types import Draw, Episode, Facts
 from toy import llama
 from trainers import toy_trainer
 
-LENGTH, WARM_UP, RATE = 4, 3, 1e-2
+LENGTH, RATE = 4, 1e-2
 
 
 @dataclass(frozen=True)
 class Links:
-    """Every LENGTH steps a link begins, which warms up over WARM_UP steps."""
+    """Every LENGTH steps a link begins."""
 
+    warm_up_steps: int = 0
+    restart: bool = False
     facts: ClassVar[Facts] = Facts()
 
     def episode(self, index: int, total_steps: int, sites: Sequence[str], draw: Draw) -> Episode | None:
-        return Episode(index, LENGTH, warm_up_steps=WARM_UP) if index * LENGTH < total_steps else None
+        more = {"warm_up_steps": self.warm_up_steps, "restart": self.restart}
+        return Episode(index, LENGTH, **more) if index * LENGTH < total_steps else None  # type: ignore[arg-type]
 
 
 class Rates(TrainerCallback):
@@ -54,16 +57,27 @@ class Rates(TrainerCallback):
         self.found.append(rate)
 
 
-@pytest.mark.parametrize("decay", [0.0, 2.0])
-def test_a_link_warms_up_again_and_its_decay_too(decay: float, tmp_path: Path) -> None:
-    """Linear from 1/3 to 1 at the start of the second link; the first link has the schedule's own warm-up, none."""
+def rates_of(outer: Links, folder: Path, *, decay: float = 0.0, **args: Any) -> list[float]:
+    """Of every step of two links."""
     base = build("lora", r=3, alpha=6.0, seed=5, weight_decay=decay, max_grad_norm=0.0)
     assert isinstance(base, Recipe)
-    made = replace(base, outer=Links(), transform=descend())
-    trainer = toy_trainer(tmp_path, peft_config(made, llama()), steps=2 * LENGTH, learning_rate=RATE)
+    made = replace(base, outer=outer, transform=descend())
+    trainer = toy_trainer(folder, peft_config(made, llama()), steps=2 * LENGTH, learning_rate=RATE, **args)
     rates = Rates(trainer.model, decay)
     trainer.add_callback(rates)  # before attach, so that it sees a step before rules and knots do
     attach(trainer, made)
     trainer.train()
+    return rates.found
+
+
+@pytest.mark.parametrize("decay", [0.0, 2.0])
+def test_a_link_warms_up_again_and_its_decay_too(decay: float, tmp_path: Path) -> None:
+    """Linear from 1/3 to 1 at the start of the second link; the first link has the schedule's own warm-up, none."""
     first, second = [RATE] * LENGTH, [RATE / 3, 2 * RATE / 3, RATE, RATE]
-    assert rates.found == pytest.approx([*first, *second], rel=1e-3)
+    assert rates_of(Links(warm_up_steps=3), tmp_path, decay=decay) == pytest.approx([*first, *second], rel=1e-3)
+
+
+def test_a_schedule_runs_its_whole_course_in_every_link(tmp_path: Path) -> None:
+    """Linear decay over the run, which is two links of four steps: 1, ¾, ½, ¼ in each of them."""
+    found = rates_of(Links(restart=True), tmp_path, lr_scheduler_type="linear")
+    assert found == pytest.approx([RATE * share for share in (1, 0.75, 0.5, 0.25)] * 2, rel=1e-3)

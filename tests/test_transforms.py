@@ -673,15 +673,32 @@ def test_state_can_be_planned_without_memory(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_plans_keep_the_state_usable(name: str) -> None:
+def test_moments_follow_the_slots(name: str) -> None:
+    """Slots that died, are new or were overwritten have no first moment, the others keep theirs; a copy has its
+    source's second moment. (State that is no factor's, as of a whole matrix, knows no slots.)"""
     transform, (pairs, grads) = MAKE[name](), case(name)
     state = [transform.init(p) for p in pairs]
-    step(transform, pairs, grads, state)
-    change = SlotChange(off=(0,), fresh=(1,), copied=((2, 0),))
-    for p, st in zip(pairs, state, strict=True):
-        transform.on_slots(p, st, change)
-    for u in step(transform, pairs, grads, state, t=2):
+    for t, change in enumerate((SlotChange(off=(0,), fresh=(1,)), SlotChange(copied=((0, 2),))), 1):
+        step(transform, pairs, grads, state, t=t)
+        for p, st in zip(pairs, state, strict=True):
+            before = {f: {k: x.clone() for k, x in own.items()} for f, own in st.items()}
+            transform.on_slots(p, st, change)
+            for factor, own in st.items():
+                for key in {"momentum", "exp_avg", "exp_avg_sq"} & own.keys():
+                    if own[key].shape == getattr(p, factor).shape:
+                        was, now = (x[key].movedim("AB".index(factor), 0) for x in (before[factor], own))
+                        check_moments(was, now, change, first=key != "exp_avg_sq")
+    for u in step(transform, pairs, grads, state, t=3):
         assert all(x is None or torch.isfinite(x).all() for x in u)
+
+
+def check_moments(was: Tensor, now: Tensor, change: SlotChange, *, first: bool) -> None:
+    """was, now: (r, ...) before and after."""
+    new = {*change.off, *change.fresh, *(to for to, _ in change.copied)}
+    assert bool(was.any(1).all())
+    assert all(torch.equal(now[j], was[j]) for j in set(range(len(now))) - new)
+    assert not any(bool(now[j].any()) for j in (new if first else change.off))
+    assert first or all(torch.equal(now[to], was[source]) for to, source in change.copied)
 
 
 # ------------------------------------------------------------------------------------------------ through PairOptimizer

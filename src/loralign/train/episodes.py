@@ -115,14 +115,15 @@ class Episodes:
 
     def lr_factor(self, step: int, course: Callable[[int], float] | None = None) -> float:
         """Factor on the learning rate of step `step` (0-based) for every role: a linear re-warm-up at the start of a
-        link, and the schedule from its beginning where the episode restarts it.
+        later link, and the schedule's whole course where the episode restarts it.
 
         course: the schedule's own factor by step; None: constant.
         """
-        if self.current is None or not self.started:
+        if self.current is None:
             return 1.0
         done, episode = step - self.started, self.current
-        factor = min(1.0, (done + 1) / episode.warm_up_steps) if episode.warm_up_steps else 1.0
+        warms = self.started and episode.warm_up_steps
+        factor = min(1.0, (done + 1) / episode.warm_up_steps) if warms else 1.0
         if episode.restart and course is not None and course(step) > 0:
             factor *= course(round(done * self.total_steps / episode.steps)) / course(step)
         return factor
