@@ -42,7 +42,8 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from loralign import Recipe, attach, build, peft_config
-from loralign.train.quick import RowTrainer, quicken
+from loralign.train.quick import quicken
+from loralign.train.row_trainer import RowTrainer
 
 KINDS = ("peft", "peft packed", "loralign", "loralign packed")
 MORE = (

@@ -20,9 +20,10 @@ from peft import AdaLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import tiny_trl
 import toy
 from cached_assets import asset, needs
-from cli_world import Done, assert_one_sentence, bytes_of, run, run_process, world_in
+from cli_world import TEMPLATE, Done, assert_one_sentence, bytes_of, run, run_process, world_in
 from loralign import METHODS
 from loralign.cli.guard import explained
 from loralign.cli.run import Lines
@@ -384,8 +385,28 @@ BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is s
         "train.extra={save_only_model: true}",
         r"`train\.extra\.save_only_model` is refused: --resume needs the optimizer's state",
     ),
+    "schedule of other settings": (
+        "train.extra={lr_scheduler_kwargs: {num_cycles: 0.5, cycles: 2}}",
+        r"`train\.extra\.lr_scheduler_kwargs` has 'cycles', which does not go with `train\.schedule` cosine \(",
+    ),
+    "schedule that ends above its rate": (
+        "train={steps: 6, batch_size: 4, schedule: polynomial, extra: {lr_scheduler_kwargs: {power: 2, lr_end: 1}}}",
+        r"`train\.extra\.lr_scheduler_kwargs` has 'lr_end', which does not go with `train\.schedule` poly",
+    ),
+    "schedule of an epoch of other settings": (
+        "train={epochs: 0.01, batch_size: 4, schedule: constant, extra: {lr_scheduler_kwargs: {cycles: 2}}}",
+        r"`train\.extra\.lr_scheduler_kwargs` has 'cycles', which does not go with `train\.schedule` constant",
+    ),
+    "extra that SFTConfig refuses": (
+        "train.extra={neftune_noise_alpha: 5, logging_strategy: often, logging_first_step: true}",
+        r"`train\.extra\.logging_strategy` ",
+    ),
+    "extra that TRL refuses": (
+        "train.extra={neftune_noise_alpha: 5, pad_token: <none>, logging_first_step: true}",
+        r"does not take `train\.extra\.pad_token` here \(The specified `pad_token` \('<none>'\) is not found",
+    ),
     "extra that torch refuses": (
-        "train.extra={dataloader_persistent_workers: true}",
+        "train.extra={logging_first_step: true, dataloader_persistent_workers: true, run_name: a}",
         r"does not take `train\.extra\.dataloader_persistent_workers` here \(persistent_workers option needs",
     ),
     "what TRL refuses": (
@@ -449,6 +470,21 @@ def test_bad_input_exits_2_and_harms_nothing(what: str, world: Path) -> None:
     assert done.code == 2
     assert re.search(expected, assert_one_sentence(done))
     assert bytes_of(world) == before
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_pad_token_that_the_model_does_not_embed_counts_where_rows_are_padded(tmp_path: Path) -> None:
+    shutil.copytree("base", tmp_path / "base")
+    padded = tiny_trl.tokenizer()
+    padded.chat_template = TEMPLATE
+    padded.add_special_tokens({"pad_token": "<more>"})
+    padded.save_pretrained(tmp_path / "base")
+    settings = [f"model={tmp_path / 'base'}", f"output={tmp_path / 'out'}", "method=lora", "options={}"]
+    words = ["train", "r.yaml", *(word for setting in settings for word in ("--set", setting))]
+    said = assert_one_sentence(run(*words))
+    assert f"the tokenizer has '<more>' as token {toy.VOCAB}, the model embeds {toy.VOCAB}: take the tokenizer" in said
+    packed = run(*words, "--set", "data.packing=true", "--set", "train.steps=2")
+    assert packed.code == 0, packed.err
 
 
 BAD_COMMANDS: dict[str, tuple[list[str], str]] = {

@@ -103,6 +103,14 @@ BAD_FILES = {
     "half.jsonl": (GOOD * 1500 + '{"text": "\\ud800"}', "row 1501 holds half a character"),
     "deep.jsonl": ("[" * 100_000, "line 1 is nested too deeply"),
     "broken.json": ('[{"text": "a"},\n {"text" 2}]', r"broken.json, line 2 is not JSON \(Expecting ':' delimiter"),
+    "doubled.jsonl": (
+        GOOD + '{"prompt": "p", "text": "b", "text": "c"}\n',
+        r"doubled.jsonl, line 2: the key 'text' stands twice in the object that begins with 'prompt': \"p\" …; keep",
+    ),
+    "inside.json": (
+        '[{"text": "a"},\n {"messages": [{"role": "user", "role": "user", "content": "q"}]}]',
+        r"inside.json: the key 'role' stands twice in the object that begins with 'role': \"user\" …; keep one",
+    ),
     "none.json": ("[]", "has no rows"),
     "latin.jsonl": (b'{"text": "\xe9"}', r"is not UTF-8 text \(byte 10\): save it as UTF-8"),
     "wide.csv": ("text\na,b\n", "line 2: 2 fields, the header has 1: put fields with commas or line breaks in quotes"),

@@ -146,6 +146,11 @@ BAD_ROWS: list[tuple[list[dict[str, Any]], str]] = [
         "row 1: the `arguments` of the call of f are no object: write one, or its JSON text",
     ),
     (
+        [{"messages": [assistant("a") | {"tool_calls": [{"name": "f", "arguments": '{"x": 1, "x": 2}'}]}]}],
+        "row 1: the key 'x' stands twice in the object that begins with 'x': 1 …; keep one",
+    ),
+    ([{"messages": '[{"role": "user", "role": "gpt", "content": "q"}]'}], "row 1: the key 'role' stands twice"),
+    (
         [{"messages": [assistant("a") | {"tool_calls": [{"arguments": {}}]}]}],
         "row 1: a tool call is no object with a name",
     ),

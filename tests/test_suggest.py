@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import BertLMHeadModel
 
 from loralign.cli.app import main
 from loralign.cli.plan import costs, planned
@@ -19,7 +18,7 @@ from loralign.plan.fitting import ROOM
 from loralign.plan.suggest import Choice, Finding, caution, findings, first_that_fits, ranked, rate
 from loralign.types import LoralignError
 from tiny_trl import tokenizer
-from toy import bert, llama
+from toy import llama
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -185,13 +184,3 @@ def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path, capsys: py
     assert said["recipe"]["train"]["epochs"] == 3 and said["reasons"]["length of the run"] == "epochs: 3 of 1,600 rows"
     assert main([*words, "--rows", str(rows), "--tokens", "9"]) == 2 and "leave --tokens out" in capsys.readouterr().err
     assert main([*words[:2], "--device", "tpu"]) == 2 and "choose auto, cpu or cuda" in capsys.readouterr().err
-
-
-def test_rows_longer_than_the_model_has_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = bert().config
-    config.is_decoder = True
-    BertLMHeadModel(config).save_pretrained(tmp_path)
-    assert main(["suggest", str(tmp_path), "--device", "cpu", "--length", "4096"]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert f"rows of 4096 tokens are more than the {config.max_position_embeddings} positions of" in said
-    assert "lower `data.max_length`, or `--length`" in said

@@ -373,7 +373,7 @@ FILE = {
     "method": "sd-lora",
     "rank": 2,
     "targets": ["query", "value"],
-    "data": {"train": "rows.jsonl", "test": 0.25},
+    "data": {"train": "rows.jsonl", "test": 0.25, "max_length": 64},
     "split": [2, 1],
     "train": {"learning_rate": 5e-3, "steps": 2, "batch_size": 4, "mask": "seen"},
     "output": "out",

@@ -33,6 +33,36 @@ def width(config: Any) -> int | None:
     return int(found) if isinstance(found, int) else None
 
 
+def positions(model: nn.Module) -> int | None:
+    """Tokens of a row at most, where the model looks its positions up in a table; None where it computes them.
+
+    A table is an embedding that is not the vocabulary's, or a buffer of sines, with a row for each of the config's
+    positions; an embedding may have two more, for an offset, and with a padding index it begins after that.
+    """
+    count = getattr(text_config(model.config), "max_position_embeddings", None)
+    if not isinstance(count, int):
+        return None
+    others, most = [f"{name}." for name in towers(model)], []
+    for name, module in model.named_modules():
+        if any(f"{name}.".startswith(other) for other in others):
+            continue
+        if any(b.is_floating_point() and b.dim() == 2 and len(b) == count for b in module.buffers(recurse=False)):
+            most.append(count)
+        if isinstance(module, nn.Embedding) and module is not _words(model):
+            rows, padding = module.num_embeddings, module.padding_idx
+            if count <= rows <= count + 2:
+                most.append(count if padding is None or rows > count else count - padding - 1)
+    return min(most, default=None)
+
+
+def _words(model: nn.Module) -> nn.Module | None:
+    try:
+        words: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # of characters, by several tables
+        return None
+    return words
+
+
 def takes_text(model: nn.Module) -> bool:
     return getattr(model, "main_input_name", "") == "input_ids"
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from loralign.config.recipe import RunFile, to_job
 from loralign.evidence.subspace import check_sources
@@ -23,7 +22,7 @@ from loralign.plan.quantised import UnknownQuantisation, quantisation, saved_byt
 from loralign.plan.several import ALONE, Layout
 from loralign.plan.trace import Step, example_batch, model_loss, trace
 from loralign.train.job import Job
-from loralign.train.model import check_causal, hidden_size, loading
+from loralign.train.model import check_length, described, hidden_size
 from loralign.types import CommonSubspace, Full, LoralignError, Recipe
 
 
@@ -65,8 +64,9 @@ def planned(file: RunFile, device: str = "auto", layout: Layout = ALONE) -> Plan
         gradient_checkpointing=t.gradient_checkpointing,
         total_steps=t.steps,
     )
-    make = partial(_meta_model, file.model, torch.bfloat16 if bf16 else torch.float32, place)
+    make = partial(described, file.model, **place, dtype=torch.bfloat16 if bf16 else torch.float32)
     model = make()
+    check_length(model, file.model, step.length, "data.max_length")
     numbers = sum(p.numel() for p in model.parameters())
     s = recipe.s() if isinstance(recipe, Recipe) else 1.0
     kinds = dict.fromkeys(method(part).export for part in file.method.split("+"))
@@ -81,16 +81,6 @@ def planned(file: RunFile, device: str = "auto", layout: Layout = ALONE) -> Plan
     if less:
         found = replace(found, weights_bytes=found.weights_bytes - less, peak_bytes=found.peak_bytes - less + most)
     return Planned(job, step, found, numbers, t.learning_rate * s, export, layout)
-
-
-def _meta_model(name: str, dtype: torch.dtype, place: dict[str, Any]) -> Any:
-    path = Path(name).expanduser()
-    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    where = path.parent if gguf else path if path.is_dir() else name
-    with loading(name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(str(where), **place, **gguf)
-        check_causal(config)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=place["trust_remote_code"])
 
 
 def _stored_less(name: str, model: Any, section: dict[str, Any]) -> tuple[int, int]:
@@ -116,12 +106,6 @@ def _computing(name: str, make: Callable[[], Any], step: Step) -> Iterator[None]
         try:
             trace(model, step, example_batch(model, step), model_loss)
         except (RuntimeError, ArithmeticError):
-            positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or step.length
-            if step.length > positions:
-                raise LoralignError(
-                    f"rows of {step.length} tokens are more than the {positions} positions of {name!r}: lower "
-                    "`data.max_length`, or `--length`"
-                ) from error
             why = str(error).splitlines()[0][:100]
             raise LoralignError(
                 f"the model {name!r} cannot compute as its config.json describes it ({why}); download or copy it again"

@@ -34,7 +34,7 @@ def suggest(
     from loralign.cli.plan import costs, planned, trained
     from loralign.config.recipe import parse
     from loralign.plan.suggest import caution, findings, first_that_fits, judged, ranked, rate
-    from loralign.train.model import hidden_size
+    from loralign.train.model import check_length, described, hidden_size
     from loralign.types import LoralignError
 
     if device not in ("auto", "cpu", "cuda"):
@@ -44,6 +44,7 @@ def suggest(
     if out is not None and out.exists():
         raise LoralignError(f"{out} is there already: choose another name for --out")
     where = device_here(device)
+    check_length(described(model), model, length, "--length")
     answers, count = _kind(rows, tokens, length)
     width = hidden_size(model)
     plans: dict[str, Planned] = {}

@@ -105,7 +105,7 @@ def _text(spec: Spec, device: str) -> Prepared:
 
 
 def _causal(spec: Spec, device: str) -> tuple[PreTrainedModel, Any]:
-    model, tokenizer = load(spec.model, precision="fp32")
+    model, tokenizer = load(spec.model, precision="fp32", length=(spec.task.length, "task.length"))
     model.config.use_cache = False
     model.to(torch.device(device))
     return model, tokenizer
@@ -127,7 +127,7 @@ def _classify(spec: Spec, device: str) -> Prepared:
             [{"input_ids": i, "labels": names.index(str(r["label"]))} for i, r in zip(ids, rows, strict=True)]
         )
     with loading(spec.model, "a text classifier"):
-        model, head, _ = load_classifier(where, len(names))
+        model, head, _ = load_classifier(where, len(names), (spec.task.length, "task.length"))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
 

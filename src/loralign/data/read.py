@@ -23,7 +23,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
 from datasets.table import InMemoryTable
 
 from loralign.data.columns import MEDIA, UNDERSTOOD
-from loralign.data.table import CHUNK, Row, Rows, collected
+from loralign.data.table import CHUNK, Doubled, Row, Rows, collected, from_json
 from loralign.types import LoralignError
 
 UNREADABLE = (
@@ -99,10 +99,13 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def _parsed(text: str, path: Path, line: int = 1) -> Any:
     """text: JSON that begins at `line` of the file."""
     try:
-        return json.loads(text)
+        return from_json(text)
     except json.JSONDecodeError as error:
         at = f"{path}, line {line + error.lineno - 1}"
         raise LoralignError(f"{at} is not JSON ({error.msg}, column {error.colno}): {LIST_OR_LINES}") from error
+    except Doubled as error:
+        at = f", line {line}" if path.suffix == ".jsonl" else ""  # of a list, only where it begins is known
+        raise LoralignError(f"{path}{at}: {error}") from error
     except (ValueError, RecursionError) as error:
         why = "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"
         raise LoralignError(f"{path}, line {line} {why}: {LIST_OR_LINES}") from error

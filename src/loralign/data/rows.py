@@ -92,12 +92,12 @@ def _check_refused(row: Row, where: str) -> None:
 def _for_template(row: Row, where: str) -> Row:
     """What the chat template reads beside the turns."""
     found: Row = {}
-    if tools := parsed(row.get("tools")):
-        tools = [parsed(tool) for tool in tools] if isinstance(tools, list) else tools
+    if tools := parsed(row.get("tools"), where):
+        tools = [parsed(tool, where) for tool in tools] if isinstance(tools, list) else tools
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise LoralignError(f"{where}: `tools` is no list of objects: write tool definitions, or their JSON text")
         found["tools"] = tools
-    if options := parsed(row.get("chat_template_kwargs")):
+    if options := parsed(row.get("chat_template_kwargs"), where):
         if not isinstance(options, dict):
             raise LoralignError(f"{where}: `chat_template_kwargs` is no object: write {{name: value}}")
         found["chat_template_kwargs"] = options
@@ -117,7 +117,7 @@ def _sharegpt(row: Row, where: str) -> Row:
 
 def _alpaca(row: Row, where: str) -> Row:
     turns: list[Turn] = []
-    for pair in parsed(row.get("history")) or ():
+    for pair in parsed(row.get("history"), where) or ():
         if not isinstance(pair, list) or len(pair) != 2:
             raise LoralignError(f"{where}: `history` isn't a list of [question, answer] pairs: write it so")
         turns += [turn("user", pair[0], where), turn("assistant", pair[1], where)]

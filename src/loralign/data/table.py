@@ -43,6 +43,30 @@ class Rows:
         return replace(self, texts=self.texts.take(pa.array(indices, pa.int64())))
 
 
+class Doubled(ValueError):
+    """A key that stands twice in one object, of which Python's json takes the last without a word."""
+
+
+def from_json(text: str) -> Any:
+    """What JSON text holds.
+
+    Raises:
+        Doubled: a key stands twice in one object.
+        ValueError: it is no JSON; RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice, (first, value) = next(key for key in keys if keys.count(key) > 1), pairs[0]
+        shown = json.dumps(value, ensure_ascii=False)[:30]
+        raise Doubled(f"the key {twice!r} stands twice in the object that begins with {first!r}: {shown} …; keep one")
+    return found
+
+
 def collected(rows: Iterable[Row], name: str, columns: Iterable[str] = ()) -> Rows:
     """The rows as JSON text; columns: names that the rows have beside those seen."""
     seen = dict.fromkeys(columns)

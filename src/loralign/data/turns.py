@@ -10,10 +10,10 @@ Content may be a list of text parts. Every other key is handed to the chat templ
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from loralign.data.columns import MARKS
+from loralign.data.table import Doubled, from_json
 from loralign.types import LoralignError
 
 Turn = dict[str, Any]
@@ -43,7 +43,7 @@ _READ = ("role", "from", "content", "value", "function_call", *MARKS)
 
 def turns_of(value: Any, what: str, where: str, write: str = "[{role, content}, …]") -> list[Turn]:
     """A list of turns, checked; where: file and row, write: what may stand there, for the error."""
-    value = parsed(value)
+    value = parsed(value, where)
     if not isinstance(value, list) or not value or not all(isinstance(t, dict) for t in value):
         raise LoralignError(f"{where}: {what} is no list of turns: write {write}")
     return [_one_turn(turn, where) for turn in value]
@@ -68,12 +68,14 @@ def text(value: Any, what: str, where: str) -> str:
     return value
 
 
-def parsed(value: Any) -> Any:
+def parsed(value: Any, where: str) -> Any:
     """A list or an object may stand as its JSON text; other text stays as it is."""
     if not isinstance(value, str):
         return value
     try:
-        found = json.loads(value)
+        found = from_json(value)
+    except Doubled as error:
+        raise LoralignError(f"{where}: {error}") from error
     except (ValueError, RecursionError):
         return value
     return found if isinstance(found, dict | list) else value
@@ -109,22 +111,22 @@ def _one_turn(said: Turn, where: str) -> Turn:
 
 def _calls(said: Turn, role: str, content: Any, where: str) -> list[Any]:
     """The tool calls of a turn, arguments as objects."""
-    calls = parsed(said.get("tool_calls")) or []
+    calls = parsed(said.get("tool_calls"), where) or []
     if role == "function_call":
-        calls = parsed(content)
+        calls = parsed(content, where)
     elif said.get("function_call"):
-        calls = [{"type": "function", "function": parsed(said["function_call"])}]
-    calls = [parsed(call) for call in ([calls] if isinstance(calls, dict) else calls)]
+        calls = [{"type": "function", "function": parsed(said["function_call"], where)}]
+    calls = [parsed(call, where) for call in ([calls] if isinstance(calls, dict) else calls)]
     return [_call(call, where) for call in calls]
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    inner = parsed(call.get("function")) if isinstance(call, dict) and "function" in call else call
+    inner = parsed(call.get("function"), where) if isinstance(call, dict) and "function" in call else call
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise LoralignError(f"{where}: a tool call is no object with a name: write {{name, arguments}}")
     if "arguments" in inner:
         given = inner["arguments"]
-        arguments = {} if given in (None, "") else parsed(given)
+        arguments = {} if given in (None, "") else parsed(given, where)
         if not isinstance(arguments, dict):
             raise LoralignError(
                 f"{where}: the `arguments` of the call of {inner['name']} are no object: write one, or its JSON text"

@@ -92,9 +92,12 @@ class Padded:
 
 @dataclass(frozen=True)
 class Packed:
-    """Packed rows as rows of one length; their documents know of themselves by positions that start again."""
+    """Packed rows as rows of one length; their documents know of themselves by positions that start again.
 
-    pad: int
+    What fills a row is a document without a loss, for which any token does: a tokenizer's pad token may be one that the
+    model does not embed.
+    """
+
     length: int
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -109,7 +112,7 @@ class Packed:
         positions = torch.cat([torch.arange(n) for n in sizes])
         labels = torch.cat([labels, labels.new_full((rest,), IGNORED)])
         return {
-            "input_ids": torch.cat([ids, ids.new_full((rest,), self.pad)]),
+            "input_ids": torch.cat([ids, ids.new_zeros(rest)]),
             "labels": labels.masked_fill(positions == 0, IGNORED),  # no document predicts the next one's beginning
             "position_ids": positions,
         }

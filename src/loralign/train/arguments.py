@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any, get_type_hints
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
@@ -25,6 +28,8 @@ from loralign.train.replaced import OPTIMIZER, ROWS, instead_of
 from loralign.train.undisturbed import same_randomness
 from loralign.types import LoralignError, Recipe
 
+REFUSALS = (AttributeError, ImportError, KeyError, NotImplementedError, TypeError, ValueError)
+"""What TRL and torch raise where a setting does not fit."""
 REFUSED = {
     "fsdp": "start with `accelerate launch --use_fsdp --fsdp_version 2` (docs/scale.md)",
     "deepspeed": "use torchrun alone (data parallel), or `attach` in a script of your own",
@@ -40,6 +45,10 @@ REFUSED = {
     "parallelism_config": "use torchrun or accelerate launch (docs/scale.md)",
 }
 """Beginnings of fields that would take the run out of our hands or harm what it leaves, and what to do instead."""
+
+
+SCHEDULED = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+"""Of a schedule, decided by the run."""
 
 
 def arguments(job: Job, *, resumed: bool = False) -> SFTConfig:
@@ -60,31 +69,58 @@ def arguments(job: Job, *, resumed: bool = False) -> SFTConfig:
             raise LoralignError(
                 f"`train.report_to` names {tracker!r}, which is not installed or not known: leave it out"
             )
+    extra = job.training.extra
+
+    def made_with(some: Mapping[str, Any]) -> SFTConfig:
+        return SFTConfig(**settings, **some)
+
     try:
-        made = SFTConfig(**settings, **job.training.extra)
-    except (TypeError, ValueError, AttributeError, KeyError, ImportError, RuntimeError) as error:
-        raise LoralignError(f"`train` does not fit TRL's SFTConfig: {error}") from error
+        made = made_with(extra)
+    except (*REFUSALS, RuntimeError) as error:
+        key = culprit(extra, partial(_refused, made_with))
+        where = f"`train.extra.{key}`" if key else "`train`"
+        raise LoralignError(f"{where} does not fit TRL's SFTConfig: {first_line(error)}") from error
     if job.training.steps is not None:
         check_schedule(made, job.training.steps)
     return made
 
 
+def culprit(keys: Mapping[str, Any], refused: Callable[[Mapping[str, Any]], bool]) -> str | None:
+    """The key without which the rest is taken; of several at fault the last. None: they are refused without any."""
+    left = dict(keys)
+    while left:
+        for key in left:
+            if not refused({k: v for k, v in left.items() if k != key}):
+                return key
+        del left[next(iter(left))]
+    return None
+
+
+def _refused(make: Callable[[Mapping[str, Any]], Any], some: Mapping[str, Any]) -> bool:
+    try:
+        make(some)
+    except (*REFUSALS, RuntimeError, LoralignError):
+        return True
+    return False
+
+
 @contextmanager
-def naming(extra: Mapping[str, Any]) -> Iterator[None]:
-    """Within: what TRL and torch say of settings that they do not take is told with the keys of `train.extra`.
+def naming(extra: Mapping[str, Any], again: Callable[[Mapping[str, Any]], Any]) -> Iterator[None]:
+    """Within: what TRL and torch say of settings that they do not take is told with the key of `train.extra`.
+
+    again: does the same with some of these settings.
 
     Raises:
         LoralignError: they refused something.
     """
     try:
         yield
-    except (AttributeError, ImportError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        if extra:
-            keys = ", ".join(f"`train.extra.{key}`" for key in sorted(extra))
+    except REFUSALS as error:
+        if key := culprit(extra, partial(_refused, again)):
             raise LoralignError(
-                f"TRL's SFTTrainer does not take {keys} here ({first_line(error)}): leave it out"
+                f"TRL's SFTTrainer does not take `train.extra.{key}` here ({first_line(error)}): leave it out"
             ) from error
-        if type(error) is not ValueError:
+        if type(error) is not ValueError and not extra:
             raise
         raise LoralignError(f"TRL's SFTTrainer does not take this run: {first_line(error)}") from error
 
@@ -102,22 +138,33 @@ def check_batches(trainer: Any) -> None:
 
 def check_schedule(args: SFTConfig, steps: int) -> None:
     """Raise where the schedule has no learning rate for some step of a run of this length."""
+    kwargs = args.lr_scheduler_kwargs or {}
+    if wrong := _wrong_rates(args, steps, kwargs):
+        kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        if key := culprit(kwargs, lambda some: bool(_wrong_rates(args, steps, some))):
+            raise LoralignError(
+                f"`train.extra.lr_scheduler_kwargs` has {key!r}, which does not go with `train.schedule` {kind} "
+                f"({wrong}): leave it out"
+            )
+        raise LoralignError(
+            f"`train.schedule` {kind} does not go with {steps} steps, {args.get_warmup_steps(steps)} of them warm-up, "
+            f"at rate {args.learning_rate:g} ({wrong}): take another schedule, more steps or a higher rate"
+        )
+
+
+def _wrong_rates(args: SFTConfig, steps: int, kwargs: Mapping[str, Any]) -> str:
+    """Why the schedule, with settings of its own, has no rate for some step; "" where it has one for all."""
+    own = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type]).parameters.keys() - SCHEDULED
+    if unknown := [key for key in kwargs if key not in own]:  # `constant` would leave them out without a word
+        return f"it has no setting {unknown[0]!r}"
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     warm_up = args.get_warmup_steps(steps)
     try:
-        made = get_scheduler(
-            args.lr_scheduler_type, optimizer, warm_up, steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs
-        )
+        made = get_scheduler(args.lr_scheduler_type, optimizer, warm_up, steps, scheduler_specific_kwargs=dict(kwargs))
         factors = [made.lr_lambdas[0](step) for step in {0, warm_up, steps // 2, steps - 1, steps}]
-        wrong = "" if all(math.isfinite(factor) for factor in factors) else "a rate that is not finite"
-    except (ArithmeticError, ValueError, TypeError) as error:
-        wrong = str(error)
-    if wrong:
-        kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-        raise LoralignError(
-            f"`train.schedule` {kind} does not go with {steps} steps, {warm_up} of them warm-up, at rate "
-            f"{args.learning_rate:g} ({wrong}): take another schedule, more steps or a higher rate"
-        )
+    except (*REFUSALS, ArithmeticError) as error:
+        return first_line(error)
+    return "" if all(math.isfinite(factor) for factor in factors) else "a rate that is not finite"
 
 
 def _settings(job: Job) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loralign.carrier.abilities import fresh_heads, width
+from loralign.carrier.abilities import fresh_heads, positions, width
 from loralign.carrier.slot import is_adapted
 from loralign.carrier.storage import will_be_split
 from loralign.carrier.stored import BadInput, check_base, out_of_memory
@@ -30,16 +30,45 @@ log = logging.getLogger("loralign")
 NO_TOKENIZER = "it has no tokenizer; copy tokenizer.json and tokenizer_config.json beside it"
 
 
+def described(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A causal language model as its config describes it, on the meta device: no weights are read."""
+    where, extra = _source(name)
+    with loading(name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code, **extra)
+        check_causal(config)
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    return made
+
+
+def check_length(model: PreTrainedModel, name: str, length: int, key: str) -> None:
+    """Raise where rows of so many tokens, as `key` allows them, have no positions. model: may be on the meta device."""
+    most = positions(model)
+    if most is not None and length > most:
+        raise LoralignError(f"rows of {length} tokens are more than the {most} positions of {name!r}: lower `{key}`")
+
+
 def load(
-    name: str, *, revision: str | None = None, precision: str = "auto", trust_remote_code: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    precision: str = "auto",
+    trust_remote_code: bool = False,
+    length: tuple[int, str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model with its tokenizer, on the GPU where there is one; on the host where FSDP will split it.
 
     name: a folder, a hub id, or a `.gguf` file. precision: "fp32", "bf16" or "auto" (bf16 on a GPU that has it).
     trust_remote_code: run code that a model repository ships; off unless asked for. Nothing is unpickled.
+    length: tokens of a row at most, and the key that says so; refused before the weights are read.
     """
     where, extra = _source(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **extra}
+    if length is not None:
+        check_length(described(name, revision=revision, trust_remote_code=trust_remote_code), name, *length)
     with loading(name):
         check_causal(AutoConfig.from_pretrained(where, **options))
         tokenizer = read_tokenizer(where, **options)
@@ -57,9 +86,14 @@ def load(
     return model, tokenizer
 
 
-def load_classifier(where: str, labels: int, revision: str | None = None) -> tuple[Any, tuple[str, ...], list[str]]:
+def load_classifier(
+    where: str, labels: int, length: tuple[int, str], revision: str | None = None
+) -> tuple[Any, tuple[str, ...], list[str]]:
     """A text classifier in fp32, the modules of its head, which has `labels` labels and which the caller draws, and
-    what else its files lack, a pooler: that is drawn here, alike by every process."""
+    what else its files lack, a pooler: that is drawn here, alike by every process. length: as in `load`."""
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(where, revision=revision)
+        check_length(AutoModelForSequenceClassification.from_config(config), where, *length)
     torch.manual_seed(0)
     model, told = AutoModelForSequenceClassification.from_pretrained(
         where,

@@ -10,14 +10,12 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from loralign.carrier.abilities import text_config
+from loralign.carrier.abilities import positions
 from loralign.data.packing import check_packing
 from loralign.data.widths import Packed, Padded, widths
-from loralign.optim.pairs import PairOptimizer
 from loralign.train.backbone import Backbone
 from loralign.train.compiled import NOT, Blocks, Until
 from loralign.train.recorder import recovers
-from loralign.train.settled import Settling
 from loralign.train.unmasked import Unmasked
 
 log = logging.getLogger("loralign")
@@ -27,39 +25,6 @@ SHORT = 200
 takes about 308: 37.4 s / 0.184 s."""
 MASKED = ("eager", "sdpa", "flex_attention")
 """Kinds of attention that keep packed rows apart by a mask, whatever their number in a batch."""
-
-
-class RowTrainer(Settling, SFTTrainer):
-    """SFTTrainer whose `num_tokens` counts packed rows that stay rows, TRL knows one row of them; and which does not go
-    through all modules at every step for the operations of a token and a norm that our optimizer has."""
-
-    _total_train_tokens: int
-    _flos: tuple[int, int] = 0, 0
-    """Operations of a batch, and its tokens."""
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
-        if not self._flos[1]:
-            self._flos = int(super().floating_point_ops(inputs)), tokens
-        return self._flos[0] * tokens // max(1, self._flos[1])
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return grad_norm if self._pairs() else super()._get_grad_norm(model, grad_norm)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if (ours := self._pairs()) and "loss" in logs:
-            logs["grad_norm"] = ours.grad_norm  # before any tracker sees the entry
-        super().log(logs, *args, **kwargs)
-
-    def _pairs(self) -> PairOptimizer | None:
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return inner if isinstance(inner, PairOptimizer) else None
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        rows = inputs.get("position_ids") if "attention_mask" not in inputs else None
-        if rows is not None and model.training:
-            self._total_train_tokens += (rows.shape[0] - 1) * rows.shape[1] * self.accelerator.num_processes
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def quicken(
@@ -131,9 +96,8 @@ def _forwards(trainer: SFTTrainer) -> int:
 
 def _most(trainer: SFTTrainer) -> int:
     """Tokens of a row at most; no more than the model has positions for, beyond which a GPU's lookup breaks the run."""
-    positions = getattr(text_config(trainer.model.config), "max_position_embeddings", None)
     most = trainer.args.max_length or 0
-    return min(most, positions or most)
+    return min(most, positions(trainer.model) or most)
 
 
 def _lengths(rows: Any) -> list[int]:
@@ -146,7 +110,7 @@ def _few_shapes(trainer: SFTTrainer, packing: bool, seed: int) -> int:
     lengths = _lengths(trainer.train_dataset)
     most, size = trainer.args.max_length or max(lengths), trainer.args.per_device_train_batch_size
     if packing:
-        collate = Packed(plain.pad_token_id, max(most, *lengths))
+        collate = Packed(max(most, *lengths))
         check_packing(trainer.model, collate=collate)
         trainer.data_collator = collate
         share = 1 - sum(lengths) / (len(lengths) * collate.length)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
@@ -26,11 +25,10 @@ from transformers import (
     PrinterCallback,
     set_seed,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from loralign.carrier.abilities import towers
 from loralign.carrier.masters import masters, rounded
-from loralign.carrier.sites import peft_config
 from loralign.data.chat import Prompts
 from loralign.data.packing import check_packing
 from loralign.data.split import fingerprint
@@ -44,7 +42,7 @@ from loralign.io.provenance import remove_left
 from loralign.io.verify import verify
 from loralign.plan.recommended import check_passes
 from loralign.train.adapt import check_start
-from loralign.train.arguments import arguments, check_batches, check_schedule, naming
+from loralign.train.arguments import arguments, check_schedule
 from loralign.train.attach import attach
 from loralign.train.begun import (
     check_output,
@@ -59,10 +57,11 @@ from loralign.train.ending import Patience, check_moved, samples, train_to_the_e
 from loralign.train.job import Job
 from loralign.train.journal import Journal
 from loralign.train.model import dtype_of, load
-from loralign.train.quick import RowTrainer, quicken
+from loralign.train.quick import quicken
 from loralign.train.rank_log import RankLog
 from loralign.train.record import card_of, describe, metrics_of
-from loralign.train.reference import optimize, save
+from loralign.train.reference import save
+from loralign.train.row_trainer import trainer_of
 from loralign.train.split import check_split, whole_model
 from loralign.train.tokens import name_ends, tokens
 from loralign.train.validation import apart, batches
@@ -211,8 +210,9 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
         _check_sources(job.recipe)
     args = arguments(job, resumed=resume)
     model, tokenizer = load(
-        job.model, revision=job.revision, precision=job.training.precision, trust_remote_code=job.trust_remote_code
-    )
+        job.model, revision=job.revision, precision=job.training.precision, trust_remote_code=job.trust_remote_code,
+        length=(job.data.max_length, "data.max_length"),
+    )  # fmt: skip
     recipe = without_towers(job.recipe, model)
     if job.data.packing:
         check_packing(model)
@@ -227,9 +227,8 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     journal = Journal(job.output / "log.jsonl", step_of(resume_from) if resume_from else None, progress)
     started = time.perf_counter()
     dtypes = masters(model, recipe) if isinstance(recipe, Full) else {}
-    with naming(job.training.extra):
-        trainer = _trainer(recipe, model, tokenizer, args, train, held_out)
-        check_batches(trainer)
+
+    trainer = trainer_of(replace(job, recipe=recipe), model, tokenizer, args, train, held_out)
     check_split(trainer, job.recipe)
     if job.once and args.max_steps > 0:
         a_step = job.training.batch_size * args.world_size
@@ -269,23 +268,6 @@ def without_towers(recipe: Recipe | Full, model: PreTrainedModel) -> Recipe | Fu
     if apart:
         log.info("rows of text do not reach %s: left as they are", ", ".join(apart))
     return replace(recipe, exclude=tuple(dict.fromkeys((*recipe.exclude, *apart))))
-
-
-def _trainer(
-    recipe: Recipe | Full,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: SFTConfig,
-    train: Dataset,
-    held_out: Dataset | None,
-) -> SFTTrainer:
-    common: dict[str, Any] = {"args": args, "train_dataset": train, "eval_dataset": held_out}
-    if isinstance(recipe, Recipe):
-        config = peft_config(recipe, model)
-        return RowTrainer(model, processing_class=tokenizer, peft_config=config, **common)
-    trainer = RowTrainer(model, processing_class=tokenizer, **common)
-    optimize(trainer, recipe)
-    return trainer
 
 
 def _one_batch(trainer: SFTTrainer) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def _load(job: TextTasks, classes: int) -> tuple[PreTrainedModel, Any]:
     where = str(folder) if folder.is_dir() else job.model
     with loading(job.model, "a text classifier"):
         tokenizer = read_tokenizer(where, revision=job.revision)
-        model, _, lacking = load_classifier(where, classes, job.revision)
+        model, _, lacking = load_classifier(where, classes, (job.max_length, "data.max_length"), job.revision)
         if lacking:
             raise LoralignError(
                 f"cannot load the model {job.model!r}: its files lack {lacking[0]}, which would be drawn at random and "

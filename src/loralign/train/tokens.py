@@ -47,14 +47,17 @@ def tokens(
     train, held_out = _rows(job)
     fitted = one(train, "training")
     judged = None if held_out is None else one(held_out, "evaluation").dataset
-    _check_vocabulary(model, tokenizer, fitted.dataset, judged)
+    filler = None if job.data.packing else tokenizer.pad_token_id  # packed rows are not padded with it
+    _check_vocabulary(model, tokenizer, filler, fitted.dataset, judged)
     return fitted.dataset, judged, fitted.prompts
 
 
-def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *sets: Dataset | None) -> None:
-    """Raise where a row, or what rows are padded with, has a token for which the model has no embedding."""
+def _check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, filler: int | None, *sets: Dataset | None
+) -> None:
+    """Raise where a row, or the token that rows are padded with, has no embedding in the model."""
     largest = [pc.max(pc.list_flatten(s.data.column("input_ids"))).as_py() for s in sets if s is not None]
-    token = max([*largest, tokenizer.pad_token_id or 0])
+    token = max([*largest, filler or 0])
     known = model.get_input_embeddings().weight.shape[0]
     if token >= known:
         raise LoralignError(
