@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,7 @@ from loralign.methods.rule.sora import SoftThreshold
 from loralign.plan.combinations import check_combination
 from loralign.plan.course import check_length, idle
 from loralign.train.attach import attach
+from loralign.train.driver import Driver
 from loralign.train.rank_log import RankLog
 from loralign.types import Ctx, Facts, Moment, Plan, RuleState, Stack, WorkFailed
 from oracles import adalora, dynamic_rank_lora, sora
@@ -704,6 +706,40 @@ def test_a_skipped_step_is_not_observed(tmp_path: Path) -> None:
     callback.on_optimizer_step(trainer.args, trainer.state, trainer.control)
     assert all(torch.equal(before[k], v) for k, v in callback.optimizer.rule_states[0].items())
     assert all(torch.equal(kept[n], p) for n, p in trainer.model.named_parameters())
+
+
+def test_a_stop_knows_what_was_skipped_before_and_that_nothing_acted_yet() -> None:
+    """Two of the eight steps of the first link were skipped, so the schedule of the second is two behind the run."""
+    recipe = made("chain-of-lora + adalora", r=2, links=2, first=0.0, last=0.5)
+
+    def train(driver: Driver, steps: range) -> None:
+        for t in steps:
+            backward(driver.model, t)
+            if t in (2, 3):
+                driver.skipped_step()
+                driver.end_step(t + 1)
+            else:
+                driver.optimizer.step()
+                driver.after_step()
+
+    model = toy(recipe)
+    driver = drive(model, recipe, optimizer(model, recipe, 1e-2), 16)
+    train(driver, range(9))
+    kept, moments = deepcopy(driver.state()), deepcopy(driver.optimizer.state_dict())
+    index, start = driver.episodes.position
+    assert (index, start, driver.optimizer.steps_in_link, driver.acted) == (1, 8, 1, [False])
+    train(driver, range(9, 16))
+    other = toy(recipe)
+    again = Driver(recipe, other, optimizer(other, recipe, 1e-2))
+    again.optimizer.load_state_dict(moments)
+    again.begin(16, step=9, episode=index, episode_start=start)
+    again.load(kept)
+    again.before_step()
+    assert (again.optimizer.steps_in_link, again.acted) == (1, [False])
+    train(again, range(9, 16))
+    assert again.ranks() == driver.ranks() and again.changes == driver.changes[-len(again.changes) :]
+    pairs = zip(model.named_parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(p, q) for (name, p), q in pairs if "lora_" in name)
 
 
 # ------------------------------------------------------------------------------------------------------- planted truth
