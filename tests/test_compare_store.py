@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from html import escape
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,9 +42,9 @@ def arm(name: str, **fields: Any) -> Arm:
 
 
 def spec(folder: Path, *arms: Arm, **changes: Any) -> Spec:
-    fields = {"steps": 4, "eval_every": 2, "rates": 3, "seeds": 2, "baseline_seeds": 2}
-    fields |= {"extensions": 0, "choice_seeds": 1, **changes}
-    return Spec("toy", TASK, arms or (arm("lora"), arm("pissa")), folder, **fields)
+    small = {"steps": 4, "eval_every": 2, "rates": 3, "seeds": 2, "baseline_seeds": 2}
+    small |= {"extensions": 0, "choice_seeds": 1, **changes}
+    return Spec("toy", TASK, arms or (arm("lora"), arm("pissa")), folder, **small)
 
 
 def ended(loss: float = 1.0, **changes: Any) -> Outcome:
@@ -179,33 +179,47 @@ def test_options_of_a_closure_count() -> None:
     assert gammas[0] != gammas[1]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"steps": 8},
-        {"batch_size": 16},
-        {"eval_every": 4},
-        {"schedule": "linear"},
-        {"prune": False},
-        {"autocast": False},
-        {"cpu_threads": 2},
-        {"ratio": 3.0},
-        {"charge": "none"},
-        {"choice_seeds": 3},
-        {"finalists": 3},
-        {"rates": 5},
-        {"content": {"model": "1"}},
-        {"content": {"task.valid": "1"}},
-    ],
-    ids=str,
-)
-def test_other_settings_are_refused_once_a_trial_has_begun(tmp_path: Path, changes: dict[str, Any]) -> None:
-    other, first = Store(spec(tmp_path, **changes)), Store(spec(tmp_path))
+BOUND: dict[str, Any] = {
+    "steps": 8,
+    "batch_size": 16,
+    "micro_batch_size": 16,
+    "eval_every": 4,
+    "schedule": "linear",
+    "warmup": 0.1,
+    "rates": 5,
+    "ratio": 3.0,
+    "finalists": 3,
+    "choice_seeds": 3,
+    "rate_seed": 7,
+    "charge": "none",
+    "prune": False,
+    "autocast": False,
+    "compile": True,
+    "cpu_threads": 2,
+    "content": {"task.valid": "1"},
+}
+FREE = {"seeds", "baseline_seeds", "extensions", "budget"}  # they may grow
+FREE |= {"arms", "model", "output", "task"}  # by themselves, by content, nowhere, and by parts of it
+FREE |= {"capture", "references", "source", "reading", "task_name", "shared_rows"}  # no outcome hangs on them
+
+
+def test_every_setting_of_a_study_is_bound_or_free() -> None:
+    assert BOUND.keys() | FREE == {field.name for field in fields(Spec)} and not BOUND.keys() & FREE
+
+
+@pytest.mark.parametrize("name", [*BOUND, "task.kind", "task.length", "task.head_lr"])
+def test_other_settings_are_refused_once_a_trial_has_begun(tmp_path: Path, name: str) -> None:
+    part = {"task.kind": "sft", "task.length": 64, "task.head_lr": 0.1}
+    mine = spec(tmp_path)
+    changes = {name: BOUND[name]} if name in BOUND else {"task": replace(TASK, **{name[5:]: part[name]})}
+    assert all(getattr(mine, key) != value for key, value in changes.items())
+    changed = replace(mine, **changes)
+    other, first = Store(changed), Store(mine)
     with pytest.raises(LoralignError, match="was started"):
         other.claim(FIRST)  # its settings are the study's no more
     assert first.claim(FIRST) is not None
     with pytest.raises(LoralignError, match="was started"):
-        Store(spec(tmp_path, **changes))
+        Store(changed)
 
 
 def test_seeds_arms_extensions_and_budgets_may_grow_and_paths_differ(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from cli_world import Done, assert_one_sentence, bytes_of, run, world_in
 from loralign.cli.run import job_of
 from loralign.io.lock import lock_of, locked
 from loralign.train.begun import clear_way, given_settings, read_begun, resume_point
+from loralign.train.checkpoint import Note, rotate, write_checkpoint
 from loralign.types import LoralignError
 
 KILLED = """
@@ -190,6 +191,18 @@ def test_a_checkpoint_of_another_run_is_put_aside_and_neighbours_are_left_alone(
     left = {p.name.rsplit("-", 1)[0] if "another" in p.name else p.name for p in folder.iterdir()}
     odd = {"checkpoint-4 (copy)", "checkpoint-best", "checkpoint-9", "checkpoint-8"}
     assert left == {"begun.json", "checkpoint-2", "of-another-run-checkpoint-6", *odd}
+
+
+@pytest.mark.parametrize(("keep", "left"), [(None, {1, 2, 3, 4, 5, 6, 7}), (1, {2, 6}), (2, {2, 6}), (3, {2, 5, 6})])
+def test_the_newest_and_the_best_stay(keep: int | None, left: set[int], tmp_path: Path) -> None:
+    """Of complete checkpoints of this run; half a one and those of another run are nobody's to delete."""
+    for step, of in enumerate("aaaaaab", 1):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        write_checkpoint(folder, Note("lora", step, {}, run=of), {})
+    (tmp_path / "checkpoint-8").mkdir()
+    rotate(tmp_path, "a", keep, str(tmp_path / "checkpoint-2"))
+    assert {int(p.name.split("-")[1]) for p in tmp_path.iterdir()} == {*left, 7, 8}
 
 
 @pytest.mark.usefixtures("whole")
