@@ -425,6 +425,25 @@ def test_processes_that_would_train_apart_are_stopped(tmp_path: Path) -> None:
     callback.on_train_begin(args, state, None)
 
 
+def test_a_module_that_the_forward_leaves_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At the first step; an expert may be reached later, so it is named at the end where it never was."""
+    model, made = toy.llama(), replace(recipe("lora"), targets=("q_proj", "spare"))
+    model.model.layers[1].mlp.spare = torch.nn.Linear(32, 8, bias=False)
+    trainer = toy_trainer(tmp_path, peft_config(made, model), steps=2, model=model)
+    attach(trainer, made)
+    with pytest.raises(
+        WorkFailed, match=r"^1 of 3 adapted modules got no gradient, \S*layers.1.mlp.spare first: .*exclude"
+    ):
+        trainer.train()
+    model = toy.llama()
+    model.model.layers[1].expert = torch.nn.ModuleDict({"spare": torch.nn.Linear(32, 8, bias=False)})
+    trainer = toy_trainer(tmp_path, peft_config(made, model), steps=2, model=model)
+    callback = attach(trainer, made)
+    trainer.train()
+    name = "model.layers.1.expert.spare"
+    assert callback.unreached == {name} and f"1 adapted modules never got a gradient: ['{name}']" in caplog.text
+
+
 def test_evidence_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     made = recipe("lora-ga")
     model = toy.llama()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import re
 import signal
 import subprocess
@@ -30,7 +29,6 @@ from loralign.carrier.sites import put_in, sites, target_weights
 from loralign.compare import runner as running
 from loralign.compare.compiled import blocks, compiled
 from loralign.compare.journal import outcome_of
-from loralign.compare.report import repeatable
 from loralign.compare.runner import Resident
 from loralign.compare.spec import Outcome, Trial
 from loralign.compare.store import Store
@@ -392,35 +390,6 @@ def test_only_a_report_of_what_is_finished(tmp_path: Path) -> None:
     assert "the search for learning rates is unfinished, 2 of 9 trials are done: nothing is compared yet" in said.stdout
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "the best so far is ringed" in page and "3 rates per arm" in page and "All arms" not in page
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_killed_at_random_moments_it_ends_with_the_same_table_bit_for_bit(tmp_path: Path) -> None:
-    """SIGKILL of the whole process group, twice, two workers; another machine's paths; then as if nothing had been."""
-    whole, cut = write_study(tmp_path / "whole", "classify"), write_study(tmp_path / "cut", "classify")
-    assert compare(whole).returncode == 0
-    draw = random.Random(time.time_ns())
-    for _ in range(2):
-        running = subprocess.Popen(
-            command(cut, "--workers", "2"), env=ENV, start_new_session=True, stdout=subprocess.DEVNULL
-        )
-        _wait_for_trials(cut, draw.randint(1, 6), running)
-        time.sleep(draw.random())
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
-    last = compare(cut, "--workers", "2")
-    assert last.returncode == 0, last.stderr
-    assert repeatable(tmp_path / "cut" / "out") == repeatable(tmp_path / "whole" / "out")
-    for picture in ("rates.png", "steps.png"):
-        assert (tmp_path / "cut" / "out" / picture).read_bytes() == (tmp_path / "whole" / "out" / picture).read_bytes()
-
-
-def _wait_for_trials(file: Path, count: int, running: subprocess.Popen[bytes]) -> None:
-    spec, end = load(file), time.monotonic() + 120
-    had = len(Store(spec).outcomes())
-    while time.monotonic() < end and running.poll() is None and len(Store(spec).outcomes()) < had + count:
-        time.sleep(0.2)
 
 
 @pytest.mark.distributed

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import warm
 from cli_world import world_in
-from test_compare_run import repeatable
+from loralign.compare.report import repeatable
 from tiny_study import write_study
 
 KILLS = 4
@@ -128,3 +128,5 @@ def test_a_study_that_is_killed_again_and_again_ends_with_the_same_table(seed: i
     last = command("compare", str(cut), "--workers", workers)
     assert last.returncode == 0, last.stderr
     assert repeatable(tmp_path / "cut" / "out") == repeatable(tmp_path / "whole" / "out")
+    for picture in ("rates.png", "steps.png"):
+        assert (tmp_path / "cut" / "out" / picture).read_bytes() == (tmp_path / "whole" / "out" / picture).read_bytes()

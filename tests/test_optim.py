@@ -17,11 +17,12 @@ from transformers import get_scheduler
 
 import toy
 from loralign import METHODS, LoralignError, Recipe, adapt, build, optimizer, sites
+from loralign.carrier.sites import draw_for
 from loralign.carrier.slot import trained_of
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.combinations import Surroundings, check_combination
 from loralign.train.driver import Driver
-from loralign.types import WorkFailed
+from loralign.types import Weight, WorkFailed
 from toy import batch_for
 
 ADAPTERS = [m.id for m in METHODS.values() if not m.reference]
@@ -176,6 +177,43 @@ def test_lora_plus_weight_decay_reaches_both_factors() -> None:
     for name, value in trained(model).items():
         rate = 8e-2 if "lora_B" in name else 1e-2
         torch.testing.assert_close(value, torch.full_like(value, 1.0 - rate * 0.1), rtol=1e-6, atol=0.0)
+
+
+DECAYS = {
+    **dict.fromkeys(("adalora", "dynamic-rank-lora", "beamlora"), True),  # gates, in their codes' one group of AdamW
+    "sora": False,  # gates have an optimizer of their own, without decay
+    "sd-lora": False,  # α is how far to go along a direction, 1 at the start
+    "prolora": True,  # chunks of A and B
+}
+
+
+@pytest.mark.parametrize("name", DECAYS)
+def test_a_forms_own_tensors_decay_where_the_method_says(name: str) -> None:
+    """With gradients of zero, a step is the decay alone, at the rate of the form."""
+    made = recipe(name, weight_decay=0.1)
+    model = adapted(made)
+    stepper = optimizer(model, made, 1e-2)
+    own = [g for g in stepper.param_groups if g["role"] == "form"]
+    assert own
+    for g in own:
+        for p in g["params"]:
+            p.data.fill_(1.0)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
+    stepper.step()
+    for g in own:
+        for p in g["params"]:
+            wanted = 1.0 - g["lr"] * 0.1 * DECAYS[name]
+            torch.testing.assert_close(p.detach(), torch.full_like(p, wanted), rtol=1e-6, atol=0.0)
+
+
+def test_every_form_with_tensors_of_its_own_is_here() -> None:
+    def owns(made: Any) -> bool:
+        W = Weight("w", (4, 4), lambda: torch.ones(4, 4))
+        return bool(made.form.shared() or made.form.trained(W, 2, draw_for(0, "w")))
+
+    assert {name for name in ADAPTERS if owns(build(name))} == {*DECAYS}
 
 
 # ----------------------------------------------------------------------------------------------------------- schedulers

@@ -115,6 +115,9 @@ def test_a_marked_turn_is_not_learnt(mark: str) -> None:
     with pytest.raises(LoralignError, match=f"row 1: `{mark}` says that the row is not to be learnt: drop the row"):
         converted(**{"messages": turns, mark: False})
     assert "messages" in converted(**{"messages": turns, mark: 1})
+    for other in {"weight", "train", "loss", "trainable"} - {mark}:  # one that takes it out is enough
+        both = [user("q"), assistant("a") | {mark: 0, other: 1}, user("r"), assistant("b")]
+        assert converted(messages=both)["messages"][1] == assistant("a") | {"weight": 0}
 
 
 def test_every_column_is_used_refused_or_named(caplog: pytest.LogCaptureFixture) -> None:

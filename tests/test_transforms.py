@@ -262,6 +262,20 @@ def test_one_side_has_its_own_projection(train: Train) -> None:
     assert (a is None) != (b is None)
 
 
+@pytest.mark.parametrize("train", ["A", "B"])
+def test_damping_is_a_share_of_the_mean_eigenvalue_and_the_floor_is_none(train: Train) -> None:
+    p, G = pair(train=train), normal(12, 10, seed=7)
+    H = p.B.T @ p.B if train == "A" else p.A @ p.A.T
+    g = grads_of(p, G)
+    for damping, floor in ((0.3, 0.0), (0.0, 0.3)):
+        damped = (
+            torch.linalg.inv(H + (damping * torch.linalg.eigvalsh(H).mean() + floor) * torch.eye(3, dtype=H.dtype))
+            / p.s**2
+        )
+        a, b = raw_closest(p, g, damping=damping, floor=floor)
+        close(*((a, damped @ g.A) if train == "A" else (b, g.B @ damped)))
+
+
 def test_equals_the_published_adjustment() -> None:
     for seed, (d_out, d_in, r) in enumerate([(48, 40, 8), (256, 32, 16), (12, 10, 1), (12, 10, 10)]):
         p = pair(d_out, d_in, r, seed=seed)
