@@ -370,11 +370,15 @@ def test_two_processes_train_one_model_and_resume(world: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("method", ["lora", "lora-ga"])
-def test_a_model_that_fsdp_splits_trains_as_two_copies_and_resumes(method: str, world: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"), [("lora", "{}"), ("lora-ga", None), ("chain-of-lora", "{links: 2}"), ("adalora", "{}")]
+)
+def test_a_model_that_fsdp_splits_trains_as_two_copies_and_resumes(
+    method: str, options: str | None, world: Path
+) -> None:
     """FSDP2 as accelerate prepares it: the first process exports and verifies what was gathered."""
     few = ["train.batch_size=2", "train.micro_batch_size=2", "train.log_every=1", f"method={method}"]
-    few += ["options={}"] if method == "lora" else []
+    few += [f"options={options}"] if options else []
     split = str(Path(__file__).with_name("fsdp_on_cpu.py"))
 
     def train(output: str, *program: str, more: tuple[str, ...] = ()) -> None:
@@ -388,7 +392,7 @@ def test_a_model_that_fsdp_splits_trains_as_two_copies_and_resumes(method: str, 
     train(f"{method}-copies", "-m", "loralign")
     assert Path(f"{method}-split/checkpoints/checkpoint-6/pytorch_model_fsdp_0").is_dir(), "it was split"
     ours, copies = (load_file(Path(f"{method}-{run}", "adapter_model.safetensors")) for run in ("split", "copies"))
-    if method == "lora-ga":
+    if method != "lora":
         shutil.rmtree(f"{method}-split/checkpoints/checkpoint-6")
         train(f"{method}-split", split, more=("--resume",))
         again = load_file(Path(f"{method}-split", "adapter_model.safetensors"))

@@ -26,6 +26,18 @@ def add_frozen(layer: Any, adapter: str, A: Tensor, B: Tensor) -> None:
     variant.links = (*variant.links, int(A.shape[0]))
 
 
+@torch.no_grad()
+def make_room(layer: Any, adapter: str, slots: int) -> None:
+    """As many frozen slots as a checkpoint holds, zero: a sharded one is read in place."""
+    for side in (layer.lora_A[adapter], layer.lora_B[adapter]):
+        if isinstance(side, SlotLinear) and side.used < slots:
+            axis = axis_of(side.kind)
+            shape = list(side.frozen.shape)
+            shape[axis] = slots - side.used
+            side.frozen = torch.cat([side.frozen, side.frozen.new_zeros(shape)], axis)
+            leave_open(side.frozen, axis)
+
+
 def _live_alone(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     """What a link leaves of its live tensors: the factors without frozen slots, or what the form says."""
     live, variant = live_of(layer, adapter), layer.lora_variant[adapter]

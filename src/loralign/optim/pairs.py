@@ -23,16 +23,16 @@ from torch import Tensor, nn
 
 from loralign.carrier.slot import form_of
 from loralign.maths.draws import keyed_generator
-from loralign.maths.lists import adam_slots
+from loralign.maths.lists import adam_slots, adam_state
 from loralign.optim.added import add_updates, decayed, form_updates, step_rest
 from loralign.optim.clip import clip
 from loralign.optim.groups import groups
 from loralign.optim.masks import DeadSlots, masked, penalise
 from loralign.optim.moments import grads_of, moment, seen_in_step
 from loralign.optim.norm import Norm, Norms
-from loralign.optim.shards import wholes
+from loralign.optim.shards import sharded, wholes
 from loralign.optim.stacks import Layout, Place
-from loralign.optim.transformed import transformed
+from loralign.optim.transformed import filled, transformed
 from loralign.optim.values import Values, leave_out, leave_stacks, letters, live_own, live_pairs, with_grads
 from loralign.types import (
     Ctx,
@@ -116,9 +116,33 @@ class PairOptimizer(torch.optim.Optimizer):
                 self.state[p][key] = value.detach().to(p.device, copy=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, of steps that are known to be good."""
+        """As torch's, of steps known to be good; that of sharded tensors lacks nothing, since it is read in place."""
         self.norms.check()
+        if sharded(p for group in self.param_groups for p in group["params"]):
+            self._fill()
         return super().state_dict()
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        """State, as it begins, for all that trains and has none."""
+        live, own = live_pairs(self.param_groups), live_own(self.param_groups)
+        trains = {n: {f: p for f, p in ps.items() if p.requires_grad} for n, ps in live.items()}
+        live = {n: ps for n, ps in live.items() if trains[n]}
+        for pair in self.values.pairs(live, {n: letters(trains[n]) for n in live}):
+            filled(self.transform, pair, {f: self.state[p] for f, p in trains[pair.name].items()})
+        alone = list(zip(own.values(), self._whole({key: p.data for key, p in own.items()}).values(), strict=True))
+        alone += [(p, p.data) for group in self.param_groups if group["role"] == "rest" for p in group["params"]]
+        for p, value in alone:
+            if p.requires_grad and not self.state[p]:
+                self.state[p].update(adam_state(value))
+
+    def _asks_for_state(self) -> bool:
+        """torch has the state of a sharded optimizer made by a step of zeros at rate 0, before it is saved or loaded
+        (`torch.distributed.checkpoint.state_dict`)."""
+        if self.state or any(float(group["lr"]) for group in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return bool(grads) and sharded(grads) and not any(bool(g.any()) for g in wholes(grads))
 
     # --------------------------------------------------------------------------------------------------------- one step
 
@@ -128,6 +152,9 @@ class PairOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._asks_for_state():
+            self._fill()
+            return loss
         self._check_driven()
         self.norms.check()
         self.param_groups[0]["step"] = self.param_groups[0].get("step", 0) + 1

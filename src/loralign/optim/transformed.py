@@ -22,7 +22,7 @@ def transformed(
         key = (shape, pair.train, pair.A.device, g.A is None, g.B is None)
         batches.setdefault(key, []).append(pair)
     todo = [
-        Group(batch, [grads[p.name] for p in batch], [_filled(transform, p, state[p.name]) for p in batch], ctx)
+        Group(batch, [grads[p.name] for p in batch], [filled(transform, p, state[p.name]) for p in batch], ctx)
         for batch in batches.values()
     ]
     together = [transform.prepare(group) for group in todo] if facts.global_scalars else []
@@ -34,7 +34,8 @@ def transformed(
     return updates
 
 
-def _filled(transform: Transform, pair: Pair, state: State) -> State:
+def filled(transform: Transform, pair: Pair, state: State) -> State:
+    """State, as a transform begins with it, for the factors that have none."""
     missing = [factor for factor, kept in state.items() if not kept]
     if missing:
         fresh = transform.init(pair)

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from loralign.carrier.links import make_room
 from loralign.carrier.path import wire
 from loralign.carrier.sites import draw_for, factors, keep_saving_right, put_in, sites, skipped, weight
 from loralign.carrier.slot import Own, install, share, shared_of, trained_of
@@ -48,6 +49,8 @@ class Storage:
     r: int
     twin: bool
     train: Train
+    frozen: int = 0
+    """Frozen slots, those of a twin among them."""
 
 
 def adapt(
@@ -213,6 +216,8 @@ def restore_storage(model: PeftModel, recipe: Recipe, stored: Mapping[str, Stora
         zeros = torch.zeros(site.r, site.d_in), torch.zeros(site.d_out, site.r)
         made[site.name] = Start(*zeros, twin=kind.twin, train=kind.train)
     write_start(model, recipe, made)
+    for site in sites(model):
+        make_room(site.layer, site.adapter, stored[site.name].frozen)
 
 
 def optimizer(model: PeftModel, recipe: Recipe, lr: float, *, rest_lr: float | None = None) -> PairOptimizer:

@@ -172,7 +172,7 @@ class RecipeCallback(TrainerCallback):
         saved = driver.state()  # on every rank: sharded tensors are gathered
         episode, start = driver.episodes.position
         links = driver.episodes.links()
-        stored = {n: replace(s, twin=links[n].twin, train=links[n].train) for n, s in self.stored.items()}
+        stored = {n: replace(s, **links[n]._asdict()) for n, s in self.stored.items()}
         complete(args, state, Note(self.recipe.name, state.global_step, stored, episode, start), saved, self.keep)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -64,7 +64,7 @@ def write_checkpoint(folder: Path, note: Note, state: Mapping[str, Tensor]) -> N
     for path in (*parts, folder):
         _to_disk(path)
     sums = {p.relative_to(folder).as_posix(): [p.stat().st_size, sha256(p)] for p in parts}
-    stored = {name: [s.r, s.twin, s.train] for name, s in note.storage.items()}
+    stored = {name: [s.r, s.twin, s.train, s.frozen] for name, s in note.storage.items()}
     body = {"format": FORMAT, "run": note.run, "recipe": note.recipe, "step": note.step, "storage": stored}
     body |= {"episode": note.episode, "episode_start": note.episode_start, "parts": sums}
     write_text(folder / NOTE, json.dumps(body))
@@ -85,7 +85,10 @@ def read_note(folder: Path) -> Note:
         if body["format"] not in (1, FORMAT):
             said = f"format {body['format']!r:.20}"
             raise LoralignError(f"{folder.name} was written by another version of loralign ({said}): use that one")
-        stored = {name: Storage(int(r), bool(twin), train) for name, (r, twin, train) in body["storage"].items()}
+        stored = {
+            name: Storage(int(r), bool(twin), train, *map(int, frozen))  # older checkpoints do not say how many
+            for name, (r, twin, train, *frozen) in body["storage"].items()
+        }
         parts = {str(name): (int(size), str(total)) for name, (size, total) in body.get("parts", {}).items()}
         position = int(body["episode"]), int(body["episode_start"])
         return Note(str(body["recipe"]), int(body["step"]), stored, *position, str(body.get("run", "")), parts)

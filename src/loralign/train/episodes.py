@@ -44,10 +44,11 @@ Gather = Callable[[Episode], Mapping[str, Directions]]
 
 
 class Link(NamedTuple):
-    """The live link of one site: does it train around a twin, and which factors train."""
+    """The live link of one site: does it train around a twin, which factors train, how many slots are frozen."""
 
     twin: bool
     train: Train
+    frozen: int
 
 
 class Episodes:
@@ -72,8 +73,9 @@ class Episodes:
         found = {}
         for site in sites(self.model):
             layer: Any = site.layer
-            twin = getattr(layer.lora_B[site.adapter], "kind", "") == "T"
-            found[site.name] = Link(twin, layer.lora_variant[site.adapter].train)
+            side = layer.lora_B[site.adapter]
+            twin, frozen = getattr(side, "kind", "") == "T", getattr(side, "used", 0)
+            found[site.name] = Link(twin, layer.lora_variant[site.adapter].train, frozen)
         return found
 
     def _episode(self, index: int) -> Episode | None:

@@ -47,16 +47,19 @@ class RankLog(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.on_log(args, state, control)
+        said = self.run.summary()  # on every rank: sharded gates are gathered
         if self.wanted and state.is_world_process_zero:
-            picture(self.course, self.folder / PICTURE, f"{self.run.recipe.name}: {self.run.summary()}")
+            picture(self.course, self.folder / PICTURE, f"{self.run.recipe.name}: {said}")
 
     def _note(self, state: Any) -> bool:
         """Whether there was something new to note."""
-        if not self.wanted or state.global_step in self.course:
+        if not self.wanted:
             return False
         assert self.run.driver is not None
-        self.course[state.global_step] = self.run.driver.ranks()
-        return True
+        ranks = self.run.driver.ranks()  # on every rank, also where the first one knows this step from its file
+        new = state.global_step not in self.course
+        self.course.setdefault(state.global_step, ranks)
+        return new
 
 
 def _line(step: int, ranks: Mapping[str, int]) -> str:
