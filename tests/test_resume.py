@@ -398,4 +398,6 @@ def test_a_model_that_fsdp_splits_trains_as_two_copies_and_resumes(
         again = load_file(Path(f"{method}-split", "adapter_model.safetensors"))
         assert all(torch.equal(again[k], value) for k, value in ours.items())
     for k, value in ours.items():
-        torch.testing.assert_close(value, copies[k], rtol=1e-4, atol=1e-5 * float(copies[k].abs().max()))
+        # a fresh state's first step makes a move of what rounding leaves of a gradient near zero
+        atol = 1e-4 if method == "chain-of-lora" else 1e-5
+        torch.testing.assert_close(value, copies[k], rtol=1e-4, atol=atol * float(copies[k].abs().max()))

@@ -103,6 +103,7 @@ class PairOptimizer(torch.optim.Optimizer):
         self.norms = Norms(lambda: self.state.clear())
         made = groups(sites, rest, shared or {}, transform, lr, rest_lr, weight_decay)
         super().__init__(made, {"lr": lr, "weight_decay": weight_decay})
+        self.param_groups[0]["step"] = 0  # there from the start: a sharded optimizer is read in place
         self.awake, self.layout = self.shapes, Layout(self.shapes, self.param_groups)
 
     @torch.no_grad()

@@ -18,12 +18,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from loralign.carrier.slot import whole
+from loralign.carrier.sites import sites
+from loralign.carrier.slot import form_of, live_of, trained_of, whole
 from loralign.carrier.stored import load_adapter, read_config, read_tensors
 from loralign.io.probes import TOLERANCE, difference
 from loralign.train.job import Job
 from loralign.train.model import dtype_of, load
-from loralign.types import Full, LoralignError, Recipe, WorkFailed
+from loralign.types import Full, LoralignError, Recipe, Site, WorkFailed
 
 
 def check_split(trainer: Any, recipe: Recipe | Full) -> None:
@@ -57,7 +58,10 @@ def whole_model(trainer: Any, job: Job, probes: Mapping[str, Tensor]) -> Iterato
         return
     with tempfile.TemporaryDirectory() as name:
         model.save_pretrained(name, state_dict=state)
-        opened = _opened(Path(name), job)
+        own = {f"lora_{own}" for site in sites(model) for own in trained_of(site.layer, site.adapter)}
+        opened = _opened(Path(name), job, own)
+    if any(_switches(site) for site in sites(model)):
+        _empty(opened)
     again = _logits(opened, probes, next(opened.parameters()).device)
     _check_same(again, found, TOLERANCE[dtype_of(job.training.precision)])
     yield opened
@@ -69,12 +73,29 @@ def gathered(model: PeftModel) -> dict[str, Tensor]:
     return {k: whole(v.detach()).cpu() for k, v in state.items() if "lora_" in k or "modules_to_save" in k}
 
 
-def _opened(folder: Path, job: Job) -> Any:
+def _switches(site: Site) -> bool:
+    """Whether slots may be off although one of their factors is not zero."""
+    form = form_of(site.layer, site.adapter)
+    return bool(live_of(site.layer, site.adapter).links) or (form is not None and bool(form.facts.switches))
+
+
+@torch.no_grad()
+def _empty(opened: PeftModel) -> None:
+    """Make slots that are off empty on either side, which is how `export` knows them in a stock adapter."""
+    for site in sites(opened):
+        side_A, side_B = (getattr(site.layer, side)[site.adapter].weight for side in ("lora_A", "lora_B"))
+        off = ~side_A.any(1) | ~side_B.any(0)
+        side_A[off], side_B[:, off] = 0.0, 0.0
+
+
+def _opened(folder: Path, job: Job, own: set[str]) -> Any:
+    """own: a form's tensors, which are folded into A and B and which no stock adapter knows."""
     base, _ = load(
         job.model, revision=job.revision, precision=job.training.precision, trust_remote_code=job.trust_remote_code
     )
     config = read_config(folder)
-    return load_adapter(base, folder, config, read_tensors(folder, config)).eval()
+    tensors = {k: v for k, v in read_tensors(folder, config).items() if k.rpartition(".")[2] not in own}
+    return load_adapter(base, folder, config, tensors).eval()
 
 
 @torch.no_grad()
