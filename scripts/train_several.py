@@ -57,7 +57,12 @@ def world(folder: Path) -> None:
     special = {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>"}
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "base")
     rows = [
-        {"prompt": " ".join(f"w{3 + (7 * k + j) % 90}" for j in range(20)), "completion": f" w{100 + k % 3} w{110}"}
+        {
+            "prompt": " ".join(f"w{3 + (7 * k + j) % 90}" for j in range(20)),
+            # many answers: the gradient of a few has so small a rank that its next directions, which lora-ga takes
+            # too, are rounding
+            "completion": f" w{100 + 37 * k % 211} w{100 + 17 * k % 199} w{100 + 53 * k % 193}",
+        }
         for k in range(8 * ROWS)
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
