@@ -34,7 +34,7 @@ CUDA = torch.cuda.is_available()
 WORDS, STEPS, ROWS = 500, 6, 8
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "lora-ga": {},
+    "lora-ga": {"sketch": None},  # exact: a sketch depends on which rows come together
     "spectral": {},
     "lora-rite": {},
     "sora": {},
