@@ -42,7 +42,7 @@ AUTOCAST = "autocast"
 PLAIN = (Tensor, bool, int, float, str, NoneType)
 TRIAL = 2
 """The call after recording that is the trial: the first is of the batch that was recorded."""
-WORTH = 0.97
+WORTH = 0.985
 """Of the time of the calls as they are, at most, for replays to be taken."""
 Clock = Callable[[Callable[[], object]], float]
 
