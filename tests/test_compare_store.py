@@ -23,7 +23,7 @@ from rich.console import Console
 
 from loralign import LoralignError, build
 from loralign.compare import store as storing
-from loralign.compare.identity import arm_settings, content_of, first_difference, shared_rows
+from loralign.compare.identity import arm_settings, content_of, shared_rows
 from loralign.compare.live import board, headline, watched
 from loralign.compare.report import collect, repeatable, report
 from loralign.compare.schedule import rate_trials, seed_trials, wanted
@@ -32,6 +32,7 @@ from loralign.compare.store import Store
 from loralign.compare.study import chosen, no_room, work
 from loralign.compare.tables import terminal_tables
 from loralign.io.content import file_print, model_print
+from loralign.io.described import first_difference
 from loralign.types import Recipe
 
 TASK = TaskSpec("text", "a.jsonl", "b.jsonl", "c.jsonl")

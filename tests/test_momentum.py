@@ -42,7 +42,7 @@ def recipe(case: str, **more: Any) -> Recipe:
 def begun(made: Recipe) -> tuple[Any, Any]:
     model = adapt(llama(), made, [])
     stepper = optimizer(model, made, 1e-3)
-    stepper.driven = True
+    stepper.between = False
     return model, stepper
 
 

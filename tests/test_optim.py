@@ -102,7 +102,7 @@ def test_tensors_outside_pairs_follow_adamw(name: str) -> None:
         for key, p in rest.items():
             assert p.grad is not None
             twins[key].grad = p.grad.clone()
-        stepper.driven = True  # no event of a rule is of interest here
+        stepper.between = False  # no event of a rule is of interest here
         stepper.step()
         reference.step()
         stepper.zero_grad()

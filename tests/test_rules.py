@@ -357,6 +357,7 @@ def test_the_snapshot_does_not_move_the_function_and_export_is_exact() -> None:
     for t in range(3):
         backward(model, t)
         optimizer.step()
+        driver.after_step()
     before = model(x).detach()
     model.merge_adapter()
     close(model(x).detach(), before, 1e-10)

@@ -24,11 +24,13 @@ from loralign.carrier.slot import effective, is_adapted, whole
 from loralign.carrier.storage import SlotLinear
 from loralign.carrier.targets import PREFIX, anchored, by_weight, chosen, ranks_of, strangers
 from loralign.maths.draws import keyed_generator
+from loralign.maths.given import checked
 from loralign.types import Draw, Full, LoralignError, Recipe, Site, Weight
 
 ADAPTER = "default"
 
 
+@checked
 def peft_config(recipe: Recipe, model: nn.Module, *, adapted: bool = False) -> LoraConfig:
     """The stock `LoraConfig` of a recipe: what `get_peft_model` or a TRL trainer takes.
 
@@ -94,6 +96,7 @@ def as_layers(model: PeftModel, adapter: str = ADAPTER) -> None:
         setattr(model.get_submodule(parent), child, layer)
 
 
+@checked
 def sites(model: nn.Module, adapter: str = ADAPTER) -> list[Site]:
     """The adapted linear maps in the order of the model, with shapes (d_out, d_in) also for Conv1D."""
     found = []
@@ -184,6 +187,7 @@ def draw_for(seed: int, name: str = "", link: int = 0) -> Draw:
     return KeyedDraw(seed, name, link)
 
 
+@checked
 def factors(site: Site) -> tuple[Tensor, Tensor]:
     """(A (R, d_in), B (d_out, R)), fp32, scale and every fold included: W_eff = W0 + B·A."""
     A, B = effective(site.layer, site.adapter)

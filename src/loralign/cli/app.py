@@ -33,15 +33,9 @@ app = typer.Typer(
     epilog="Recipes to copy: examples/. Any command takes --debug for the traceback of an error.",
 )
 
-app.add_typer(subspace)
-app.command(epilog="Example: loralign expand runs/prolora/compact/compact.safetensors --out plain")(expand)
-app.command(epilog="Example: loralign suggest Qwen/Qwen3-0.6B --rows rows.jsonl --out sft.yaml")(suggest)
-app.command(epilog="Example: loralign tasks examples/tasks.yaml --set seed=1")(tasks)
-app.command(epilog="Example: loralign schema --out docs/schema.json")(schema)
-
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; may be repeated.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file; may be repeated.")
 ]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `train`, `init` or `export` wrote.")]
 Base = Annotated[str | None, typer.Option(help="Folder or hub id of the base model; default: what the adapter names.")]
@@ -281,6 +275,12 @@ def doctor() -> None:
         say(line)
     raise typer.Exit(0 if healthy else 1)
 
+
+app.command(epilog="Example: loralign suggest Qwen/Qwen3-0.6B --rows rows.jsonl --out sft.yaml")(suggest)
+app.command(epilog="Example: loralign tasks examples/tasks.yaml --set seed=1")(tasks)
+app.command(epilog="Example: loralign expand runs/prolora/compact/compact.safetensors --out plain")(expand)
+app.command(epilog="Example: loralign schema --out docs/schema.json")(schema)
+app.add_typer(subspace)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -41,20 +41,6 @@ def arm_settings(arm: Arm) -> dict[str, Any]:
     return {**found, **dict(arm.given), "lr": arm.lr}
 
 
-def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """Key, old and new value of the first setting that differs; a missing one is None.
-
-    Facts follow from type and options, and their list grows with the code: one that a side does not name is no
-    difference.
-    """
-    for key in dict.fromkeys((*old, *new)):
-        if {"facts", "accepts"} & set(key.split(".")) and (key not in old or key not in new):
-            continue
-        if old.get(key) != new.get(key):
-            return key, old.get(key), new.get(key)
-    return None
-
-
 def other_settings(folder: Path, key: str, old: Any, new: Any) -> str:
     if key == "model" or key in ("task.train", "task.valid", "task.test"):
         return (

@@ -32,7 +32,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from loralign.compare.identity import (
     arm_settings,
-    first_difference,
     other_arm,
     other_settings,
     settings,
@@ -40,6 +39,7 @@ from loralign.compare.identity import (
 )
 from loralign.compare.journal import JOURNAL, damaged, opened, outcome_of, study_id, wrong_in
 from loralign.compare.spec import Failure, Outcome, Spec, Trial
+from loralign.io.described import first_difference
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")

@@ -24,7 +24,7 @@ from loralign.evidence.preheat import preheated
 from loralign.evidence.ranks import rank, same_everywhere, world
 from loralign.evidence.shared import common_subspace
 from loralign.evidence.store import Evidence as Evidence
-from loralign.evidence.store import evidence_key, load_evidence, save_evidence
+from loralign.evidence.store import cache_folder, evidence_key, load_evidence, save_evidence
 from loralign.evidence.tap import Passes as Passes
 from loralign.evidence.tap import Progress as Progress
 from loralign.evidence.tap import Sink as Sink
@@ -84,11 +84,16 @@ def collect(
     path = None
     if cache:
         known = passes.value(taken[0]) if taken else 0.0
-        path = cache / f"evidence-{evidence_key(need, model, sites, taken, seed, known)}.safetensors"
+        path = (
+            cache_folder(Path(cache)) / f"evidence-{evidence_key(need, model, sites, taken, seed, known)}.safetensors"
+        )
         passes.partial = Partial(path.with_suffix(".partial"))
     kept = same_everywhere(load_evidence(path, sites) if path is not None and rank() == 0 else None)
     if kept is None:
-        with torch.autocast(passes.device.type, enabled=False):  # only the model's own forward is the caller's to round
+        with (
+            torch.enable_grad(),
+            torch.autocast(passes.device.type, enabled=False),
+        ):  # only the model's own forward is the caller's to round
             found = Evidence(COLLECTORS[type(need)](need, passes, sites, taken), passes.spent)
         if path is not None and rank() == 0:
             save_evidence(path, found)

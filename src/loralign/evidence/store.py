@@ -107,6 +107,18 @@ def folder_state(path: Path) -> str:
     return repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()])
 
 
+def cache_folder(folder: Path) -> Path:
+    """The folder, made where it was not: found before anything is collected for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = "is a file" if isinstance(error, FileExistsError) else f"cannot be made ({error.strerror})"
+        raise LoralignError(f"the cache {folder} {what}: name another folder in `cache`") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise LoralignError(f"the cache {folder} is not writable: name another folder in `cache`")
+    return folder
+
+
 def save_evidence(path: Path, found: Evidence) -> None:
     """Write to a temporary name, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ requires a gradient.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,8 @@ from loralign.carrier.layer import first_input, tap
 from loralign.carrier.storage import SlotLinear
 from loralign.evidence.partial import Partial
 from loralign.maths.draws import keyed_generator
-from loralign.types import Batch, Loss, Site, WorkFailed
+from loralign.maths.given import said
+from loralign.types import Batch, LoralignError, Loss, Site, WorkFailed
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -150,6 +151,18 @@ def ready(model: nn.Module, sites: Sequence[Site], *, asleep: bool = True) -> It
             p.grad = None if flag else p.grad
 
 
+def _scalar(value: Any) -> Tensor:
+    """A loss as its caller is to hand it out."""
+    if value is None:
+        raise LoralignError(
+            "the model returned no loss: give the batches `labels`, or pass loss=(model, batch) -> Tensor"
+        )
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else said(value)
+        raise LoralignError(f"`loss` must return one number as a tensor, the mean over the batch, not {what}")
+    return value
+
+
 class Passes:
     """Forward and backward passes through one model, under the autocast in force when this was made; and their cost."""
 
@@ -173,10 +186,12 @@ class Passes:
 
     def _loss(self, batch: Batch, index: int) -> Tensor:
         torch.manual_seed(keyed_generator(self.seed, "evidence", index).initial_seed())
+        if not isinstance(batch, Mapping):
+            raise LoralignError(f"a batch is a dictionary of what the model takes, not {said(batch)}")
         moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         kind, dtype, on = self.autocast
         with torch.autocast(kind, dtype, enabled=on):
-            return self.loss(self.model, moved)
+            return _scalar(self.loss(self.model, moved))
 
     @torch.no_grad()
     def value(self, batch: Batch) -> float:
@@ -188,6 +203,8 @@ class Passes:
         """One micro-batch forward and backward; returns its loss. The same index sees the same dropout masks."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             value = self._loss(batch, index)
+            if not value.requires_grad:
+                raise LoralignError("the loss has no gradient: `loss` must compute it from the model, without detach()")
             if not torch.isfinite(value):
                 raise WorkFailed(f"the loss of evidence micro-batch {index} is {value.item()}: look for broken rows")
             (value * share).backward()

@@ -34,6 +34,20 @@ def described(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from described({k: v for k, v in getattr(value, "__dict__", {}).items() if k[0] != "_"}, name)
 
 
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Key, old and new value of the first setting that differs; a missing one is None.
+
+    Facts follow from type and options, and their list grows with the code: one that a side does not name is no
+    difference.
+    """
+    for key in dict.fromkeys((*old, *new)):
+        if {"facts", "accepts"} & set(key.split(".")) and (key not in old or key not in new):
+            continue
+        if old.get(key) != new.get(key):
+            return key, old.get(key), new.get(key)
+    return None
+
+
 def _function(function: Callable[..., Any], name: str) -> Iterator[tuple[str, Any]]:
     yield name, function.__qualname__
     cells = getattr(function, "__closure__", None) or ()

@@ -59,13 +59,17 @@ from loralign.io.probes import (
 )
 from loralign.io.public import base_name, make_public
 from loralign.io.report import ExportReport as ExportReport
+from loralign.maths.bounds import Count
+from loralign.maths.given import checked, said
 from loralign.types import LoralignError, Site, WorkFailed
 
 log = logging.getLogger("loralign")
 
 Profile = Literal["peft", "portable", "gguf", "merged"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@checked
 def export(
     model: PeftModel,
     out: Path | str,
@@ -74,7 +78,7 @@ def export(
     dtype: torch.dtype | None = None,
     base_id: str | None = None,
     revision: str | None = None,
-    max_rank: int | None = None,
+    max_rank: Count | None = None,
     drop: Mapping[str, Sequence[int]] | None = None,
     power_of_two: bool = False,
     probes: Mapping[str, Any] | None = None,
@@ -101,6 +105,10 @@ def export(
         WorkFailed: not finite values, a full disk; nothing is left behind.
     """
     folder, found = Path(out), _found(model)
+    if dtype is not None and dtype not in DTYPES:
+        raise LoralignError(f"export() stores factors as {', '.join(map(str, DTYPES))}, not as {dtype}")
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise LoralignError(f"export() takes a loaded tokenizer, not {said(tokenizer)}")
     config = model.peft_config[ADAPTER]
     check_exportable(model)
     base, commit = base_name(model, base_id, revision)

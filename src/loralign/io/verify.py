@@ -18,6 +18,7 @@ import safetensors
 import torch
 import transformers
 
+from loralign.maths.given import checked
 from loralign.types import LoralignError, VerificationFailed, WorkFailed
 
 SCRIPT = Path(__file__).with_name("clean_process.py")
@@ -81,6 +82,7 @@ class VerifyReport:
         return f"Not proven, the adapter moves too little for it ({self.dtype}, {self.device}): {said}"
 
 
+@checked
 def verify(folder: Path | str, base: Path | str | None = None) -> VerifyReport:
     """Reload one exported folder in a clean process and compare logits on its stored probes.
 

@@ -14,6 +14,9 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+from loralign.maths.bounds import Count, Positive
+from loralign.maths.given import checked
+from loralign.methods.fields import checked_fields
 from loralign.methods.form.delta_lora import boosted
 from loralign.methods.form.gated import beam, gated, normal_gated
 from loralign.methods.form.plain import plain
@@ -230,8 +233,9 @@ def method(name: str) -> Method:
         raise LoralignError(f"{name!r} means two things in the field: {' or '.join(AMBIGUOUS[key])}; use the long id")
     if key in RESOLVED:
         raise LoralignError(f"{key!r} {RESOLVED[key]}")
-    near = difflib.get_close_matches(key, [*METHODS, *RESOLVED], n=3, cutoff=0.5) or sorted(METHODS)
-    raise LoralignError(f"unknown method {name!r}; did you mean {', '.join(near)}? `loralign methods` lists all")
+    near = difflib.get_close_matches(key, [*METHODS, *RESOLVED], n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}? " * bool(near)
+    raise LoralignError(f"unknown method {name!r:.80}; {hint}`loralign methods` lists all")
 
 
 def build(name: str, options: Mapping[str, Any] | None = None, **fields: Any) -> Recipe | Full:
@@ -241,6 +245,10 @@ def build(name: str, options: Mapping[str, Any] | None = None, **fields: Any) ->
     where they are not given, the method's own, then `Recipe`'s defaults.
     Raises LoralignError on an unknown name or option, and where two methods want the same axis.
     """
+    if not isinstance(name, str):
+        raise LoralignError(f"build() takes a method's name such as 'lora-ga', or a mix as one text, not {name!r:.60}")
+    if not isinstance(options, Mapping | None):
+        raise LoralignError(f"build() takes options as a dictionary, {{name: value}}, not {options!r:.60}")
     lines = [method(part) for part in name.split("+")]
     label = " + ".join(line.id for line in lines)
     if twice := next((line.id for line in lines if lines.count(line) > 1), ""):
@@ -251,6 +259,7 @@ def build(name: str, options: Mapping[str, Any] | None = None, **fields: Any) ->
     if any(line.reference for line in lines):
         if len(lines) > 1 or options:
             raise LoralignError("`full` trains the matrices themselves: it takes no options and mixes with nothing")
+        fields = checked_fields(label, fields, ())
         kept = ("targets", "exclude", "seed", "weight_decay", "max_grad_norm")
         return Full(name=label, optimizer=lines[0].optimizer, **{k: v for k, v in fields.items() if k in kept})
     chosen = {axis: _one(lines, axis, default) for axis, default in _DEFAULTS.items()}
@@ -266,7 +275,7 @@ def build(name: str, options: Mapping[str, Any] | None = None, **fields: Any) ->
     scale = _one(lines, "scale", over_rank)
     for line in lines:
         fields = {**line.fields, **fields}
-    return Recipe(**made, rules=made_rules, scale=scale, name=label, **fields)
+    return Recipe(**made, rules=made_rules, scale=scale, name=label, **checked_fields(label, fields, known))
 
 
 @cache
@@ -296,7 +305,8 @@ def tuned_on(name: str) -> tuple[tuple[str, str], ...]:
     return tuple(dict.fromkeys(task for task in found if task))
 
 
-def learning_rate(name: str, s: float, hidden: int) -> tuple[float, str]:
+@checked
+def learning_rate(name: str, s: Positive, hidden: Count) -> tuple[float, str]:
     """The prior of a method or mix at scale s and hidden size, and where it comes from.
 
     lr = lr_s/s · (2000/hidden)^power, the smallest of a mix's; LoRA's where nobody tuned the method, and said so.

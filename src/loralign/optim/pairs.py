@@ -67,6 +67,7 @@ class PairOptimizer(torch.optim.Optimizer):
         lr: learning rate of A; B's is lr·transform.lr_ratio, a form's lr·facts.own_lr.
         rest_lr: learning rate of the rest where it differs from A's (a fresh head), else None.
         max_grad_norm: global clip over all trained tensors, 0 = off.
+        links: a fact: the recipe is a chain.
     """
 
     def __init__(
@@ -82,13 +83,16 @@ class PairOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         seed: int = 0,
+        links: bool = False,
     ) -> None:
         self.sites = {site.name: site for site in sites}
         self.shapes = [SiteShape(s.name, s.r, s.d_out, s.d_in, s.s) for s in sites]
         self.transform, self.rules = transform, tuple(rules)
         self.rule_states: list[RuleState] = [rule.init(self.shapes, 0) for rule in self.rules]
-        self.driven = False
-        """Somebody calls the rules' `step` after every step (`train.driver`)."""
+        self.between = links or any(rule.facts.events for rule in self.rules)
+        """A fact: something of the recipe happens between steps, which is the driver's to do."""
+        self.driven, self.untold = False, 0
+        """There is a driver (`train.driver`); the steps taken since it last heard of one."""
         self.values = Values(sites, whole=bool(rules) or "sharded" not in transform.facts.accepts)
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.link = Span(0, 0)
@@ -195,7 +199,7 @@ class PairOptimizer(torch.optim.Optimizer):
         self.norms.judge(norm, self.param_groups)  # no earlier: the device works while the host prepares its next calls
         add_updates(live, own, updates, own_updates)
         step_rest(self.param_groups, self.state, self.lr_factor)
-        self.applied, self.steps_here = len(reached), self.steps_here + 1
+        self.applied, self.steps_here, self.untold = len(reached), self.steps_here + 1, self.untold + 1
         self.reached |= reached
         return loss
 
@@ -216,11 +220,14 @@ class PairOptimizer(torch.optim.Optimizer):
         return self.steps - self.link.taken
 
     def _check_driven(self) -> None:
-        if not self.driven and self.steps_here and any(rule.facts.events for rule in self.rules):
+        if not self.between or not self.untold:
+            return
+        if not self.driven:
             raise WorkFailed(
-                "this recipe's rule acts between optimizer steps: build `driver = loralign.drive(model, recipe, opt, "
+                "this recipe acts between optimizer steps: build `driver = loralign.drive(model, recipe, opt, "
                 "total_steps)` and call driver.after_step() after every opt.step()"
             )
+        raise WorkFailed("the driver did not hear of the last step: call driver.after_step() after every opt.step()")
 
     def _ctx(self) -> Ctx:
         rate = {g["role"]: float(g["lr"]) * self.lr_factor for g in self.param_groups}

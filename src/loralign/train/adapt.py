@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,14 @@ from torch import Tensor, nn
 
 from loralign.carrier.links import make_room
 from loralign.carrier.path import wire
-from loralign.carrier.sites import draw_for, factors, keep_saving_right, put_in, sites, skipped, weight
-from loralign.carrier.slot import Own, install, share, shared_of, trained_of
+from loralign.carrier.sites import draw_for, factors, inserted, keep_saving_right, put_in, sites, skipped, weight
+from loralign.carrier.slot import Own, form_of, install, share, shared_of, trained_of
 from loralign.carrier.slot_check import self_test
 from loralign.evidence import Evidence, Progress, collect, model_loss
+from loralign.io.described import described
+from loralign.maths.bounds import NotNegative
+from loralign.maths.given import checked
+from loralign.methods.form.plain import plain
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.combinations import check_combination, check_ranks, probe
 from loralign.train.undisturbed import as_written
@@ -53,6 +58,7 @@ class Storage:
     """Frozen slots, those of a twin among them."""
 
 
+@checked
 def adapt(
     model: nn.Module,
     recipe: Recipe,
@@ -80,11 +86,24 @@ def adapt(
         >>> sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
         True
     """
+    check_loaded(model)
     check_combination(recipe)
     peft_model = put_in(model, recipe)
     evidence = gather(peft_model, recipe, batches, loss=loss, cache=cache, progress=progress)
     start(peft_model, recipe, evidence)
     return peft_model
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raise LoralignError where a model has no weights, or where what is made now could never train."""
+    if torch.is_inference_mode_enabled():
+        raise LoralignError("tensors made within torch.inference_mode() never train: call this outside of it")
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing:
+        raise LoralignError(
+            f"{missing[0]} has no values here (device meta: offloaded, or never loaded): load the model with "
+            "from_pretrained, onto a device that holds it whole"
+        )
 
 
 def gather(
@@ -168,8 +187,7 @@ def write_start(
 ) -> dict[str, Storage]:
     """moved: the model may start away from W0."""
     found = sites(model)
-    first = recipe.outer.episode(0, 2**31, [site.name for site in found], draw_for(recipe.seed))
-    chain = first is not None and first.steps < 2**31
+    chain = is_chain(recipe, [site.name for site in found])
     shared = share(model.base_model, recipe.form)
     for site in found:
         start, W, draw = made[site.name], weight(site), draw_for(recipe.seed, site.name)
@@ -220,14 +238,19 @@ def restore_storage(model: PeftModel, recipe: Recipe, stored: Mapping[str, Stora
         make_room(site.layer, site.adapter, stored[site.name].frozen)
 
 
-def optimizer(model: PeftModel, recipe: Recipe, lr: float, *, rest_lr: float | None = None) -> PairOptimizer:
+@checked
+def optimizer(
+    model: PeftModel, recipe: Recipe, lr: NotNegative, *, rest_lr: NotNegative | None = None
+) -> PairOptimizer:
     """The recipe's optimizer over everything that trains.
 
     Args:
         lr: learning rate of A (B: lr·ratio of the transform; a form's own tensors: lr·its ratio) and of the rest.
         rest_lr: learning rate of tensors outside pairs (a fresh head), where it differs.
+    Raises LoralignError where the model was adapted for another recipe.
     """
     found = sites(model)
+    _check_same(found, recipe)
     shared = shared_of(model.base_model)
     ours = {id(p) for s in found for p in (_parameter(s, "lora_A"), _parameter(s, "lora_B"))}
     ours |= {id(p) for s in found for p in trained_of(s.layer, s.adapter).values()} | {id(p) for p in shared.values()}
@@ -243,7 +266,31 @@ def optimizer(model: PeftModel, recipe: Recipe, lr: float, *, rest_lr: float | N
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
+        links=is_chain(recipe, [site.name for site in found]),
     )
+
+
+def is_chain(recipe: Recipe, names: Sequence[str]) -> bool:
+    """Whether the recipe's outer loop has more than one link."""
+    first = recipe.outer.episode(0, 2**31, names, draw_for(recipe.seed))
+    return first is not None and first.steps < 2**31
+
+
+def _check_same(found: Sequence[Site], recipe: Recipe) -> None:
+    """Raise LoralignError where the adapter has other ranks, another scale or form than the recipe."""
+    mend = "pass the recipe that the model was adapted with"
+    wanted = inserted(recipe, [site.name for site in found])
+    for site in found:
+        slots, alpha = wanted[site.name]
+        if site.r != slots:
+            raise LoralignError(f"{site.name} has rank {site.r}, the recipe {slots}: {mend}")
+        if not math.isclose(site.s, alpha / slots, rel_tol=1e-6):
+            raise LoralignError(f"{site.name} has the scale {site.s:g}, the recipe {alpha / slots:g}: {mend}")
+        form = form_of(site.layer, site.adapter) or plain()
+        if dict(described(form, "form")) != dict(described(recipe.form, "form")):
+            kinds = type(form).__name__, type(recipe.form).__name__
+            other = f"the form {kinds[0]}, {recipe.name} {kinds[1]}" if len(set(kinds)) > 1 else "other options"
+            raise LoralignError(f"{site.name} has {other}: {mend}")
 
 
 def _parameter(site: Site, side: str) -> Any:

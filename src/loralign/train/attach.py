@@ -16,19 +16,30 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import Trainer, set_seed
 
 from loralign.carrier.sites import ADAPTER, as_layers, beside, differing_target, peft_config, sites
 from loralign.evidence import Evidence, Progress
 from loralign.evidence.store import check_replicas
+from loralign.maths.bounds import NotNegative
 from loralign.maths.draws import keyed_generator
+from loralign.maths.given import checked, said
 from loralign.plan.combinations import Surroundings, check_combination, probe
 from loralign.plan.course import check_length, idle
-from loralign.train.adapt import carry_on, check_goes_on, gather, is_trained, optimizer, restore_storage, start
+from loralign.train.adapt import (
+    carry_on,
+    check_goes_on,
+    check_loaded,
+    gather,
+    is_trained,
+    optimizer,
+    restore_storage,
+    start,
+)
 from loralign.train.callback import RecipeCallback
-from loralign.train.checkpoint import whole_note
+from loralign.train.checkpoint import note_to_resume
 from loralign.train.compiled import Until
 from loralign.train.compiled import compile as compile_blocks
 from loralign.train.replaced import ignored, instead_of
@@ -39,12 +50,13 @@ from loralign.types import Batch, Episode, LoralignError, Nothing, Recipe, Valid
 log = logging.getLogger("loralign")
 
 
+@checked
 def attach(
     trainer: Any,
     recipe: Recipe,
     *,
     resume_from: str | Path | None = None,
-    rest_lr: float | None = None,
+    rest_lr: NotNegative | None = None,
     cache: Path | None = None,
     validation: Iterable[Batch] | None = None,
     progress: Progress | None = None,
@@ -66,15 +78,23 @@ def attach(
     Side effects: the trainer's `max_grad_norm` becomes 0, the recipe's own clip acts inside the optimizer; checkpoints
         beyond its `save_total_limit` are deleted after ours is complete.
     """
-    if compile not in ("auto", "off"):
-        raise LoralignError(f'attach(…, compile={compile!r}) is neither: choose "auto" or "off"')
+    if not isinstance(trainer, Trainer):
+        raise LoralignError(
+            f"attach() takes a trainer of Transformers or TRL, not {said(trainer)}: for a loop of your own use adapt()"
+        )
+    if trainer.model_init is not None:
+        raise LoralignError(
+            "attach() prepares the model that the trainer holds, and `model_init` makes another one in train(): build "
+            "the trainer with the model itself"
+        )
+    check_loaded(trainer.model)
     check_combination(recipe)
     _check_sharding(trainer, recipe)
     model = _own_model(trainer, recipe)
     _name_ignored(trainer.args, recipe)
     check_length(recipe, max(0, trainer.args.max_steps))
-    if trainer.args.max_steps > 0 and (said := idle(recipe, trainer.args.max_steps)):
-        log.warning("%s", said)
+    if trainer.args.max_steps > 0 and (why := idle(recipe, trainer.args.max_steps)):
+        log.warning("%s", why)
     if resume_from is None and is_trained(model):
         stored, spent, facts = carry_on(model, recipe), None, {}
     elif resume_from is None:
@@ -91,7 +111,7 @@ def attach(
             )
             stored, spent, facts = start(model, recipe, evidence), evidence.spent, evidence.facts()
     else:
-        stored, spent, facts = dict(whole_note(Path(resume_from)).storage), None, {}
+        stored, spent, facts = dict(note_to_resume(Path(resume_from), recipe).storage), None, {}
         restore_storage(model, recipe, stored)
     judges = any(isinstance(rule.needs, Validation) for rule in recipe.rules)
     validation = None if validation is None else list(validation)
@@ -160,6 +180,7 @@ def _own_model(trainer: Any, recipe: Recipe) -> PeftModel:
         raise LoralignError(
             "the trainer holds a plain model: build it with peft_config=loralign.peft_config(recipe, model)"
         )
+    _check_lora(model)
     as_layers(model)
     if any(isinstance(c, RecipeCallback) for c in trainer.callback_handler.callbacks):
         raise LoralignError("this trainer is already attached to a recipe: build a new one for another run")
@@ -199,6 +220,12 @@ def _own_model(trainer: Any, recipe: Recipe) -> PeftModel:
         for side in (site.layer.lora_A, site.layer.lora_B):  # TRL makes the adapter of a quantised model bf16
             side[site.adapter].float()  # type: ignore[index]
     return model
+
+
+def _check_lora(model: PeftModel) -> None:
+    other = next((c for c in model.peft_config.values() if not isinstance(c, LoraConfig)), None)
+    if other is not None:
+        raise LoralignError(f"the trainer's adapter is no LoRA ({type(other).__name__}): {_BUILD}")
 
 
 def _unwrapped(model: nn.Module) -> Any:

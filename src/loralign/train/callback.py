@@ -20,7 +20,7 @@ from loralign.evidence import Spent
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.course import idle
 from loralign.train.adapt import Storage
-from loralign.train.checkpoint import Note, check_resumed, complete, read_note, read_state, reopen
+from loralign.train.checkpoint import Note, check_resumed, complete, read_note, read_state, reopen, settings_of
 from loralign.train.driver import Driver, Observe
 from loralign.train.episodes import Gather
 from loralign.types import LoralignError, Recipe, WorkFailed
@@ -97,8 +97,6 @@ class RecipeCallback(TrainerCallback):
             self._driver().begin(state.max_steps)
         else:
             note = read_note(self.resume_from)
-            if note.recipe != self.recipe.name:
-                raise LoralignError(f"{self.resume_from.name} is of {note.recipe}, not of {self.recipe.name}")
             if note.step != state.global_step:
                 raise LoralignError(
                     f"attached to resume from step {note.step}, but the trainer starts at {state.global_step}"
@@ -173,7 +171,9 @@ class RecipeCallback(TrainerCallback):
         episode, start = driver.episodes.position
         links = driver.episodes.links()
         stored = {n: replace(s, **links[n]._asdict()) for n, s in self.stored.items()}
-        complete(args, state, Note(self.recipe.name, state.global_step, stored, episode, start), saved, self.keep)
+        settings = settings_of(self.recipe)
+        note = Note(self.recipe.name, state.global_step, stored, episode, start, settings=settings)
+        complete(args, state, note, saved, self.keep)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._own().norms.check()

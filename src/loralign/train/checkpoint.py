@@ -25,10 +25,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from loralign.carrier.stored import sha256
+from loralign.io.described import described, first_difference
 from loralign.io.provenance import write_text
-from loralign.io.public import make_public, remove_private
+from loralign.io.public import make_public, remove_private, scrub
 from loralign.train.adapt import Storage
-from loralign.types import LoralignError
+from loralign.types import LoralignError, Recipe
 
 log = logging.getLogger("loralign")
 
@@ -47,6 +48,8 @@ class Note:
     episode_start: int = 0
     run: str = ""
     """Of `loralign train`; "" in a trainer of one's own."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe as plain data (`io.described`) but for its start, which is not repeated; none in older ones."""
     parts: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     """Size and sha256 by name; none in checkpoints of format 1."""
 
@@ -66,7 +69,8 @@ def write_checkpoint(folder: Path, note: Note, state: Mapping[str, Tensor]) -> N
     sums = {p.relative_to(folder).as_posix(): [p.stat().st_size, sha256(p)] for p in parts}
     stored = {name: [s.r, s.twin, s.train, s.frozen] for name, s in note.storage.items()}
     body = {"format": FORMAT, "run": note.run, "recipe": note.recipe, "step": note.step, "storage": stored}
-    body |= {"episode": note.episode, "episode_start": note.episode_start, "parts": sums}
+    body |= {"episode": note.episode, "episode_start": note.episode_start, "settings": dict(note.settings)}
+    body |= {"parts": sums}
     write_text(folder / NOTE, json.dumps(body))
 
 
@@ -91,9 +95,12 @@ def read_note(folder: Path) -> Note:
         }
         parts = {str(name): (int(size), str(total)) for name, (size, total) in body.get("parts", {}).items()}
         position = int(body["episode"]), int(body["episode_start"])
-        return Note(str(body["recipe"]), int(body["step"]), stored, *position, str(body.get("run", "")), parts)
+        run, settings = str(body.get("run", "")), dict(body.get("settings", {}))
+        return Note(str(body["recipe"]), int(body["step"]), stored, *position, run, settings, parts)
     except FileNotFoundError:
-        raise LoralignError(f"{folder.name} is not a complete loralign checkpoint: it has no {NOTE}") from None
+        inside = last_complete(folder)
+        mend = f"; the last one in it is {inside.name}" if inside is not None else ""
+        raise LoralignError(f"{folder.name} is not a complete loralign checkpoint: it has no {NOTE}{mend}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise LoralignError(f"{folder.name} is damaged: its {NOTE} cannot be read") from None
 
@@ -104,6 +111,27 @@ def whole_note(folder: Path) -> Note:
     if fault := _torn(folder, note):
         raise LoralignError(f"{folder.name} is damaged: {fault}; delete it and resume from the one before")
     return note
+
+
+def note_to_resume(folder: Path, recipe: Recipe) -> Note:
+    """The note of a whole checkpoint of this recipe."""
+    note = whole_note(folder)
+    if note.recipe != recipe.name:
+        raise LoralignError(f"{folder.name} is of {note.recipe}, not of {recipe.name}")
+    changed = first_difference(note.settings, settings_of(recipe)) if note.settings else None
+    if changed is not None:
+        key, (was, now) = changed[0], ("the default" if x is None else x for x in changed[1:])
+        raise LoralignError(
+            f"{folder.name} is of a recipe with `{key}` {was}, this one has {now}: resume with the recipe that it "
+            "began with"
+        )
+    return note
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """What decides about the steps of a run, without paths and secrets."""
+    found = dict(described(recipe))
+    return {k: scrub(v) for k, v in found.items() if k.split(".")[0] not in ("init", "name")}
 
 
 def fault_of(folder: Path, run: str) -> str:

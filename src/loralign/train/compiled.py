@@ -32,6 +32,7 @@ from loralign.carrier.ragged import OPEN, leave_ranks_open
 from loralign.carrier.siblings import apart, share_inputs
 from loralign.data.read import first_line
 from loralign.evidence.inputs import sums_in
+from loralign.maths.given import checked
 
 log = logging.getLogger("loralign")
 NOT = "the model's blocks are not compiled, since %s"
@@ -54,6 +55,7 @@ def named_blocks(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m).__name__ in names]
 
 
+@checked
 def compile(model: nn.Module, *, backend: str | None = None) -> Blocks:
     """Compile the blocks of an adapted model for training, where that works; say why where it doesn't.
 

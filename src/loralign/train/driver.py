@@ -18,9 +18,12 @@ from loralign.carrier.sites import sites
 from loralign.carrier.slot import constants_of, form_of, live_of, shared_of, trained_of, whole, write
 from loralign.carrier.storage import SlotLinear
 from loralign.evidence.inputs import InputTap
+from loralign.io.described import described
+from loralign.maths.bounds import Count
+from loralign.maths.given import checked
 from loralign.optim.masks import DeadSlots
 from loralign.optim.pairs import PairOptimizer
-from loralign.plan.course import check_length
+from loralign.plan.course import check_length, idle
 from loralign.train.episodes import Episodes, Gather
 from loralign.train.events import OFTEN, agreed, apply_plan
 from loralign.train.stage import Stage
@@ -92,6 +95,11 @@ class Driver:
 
     def after_step(self) -> None:
         """One optimizer step is done: rules act, and a knot is tied where an episode is over."""
+        if self.step >= self.total_steps and self.optimizer.between:
+            raise LoralignError(
+                f"the run was to have {self.total_steps} steps, by which {self.recipe.name} is timed, and goes on: "
+                "give drive() the steps that it will have"
+            )
         self.after_optimizer_step()
         self.end_step(self.step + 1)
         self.before_step()
@@ -166,6 +174,7 @@ class Driver:
         seen = dict(self.observe())
         if self.inputs is not None:
             seen["inputs"] = self.inputs.taken()
+        self.optimizer.untold = 0
         for i, rule in enumerate(self.recipe.rules):
             state = self.optimizer.rule_states[i]
             moment = self.optimizer.moment(**seen)
@@ -257,11 +266,12 @@ def _owned(layer: Any, adapter: str) -> bool:
     return isinstance(side, SlotLinear) and side.owner is not None and form is not None and bool(form.facts.stock)
 
 
+@checked
 def drive(
     model: PeftModel,
     recipe: Recipe,
     optimizer: PairOptimizer,
-    total_steps: int,
+    total_steps: Count,
     *,
     gather: Gather | None = None,
     observe: Observe | None = None,
@@ -285,6 +295,13 @@ def drive(
         >>> driver.changes
         [(2, 7)]
     """
+    if optimizer.driven:
+        raise LoralignError("this optimizer has a driver already: build a new optimizer for another run")
+    for part, has in (("rules", optimizer.rules), ("transform", optimizer.transform)):
+        if dict(described(has, part)) != dict(described(getattr(recipe, part), part)):
+            raise LoralignError(f"the optimizer has other {part} than {recipe.name}: build it with this recipe")
+    if said := idle(recipe, total_steps):
+        log.warning("%s", said)
     driver = Driver(recipe, model, optimizer, gather=gather, observe=observe)
     driver.begin(total_steps)
     driver.before_step()
