@@ -602,7 +602,7 @@ def test_a_trainer_of_a_model_without_blocks_pads_as_ever(tmp_path: Any, caplog:
 
 @pytest.mark.parametrize("other", [True, "on"])
 def test_attach_takes_no_other_compile(other: Any, tmp_path: Any) -> None:
-    with pytest.raises(LoralignError, match=r'choose "auto" or "off"'):
+    with pytest.raises(LoralignError, match=r"takes one of auto, off as `compile`"):
         attach(trainer_of(tmp_path, False), recipe_of("plain"), compile=other)
 
 
