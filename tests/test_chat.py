@@ -184,6 +184,14 @@ def test_marks_take_turns_out() -> None:
         fit(rows_of({"messages": turns}), tokenizer, max_length=999, assistant_only=False)
 
 
+def test_answers_in_a_prompt_are_read_and_not_learnt() -> None:
+    row = {"prompt": [user("q"), assistant("of old"), user("r")], "completion": [assistant("new")]}
+    tokenizer = byte_tokenizer()
+    (made,) = fit(rows_of(row), tokenizer, max_length=999).dataset
+    assert "of old<|im_end|>" in tokenizer.decode(made["input_ids"])
+    assert pieces(tokenizer, made["input_ids"], [int(i != -100) for i in made["labels"]]) == ["new<|im_end|>\n"]
+
+
 def test_keys_that_the_template_does_not_read_are_named(caplog: pytest.LogCaptureFixture) -> None:
     template = SMOL.replace("message['content']", "message['content'] + (message.mood or '')")
     turns = [user("q") | {"mood": "!", "stamp": 3}, assistant("a")]

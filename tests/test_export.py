@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -387,6 +388,18 @@ def test_results_are_replaced_only_on_request(tmp_path: Path) -> None:
     with pytest.raises(LoralignError, match="is a file"):
         export(model, foreign / "thesis.tex", base_id="x/y")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "foreign"}
+
+
+def test_who_may_read_the_folder_may_read_every_file(tmp_path: Path) -> None:
+    """safetensors writes files that only their owner may read."""
+    before = os.umask(0o022)
+    try:
+        export(trained(toy.llama(), recipe("lora", r=2)), tmp_path / "out", base_id="x/y")
+    finally:
+        os.umask(before)
+    assert {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "out").rglob("*") if p.is_file()} == dict.fromkeys(
+        ("adapter_config.json", "adapter_model.safetensors", "README.md", "probes.safetensors"), 0o644
+    )
 
 
 @pytest.mark.parametrize("existing", [False, True])

@@ -37,6 +37,7 @@ from transformers import (
 import toy
 from loralign import LoralignError, Recipe, adapt, build, optimizer, peft_config, sites
 from loralign.carrier.abilities import fresh_heads, task_type, towers, width
+from loralign.carrier.targets import ranks_of
 from loralign.io.export import export
 
 TEXT: dict[str, Any] = {
@@ -148,6 +149,12 @@ def test_names_that_match_nothing_are_refused_with_the_names_there_are(fields: d
 def test_targets_are_endings_patterns_or_what_is_left(fields: dict[str, Any], names: set[str]) -> None:
     found = [site.name for site in sites(adapt(phi3(), recipe(**fields)))]
     assert sorted(found) == sorted(f"model.layers.{i}.{n}" for i in range(2) for n in names)
+
+
+def test_of_two_ranks_for_a_module_the_last_one_counts() -> None:
+    general, special = ("proj", 2), ("up.proj", 8)
+    assert ranks_of(["up.proj", "down.proj"], 4, dict([general, special])) == {"up.proj": 8, "down.proj": 2}
+    assert ranks_of(["up.proj", "down.proj"], 4, dict([special, general])) == {"up.proj": 2, "down.proj": 2}
 
 
 def test_a_name_that_ends_like_a_chosen_one_is_not_adapted() -> None:

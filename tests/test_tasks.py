@@ -116,8 +116,8 @@ def test_a_row_sees_the_classes_of_its_task_or_of_those_so_far() -> None:
 
 
 def test_scores_of_a_matrix_by_hand() -> None:
-    found = scores([[0.9], [0.5, 0.8], [0.7, 0.6, 0.5]])
-    assert found.average == pytest.approx(0.6) and found.anytime == pytest.approx((0.9 + 0.65 + 0.6) / 3)
+    found = scores([[0.5], [0.9, 0.8], [0.7, 0.6, 0.5]])  # the first task was known best after the second
+    assert found.average == pytest.approx(0.6) and found.anytime == pytest.approx((0.5 + 0.85 + 0.6) / 3)
     assert found.forgetting == pytest.approx(((0.9 - 0.7) + (0.8 - 0.6)) / 2)
     assert scores([[0.5, 0.7]]).forgetting == 0.0 and scores([[0.2], [0.6, 0.4]]).forgetting == pytest.approx(-0.4)
 
