@@ -23,6 +23,7 @@ from loralign.cli.run import job_of
 from loralign.io.lock import lock_of, locked
 from loralign.train.begun import clear_way, given_settings, read_begun, resume_point
 from loralign.train.checkpoint import Note, rotate, write_checkpoint
+from loralign.train.journal import entries
 from loralign.types import LoralignError
 
 KILLED = """
@@ -206,13 +207,28 @@ def test_the_newest_and_the_best_stay(keep: int | None, left: set[int], tmp_path
 
 
 @pytest.mark.usefixtures("whole")
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 2}', '{"format": 2, "settings": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "[" * 3000, '{"format": 2}', '{"format": 2, "settings": 3}'], ids=lambda text: text[:30]
+)
 def test_a_broken_beginning_is_one_sentence(text: str, tmp_path: Path) -> None:
     shutil.copytree("out/checkpoints", tmp_path / "out" / "checkpoints")
     (tmp_path / "out" / "checkpoints" / "begun.json").write_text(text, encoding="utf-8")
     out = re.escape(str(tmp_path / "out"))
     with pytest.raises(LoralignError, match=rf"cannot resume {out}: its checkpoints/begun\.json is missing or damaged"):
         resume_point(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("text", ["[" * 3000, "[]", "{"], ids=lambda text: text[:3])
+def test_a_broken_note_or_line_is_passed_over(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree("out", tmp_path / "out")
+    (tmp_path / "out" / "checkpoints" / "checkpoint-6" / "loralign.json").write_text(text, encoding="utf-8")
+    assert resume_point(tmp_path / "out").name == "checkpoint-4"
+    assert "checkpoint-6 is damaged: its loralign.json cannot be read; going on from checkpoint-4" in caplog.text
+    log = tmp_path / "out" / "log.jsonl"
+    whole = entries(log)
+    log.write_text("\n".join([text, *log.read_text(encoding="utf-8").splitlines()]), encoding="utf-8")
+    assert entries(log) == whole
 
 
 @pytest.mark.usefixtures("whole")

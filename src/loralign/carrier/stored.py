@@ -276,7 +276,7 @@ def digest(path: Path) -> str:
             text = json.dumps({k: v for k, v in fields.items() if k not in _FREE}, sort_keys=True)
             return hashlib.sha256(text.encode()).hexdigest()
         return sha256(path)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return ""
 
 

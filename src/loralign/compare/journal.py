@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from contextlib import suppress
@@ -17,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
 
 from loralign.compare.spec import Outcome
+from loralign.io.json_file import parsed
 from loralign.types import LoralignError
 
 JOURNAL = "study.journal"
@@ -111,7 +111,7 @@ def _broken_line(path: Path) -> int:
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            json.loads(line)["op_code"]
+            parsed(line)["op_code"]
         except (ValueError, KeyError, TypeError):
             return number
     return len(lines)

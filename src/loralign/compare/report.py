@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -23,6 +22,7 @@ from loralign.compare.spec import Outcome, Spec, Trial
 from loralign.compare.store import Store
 from loralign.compare.tables import as_markdown, reached
 from loralign.compare.verdict import ArmResult, StudyResult, summarise
+from loralign.io.json_file import read_json
 from loralign.io.provenance import environment, write_json, write_text
 from loralign.io.public import scrub
 
@@ -244,7 +244,7 @@ def plain(value: Any) -> Any:
 
 def repeatable(folder: Path) -> dict[str, Any]:
     """What a study must give again to the last bit, however it was interrupted: all of its results but the times."""
-    body: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    body: dict[str, Any] = read_json(folder / "results.json")
     result = body["result"]
     for arm in result["arms"]:
         costs = {k: v for k, v in arm["costs"].items() if k not in ("init_s", "step_s", "peak_bytes")}

@@ -238,7 +238,16 @@ def reading(file: Path) -> Iterator[None]:
     """Within: what a damaged file makes of its readers becomes one sentence."""
     try:
         yield
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, re.error) as error:
+    except (
+        SafetensorError,
+        RecursionError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+        re.error,
+    ) as error:
         why = " ".join(str(error).split())[:120]
         raise LoralignError(f"{file.parent.name}/{file.name} is damaged ({why}): copy or save it again") from error
 

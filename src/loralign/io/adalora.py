@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loralign.carrier.sites import exact_alpha
+from loralign.io.json_file import read_json
 from loralign.types import LoralignError
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -25,8 +26,8 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 def is_adalora(folder: Path) -> bool:
     """Whether PEFT's AdaLoRA wrote this folder."""
     try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(folder / CONFIG)
+    except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.get("peft_type") == "ADALORA"
 
@@ -34,7 +35,7 @@ def is_adalora(folder: Path) -> bool:
 def write_plain(folder: Path, out: Path) -> None:
     """Write the adapter of `folder` into `out` as plain LoRA. Raises LoralignError for a folder that is damaged."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         state = load_file(folder / WEIGHTS)
         r_init, alpha = int(config["init_r"]), float(config["lora_alpha"])
         factors = _folded(state)

@@ -27,6 +27,7 @@ from torch import Tensor
 from loralign.carrier.sites import beside
 from loralign.carrier.targets import anchored, by_weight
 from loralign.io.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from loralign.io.json_file import read_json
 from loralign.io.layout import Stored
 from loralign.types import LoralignError, WorkFailed
 
@@ -185,7 +186,7 @@ def write_adapter(
 
 def _tidy(path: Path) -> None:
     """Lists sorted (PEFT keeps sets), and without fields at their defaults that only recent versions of PEFT know."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields = read_json(path)
     plain = LoraConfig().to_dict()
     fields = {
         k: sorted(v) if isinstance(v, list) else v for k, v in fields.items() if k in _CLASSIC or v != plain.get(k)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from loralign.io.folder import CARD, GGUF, writing
+from loralign.io.json_file import read_json
 from loralign.io.provenance import versions, write_text
 from loralign.io.public import is_local, scrub
 from loralign.io.report import ExportReport
@@ -60,7 +60,7 @@ _AUTO = {
 def read_card(folder: Path, base: str) -> Card:
     """What the `run.json` of a trained folder says, for the card of another form of it; a bare card without one."""
     try:
-        said = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        said = read_json(folder / "run.json")
     except (OSError, ValueError):
         return Card(base)
     if not isinstance(said, dict):

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers.utils import cached_file
 
+from loralign.io.json_file import read_json
+
 SAMPLES, SAMPLE_BYTES = 64, 65536
 """Of a weight file: so many pieces, evenly spread, are read; the first and the last are among them."""
 NOT_CONTENT = ("_name_or_path", "transformers_version")
@@ -36,7 +38,7 @@ def model_print(name: str, revision: str | None = None) -> str:
         if file.suffix in (".safetensors", ".gguf"):
             _sample(file, found)
         elif file.name == "config.json":
-            kept = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k not in NOT_CONTENT}
+            kept = {k: v for k, v in read_json(file).items() if k not in NOT_CONTENT}
             found.update(json.dumps(kept, sort_keys=True).encode())
         else:
             found.update(file.read_bytes())
@@ -69,7 +71,7 @@ def _model_files(name: str, revision: str | None) -> list[Path]:
     if path.is_dir():
         return [*(path / n for n in small if (path / n).exists()), *sorted(path.glob("*.safetensors"))]
     index = _fetched(name, "model.safetensors.index.json", revision)
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else ["model.safetensors"]
+    shards = sorted(set(read_json(index)["weight_map"].values())) if index else ["model.safetensors"]
     return [p for n in (*small, *shards) if (p := _fetched(name, n, revision))]
 
 

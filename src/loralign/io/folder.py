@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from loralign.io.json_file import read_json
 from loralign.io.lock import locked
 from loralign.types import LoralignError, WorkFailed
 
@@ -33,7 +33,7 @@ def is_ours(folder: Path) -> bool:
     if (folder / PROBES).is_file():
         return True
     try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        run = read_json(folder / "run.json")
     except (OSError, ValueError):
         return False
     return isinstance(run, dict) and "loralign" in run

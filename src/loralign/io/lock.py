@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from loralign.io.json_file import parsed
 from loralign.types import LoralignError
 
 try:
@@ -83,7 +84,7 @@ def _taken(target: Path) -> IO[Any] | None:
 def _owner(handle: IO[Any]) -> str:
     handle.seek(0)
     try:
-        said = json.loads(handle.read())
+        said = parsed(handle.read())
         return f"process {said['pid']} on {said['host']}"
     except (ValueError, KeyError, TypeError):
         return "just starting"

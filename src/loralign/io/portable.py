@@ -13,7 +13,6 @@ Source: vLLM `lora/peft_helper.py` and `config/lora.py`, llama.cpp `convert_lora
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loralign.io.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from loralign.io.json_file import read_json
 from loralign.types import LoralignError
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -45,7 +45,7 @@ def check_portable(folder: Path) -> list[str]:
     Raises LoralignError where the folder holds no readable adapter.
     """
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / ADAPTER_CONFIG)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             names = list(file.keys())
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in names}

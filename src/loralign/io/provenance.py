@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from loralign.io.json_file import read_json
 from loralign.io.public import scrub
 
 log = logging.getLogger("loralign")
@@ -97,7 +98,7 @@ def write_run(folder: Path, facts: Any, *, seconds: Mapping[str, float] | None =
 
 def _before(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         if isinstance(found, dict):
             return found
     except FileNotFoundError:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
+from loralign.io.json_file import read_json
 from loralign.types import LoralignError
 
 HIDDEN = "hidden"
@@ -125,7 +126,7 @@ def make_public(folder: Path) -> None:
     for name, key in NAMES.items():
         path = folder / name
         if path.is_file():
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = read_json(path)
             if isinstance(fields.get(key), str) and is_local(fields[key]):
                 path.write_text(json.dumps({**fields, key: last_part(fields[key])}, indent=2) + "\n", encoding="utf-8")
 
@@ -154,6 +155,6 @@ def base_name(model: Any, base_id: str | None, revision: str | None) -> tuple[st
 
 def _config_name(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path", ""))
+        return str(read_json(folder / "config.json").get("_name_or_path", ""))
     except (OSError, ValueError):
         return ""

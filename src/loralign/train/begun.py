@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loralign.io.content import model_print
+from loralign.io.json_file import read_json
 from loralign.io.provenance import write_text
 from loralign.io.public import scrub
 from loralign.train.checkpoint import BEGUN, NOTE, best_of, fault_of, numbered, remove, rotate, run_in, step_of
@@ -56,7 +57,7 @@ class Begun:
 def read_begun(output: Path) -> Begun:
     path = output / "checkpoints" / BEGUN
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = read_json(path)
         settings = body["settings"] if "format" in body else body
         return Begun(str(body.get("run", "")), {str(k): str(v) for k, v in settings.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

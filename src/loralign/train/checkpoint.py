@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from loralign.carrier.stored import sha256
 from loralign.io.described import described, first_difference
+from loralign.io.json_file import read_json
 from loralign.io.provenance import write_text
 from loralign.io.public import make_public, remove_private, scrub
 from loralign.train.adapt import Storage
@@ -85,7 +86,7 @@ def _to_disk(path: Path) -> None:
 def read_note(folder: Path) -> Note:
     """The note of a complete checkpoint."""
     try:
-        body = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        body = read_json(folder / NOTE)
         if body["format"] not in (1, FORMAT):
             said = f"format {body['format']!r:.20}"
             raise LoralignError(f"{folder.name} was written by another version of loralign ({said}): use that one")
@@ -201,7 +202,7 @@ def step_of(folder: Path) -> int:
 def run_of(output: Path) -> str:
     """The run whose checkpoints lie in this folder, "" where it was not `loralign train`'s."""
     try:
-        return str(json.loads((output / BEGUN).read_text(encoding="utf-8")).get("run", ""))
+        return str(read_json(output / BEGUN).get("run", ""))
     except (OSError, ValueError, AttributeError):
         return ""
 
@@ -259,7 +260,7 @@ def check_resumed(folder: Path, state: Any) -> None:
 
 def best_of(folder: Path) -> str | None:
     try:
-        found = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("best_model_checkpoint")
+        found = read_json(folder / "trainer_state.json").get("best_model_checkpoint")
     except (OSError, ValueError, AttributeError) as error:
         raise LoralignError(f"{folder.name} is damaged: its trainer_state.json cannot be read; delete it") from error
     return None if found is None else str(found)

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loralign.evidence import Progress
+from loralign.io.json_file import parsed
 from loralign.io.provenance import write_text
 from loralign.types import WorkFailed
 
@@ -72,7 +73,7 @@ def entries(path: Path) -> list[dict[str, Any]]:
     found, lines = [], path.read_bytes().splitlines() if path.is_file() else []
     for line in lines:
         try:
-            entry = json.loads(line.decode("utf-8"))
+            entry = parsed(line.decode("utf-8"))
             if isinstance(entry, dict) and isinstance(entry.get("step", 0), int):
                 found.append(entry)
         except ValueError:

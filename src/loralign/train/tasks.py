@@ -11,7 +11,6 @@ those of the row's own task (`mask: task`), decisions are among the classes seen
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from loralign.io.card import Card
 from loralign.io.content import tensors_print
 from loralign.io.described import described
 from loralign.io.export import base_name, export
+from loralign.io.json_file import read_json
 from loralign.io.lock import locked
 from loralign.io.matrix import accuracy_picture
 from loralign.io.provenance import remove_left, write_json
@@ -234,7 +234,7 @@ class _Run:
         """Rows of moments up to a checkpoint."""
         done = sum(end <= step for end in self.ends)
         try:
-            kept = json.loads((self.output / MATRIX).read_text(encoding="utf-8"))["matrix"] if done else []
+            kept = read_json(self.output / MATRIX)["matrix"] if done else []
             rows = [[float(v) for v in row] for row in kept[:done]]
         except (OSError, ValueError, KeyError, TypeError):
             rows = []
