@@ -88,13 +88,9 @@ def losses(folder: str) -> list[tuple[int, float]]:
 def test_a_kill_in_the_middle_of_a_save_loses_nothing(moment: str) -> None:
     shutil.rmtree("killed", ignore_errors=True)
     assert train_and_kill(moment, "killed") == -signal.SIGKILL
-    if moment == "the first checkpoint":
-        run_again = run("train", "r.yaml", "--set", "output=killed", "--resume")
-        assert run_again.code == 2, "no checkpoint was complete yet"
-        assert "no checkpoint is complete" in assert_one_sentence(run_again)
-        return
     resumed = run("train", "r.yaml", "--set", "output=killed", "--resume")
     assert resumed.code == 0, resumed.err
+    assert ("is complete: it begins anew" in resumed.err) == (moment == "the first checkpoint")
     for path in ("adapter_model.safetensors", "checkpoints/checkpoint-6/adapter_model.safetensors"):
         ours, theirs = load_file(Path("killed", path)), load_file(Path("out", path))
         assert ours.keys() == theirs.keys()
@@ -103,6 +99,25 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(moment: str) -> None:
     metrics = json.loads(Path("killed/run.json").read_text(encoding="utf-8"))["metrics"]
     assert metrics["eval_loss_before"] > metrics["eval_loss"], "the first evaluation was not lost"
     assert [p.name for p in Path.cwd().glob(".killed.*")] == [], "the half export is gone"
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    """Half a checkpoint of a step that the new attempt does not save is gone; a folder that holds no run is refused."""
+    torn = tmp_path / "out" / "checkpoints" / "checkpoint-1"
+    torn.mkdir(parents=True)
+    shutil.copy("out/checkpoints/begun.json", torn.parent)
+    (torn / "trainer_state.json").write_text("{", encoding="utf-8")
+    (tmp_path / "out" / "log.jsonl").write_text('{"step": 1, "loss": 9.0}\n', encoding="utf-8")
+    done = run("train", "r.yaml", "--set", f"output={tmp_path / 'out'}", "--set", "train.keep=9", "--resume")
+    assert done.code == 0 and "no checkpoint of the run in" in done.err, done.err
+    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "out", Path("out")))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs) and losses(str(tmp_path / "out")) == losses("out")
+    assert {p.name for p in torn.parent.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (2, 4, 6)}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine", encoding="utf-8")
+    refused = run("train", "r.yaml", "--set", f"output={tmp_path / 'mine'}", "--resume")
+    assert refused.code == 2 and "it holds no run" in assert_one_sentence(refused)
 
 
 CHANGES = {  # overrides: what is said
@@ -161,7 +176,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(
     job = job_of(Path("r.yaml"), [f"output={tmp_path / 'out'}"])
     change, said = DAMAGES[damage]
     change(tmp_path / "out" / "checkpoints" / "checkpoint-6" / part)
-    assert resume_point(job.output).name == "checkpoint-4"
+    assert resume_point(job.output) == job.output / "checkpoints" / "checkpoint-4"
     (warning,) = caplog.messages
     assert re.fullmatch(rf"checkpoint-6 is damaged: {part} .*; going on from checkpoint-4", warning) and said in warning
     for step in (2, 4):
@@ -185,7 +200,7 @@ def test_a_checkpoint_of_another_run_is_put_aside_and_neighbours_are_left_alone(
         (folder / name).mkdir()
     (folder / "checkpoint-9").write_text("mine")
     (folder / "checkpoint-8").symlink_to(tmp_path)
-    assert resume_point(job.output).name == "checkpoint-2"
+    assert resume_point(job.output) == job.output / "checkpoints" / "checkpoint-2"
     said = ["checkpoint-6 is of another run", "checkpoint-5 holds step 4: it was renamed"]
     assert caplog.messages == [f"{text}; going on from checkpoint-2" for text in said]
     clear_way(folder / "checkpoint-2", note["run"], keep=1)

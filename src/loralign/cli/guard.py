@@ -24,7 +24,8 @@ FIRST = os.environ.get("RANK", "0") == "0"
 LONGEST = 290
 """Characters of a sentence about an error."""
 GOES_ON = {
-    "train": "`--resume` goes on from the last checkpoint",
+    "train": "`--resume` goes on from what was saved",
+    "tasks": "`--resume` goes on from what was saved",
     "compare": "the same command goes on where it was",
 }
 

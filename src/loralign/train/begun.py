@@ -66,8 +66,9 @@ def read_begun(output: Path) -> Begun:
         ) from None
 
 
-def resume_point(output: Path) -> Path:
-    """The last checkpoint of the run whose parts are all as they were written; newer ones are named."""
+def resume_point(output: Path) -> Path | None:
+    """The last checkpoint of the run whose parts are all as they were written; newer ones are named. None: the run was
+    stopped before its first one was complete, and begins anew."""
     folder = output / "checkpoints"
     if not output.exists():
         raise LoralignError(f"nothing to resume: there is no folder {output}; run without --resume")
@@ -86,7 +87,10 @@ def resume_point(output: Path) -> Path:
             f"nothing to resume in {output}: {faults[0]}, and there is no other one; delete "
             f"{output}, run without --resume"
         )
-    raise LoralignError(f"nothing to resume in {output}: no checkpoint is complete; empty it, run without --resume")
+    if not (folder / BEGUN).is_file() and any(p.is_file() for p in output.rglob("*")):
+        raise LoralignError(f"nothing to resume in {output}: it holds no run; choose another output folder")
+    log.warning("no checkpoint of the run in %s is complete: it begins anew", output)
+    return None
 
 
 def clear_way(point: Path, run: str, keep: int | None) -> None:
@@ -132,6 +136,8 @@ def settings_and_model(job: Job, rows: Mapping[str, str]) -> dict[str, str]:
 def note_beginning(output: Path, settings: Mapping[str, str]) -> None:
     folder = output / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
+    for torn in numbered(folder):  # of an attempt that saved nothing
+        remove(torn)
     body = {"format": FORMAT, "run": uuid.uuid4().hex, "settings": dict(settings)}
     write_text(folder / BEGUN, json.dumps(body, indent=1, ensure_ascii=False))
 

@@ -207,8 +207,9 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     resume_from = resume_point(job.output) if resume else None
     if not resume:
         check_output(job.output)
+    if resume_from is None:
         _check_sources(job.recipe)
-    args = arguments(job, resumed=resume)
+    args = arguments(job, resumed=resume_from is not None)
     model, tokenizer = load(
         job.model, revision=job.revision, precision=job.training.precision, trust_remote_code=job.trust_remote_code,
         length=(job.data.max_length, "data.max_length"),

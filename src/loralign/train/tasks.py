@@ -148,7 +148,7 @@ class _Run:
         set_seed(self.recipe.seed)
         remove_left(self.output)
         point = resume_point(self.output) if resume else None
-        if point is None:
+        if not resume:
             check_output(self.output)
         settings = self.settings()
         if point is not None:
