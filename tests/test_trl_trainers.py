@@ -108,10 +108,12 @@ def test_sft_then_dpo_goes_on_from_the_adapter(stage1: Path, tmp_path: Path) -> 
     [
         ("lora-ga", {}, r"trained already, and lora-ga would reset it: go on with .* or merge it"),
         ("delta-lora", {}, r"trained already, and delta-lora would reset it"),
+        ("pissa", {}, r"trained already, and pissa would reset it"),  # a twin
+        ("lora-fa", {}, r"trained already, and lora-fa would reset it"),  # one factor rests
         ("lora", {"r": 4}, r"r = 3, the recipe 4: a trained adapter goes on as it is"),
         ("lora", {"targets": ("q_proj",)}, r"adapts .*: set `targets` of the recipe to what is trained"),
     ],
-    ids=["lora-ga", "delta-lora", "rank", "targets"],
+    ids=["lora-ga", "delta-lora", "pissa", "lora-fa", "rank", "targets"],
 )
 def test_a_trained_adapter_is_never_reset(
     name: str, fields: dict[str, Any], said: str, stage1: Path, tmp_path: Path

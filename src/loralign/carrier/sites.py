@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -202,9 +201,8 @@ def target_weights(model: nn.Module, reference: Full) -> dict[str, nn.Parameter]
 
 def exact_alpha(s: float, R: int) -> float:
     """alpha with alpha / R == s in double precision (where no such alpha exists: one part in 1e16 away)."""
-    near = (s * R, math.nextafter(s * R, math.inf), math.nextafter(s * R, 0.0))
-    alpha = min(near, key=lambda a: abs(a / R - s))
-    return int(alpha) if float(alpha).is_integer() else alpha
+    alpha = float(s * R)
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def sync_config(model: Any, adapter: str = ADAPTER) -> None:
