@@ -19,7 +19,7 @@ from transformers.training_args import ParallelMode
 import toy
 from loralign import LoralignError, Recipe, build, optimizer, peft_config, sites
 from loralign.train.attach import attach
-from loralign.train.checkpoint import last_complete
+from loralign.train.checkpoint import NOTE, numbered
 from loralign.train.split import check_split
 from loralign.types import Full, WorkFailed
 from tiny_trl import dpo, settings, sft
@@ -408,8 +408,8 @@ def test_a_run_that_is_not_finite_ends_undamaged(
     assert trainer.state.global_step == (3 if late and not event else 2)
     assert all(torch.equal(kept[n], p) for n, p in trained(trainer.model).items())
     assert not callback.optimizer.state  # the moments that saw such a gradient are dropped
-    last = last_complete(tmp_path)
-    assert last is not None and last.name == "checkpoint-2"
+    last = numbered(tmp_path)[0]
+    assert last.name == "checkpoint-2" and (last / NOTE).is_file()
     PeftModel.from_pretrained(toy.llama(), last)
 
 

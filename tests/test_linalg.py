@@ -121,10 +121,7 @@ def test_seed_is_the_hash_of_the_documented_bytes() -> None:
     assert draws.keyed_generator(0, "init A", "q").initial_seed() == int.from_bytes(digest, "little")
 
 
-def test_uniform_and_normal_moments() -> None:
-    x = draws.keyed_uniform((100, 1000), 0.25, 0)
-    assert x.dtype == torch.float32 and float(x.abs().max()) <= 0.25
-    assert abs(float(x.mean())) < 2e-3 and abs(float(x.var()) - 0.25**2 / 3) < 2e-4
+def test_normal_moments() -> None:
     y = draws.keyed_normal((100, 1000), 0)
     assert y.dtype == torch.float32 and abs(float(y.mean())) < 2e-2 and abs(float(y.var()) - 1) < 2e-2
 
@@ -394,9 +391,6 @@ def check_basis(X: Tensor, tol: float, *, lost: float = 0.0) -> Tensor:
     close(Q.mT @ Q, live, tol)
     close(Q @ R / norm, X / norm, max(tol, lost))
     assert not (Q * ~keep[..., None, :]).any() and not (R * ~keep[..., :, None]).any()
-    inverse = linalg.basis_inverse(R)
-    close(R @ inverse, live, 100 * tol)
-    close(X @ inverse, Q, max(100 * tol, 10 * lost))
     return keep.sum(-1)
 
 
@@ -424,48 +418,6 @@ def test_orthonormal_basis_of_hard_cases(dtype: torch.dtype) -> None:
     for condition in (1e1, 1e2, 5e2):
         thin = spectrum(torch.logspace(0, -torch.tensor(condition).log10().item(), 8), 300, 8).to(dtype)
         assert int(check_basis(thin, tol)) == 8
-
-
-@pytest.mark.parametrize("dtype", [F64, torch.float32])
-@pytest.mark.parametrize(("m", "r"), [(1, 1), (30, 1), (40, 16), (16, 16)])
-def test_chol_qr2_is_qr(m: int, r: int, dtype: torch.dtype) -> None:
-    X = gauss(3, m, r, dtype=dtype)
-    Q, R = linalg.chol_qr2(X)
-    tol = 1e-11 if dtype == F64 else 3e-6
-    orthonormal(Q, tol)
-    close(Q @ R, X, tol)
-    expect = torch.linalg.qr(X.double()).R
-    expect = expect * torch.sign(expect.diagonal(dim1=-2, dim2=-1))[..., :, None]
-    close(R, expect, 1e-10 if dtype == F64 else 1e-3)
-    assert torch.equal(R, R.triu()) and bool((R.diagonal(dim1=-2, dim2=-1) > 0).all())
-
-
-def test_chol_qr2_says_where_it_fails() -> None:
-    X = gauss(3, 20, 4)
-    X[1] = 0
-    Q, R = linalg.chol_qr2(X)
-    assert torch.isnan(Q[1]).all() and torch.isnan(R[1]).all()
-    orthonormal(Q[[0, 2]], 1e-12)
-    close(Q[[0, 2]] @ R[[0, 2]], X[[0, 2]], 1e-12)
-    hard = spectrum(torch.logspace(0, -3, 8), 300, 8).float()
-    orthonormal(linalg.chol_qr2(hard)[0], 3e-6)
-
-
-@some
-@given(m=sides, n=sides, data=st.data(), seed=seeds)
-def test_polar_is_the_dense_factor(m: int, n: int, data: st.DataObject, seed: int) -> None:
-    rank = data.draw(st.integers(1, min(m, n)))
-    X = spectrum(torch.linspace(1, 0.1, rank), m, n, seed=seed) * 1e-5
-    U, _, Vh = torch.linalg.svd(X)
-    close(linalg.polar(X), U[:, :rank] @ Vh[:rank], 1e-10)
-
-
-def test_polar_of_zero_and_float32() -> None:
-    assert torch.equal(linalg.polar(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
-    X = spectrum(torch.logspace(0, -2, 8), 200, 8)
-    for Y in (X, X.mT):
-        U, _, Vh = torch.linalg.svd(Y, full_matrices=False)
-        close(linalg.polar(Y.float() * 1e-25), U @ Vh, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------- msign
@@ -571,15 +523,12 @@ BATCHED = {
     "sylvester_spectral": lambda X, Y, H, K: linalg.sylvester_spectral(
         *torch.linalg.eigh(H), *torch.linalg.eigh(K), H @ K
     ),
-    "chol_qr2": lambda X, Y, H, K: linalg.chol_qr2(X),
     "gram": lambda X, Y, H, K: linalg.gram(X),
     "grams": lambda X, Y, H, K: linalg.grams([X]),
     "orthonormal_basis": lambda X, Y, H, K: linalg.orthonormal_basis(X),
-    "basis_inverse": lambda X, Y, H, K: linalg.basis_inverse(linalg.orthonormal_basis(X)[1]),
-    "polar": lambda X, Y, H, K: linalg.polar(Y),
     "msign": lambda X, Y, H, K: linalg.msign(Y),
     "msign_each": lambda X, Y, H, K: linalg.msign_each([Y])[0],
-    "captured": lambda X, Y, H, K: linalg.captured(linalg.polar(X), X @ Y),
+    "captured": lambda X, Y, H, K: linalg.captured(linalg.orthonormal_basis(X)[0], X @ Y),
     "first_step_energy": lambda X, Y, H, K: linalg.first_step_energy(X, Y, X @ Y, torch.linalg.svdvals(X @ Y)),
     "top_svd": lambda X, Y, H, K: linalg.top_svd(X @ Y, 2),
 }
@@ -589,7 +538,7 @@ BATCHED = {
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_batched_is_looped(name: str, dtype: torch.dtype) -> None:
     X, Y = gauss(2, 3, 11, 4, dtype=dtype), gauss(2, 3, 4, 9, dtype=dtype)
-    X[1, 1] = 0 if name != "chol_qr2" else X[1, 1]
+    X[1, 1] = 0
     H, K = X.mT @ X, Y @ Y.mT
     inputs = (X, Y, H, K)
     copies = [x.clone() for x in inputs]

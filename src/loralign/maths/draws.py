@@ -26,11 +26,6 @@ def keyed_normal(shape: tuple[int, ...], *key: int | str) -> Tensor:
     return torch.randn(shape, generator=keyed_generator(*key), dtype=torch.float32)
 
 
-def keyed_uniform(shape: tuple[int, ...], bound: float, *key: int | str) -> Tensor:
-    """Independent U(−bound, bound) of that shape, float32, CPU."""
-    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=keyed_generator(*key))
-
-
 def keyed_scores(names: Sequence[str], width: int, source: torch.Generator) -> Tensor:
     """(n, width) int64, CPU: for each name numbers that depend on the name and on `source` alone, not on its place.
 

@@ -206,21 +206,6 @@ def _cholesky(H: Tensor) -> tuple[Tensor, Tensor]:
     return R, torch.linalg.solve_triangular(R, torch.diag_embed(torch.ones_like(R[..., 0])), upper=True)
 
 
-def chol_qr2(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky-QR, twice: X (..., m, r) of full column rank -> Q (..., m, r), R (..., r, r) upper, diag R > 0, X = Q·R.
-
-        X = X̂·D,  R₁ᵀR₁ = X̂ᵀX̂,  Q₁ = X̂·R₁⁻¹,  R₂ᵀR₂ = Q₁ᵀQ₁,  Q = Q₁·R₂⁻¹,  R = R₂·R₁·D    (D: norms of columns)
-    Orthonormal to rounding while cond X̂ ≤ 1e3 (float64: 1e7); all NaN where Cholesky fails, as for a zero column or
-    r > m: use `orthonormal_basis` there. Cost: 8·m·r² FLOPs.
-    """
-    (X,) = _work(X)
-    H, D, D_inv = _unit_diagonal(gram(X))
-    R1, R1_inv = _cholesky(H)
-    Q = X @ (D_inv[..., :, None] * R1_inv)
-    R2, R2_inv = _cholesky(gram(Q))
-    return Q @ R2_inv, R2 @ R1 * D[..., None, :]
-
-
 def orthonormal_basis(X: Tensor, *, rel: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     """Thin factorisation of any X (..., m, r): Q (..., m, r), R (..., r, r), keep (..., r) bool with X = Q·R.
 
@@ -238,35 +223,8 @@ def orthonormal_basis(X: Tensor, *, rel: float = 1e-6) -> tuple[Tensor, Tensor, 
     return Q @ R2_inv, R2 @ (root[..., :, None] * E.mT * D[..., None, :]), keep
 
 
-def basis_inverse(R: Tensor) -> Tensor:
-    """R⁺ (..., r, r) for the R of `orthonormal_basis`: R·R⁺ = diag(keep), X·R⁺ = Q. Cost: one Cholesky.
-
-    R = N·R̂·D with unit columns of R·D⁻¹, unit rows of R̂, and R̂R̂ᵀ near the identity:  R⁺ = D⁻¹·R̂ᵀ·(R̂R̂ᵀ)⁻¹·N⁻¹
-    """
-    (R,) = _work(R)
-    D_inv = _unit_diagonal(gram(R))[2]
-    R = R * D_inv[..., None, :]
-    H, _, N_inv = _unit_diagonal(gram(R.mT))
-    C = _cholesky(H + torch.diag_embed((N_inv == 0).to(H.dtype)))[1]
-    return D_inv[..., :, None] * (R.mT * N_inv[..., None, :] @ C @ C.mT) * N_inv[..., None, :]
-
-
-def polar(X: Tensor, *, rel: float = 1e-6) -> Tensor:
-    """Orthogonal polar factor of X (..., m, n): U·Vᵀ over its live singular triples.
-
-        Q = X·(XᵀX)^(−½),  then once more Q ← Q·(QᵀQ)^(−½) against rounding    (m ≥ n; else transposed)
-    Error about 2e-8·cond X in float32. Cost: 8·m·n·min(m, n) FLOPs, two `eigh` of the smaller side.
-    """
-    if X.shape[-2] < X.shape[-1]:
-        return polar(X.mT, rel=rel).mT
-    Q = _scaled(*_work(X))
-    for _ in range(2):
-        Q = Q @ psd_inv_sqrt(gram(Q), rel=rel)
-    return Q
-
-
 def msign(X: Tensor, *, steps: int = 5) -> Tensor:
-    """`polar` without a decomposition, roughly: Newton–Schulz with Muon's coefficients. X (..., m, n) -> (..., m, n).
+    """Orthogonal polar factor U·Vᵀ of X = U·S·Vᵀ, roughly: Newton–Schulz with Muon's coefficients. X (..., m, n).
 
         H = XᵀX/‖X‖²,  T = I/‖X‖,  `steps` times  F = a·I + b·H + c·H²,  T ← T·F,  H ← F·H·F;   result X·T
     a, b, c = 3.4445, −4.7750, 2.0315. After 5 steps a singular value above 0.002·‖X‖_F lies in [0.68, 1.21]; smaller
