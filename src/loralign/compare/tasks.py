@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from loralign.compare.spec import Spec
 from loralign.data.chat import IGNORED, fit
 from loralign.data.read import read_rows
-from loralign.data.rows import rows_format, to_trl
+from loralign.data.rows import read_trl
 from loralign.train.heads import draw_head, linears
 from loralign.train.model import load, load_classifier, loading, read_tokenizer
 from loralign.types import LoralignError
@@ -157,8 +157,7 @@ def _sft(spec: Spec, device: str) -> Prepared:
     model, tokenizer = _causal(spec, device)
 
     def rows(path: str) -> Rows:
-        found = read_rows(path)
-        return list(fit(to_trl(found, rows_format(found)), tokenizer, max_length=spec.task.length).dataset)
+        return list(fit(read_trl(path), tokenizer, max_length=spec.task.length).dataset)
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 

@@ -19,7 +19,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 from loralign.carrier.patterns import check_pattern
 from loralign.config.errors import sentence, validated
 from loralign.config.sections import RecipeKeys, RunFile, TrainSection
-from loralign.config.yaml_text import override, read_yaml
+from loralign.config.yaml_text import read_yaml
 from loralign.methods.form.plain import plain
 from loralign.methods.init.kaiming import kaiming
 from loralign.methods.outer.once import once
@@ -46,10 +46,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe file as plain data, with the overrides on top; neither keys nor values are checked yet."""
-    content = read_yaml(Path(path))
-    for text in overrides:
-        override(content, text)
-    return content
+    return read_yaml(Path(path), overrides)
 
 
 def parse(content: Mapping[str, Any], name: str = "recipe") -> RunFile:

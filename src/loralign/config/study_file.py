@@ -24,7 +24,7 @@ from loralign.config.sections import (
     Target,
     _Section,
 )
-from loralign.config.yaml_text import override, read_yaml
+from loralign.config.yaml_text import read_yaml
 from loralign.methods.table import METHODS
 from loralign.types import Full, LoralignError, Recipe
 
@@ -175,9 +175,7 @@ class StudyFile(_Section):
 
 def read_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyFile:
     """A study file with `key=value` overrides on top; every arm is a recipe that can be built."""
-    content = read_yaml(Path(path), "study")
-    for text in overrides:
-        override(content, text)
+    content = read_yaml(Path(path), overrides, "study")
     file = parse_study(content, Path(path).name)
     for arm in file.arms:
         recipe_of(arm_section(arm), file, _tasks(file)[0])

@@ -22,7 +22,7 @@ from loralign.config.sections import (
     Source,
     _Section,
 )
-from loralign.config.yaml_text import override, read_yaml
+from loralign.config.yaml_text import read_yaml
 from loralign.methods.table import learning_rate
 from loralign.train.task_text import TextRows, TextTasks
 from loralign.train.task_trainer import TaskTraining
@@ -102,9 +102,7 @@ class TasksFile(RecipeKeys):
 
 def load_tasks(path: str | Path, overrides: Sequence[str] = ()) -> TasksFile:
     """Read a file, with `key=value` overrides on top; every mistake is one sentence with the mend."""
-    content = read_yaml(Path(path), "tasks file")
-    for text in overrides:
-        override(content, text)
+    content = read_yaml(Path(path), overrides, "tasks file")
     return parse_tasks(content, Path(path).name)
 
 

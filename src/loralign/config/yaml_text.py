@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,8 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 
 
-def read_yaml(path: Path, kind: str = "recipe") -> dict[str, Any]:
-    """The mapping in a file. Raises LoralignError with file and line."""
+def read_yaml(path: Path, overrides: Sequence[str] = (), kind: str = "recipe") -> dict[str, Any]:
+    """The mapping in a file with `key=value` overrides on top. Raises LoralignError with file and line."""
     try:
         with path.open("rb") as f:
             text = f.read(MOST_BYTES + 1).decode("utf-8-sig")
@@ -94,6 +94,8 @@ def read_yaml(path: Path, kind: str = "recipe") -> dict[str, Any]:
     content = _value(text, path.name)
     if not isinstance(content, dict):
         raise LoralignError(f"{path.name} is no {kind}: it should hold lines of `key: value`, such as `model: …`")
+    for override in overrides:
+        apply(content, override)
     return content
 
 
@@ -149,7 +151,7 @@ def _wrong_text(text: str) -> str:
     return ""
 
 
-def override(content: dict[str, Any], text: str) -> None:
+def apply(content: dict[str, Any], text: str) -> None:
     """Apply one `key=value` in place: the key is dotted, the value YAML."""
     key, sign, value = text.partition("=")
     parts = key.strip().split(".")

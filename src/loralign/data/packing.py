@@ -28,18 +28,14 @@ ROUNDING = 0.05
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 
-def check_packing(model: PreTrainedModel, strategy: str = "bfd", collate: Collate | None = None) -> None:
+def check_packing(model: PreTrainedModel, collate: Collate | None = None) -> None:
     """Refuse packing where samples would see each other; four small forwards with the model as it is.
 
-    strategy: TRL's `packing_strategy`. "bfd" packs whole rows, "bfd_split" cuts long ones into rows of their own,
-    "wrapped" joins rows without a border and is refused for every model. collate: what makes batches of them, where it
-    is not TRL's.
+    collate: what makes batches of packed rows, where it is not TRL's.
 
     Raises:
-        LoralignError: the strategy or the model mixes samples.
+        LoralignError: the model mixes samples.
     """
-    if strategy not in ("bfd", "bfd_split"):
-        raise LoralignError(f"packing strategy {strategy!r} lets rows see each other: use bfd, or packing: false")
     try:
         mixed = _mixing(model, collate or DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
     except (TypeError, ValueError, NotImplementedError, RuntimeError, ImportError) as error:

@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from loralign.data.columns import MARKS, NEEDED, OPTIONAL, REFUSED, Format
+from loralign.data.read import read_rows
 from loralign.data.table import Row, Rows, collected
 from loralign.data.turns import Turn, is_learnt, parsed, text, turn, turns_of
 from loralign.types import LoralignError
@@ -47,6 +49,12 @@ def rows_format(rows: Rows) -> Format:
             return name
     wanted = "; ".join(" and ".join(needed) for needed in NEEDED.values())
     raise LoralignError(f"{rows.name}, row 1 has the columns {', '.join(columns)}: rename them to one of: {wanted}")
+
+
+def read_trl(source: str | Path) -> Rows:
+    """The rows of a file, a folder or a hub id as conversations, prompts and completions, or text."""
+    rows = read_rows(source)
+    return to_trl(rows, rows_format(rows))
 
 
 def to_trl(rows: Rows, format: Format) -> Rows:

@@ -11,8 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from loralign.data.read import read_rows
-from loralign.data.rows import rows_format, to_trl
+from loralign.data.rows import read_trl
 from loralign.data.table import Rows
 from loralign.types import LoralignError
 
@@ -25,8 +24,7 @@ def split_eval(rows: Rows, held_out: float | str | Path, *, seed: int) -> tuple[
     the share is held out.
     """
     if isinstance(held_out, str | Path):
-        others = read_rows(held_out)
-        return rows, to_trl(others, rows_format(others))
+        return rows, read_trl(held_out)
     if not 0 < held_out < 1:
         raise LoralignError(f"eval {held_out} is no share: give a number between 0 and 1, or a file")
     groups: dict[bytes, list[int]] = {}

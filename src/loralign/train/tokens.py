@@ -9,8 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loralign.data.chat import Fit, Prompts, fit
-from loralign.data.read import read_rows
-from loralign.data.rows import rows_format, to_trl
+from loralign.data.rows import read_trl
 from loralign.data.split import split_eval
 from loralign.data.table import Rows
 from loralign.train.job import Job
@@ -21,14 +20,8 @@ log = logging.getLogger("loralign")
 
 
 def _rows(job: Job) -> tuple[Rows, Rows | None]:
-    rows = read_rows(job.data.train)
-    train = to_trl(rows, rows_format(rows))
-    if job.data.eval is None:
-        return train, None
-    if isinstance(job.data.eval, float):
-        return split_eval(train, job.data.eval, seed=job.seed)
-    held_out = read_rows(job.data.eval)
-    return train, to_trl(held_out, rows_format(held_out))
+    train = read_trl(job.data.train)
+    return (train, None) if job.data.eval is None else split_eval(train, job.data.eval, seed=job.seed)
 
 
 def tokens(

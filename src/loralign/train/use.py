@@ -18,8 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from loralign.carrier.stored import BadInput, Broken, check_loadable, load_adapter, read_config, read_tensors
 from loralign.data.chat import Coder
 from loralign.data.prompt import Chat, Plain, chat_of
-from loralign.data.read import read_rows
-from loralign.data.rows import rows_format, to_trl
+from loralign.data.rows import read_trl
 from loralign.evidence import Progress
 from loralign.io.adalora import is_adalora, write_plain
 from loralign.io.card import read_card
@@ -218,8 +217,7 @@ def evaluate(
     Every row's last answer is asked for by the tokens that training has before it, and compared with the text of those
     that training has there, white space aside.
     """
-    rows = read_rows(data)
-    rows = to_trl(rows, rows_format(rows))
+    rows = read_trl(data)
     model, tokenizer = open_adapter(folder, base)
     coder = Coder(rows, tokenizer)
     samples = list(coder.questions(limit))
