@@ -22,7 +22,7 @@ import warm
 from loralign import adapt, build, factors, sites
 from loralign.carrier.links import commit
 from loralign.io import adapter_file
-from loralign.io.card import Card, write_card
+from loralign.io.card import Card, read_card, write_card
 from loralign.io.export import ExportReport, base_name, export
 from loralign.io.layout import Product, Stored, limited, loss, padded, rounded
 from loralign.io.portable import check_portable, needed_max_lora_rank
@@ -453,6 +453,14 @@ def test_base_names_are_never_paths(tmp_path: Path) -> None:
     assert base_name(model, str(cache), None) == ("org/name", "0a1b")
     assert base_name(model, "org/name", "main") == ("org/name", "main")
     assert is_local("./x") and is_local("/x") and is_local("C:\\x") and is_local("a/b/c") and not is_local("org/name")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"prompts": ["text"]}', '{"prompts": '])
+def test_a_damaged_run_json_is_refused_since_it_says_how_to_ask(text: str, tmp_path: Path) -> None:
+    assert not read_card(tmp_path, "base").prompts
+    (tmp_path / "run.json").write_text(text, encoding="utf-8")
+    with pytest.raises(LoralignError, match=r"run\.json in .* is damaged: copy it again, or delete it"):
+        read_card(tmp_path, "base")
 
 
 def test_card_and_run_json_hold_no_paths(tmp_path: Path) -> None:

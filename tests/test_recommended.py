@@ -12,7 +12,7 @@ import yaml
 
 from cli_world import Done, run
 from loralign import build
-from loralign.cli.machine import container_limit, host_memory
+from loralign.cli.machine import container_limit, free_host_memory, host_memory
 from loralign.cli.plan import planned
 from loralign.config.recipe import load
 from loralign.plan import recommended as rule
@@ -129,6 +129,16 @@ def test_a_container_has_the_memory_that_it_is_given(tmp_path: Path) -> None:
         (tmp_path / "memory.max").write_text(text, encoding="ascii")
         assert container_limit(tmp_path / "memory.max") == found
     assert container_limit(tmp_path / "none") == []
+
+
+def test_what_is_free_in_a_container_is_what_it_has_left(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
+    machine = free_host_memory(tmp_path)
+    (tmp_path / "memory.max").write_text("5000000\n", encoding="ascii")
+    assert free_host_memory(tmp_path) == 5_000_000 < machine
+    (tmp_path / "memory.current").write_text("4000000\n", encoding="ascii")
+    (tmp_path / "memory.stat").write_text("anon 1500000\ninactive_file 2500000\n", encoding="ascii")
+    assert free_host_memory(tmp_path) == 5_000_000 - 1_500_000
 
 
 def test_elsewhere_the_name_says_where_it_is_resolved() -> None:

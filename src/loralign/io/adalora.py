@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loralign.carrier.sites import exact_alpha
+from loralign.carrier.stored import CONFIG, WEIGHTS, out_of_memory
+from loralign.carrier.targets import PREFIX
 from loralign.io.json_file import read_json
 from loralign.types import LoralignError
-
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 
 def is_adalora(folder: Path) -> bool:
@@ -39,7 +39,9 @@ def write_plain(folder: Path, out: Path) -> None:
         state = load_file(folder / WEIGHTS)
         r_init, alpha = int(config["init_r"]), float(config["lora_alpha"])
         factors = _folded(state)
-    except Exception as error:
+    except Exception as error:  # whatever a damaged file makes of numbers and shapes
+        if out_of_memory(error):
+            raise
         raise LoralignError(
             f"{folder.name} is no whole AdaLoRA adapter ({type(error).__name__}): copy it again"
         ) from error

@@ -25,13 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loralign.carrier.sites import beside
-from loralign.carrier.targets import anchored, by_weight
+from loralign.carrier.targets import PREFIX, anchored, by_weight
 from loralign.io.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loralign.io.json_file import read_json
 from loralign.io.layout import Stored
 from loralign.types import LoralignError, WorkFailed
 
-PREFIX = "base_model.model."
 _CLASSIC = {
     *(
         "peft_type",

@@ -14,6 +14,7 @@ from loralign.io.json_file import read_json
 from loralign.io.provenance import versions, write_text
 from loralign.io.public import is_local, scrub
 from loralign.io.report import ExportReport
+from loralign.types import LoralignError
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,19 @@ _AUTO = {
 
 
 def read_card(folder: Path, base: str) -> Card:
-    """What the `run.json` of a trained folder says, for the card of another form of it; a bare card without one."""
+    """What the `run.json` of a trained folder says, for the card of another form of it; a bare card without one.
+
+    Raises:
+        LoralignError: it is damaged: how the model was asked would be lost without a word.
+    """
+    if not (folder / "run.json").exists():
+        return Card(base)
     try:
         said = read_json(folder / "run.json")
     except (OSError, ValueError):
-        return Card(base)
-    if not isinstance(said, dict):
-        return Card(base)
+        said = None
+    if not isinstance(said, dict) or not isinstance(said.get("prompts", {}), dict):
+        raise LoralignError(f"run.json in {folder} is damaged: copy it again, or delete it")
     known = {f.name for f in fields(Card)} - {"base", "revision", "export", "verified"}
     return Card(base, **{key: value for key, value in said.items() if key in known})
 

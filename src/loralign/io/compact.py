@@ -26,6 +26,7 @@ from torch import Tensor
 
 from loralign.carrier.sites import draw_for
 from loralign.carrier.slot import form_of, live_of
+from loralign.carrier.targets import PREFIX
 from loralign.io.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPACT, fresh_folder, writing
 from loralign.io.layout import Product, uniform
 from loralign.methods.table import METHODS
@@ -34,7 +35,6 @@ from loralign.types import Form, Live, LoralignError, Site, Weight
 FORMAT = 1
 WORTH = 0.9
 """Largest share of the factors' bytes at which a compact file is written."""
-PREFIX = "base_model.model."
 
 
 def named_form(form: Form) -> tuple[str, dict[str, Any]] | None:

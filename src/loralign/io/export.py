@@ -24,6 +24,7 @@ from torch import Tensor
 
 from loralign.carrier.sites import ADAPTER, sites
 from loralign.carrier.slot import LowRankVariant
+from loralign.carrier.targets import PREFIX
 from loralign.io.adapter_file import adapter_config, check_supported, other_tensors, trained_modules, write_adapter
 from loralign.io.card import Card, write_card
 from loralign.io.compact import write_compact
@@ -167,7 +168,7 @@ def export(
 def _refuse_heads(heads: Mapping[str, Tensor]) -> None:
     """No server reads modules that trained whole."""
     if heads:
-        names = sorted({k.removeprefix("base_model.model.").rsplit(".", 1)[0] for k in heads})
+        names = sorted({k.removeprefix(PREFIX).rsplit(".", 1)[0] for k in heads})
         raise LoralignError(
             f"{', '.join(names)} was trained in full (modules_to_save), which vLLM refuses and llama.cpp aborts on: "
             "use profile peft or merged"

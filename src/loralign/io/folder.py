@@ -12,6 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from loralign.carrier.stored import CONFIG as ADAPTER_CONFIG
+from loralign.carrier.stored import WEIGHTS as ADAPTER_WEIGHTS
 from loralign.io.json_file import read_json
 from loralign.io.lock import locked
 from loralign.types import LoralignError, WorkFailed
@@ -23,7 +25,7 @@ COMPACT = Path("compact") / "compact.safetensors"
 
 GGUF = "adapter.gguf"
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CARD = "README.md"
 _MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 _LAST = (ADAPTER_WEIGHTS, GGUF, "config.json", ADAPTER_CONFIG)
 
