@@ -190,6 +190,11 @@ def numbered(output: Path) -> list[Path]:
     return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=step_of, reverse=True)
 
 
+def last_complete(output: Path) -> Path | None:
+    """The newest checkpoint whose writing was finished, or None; a kill in the middle of a save leaves an older one."""
+    return next((p for p in numbered(output) if (p / NOTE).is_file()), None)
+
+
 def step_of(folder: Path) -> int:
     return int(folder.name.rsplit("-", 1)[1])
 
