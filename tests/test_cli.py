@@ -515,6 +515,12 @@ BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
         ["generate", "base", "--prompt", "x"],
         r"base is no adapter folder: it has no adapter_config\.json",
     ),
+    "nothing asked": (
+        ["generate", "out", "--base", "base", "--prompt", "w5", "--prompt", ""],
+        "prompt 2 has no tokens",
+    ),
+    "expand a folder": (["expand", "out", "--out", "x"], r"out is a folder: name the compact/compact\.safetensors of"),
+    "no name": (["suggest", ""], "the base model has no name: give its folder or hub id"),
     "export a model": (["export", "base", "--out", "x"], "base is no adapter folder"),
     "export over itself": (["export", "out", "--out", "./out", "--overwrite"], "out is the adapter that is exported"),
     "export over a run": (["export", "out", "--out", "run"], "run holds a trained run: name another folder, or pass"),

@@ -561,3 +561,13 @@ def test_probes_are_small_unpadded_and_complete() -> None:
     assert torch.equal(probe_inputs(model, left)["input_ids"], left["input_ids"][:, 2:])
     with pytest.raises(LoralignError, match="hold none of"):
         probe_inputs(model, {"rows": torch.ones(2)})
+
+
+@pytest.mark.parametrize("profile", ["peft", "portable", "merged"])
+def test_the_rank_of_a_truncation_is_the_one_asked_for(profile: Any, tmp_path: Path) -> None:
+    """Of a merged model, which has none itself, and before padding."""
+    model = trained(toy.llama(), recipe("lora", r=4))
+    padding = {"power_of_two": True} if profile == "portable" else {}
+    report = export(model, tmp_path / "out", base_id="x/y", profile=profile, max_rank=3, **padding)
+    assert [line for line in report.lines() if line.startswith("Truncated to rank 3:")]
+    export(model, tmp_path / "all", base_id="x/y", profile=profile, max_rank=10**9)

@@ -121,6 +121,9 @@ def expand(file: Path | str, out: Path | str) -> int:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise LoralignError(f"{path} {what}: name the {COMPACT} of an exported folder")
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("loralign", "null"))

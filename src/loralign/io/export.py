@@ -16,9 +16,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Interval
 from peft import PeftModel
 from torch import Tensor
 
@@ -60,7 +61,6 @@ from loralign.io.probes import (
 )
 from loralign.io.public import base_name, make_public
 from loralign.io.report import ExportReport as ExportReport
-from loralign.maths.bounds import Count
 from loralign.maths.given import checked, said
 from loralign.types import LoralignError, Site, WorkFailed
 
@@ -79,7 +79,7 @@ def export(
     dtype: torch.dtype | None = None,
     base_id: str | None = None,
     revision: str | None = None,
-    max_rank: Count | None = None,
+    max_rank: Annotated[int, Interval(ge=1)] | None = None,
     drop: Mapping[str, Sequence[int]] | None = None,
     power_of_two: bool = False,
     probes: Mapping[str, Any] | None = None,
@@ -135,6 +135,7 @@ def export(
         exact=True,
         method_exact=_exact_forms(found),
         truncation=truncation,
+        cut_to=max_rank or 0,
     )
     inputs = probe_inputs(model, probes)
     make = _merged if profile == "merged" else _adapter

@@ -33,6 +33,8 @@ class ExportReport:
     method_exact: bool
     """A fact about the method: its factors compute the function that training did."""
     truncation: Loss | None = None
+    cut_to: int = 0
+    """The rank that sites above it were truncated to; padding comes after."""
     rounding: Loss | None = None
     difference: Difference | None = None
     """Logits of the exported model against the trained one's on the probes, where the export is not exact."""
@@ -65,7 +67,7 @@ class ExportReport:
         if not self.method_exact:
             said.append("The method has no exact plain form: this is the paper's own merge.")
         if self.truncation is not None:
-            said.append(_loss_line(f"Truncated to rank {self.rank}", self.truncation))
+            said.append(_loss_line(f"Truncated to rank {self.cut_to}", self.truncation))
         if self.rounding is not None:
             said.append(_loss_line(f"Stored in {self.dtype}", self.rounding))
         if self.difference is not None:

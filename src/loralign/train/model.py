@@ -140,6 +140,8 @@ def _check_whole(told: dict[str, Any]) -> None:
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:
+    if not name.strip():
+        raise LoralignError("the base model has no name: give its folder or hub id")
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

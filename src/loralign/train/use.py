@@ -105,6 +105,8 @@ def answer(
         plain.encode(asked) if isinstance(asked, str) else chat.encode(chat.prompt(asked, row))
         for asked in conversations
     ]
+    if (empty := next((i for i, ids in enumerate(prompts) if not ids), None)) is not None:
+        raise LoralignError(f"prompt {empty + 1} has no tokens: write what the model is to answer")
     asks_turns = any(not isinstance(asked, str) for asked in conversations)
     ends = stops(model, tokenizer, chat.ends if asks_turns else ())
     found = _generated(
