@@ -162,8 +162,9 @@ def asked(model: Path, adapter: Path | None, ids: list[int]) -> Tensor:
     return torch.tensor([found[i] for i in range(98)])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3"))]
+)
 def test_llama_cpp_computes_what_was_trained(architecture: str, tmp_path: Path) -> None:
     """Its server, with and without the adapter, beside Transformers on the same file."""
     pytest.importorskip("xllamacpp")
