@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loralign.compare.failures import standing
 from loralign.compare.inference import Difference, Sample, against_baseline, holm, moderated
 from loralign.compare.report import Finished, collect, plain
 from loralign.compare.spec import Spec
@@ -28,6 +29,11 @@ import equal_seconds
 TASKS = ("german", "answers", "bbc")
 FULL = ("full", "full-muon")
 CONTRASTS = (("spectral r64", "full"), ("spectral r64", "lora r64 (s 8)"))
+FURTHER = tuple(
+    (f"spectral {arm}", other) for arm in ("r128", "r64 stateless", "r32") for other in ("full", "spectral r64")
+)
+"""Not declared beforehand: a family of their own, and only arms of SEEDS seeds or more."""
+SEEDS = 3
 LEVEL = 0.05
 
 
@@ -112,12 +118,15 @@ def judge(arms: Mapping[str, Sample], arm: str = "spectral r64") -> Judged:
 
 
 def widest(out: Path, task: str) -> Spec | None:
-    """The spec of all arms, of the primary ones where the others' search is unfinished; None: nothing is reported."""
+    """The spec of all arms but those that failed, of the primary ones where the others' search is unfinished; None:
+    nothing is reported."""
     for stage in ("all", "primary"):
         file = out / f"{task}-{stage}.yaml"
         if file.is_file() and (out / task / "study.journal").is_file():
             (spec,) = load_study(file, [f"output={out / task}"], reading=True)
-            if collect(spec, Store(spec).outcomes()).curves:
+            store = Store(spec)
+            spec, _ = standing(spec, store.outcomes(), store.failures())
+            if collect(spec, store.outcomes()).curves:
                 return spec
     return None
 
@@ -144,6 +153,10 @@ def write(out: Path, steps: Path | None = None, shape: str = "8b") -> None:
     body: dict[str, Any] = {}
     told = contrasts(quiet)
     text += _contrast_table(told)
+    whole = {task: {name: s for name, s in arms.items() if s.n >= SEEDS} for task, arms in quiet.items()}
+    further = contrasts(whole, FURTHER)
+    if further:
+        text += ["", "## Not declared beforehand", "", *_contrast_table(further)]
     for task, arms in quiet.items():
         text += ["", f"## {task}", "", *_arm_table(arms)]
         body[task] = {"arms": {n: asdict(s) for n, s in arms.items()}, "bars": bars(arms)}
@@ -154,7 +167,7 @@ def write(out: Path, steps: Path | None = None, shape: str = "8b") -> None:
             text += ["", *equal_seconds.markdown(seconds)]
             body[task]["seconds"] = [asdict(line) for line in seconds]
     (out / "prize.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    data = {"contrasts": [asdict(c) for c in told], "tasks": body}
+    data = {"contrasts": [asdict(c) for c in told], "further": [asdict(c) for c in further], "tasks": body}
     (out / "prize.json").write_text(json.dumps(plain(data), indent=1) + "\n", encoding="utf-8")
     print("\n".join(text))
 
