@@ -23,8 +23,9 @@ from statistics import fmean
 from typing import Any
 
 from loralign.compare.curves import Curve, loss_at, reach
-from loralign.compare.report import collect
-from loralign.compare.spec import Arm
+from loralign.compare.failures import standing
+from loralign.compare.report import Finished, collect
+from loralign.compare.spec import Arm, Spec
 from loralign.compare.store import Store
 from loralign.config.study import load_study
 from loralign.methods.table import METHODS
@@ -120,6 +121,14 @@ def markdown(lines: Sequence[Line], reference: str = "full") -> list[str]:
     ]
 
 
+def finished(spec: Spec) -> tuple[Spec, Finished]:
+    """A study without the arms that failed, and what its finished trials allow to say."""
+    store = Store(spec)
+    done = store.outcomes()
+    spec, _ = standing(spec, done, store.failures())
+    return spec, collect(spec, done)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
@@ -133,10 +142,9 @@ def main() -> None:
         specs = load_study(args.study, args.set, reading=True)
     except LoralignError as error:
         raise SystemExit(str(error)) from error
-    for spec in specs:
-        curves = collect(spec, Store(spec).outcomes()).curves
+    for spec, found in map(finished, specs):
         kinds = {arm.name: kind_of(arm) for arm in spec.arms} | dict(text.rsplit("=", 1) for text in args.kind)
-        print("\n".join(markdown(table(curves, kinds, measured))))
+        print("\n".join(markdown(table(found.curves, kinds, measured))))
         if left := missing([arm.name for arm in spec.arms], kinds, measured):
             print(f"\nNo step was measured for {', '.join(left)}.")
 

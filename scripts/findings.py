@@ -2,8 +2,8 @@
 
     python scripts/findings.py [--check]
 
-Reads results.json of every record that is a finished study beside plain LoRA, and writes one entry per arm. --check:
-compare with the file instead of writing it.
+Reads results.json of every record that is a study beside plain LoRA, and writes one entry per arm that has all of its
+seeds. --check: compare with the file instead of writing it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILE = ROOT / "src/loralign/plan/findings.json"
 RECORDS = (
     "2026-11-26-cpu-compare", "2026-11-26-h100-study", "2026-11-29-h200-prize/german", "2026-11-29-h200-prize/answers",
 )  # fmt: skip
-"""Studies on real models with a verdict for every arm; the CoRA records say that they check a pipeline, the judge of
+"""Studies on real models; the CoRA records say that they check a pipeline, the judge of
 `recommended` chooses nothing."""
 WIDTHS = {"minilm": 384, "smollm2-135m": 576}
 """Hidden sizes of their models, which rates move with."""
@@ -37,7 +37,7 @@ def validation(trials: Mapping[str, Any], arm: str) -> float | None:
 
 
 def findings() -> list[dict[str, Any]]:
-    """One entry per record and arm."""
+    """One entry per record and finished arm."""
     found = []
     for record in RECORDS:
         data = json.loads((ROOT / "records" / record / "results.json").read_text(encoding="utf-8"))
@@ -45,6 +45,8 @@ def findings() -> list[dict[str, Any]]:
         study = data["study"]
         sections = {a if isinstance(a, str) else a.get("name", a["method"]): a for a in study["arms"]}
         for arm in data["result"]["arms"]:
+            if arm["seeds"] < study["seeds"]:
+                continue
             given = sections.get(arm["arm"], arm["arm"])
             section: dict[str, Any] = {"method": given} if isinstance(given, str) else dict(given)
             rank = section.get("rank", study["rank"])

@@ -15,12 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loralign.compare.failures import standing
 from loralign.compare.inference import Difference, Sample, against_baseline, holm, moderated
-from loralign.compare.report import Finished, collect, plain
+from loralign.compare.report import Finished, plain
 from loralign.compare.spec import Spec
 from loralign.compare.statistics import gap_closed, samples
-from loralign.compare.store import Store
 from loralign.config.study import load_study
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -117,17 +115,16 @@ def judge(arms: Mapping[str, Sample], arm: str = "spectral r64") -> Judged:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def widest(out: Path, task: str) -> Spec | None:
-    """The spec of all arms but those that failed, of the primary ones where the others' search is unfinished; None:
-    nothing is reported."""
+def widest(out: Path, task: str) -> tuple[Spec, Finished] | None:
+    """All arms but those that failed, the primary ones where the others' search is unfinished; None: nothing is
+    reported."""
     for stage in ("all", "primary"):
         file = out / f"{task}-{stage}.yaml"
         if file.is_file() and (out / task / "study.journal").is_file():
             (spec,) = load_study(file, [f"output={out / task}"], reading=True)
-            store = Store(spec)
-            spec, _ = standing(spec, store.outcomes(), store.failures())
-            if collect(spec, store.outcomes()).curves:
-                return spec
+            spec, found = equal_seconds.finished(spec)
+            if found.curves:
+                return spec, found
     return None
 
 
@@ -139,16 +136,13 @@ def _quiet(spec: Spec, found: Finished) -> dict[str, Sample]:
 def judged(study: Path, out: Path) -> Judged:
     """The judge's study, whose journal is in `out`."""
     (spec,) = load_study(study, [f"output={out}"], reading=True)
-    return judge(_quiet(spec, collect(spec, Store(spec).outcomes())))
+    return judge(_quiet(*equal_seconds.finished(spec)))
 
 
 def write(out: Path, steps: Path | None = None, shape: str = "8b") -> None:
     """prize.md and prize.json beside the tasks' folders, and said."""
-    specs = {task: spec for task in TASKS if (spec := widest(out, task))}
-    finished = {task: collect(spec, Store(spec).outcomes()) for task, spec in specs.items()}
-    quiet: dict[str, dict[str, Sample]] = {}
-    for task, found in finished.items():
-        quiet[task] = _quiet(specs[task], found)
+    studies = {task: study for task in TASKS if (study := widest(out, task))}
+    quiet = {task: _quiet(*study) for task, study in studies.items()}
     text = ["# Declared contrasts and bars", ""]
     body: dict[str, Any] = {}
     told = contrasts(quiet)
@@ -162,8 +156,8 @@ def write(out: Path, steps: Path | None = None, shape: str = "8b") -> None:
         body[task] = {"arms": {n: asdict(s) for n, s in arms.items()}, "bars": bars(arms)}
         if steps:
             measured = equal_seconds.step_times(json.loads(steps.read_text(encoding="utf-8")), shape)
-            kinds = {arm.name: equal_seconds.kind_of(arm) for arm in specs[task].arms}
-            seconds = equal_seconds.table(finished[task].curves, kinds, measured)
+            kinds = {arm.name: equal_seconds.kind_of(arm) for arm in studies[task][0].arms}
+            seconds = equal_seconds.table(studies[task][1].curves, kinds, measured)
             text += ["", *equal_seconds.markdown(seconds)]
             body[task]["seconds"] = [asdict(line) for line in seconds]
     (out / "prize.md").write_text("\n".join(text) + "\n", encoding="utf-8")

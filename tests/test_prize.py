@@ -140,6 +140,27 @@ def test_german_goes_on_from_the_record(tmp_path: Path, capsys: pytest.CaptureFi
     assert "| spectral r64 | 2.6357 | 3 | -0.0593 |" in capsys.readouterr().out
 
 
+def test_an_arm_that_failed_leaves_the_others_and_two_seeds_are_no_contrast(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """answers: full-muon broke, r 128 has two seeds."""
+    (tmp_path / "answers").mkdir()
+    shutil.copy(prize_study.RECORD / "answers/study.journal", tmp_path / "answers")
+    made = prize_study.staged(
+        prize_study.study_of("answers"), "all", rows=tmp_path, model="m", out=tmp_path / "answers"
+    )
+    (tmp_path / "answers-all.yaml").write_text(yaml.safe_dump(made, allow_unicode=True), encoding="utf-8")
+    prize_report.write(tmp_path)
+    body = json.loads((tmp_path / "prize.json").read_text(encoding="utf-8"))
+    seeds = {name: arm["n"] for name, arm in body["tasks"]["answers"]["arms"].items()}
+    assert "full-muon" not in seeds and (seeds["spectral r32"], seeds["spectral r128"]) == (3, 2)
+    assert [(c["arm"], c["other"]) for c in body["further"]] == [
+        ("spectral r32", other) for other in ("full", "spectral r64")
+    ]
+    declared, further = capsys.readouterr().out.split("## Not declared beforehand")
+    assert "| answers | spectral r64 | full | -0.0585" in declared and "spectral r32 | full | -0.0345" in further
+
+
 def test_a_preset_is_named_in_the_kind() -> None:
     (spec,) = _specs("german")
     found = [equal_seconds.kind_of(arm) for arm in spec.arms]

@@ -134,12 +134,13 @@ def labelled() -> list[Finding]:
 
 def test_rows_with_answers_take_what_a_study_of_answers_found_better() -> None:
     choices = ranked(findings(), answers=True, width=576)
-    assert [c.finding.arm for c in choices] == ["spectral r64", "lora r64 (s 8)", "lora"]
+    assert [c.finding.arm for c in choices] == ["spectral r64", "spectral r32", "lora r64 (s 8)", "lora"]
     assert "3 seeds: better than `lora` by 0.098" in choices[0].reason
     assert rate(choices[0], 576, 1.8e-3, "ours")[0] == 1.8e-3
     assert {c.finding.record for c in choices} == {"records/2026-11-29-h200-prize/answers"}
-    (narrow,) = ranked(findings(), answers=True, width=64)
-    assert narrow.method == "lora" and "rank 64 or more" in narrow.reason
+    assert ranked(findings(), answers=True, width=64)[0].finding.arm == "spectral r32"
+    (narrow,) = ranked(findings(), answers=True, width=48)
+    assert narrow.method == "lora" and "rank 32 or more" in narrow.reason
 
 
 def test_without_such_a_study_they_take_plain_lora_and_say_that_it_is_as_good() -> None:
