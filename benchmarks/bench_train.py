@@ -102,7 +102,8 @@ def trainer_of(kind: str, shape: str, args: argparse.Namespace, folder: str) -> 
         use_cpu=not cuda, bf16=cuda, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=10**6,
         max_length=longest, packing=packing, torch_compile=" compile" in f"{kind} ".replace("compiled", ""),
         use_liger_kernel="liger" in kind, seed=0, dataset_num_proc=None, shuffle_dataset=False,
-        logging_nan_inf_filter=kind.startswith("peft"),  # as `loralign train` has it: it waits for every step's loss
+        logging_nan_inf_filter=kind.startswith("peft"),  # as `loralign train` has both: it waits for every step's loss,
+        accelerator_config=None if kind.startswith("peft") else {"non_blocking": cuda},  # and every batch for a step
         **({} if args.checkpointing == "auto" else {"gradient_checkpointing": False}),
     )  # fmt: skip
     model = bench_step.fresh_model(shape, args.device)

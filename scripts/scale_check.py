@@ -23,7 +23,7 @@ from loralign import Recipe, attach, build, peft_config
 
 RECIPES: dict[str, dict[str, Any]] = {
     "lora": {},
-    "lora-ga": {"micro_batches": 2},
+    "lora-ga": {"micro_batches": 2, "sketch": None},  # a sketch depends on which rows come together
     "lora-rite": {},
     "lora-pro": {},
     "rm-lora": {},

@@ -12,7 +12,9 @@ from typing import Any
 import accelerate.state
 from accelerate.utils import DistributedType
 
-ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+         "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}  # fmt: skip
+"""As `accelerate launch --use_fsdp --fsdp_version 2` asks, which has that loading on."""
 
 
 def allow() -> None:

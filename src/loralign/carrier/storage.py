@@ -133,9 +133,8 @@ class SlotLinear(nn.Linear):
         key, axis = prefix + "weight", axis_of(self.kind)
         rank = self.live.shape[axis]
         weight, frozen = sd.get(key), sd.pop(prefix + "frozen", None)
-        if weight is not None and self.owner is not None:
+        if weight is not None and self.owner is not None and not self.raw:
             del sd[key]  # a folded form cannot be undone; the sidecar beside the file holds the live tensors
-            missing.append(key)
         elif weight is not None and weight.shape[axis] != rank:
             if self.kind == "T" and weight.shape[1] < 2 * rank:
                 errors.append(f"{key}: rank {weight.shape[1]}, a twin of rank {rank} needs {2 * rank}")

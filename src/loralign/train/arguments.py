@@ -64,6 +64,8 @@ def arguments(job: Job, *, resumed: bool = False) -> SFTConfig:
         )
     settings = _settings(job) | {"eval_on_start": job.data.eval is not None and not resumed}
     _check_extra(job, settings)
+    if "accelerator_config" not in job.training.extra:  # a copy that blocks waits for all that the step before left
+        settings["accelerator_config"] = {"non_blocking": settings["dataloader_pin_memory"]}
     for tracker in job.training.report_to:
         if tracker not in (*get_available_reporting_integrations(), "all", "none"):
             raise LoralignError(

@@ -63,6 +63,7 @@ def arguments(t: TaskTraining, folder: Path, steps: int, seed: int) -> TrainingA
         report_to=[], disable_tqdm=True, bf16=dtype_of(t.precision) == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(), remove_unused_columns=False, seed=seed,
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
     )  # fmt: skip
 
 
