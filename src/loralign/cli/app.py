@@ -91,10 +91,12 @@ def train(
         plan(recipe, overrides)
         return
     job = job_of(recipe, overrides, resume=resume)
+    from loralign.evidence.ranks import leave
     from loralign.train.sft import run
 
     with progress() as report:
         result = run(job, resume=resume, progress=report)
+    leave()
     for name, value in result.metrics.items():
         say(f"{name}: {value:.6g}")
     for line in result.export.lines() if result.export is not None else ():

@@ -19,6 +19,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def leave() -> None:
+    """The group of processes, at the end of one that no other waits for. gloo has threads that must not outlive the
+    interpreter; a communicator of GPUs goes with its process, since to end it before waits for the others."""
+    if dist.is_initialized() and not torch.cuda.is_available():
+        dist.destroy_process_group()
+
+
 def same_everywhere(value: T) -> T:
     """Rank 0's value, on every rank."""
     if world() == 1:
