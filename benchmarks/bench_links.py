@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import SHAPES, base_model, compile_blocks, loss_of, seconds
+from bench_models import SHAPES, base_model
+from bench_step import compile_blocks, loss_of, seconds
 
 from loralign import Recipe, adapt, build, drive, optimizer
 

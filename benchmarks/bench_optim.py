@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from bench_step import SHAPES, base_model
+from bench_models import SHAPES, base_model
 
 from loralign import Recipe, adapt, build
 from loralign import optimizer as optimizer_of

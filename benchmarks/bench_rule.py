@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import SHAPES, base_model, loss_of, seconds
+from bench_models import SHAPES, base_model
+from bench_step import loss_of, seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loralign

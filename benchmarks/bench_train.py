@@ -34,6 +34,7 @@ import peft
 import torch
 import transformers
 import trl
+from bench_models import SHAPES, fresh_model
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer
@@ -95,7 +96,7 @@ def counting(trainer: SFTTrainer, clock: Clock) -> None:
 
 
 def trainer_of(kind: str, shape: str, args: argparse.Namespace, folder: str) -> SFTTrainer:
-    _, size, longest = bench_step.SHAPES[shape]
+    _, size, longest = SHAPES[shape]
     cuda, packing = args.device == "cuda", "packed" in kind
     config = SFTConfig(
         output_dir=folder, max_steps=args.warm + args.steps, per_device_train_batch_size=size, learning_rate=1e-4,
@@ -106,7 +107,7 @@ def trainer_of(kind: str, shape: str, args: argparse.Namespace, folder: str) -> 
         accelerator_config=None if kind.startswith("peft") else {"non_blocking": cuda},  # and every batch for a step
         **({} if args.checkpointing == "auto" else {"gradient_checkpointing": False}),
     )  # fmt: skip
-    model = bench_step.fresh_model(shape, args.device)
+    model = fresh_model(shape, args.device)
     data = rows((args.warm + args.steps) * size * WORLD * (4 if packing else 1), longest, args.rows)
     common: dict[str, Any] = {"args": config, "train_dataset": data, "processing_class": tokenizer()}
     if kind.startswith("peft"):
@@ -173,7 +174,7 @@ def table(results: dict[str, dict[str, dict[str, float]]], floors: dict[str, flo
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--shapes", nargs="+", choices=tuple(bench_step.SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES))
     parser.add_argument("--kinds", nargs="+", choices=(*KINDS, *MORE), default=list(KINDS))
     parser.add_argument("--rows", choices=("mixed", "equal"), default="mixed")
     parser.add_argument("--warm", type=int, help="steps that are not counted")

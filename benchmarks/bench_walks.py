@@ -13,7 +13,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from bench_step import fresh_model
+from bench_models import fresh_model
 
 from loralign import Recipe, adapt, build, optimizer
 from loralign.train.settled import Settled

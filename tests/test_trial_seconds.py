@@ -14,8 +14,9 @@ from telling import killed, waiting
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 import trial_processes  # noqa: E402
+from trial_pairs import compared  # noqa: E402
 from trial_processes import side_by_side  # noqa: E402
-from trial_seconds import compared, main, row  # noqa: E402
+from trial_seconds import main, row  # noqa: E402
 
 STUDY = ROOT / "scripts/studies/trials.yaml"
 
