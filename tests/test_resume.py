@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -317,6 +319,22 @@ def test_two_runs_into_one_folder() -> None:
     with locked(Path("out")), locked(Path("out")):  # a run exports into the folder that it holds
         assert json.loads(held.read_text(encoding="utf-8"))["pid"] == os.getpid()
     assert not held.exists()
+
+
+def test_a_folder_without_a_lock_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some network file systems have none."""
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with locked(tmp_path / "out"):
+        assert (
+            "no lock can be had beside out" in caplog.text
+            and "see to it that no other run writes into it" in caplog.text
+        )
 
 
 @pytest.mark.parametrize(

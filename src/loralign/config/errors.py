@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -135,6 +136,12 @@ def _nearest(path: str, keys: Mapping[str, FieldInfo], options: frozenset[str]) 
     if sibling or near:
         return f"did you mean `{section + sibling[0] if sibling else by_leaf[near[0]]}`?"
     return f"the keys there are {', '.join(here)}"
+
+
+def doubled(names: Iterable[str]) -> str:
+    """What is wrong where two tasks of a file have one name, else ""."""
+    name = next((name for name, count in Counter(names).items() if count > 1), None)
+    return "" if name is None else f"two tasks are called {name!r}: give one of them another `name`"
 
 
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "empty"}

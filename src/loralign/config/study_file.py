@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from loralign.config.errors import validated
+from loralign.config.errors import doubled, validated
 from loralign.config.recipe import parse, to_recipe
 from loralign.config.sections import (
     Alpha,
@@ -201,8 +200,8 @@ def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
         raise LoralignError(f"{name}: `train.batch_size` is no multiple of `train.micro_batch_size`")
     if bool(file.task) == bool(file.tasks):
         raise LoralignError(f"{name}: a study has either one `task` or a list of `tasks`")
-    if doubled := _doubled(task.name for task in file.tasks):
-        raise LoralignError(f"{name}: two tasks are called {doubled!r}: give one of them another `name`")
+    if said := doubled(task.name for task in file.tasks):
+        raise LoralignError(f"{name}: {said}")
     if t.compile and any(task.kind != "text" for task in _tasks(file)):
         raise LoralignError(f"{name}: `train.compile` needs rows of one length, as task text has: leave it out")
     if t.steps % t.eval_every:
@@ -212,10 +211,6 @@ def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
 
 def _tasks(file: StudyFile) -> list[TaskSection]:
     return [file.task] if file.task else [*file.tasks]
-
-
-def _doubled(names: Iterable[str]) -> str | None:
-    return next((name for name, n in Counter(names).items() if n > 1), None)
 
 
 def recipe_of(arm: ArmSection, file: StudyFile, task: TaskSection) -> Recipe | Full:

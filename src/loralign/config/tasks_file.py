@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from loralign.config.errors import validated
+from loralign.config.errors import doubled, validated
 from loralign.config.recipe import options_of, to_recipe
 from loralign.config.sections import (
     BatchSize,
@@ -125,9 +125,8 @@ def _consistent(file: TasksFile) -> None:
         raise LoralignError("`split` deals out the rows of `data.train`: name them")
     if file.tasks and file.data.train is not None:
         raise LoralignError("`tasks` bring their own rows: leave `data.train` out")
-    doubled = [task.name for k, task in enumerate(file.tasks) if task.name in [t.name for t in file.tasks[:k]]]
-    if doubled:
-        raise LoralignError(f"two tasks are called {doubled[0]!r}: give one of them another `name`")
+    if said := doubled(task.name for task in file.tasks):
+        raise LoralignError(said)
     if file.split and len({isinstance(part, int) for part in file.split}) > 1:
         raise LoralignError("`split` holds labels or numbers of labels, not both")
     if t.steps is not None and t.epochs is not None:

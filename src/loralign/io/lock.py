@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ try:
 except ImportError:  # a system without these locks
     fcntl = None  # type: ignore[assignment]
 
+log = logging.getLogger("loralign")
 _HELD: set[Path] = set()
 """Folders that this process holds: a run exports into its own."""
 
@@ -70,8 +72,11 @@ def _taken(target: Path) -> IO[Any] | None:
             raise LoralignError(
                 f"another run ({owner}) is writing into {target.name}: wait for its end, or name another output folder"
             ) from None
-        except OSError:
+        except OSError as error:
             handle.close()
+            log.warning(
+                "no lock can be had beside %s (%s): see to it that no other run writes into it", target.name, error
+            )
             return None
         if path.exists() and path.stat().st_ino == os.fstat(handle.fileno()).st_ino:  # not one just being removed
             handle.truncate(0)
