@@ -285,3 +285,12 @@ def test_a_checkpoint_is_resumed_by_its_own_recipe_alone(tmp_path: Path) -> None
     told(lambda: resumed(made()), "is of lora-plus, not of lora")
     told(lambda: resumed(began, tmp_path), "the last one in it is checkpoint-1")
     resumed(made("lora-plus", {"ratio": 4.0}, seed=5))
+
+
+def test_a_second_run_of_what_is_timed_by_steps_is_refused(tmp_path: Path) -> None:
+    """The snapshot of `delta-lora` was not taken in it."""
+    recipe = made("delta-lora", {"wait_steps": 1})
+    trainer = sft(recipe, tmp_path, max_steps=3)
+    attach(trainer, recipe)
+    trainer.train()
+    told(trainer.train, "has trained already", "build a new trainer for another one")

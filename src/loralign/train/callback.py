@@ -87,7 +87,11 @@ class RecipeCallback(TrainerCallback):
     # -------------------------------------------------------------------------------------------------- Trainer events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._own()
+        if self._own().between and self.steps_seen:
+            raise LoralignError(
+                f"this trainer has trained already, and {self.recipe.name} is timed by the steps of one run: build a "
+                "new trainer for another one"
+            )
         self._check_wrapped(args)
         if (said := idle(self.recipe, state.max_steps)) and args.max_steps <= 0:  # else `attach` knew
             log.warning("%s", said)
