@@ -56,8 +56,8 @@ def test_every_public_name_is_there_and_listed() -> None:
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [
-        (signal.SIGINT, 130, "loralign: stopped; `--resume` goes on from the last checkpoint\n"),
-        (signal.SIGTERM, 143, "loralign: stopped by SIGTERM; `--resume` goes on from the last checkpoint\n"),
+        (signal.SIGINT, 130, "loralign: stopped; `--resume` goes on from what was saved\n"),
+        (signal.SIGTERM, 143, "loralign: stopped by SIGTERM; `--resume` goes on from what was saved\n"),
     ],
 )
 def test_a_signal_while_libraries_load_is_answered_in_one_line(

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from loralign.carrier.stored import CONFIG as ADAPTER_CONFIG
-from loralign.carrier.stored import WEIGHTS as ADAPTER_WEIGHTS
 from loralign.io.json_file import read_json
 from loralign.io.lock import locked
 from loralign.types import LoralignError, WorkFailed
@@ -25,7 +23,8 @@ COMPACT = Path("compact") / "compact.safetensors"
 
 GGUF = "adapter.gguf"
 
-CARD = "README.md"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+"""Named here too: the file that verifies (`carrier/stored.py`) imports PEFT, and a bad recipe is answered without it."""
 _MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 _LAST = (ADAPTER_WEIGHTS, GGUF, "config.json", ADAPTER_CONFIG)
 
