@@ -24,7 +24,7 @@ COMPACT = Path("compact") / "compact.safetensors"
 GGUF = "adapter.gguf"
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-"""Named here too: the file that verifies (`carrier/stored.py`) imports PEFT, and a bad recipe is answered without it."""
+"""Here too: what verifies (`carrier/stored.py`) imports PEFT, and a bad recipe is answered without it."""
 _MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 _LAST = (ADAPTER_WEIGHTS, GGUF, "config.json", ADAPTER_CONFIG)
 
