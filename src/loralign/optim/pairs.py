@@ -129,12 +129,13 @@ class PairOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _fill(self) -> None:
-        """State, as it begins, for all that trains and has none."""
+        """State, as it begins, for all that trains and has none. Nothing is gathered where all have theirs."""
         live, own = live_pairs(self.param_groups), live_own(self.param_groups)
         trains = {n: {f: p for f, p in ps.items() if p.requires_grad} for n, ps in live.items()}
-        live = {n: ps for n, ps in live.items() if trains[n]}
-        for pair in self.values.pairs(live, {n: letters(trains[n]) for n in live}):
+        live = {n: live[n] for n, ps in trains.items() if not all(self.state[p] for p in ps.values())}
+        for pair in self.values.pairs(live, {n: letters(trains[n]) for n in live}) if live else ():
             filled(self.transform, pair, {f: self.state[p] for f, p in trains[pair.name].items()})
+        own = {key: p for key, p in own.items() if not self.state[p]}
         alone = list(zip(own.values(), self._whole({key: p.data for key, p in own.items()}).values(), strict=True))
         alone += [(p, p.data) for group in self.param_groups if group["role"] == "rest" for p in group["params"]]
         for p, value in alone:
