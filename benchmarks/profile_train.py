@@ -17,6 +17,7 @@ from typing import Any
 
 import bench_train
 import torch
+from bench_models import SHAPES
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, TrainerCallback
@@ -77,7 +78,7 @@ def device_table(kernels: Sequence[Any]) -> Iterator[str]:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=tuple(bench_train.bench_step.SHAPES))
+    parser.add_argument("shape", choices=tuple(SHAPES))
     parser.add_argument("kind", choices=(*bench_train.KINDS, *bench_train.MORE), nargs="?", default="loralign")
     asked = parser.parse_args(words)
     cuda = torch.cuda.is_available()

@@ -9,7 +9,7 @@ bench_train.py's with `--rows equal --checkpointing off --warm 8 --steps 12`. `u
 and torch's fused AdamW. `unsloth padded`: and padding_free=False, where it compiles each block (on a Hopper GPU it
 chooses padding-free batches, which are not compiled). `unsloth default`: its documented checkpointing and adamw_8bit.
 The folder that `from_pretrained` reads has a sparse weights file (zeros that take no room); the weights of
-bench_step.fresh_model are then copied in, on the device. Peaks are counted after the model is made; bench_train.py's
+bench_models.fresh_model are then copied in, on the device. Peaks are counted after the model is made; bench_train.py's
 include that, which is below a step's. Compare losses with bench_train.py's before times.
 """
 
@@ -45,38 +45,15 @@ import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.models import WordLevel  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from bench_models import SHAPES, fresh_model  # noqa: E402
 
 KINDS = ("unsloth", "unsloth padded", "unsloth default")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WORDS = 4000
-SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, rows, tokens: bench_step.SHAPES
-    "tiny": ({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}, 2, 64),
-    "1b": (
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-        },
-        8,
-        1024,
-    ),
-    "8b": (
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-        },
-        4,
-        1024,
-    ),
-}
 
 
 class Clock(TrainerCallback):
@@ -108,18 +85,6 @@ def rows(count: int, longest: int) -> Dataset:
     return Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in made])
 
 
-def fresh_model(shape: str, device: str) -> LlamaForCausalLM:
-    """bench_step.fresh_model."""
-    config = LlamaConfig(vocab_size=8192 if device == "cpu" else 32000, use_cache=False, **SHAPES[shape][0])
-    torch.manual_seed(0)
-    with torch.device(device):
-        dtype = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config)
-        torch.set_default_dtype(dtype)
-    return model
-
-
 def sparse_weights(state: dict[str, torch.Tensor], path: Path) -> None:
     """A safetensors file of zeros under these names: a header, then a hole."""
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -137,7 +102,7 @@ def sparse_weights(state: dict[str, torch.Tensor], path: Path) -> None:
 
 def loaded(shape: str, kind: str, device: str, folder: str) -> tuple[Any, Any]:
     """What from_pretrained and get_peft_model give, with the weights that bench_train.py's kinds have."""
-    plain = fresh_model(shape, device)
+    plain = fresh_model(shape, device).to(torch.bfloat16)
     state = plain.state_dict()
     plain.config.architectures = ["LlamaForCausalLM"]
     plain.config.dtype = torch.bfloat16

@@ -90,10 +90,8 @@ def collect(
         passes.partial = Partial(path.with_suffix(".partial"))
     kept = same_everywhere(load_evidence(path, sites) if path is not None and rank() == 0 else None)
     if kept is None:
-        with (
-            torch.enable_grad(),
-            torch.autocast(passes.device.type, enabled=False),
-        ):  # only the model's own forward is the caller's to round
+        # only the model's own forward is the caller's to round
+        with torch.enable_grad(), torch.autocast(passes.device.type, enabled=False):
             found = Evidence(COLLECTORS[type(need)](need, passes, sites, taken), passes.spent)
         if path is not None and rank() == 0:
             save_evidence(path, found)
