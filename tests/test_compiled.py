@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -38,7 +40,8 @@ from loralign.data.widths import Packed, Padded, widths
 from loralign.train import compiled, quick
 from loralign.train.recorder import without_compiling
 from loralign.train.row_trainer import RowTrainer
-from loralign.train.undisturbed import as_written
+from loralign.train.settled import bare
+from loralign.train.undisturbed import as_written, same_metrics
 from tiny_trl import tokenizer
 
 TRACED = "aot_eager"
@@ -477,16 +480,16 @@ def test_labels_at_the_beginning_of_a_document_do_not_count() -> None:
 # ------------------------------------------------------------------------------------------------------------ trainers
 
 
-def trainer_of(folder: Any, packing: bool, model: Any = None, **fields: Any) -> SFTTrainer:
+def trainer_of(folder: Any, packing: bool, model: Any = None, kind: Any = RowTrainer, **fields: Any) -> SFTTrainer:
     args = SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2,
-        use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1, packing=packing,
-        seed=3, **{"max_steps": 4, "bf16": False, "max_length": 16, **fields},
+        use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", packing=packing,
+        seed=3, **{"logging_steps": 1, "max_steps": 4, "bf16": False, "max_length": 16, **fields},
     )  # fmt: skip
     recipe = recipe_of("plain")
     model, data = model or toy.llama(use_cache=False), Dataset.from_list(rows(40))
     held_out = Dataset.from_list([*data.select(range(3)), {"input_ids": [3] * 15, "labels": [3] * 15}])
-    trainer = RowTrainer(
+    trainer = kind(
         model, args, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer(),
         peft_config=peft_config(recipe, model),
     )  # fmt: skip
@@ -513,6 +516,44 @@ def test_a_trainer_of_rows_learns_the_same(packing: bool, tmp_path: Any, caplog:
     assert blocks is not None and blocks.why == "" and 1 <= counters["stats"]["unique_graphs"] <= 4
     assert all(block._compiled_call_impl is None for block in blocks.blocks)  # after the run the model is as it was
     assert trainer.model.get_base_model().config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("changed", [{}, {"loss_type": "dft"}], ids=str)
+def test_what_a_trainer_of_rows_logs_is_trls(changed: dict[str, Any], tmp_path: Any) -> None:
+    """Between logs, with evaluations and evidence in between; and it reads no number between forward and backward."""
+    logs, reads = {}, {}
+    fields: dict[str, Any] = {"logging_steps": 3, "max_steps": 7, "eval_strategy": "steps", "eval_steps": 2, **changed}
+    for kind in (SFTTrainer, RowTrainer):
+        trainer = trainer_of(tmp_path / kind.__name__, False, kind=kind, **fields)
+        if kind is RowTrainer:
+            batch = next(iter(trainer.get_train_dataloader()))
+            with same_metrics(trainer):
+                trainer.compute_loss(trainer.model.train(), batch)
+        count = reads[kind] = Reads()
+        compute = trainer.compute_loss
+
+        def counted(model: Any, *args: Any, count: Any = count, compute: Any = compute, **kwargs: Any) -> Any:
+            with count if bare(model).training else nullcontext():
+                return compute(model, *args, **kwargs)
+
+        trainer.compute_loss = counted
+        trainer.train()
+        timed = "runtime", "per_second"
+        logs[kind] = [{k: v for k, v in e.items() if not k.endswith(timed)} for e in trainer.state.log_history]
+    for ours, theirs in zip(logs[RowTrainer], logs[SFTTrainer], strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-6), ours
+    spared = reads[SFTTrainer].count - reads[RowTrainer].count  # what is left are the masks of transformers
+    assert spared == (0 if changed else 7 * 2 * 5)
+
+
+class Reads(TorchDispatchMode):
+    """How often a number is read from a tensor; a GPU would be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_modes_are_set_where_some_part_is_in_another(tmp_path: Any) -> None:

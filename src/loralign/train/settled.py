@@ -38,6 +38,11 @@ class Settled:
         return iter({id(p): p for p in found}.values())
 
 
+def bare(model: Any) -> Any:
+    """The model itself, of one that may be settled."""
+    return model.model if isinstance(model, Settled) else model
+
+
 class Settling(Trainer):
     """A Trainer for whose epochs the model is settled."""
 
@@ -45,4 +50,4 @@ class Settling(Trainer):
         return super()._run_epoch(Settled(model), *args, **kwargs)
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model.model if isinstance(model, Settled) else model, *args, **kwargs)
+        return super().compute_loss(bare(model), *args, **kwargs)

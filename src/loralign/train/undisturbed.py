@@ -67,7 +67,8 @@ def same_randomness() -> Iterator[None]:
 @contextmanager
 def same_metrics(trainer: Any) -> Iterator[None]:
     """TRL's trainers average what `compute_loss` saw into the next log; evidence and judgement must not count there."""
-    kept = {k: copy.deepcopy(v) for k, v in vars(trainer).items() if k in ("_metrics", "_total_train_tokens")}
+    counts = "_metrics", "_total_train_tokens", "_unread"
+    kept = {k: copy.deepcopy(v) for k, v in vars(trainer).items() if k in counts}
     try:
         yield
     finally:

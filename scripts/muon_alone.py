@@ -1,0 +1,66 @@
+"""Does torch.optim.Muon alone break a device? Random matrices of SmolLM2's blocks, random gradients.
+
+    python scripts/muon_alone.py --seconds 120 --processes 9 [--waiting]
+
+As many processes on one GPU, each making steps until its time is over; --waiting: with CUDA_LAUNCH_BLOCKING, so that a
+failure names the call. Prints for every process its steps and how it ended; 1 where any failed. On a CPU it only shows
+that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+import traceback
+from typing import Any
+
+SHAPES = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
+"""q, k, v, o, gate, up and down of one of 30 blocks."""
+
+
+def work(number: int, seconds: float, waiting: bool, ended: Any) -> None:
+    if waiting:
+        os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(number)
+    matrices = [torch.nn.Parameter(torch.randn(*shape, device=device) * 0.02) for _ in range(30) for shape in SHAPES]
+    optimizer = torch.optim.Muon(matrices, 1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    until, steps = time.monotonic() + seconds, 0
+    try:
+        while time.monotonic() < until:
+            for p in matrices:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+            steps += 1
+            if steps % 20 == 0 and not bool(torch.stack([p.detach().abs().max() for p in matrices]).isfinite().all()):
+                raise RuntimeError("not finite")
+        ended.put((number, steps, ""))
+    except Exception:
+        ended.put((number, steps, traceback.format_exc()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--waiting", action="store_true")
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    ended = context.Queue()
+    workers = [context.Process(target=work, args=(n, args.seconds, args.waiting, ended)) for n in range(args.processes)]
+    for worker in workers:
+        worker.start()
+    found = [ended.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    for number, steps, why in sorted(found):
+        print(f"{number:3} {steps:7} steps  {why.strip() or 'ended well'}")
+    raise SystemExit(any(why for _, _, why in found))
+
+
+if __name__ == "__main__":
+    main()
