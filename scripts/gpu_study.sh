@@ -5,7 +5,7 @@
 #
 # Fetches weights and rows into the asset cache (scripts/assets.py), cuts the rows, runs `loralign compare` from where the
 # record's journal stands. Stopped at any moment, the same command goes on. More arms are appended in study.yaml. PYTHON,
-# STUDY, OUT, ROWS_LANGUAGE (de) and LORALIGN_ASSETS may be set. KEEP=FILE: the journal is copied there every ten seconds,
+# STUDY, OUT, ROWS_LANGUAGE (de), ROWS_TRAIN (so many training rows, the first) and LORALIGN_ASSETS may be set. KEEP=FILE: the journal is copied there every ten seconds,
 # for a machine that may be taken away.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,8 +19,8 @@ cut="$out-rows"
 mkdir -p "$out" "$cut"
 journal="$(dirname "$study")/study.journal"
 [ -e "$out/study.journal" ] || { [ -e "$journal" ] && cp "$journal" "$out/study.journal"; } || true
-# All training rows; validation and test rows enough for about 512 and 1,024 blocks of 128 tokens.
-cp "$rows/train.jsonl" "$cut/train.jsonl"
+# Validation and test rows enough for about 512 and 1,024 blocks of 128 tokens.
+head -n "${ROWS_TRAIN:-1000000}" "$rows/train.jsonl" >"$cut/train.jsonl"
 head -n 220 "$rows/valid.jsonl" >"$cut/valid.jsonl"
 head -n 440 "$rows/test.jsonl" >"$cut/test.jsonl"
 if [ -n "${KEEP:-}" ]; then

@@ -24,6 +24,7 @@ from loralign.config.study import load_study
 sys.path.insert(0, str(Path(__file__).parent))
 import equal_seconds
 
+ROOT = Path(__file__).parent.parent
 TASKS = ("german", "answers", "bbc")
 FULL = ("full", "full-muon")
 CONTRASTS = (("spectral r64", "full"), ("spectral r64", "lora r64 (s 8)"))
@@ -84,8 +85,8 @@ MARGIN = 0.02
 
 @dataclass(frozen=True)
 class Judged:
-    """The frozen rule of scripts/studies/judge.yaml: what is recommended ends below `lora` (p) and, by the 95 %
-    interval of its difference, less than MARGIN above `full`."""
+    """A frozen rule of scripts/studies/judge.yaml or judge_repeats.yaml: what is recommended ends below `lora` (p) and, by
+    the 95 % interval of its difference, less than MARGIN above `full`."""
 
     arm: str
     below_lora: Difference
@@ -133,10 +134,15 @@ def _quiet(spec: Spec, found: Finished) -> dict[str, Sample]:
     return dict(zip(raw, moderated(list(raw.values())), strict=True))
 
 
-def judged(study: Path, out: Path) -> Judged:
-    """The judge's study, whose journal is in `out`."""
-    (spec,) = load_study(study, [f"output={out}"], reading=True)
-    return judge(_quiet(*equal_seconds.finished(spec)))
+RULES = {"once": ("judge.yaml", "spectral r64"), "repeat": ("judge_repeats.yaml", "lora r64 (s 8)")}
+"""How often rows are gone through: the study that judges the rule for them, and its arm."""
+
+
+def judged(rows: str, out: Path) -> Judged:
+    """One of RULES; its study's journal is in `out`."""
+    file, arm = RULES[rows]
+    (spec,) = load_study(ROOT / "scripts/studies" / file, [f"output={out}"], reading=True)
+    return judge(_quiet(*equal_seconds.finished(spec)), arm)
 
 
 def write(out: Path, steps: Path | None = None, shape: str = "8b") -> None:

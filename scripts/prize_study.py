@@ -3,7 +3,7 @@
     python scripts/prize_study.py rows --out ROWS               rows of the three tasks, from the asset cache
     python scripts/prize_study.py run --rows ROWS --model MODEL --out runs/prize --workers 9 --minutes 9
     python scripts/prize_study.py report --out runs/prize [--steps step.json]
-    python scripts/prize_study.py judge --out runs/judge    does the frozen rule of scripts/studies/judge.yaml stand?
+    python scripts/prize_study.py judge [--rows repeat] --out runs/judge    does the frozen rule of judge.yaml stand?
 
 `run` works on scripts/studies/prize-TASK.yaml, all tasks side by side: first the primary arms, which hold the contrasts
 that were declared beforehand (`prize_report.CONTRASTS`), then all. A task goes on from its journal in OUT, else from
@@ -162,9 +162,14 @@ def report(
 
 
 @app.command()
-def judge(out: Annotated[Path, typer.Option(help="Folder of the judge's study.")]) -> None:
+def judge(
+    out: Annotated[Path, typer.Option(help="Folder of the judge's study.")],
+    rows: Annotated[str, typer.Option(help="Which half of the rule: rows gone through once or repeat.")] = "once",
+) -> None:
     """Whether the frozen rule of `recommended` stands."""
-    print(prize_report.judged(ROOT / "scripts/studies/judge.yaml", out).said)
+    if rows not in prize_report.RULES:
+        raise typer.BadParameter(f"{rows!r} is none of {', '.join(prize_report.RULES)}")
+    print(prize_report.judged(rows, out).said)
 
 
 if __name__ == "__main__":
