@@ -85,8 +85,8 @@ MARGIN = 0.02
 
 @dataclass(frozen=True)
 class Judged:
-    """A frozen rule of scripts/studies/judge.yaml or judge_repeats.yaml: what is recommended ends below `lora` (p) and, by
-    the 95 % interval of its difference, less than MARGIN above `full`."""
+    """A frozen rule of scripts/studies/judge.yaml or judge_repeats.yaml: what is recommended ends below `lora` (p)
+    and, by the 95 % interval of its difference, less than MARGIN above `full`."""
 
     arm: str
     below_lora: Difference
