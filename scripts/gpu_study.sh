@@ -5,7 +5,7 @@
 #
 # Fetches weights and rows into the asset cache (scripts/assets.py), cuts the rows, runs `loralign compare` from where the
 # record's journal stands. Stopped at any moment, the same command goes on. More arms are appended in study.yaml. PYTHON,
-# STUDY, OUT, ROWS_LANGUAGE (de), ROWS_TRAIN (so many training rows, the first) and LORALIGN_ASSETS may be set. KEEP=FILE: the journal is copied there every ten seconds,
+# STUDY, OUT, ROWS_LANGUAGE (de), ROWS_TRAIN, ROWS_VALID and ROWS_TEST (the first so many: all, 220, 440) and LORALIGN_ASSETS may be set. KEEP=FILE: the journal is copied there every ten seconds,
 # for a machine that may be taken away.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,10 +19,10 @@ cut="$out-rows"
 mkdir -p "$out" "$cut"
 journal="$(dirname "$study")/study.journal"
 [ -e "$out/study.journal" ] || { [ -e "$journal" ] && cp "$journal" "$out/study.journal"; } || true
-# Validation and test rows enough for about 512 and 1,024 blocks of 128 tokens.
+# In German the validation and test rows are about 512 and 1,024 blocks of 128 tokens.
 head -n "${ROWS_TRAIN:-1000000}" "$rows/train.jsonl" >"$cut/train.jsonl"
-head -n 220 "$rows/valid.jsonl" >"$cut/valid.jsonl"
-head -n 440 "$rows/test.jsonl" >"$cut/test.jsonl"
+head -n "${ROWS_VALID:-220}" "$rows/valid.jsonl" >"$cut/valid.jsonl"
+head -n "${ROWS_TEST:-440}" "$rows/test.jsonl" >"$cut/test.jsonl"
 if [ -n "${KEEP:-}" ]; then
   (while sleep 10; do cp "$out/study.journal" "$KEEP.part" && mv "$KEEP.part" "$KEEP"; done) 2>/dev/null &
   trap 'kill $!; cp "$out/study.journal" "$KEEP"' EXIT
