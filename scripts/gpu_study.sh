@@ -4,9 +4,9 @@
 #   scripts/gpu_study.sh [--workers 6] [--set key=value ...]
 #
 # Fetches weights and rows into the asset cache (scripts/assets.py), cuts the rows, runs `loralign compare` from where the
-# record's journal stands. Stopped at any moment, the same command goes on. More arms are appended in study.yaml. PYTHON,
-# STUDY, OUT, ROWS_LANGUAGE (de), ROWS_TRAIN, ROWS_VALID and ROWS_TEST (the first so many: all, 220, 440) and LORALIGN_ASSETS may be set. KEEP=FILE: the journal is copied there every ten seconds,
-# for a machine that may be taken away.
+# record's journal stands. Stopped at any moment, the same command goes on. More arms are appended in study.yaml.
+# PYTHON, STUDY, OUT, LORALIGN_ASSETS, ROWS_LANGUAGE (de), ROWS_TRAIN, ROWS_VALID and ROWS_TEST (the first so many: all,
+# 220, 440) may be set. KEEP=FILE: the journal is copied there every ten seconds, for a machine that may be taken away.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
