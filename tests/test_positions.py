@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,13 @@ from transformers import (
 from transformers.models.bart.modeling_bart import BartForCausalLM
 
 import toy
+import warm
 from cli_world import assert_one_sentence, run
 from loralign.carrier.abilities import positions
 from loralign.compare.tasks import prepare_task
-from loralign.train import model as models
 from loralign.types import LoralignError
 from tiny_study import load, write_study
-from tiny_trl import tokenizer
+from tiny_trl import tokenizer, words
 
 COUNT = 24
 SIZES: dict[str, Any] = {
@@ -104,15 +105,64 @@ def test_commands_refuse_longer_rows_alike(command: str, key: str, weightless: P
     assert said == f"loralign: rows of 65 tokens are more than the 64 positions of {str(weightless)!r}: lower `{key}`"
 
 
+SAID = "rows of at most 64 tokens: {!r} has no more positions (`{}` is not given)"
+
+
 def test_rows_of_as_many_tokens_as_positions_are_taken(weightless: Path) -> None:
-    assert run("plan", weightless / "r.yaml", "--set", "data.max_length=64").code == 0
-    with pytest.raises(LoralignError, match=r"no safetensors weights"):
-        models.load(str(weightless), length=(64, "data.max_length"))
+    done = run("plan", weightless / "r.yaml", "--set", "data.max_length=64")
+    assert done.code == 0 and "of up to 64 tokens" in done.out and "positions" not in done.err
+    done = run("train", weightless / "r.yaml", "--set", "data.max_length=64")
+    assert done.code == 2 and "no safetensors weights" in assert_one_sentence(done)
 
 
-def test_classifiers_and_studies_refuse_them_too(weightless: Path, tmp_path: Path) -> None:
-    with pytest.raises(LoralignError, match=r"more than the 64 positions of .*: lower `data.max_length`"):
-        models.load_classifier(str(weightless), 2, (65, "data.max_length"))
+def test_the_default_is_what_the_model_takes(weightless: Path) -> None:
+    """With one line; a model that computes its positions, or has more, takes the usual number."""
+    given = (weightless / "r.yaml", "--set", f"data={{train: {weightless}/rows.jsonl}}")
+    done = run("plan", *given)
+    assert done.code == 0 and "of up to 64 tokens" in done.out
+    assert done.err.splitlines().count(SAID.format(str(weightless), "data.max_length")) == 1
+    done = run("suggest", weightless, "--device", "cpu", "--json")
+    assert json.loads(done.out)["recipe"]["data"]["max_length"] == 64
+    assert done.err.splitlines().count(SAID.format(str(weightless), "--length")) == 1
+    toy.llama().config.save_pretrained(weightless / "llama")
+    done = run("plan", *given, "--set", f"model={weightless}/llama")
+    assert "of up to 1024 tokens" in done.out and "rows of at most" not in done.err
+
+
+def test_a_recommended_run_says_it_once(weightless: Path) -> None:
+    config = toy.gpt2().config
+    config.n_embd = 128
+    config.save_pretrained(weightless / "wide")
+    given = (f"model={weightless}/wide", "method=recommended", f"data={{train: {weightless}/rows.jsonl}}")
+    done = run("plan", weightless / "r.yaml", *(word for pair in given for word in ("--set", pair)))
+    assert done.code == 0 and "of up to 64 tokens" in done.out
+    assert done.err.splitlines().count(SAID.format(f"{weightless}/wide", "data.max_length")) == 1
+
+
+@pytest.mark.parametrize("command", ["train", "init"])
+def test_a_run_of_the_default_cuts_there_and_its_record_says_so(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm.verification(monkeypatch)
+    toy.gpt2().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": words(80, 1)}) + "\n", encoding="utf-8")
+    (tmp_path / "r.yaml").write_text(
+        f"model: {tmp_path}/base\ndata: {{train: {tmp_path}/rows.jsonl}}\nmethod: lora-ga\n"
+        f"options: {{micro_batches: 1}}\nrank: 2\ntrain: {{steps: 1, batch_size: 1, warmup: 0.0}}\noutput: {tmp_path}/out\n",
+        encoding="utf-8",
+    )
+    done = run(command, tmp_path / "r.yaml")
+    assert done.code == 0, done.err
+    assert done.err.count("rows of at most 64 tokens") == 1 and "1 rows cut at 64 tokens" in done.err
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"tokens per row at most \| 64 ", card)
+    if command == "train":
+        begun = json.loads((tmp_path / "out" / "checkpoints" / "begun.json").read_text(encoding="utf-8"))
+        assert begun["settings"]["data.max_length"] == "64"
+
+
+def test_studies_refuse_them_too(weightless: Path, tmp_path: Path) -> None:
     for kind in ("text", "classify", "sft"):
         spec = load(write_study(tmp_path / kind, kind, model=str(weightless)), "task.length=65")
         with pytest.raises(LoralignError, match=r"positions of .*: lower `task.length`"):

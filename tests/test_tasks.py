@@ -373,7 +373,7 @@ FILE = {
     "method": "sd-lora",
     "rank": 2,
     "targets": ["query", "value"],
-    "data": {"train": "rows.jsonl", "test": 0.25, "max_length": 64},
+    "data": {"train": "rows.jsonl", "test": 0.25},
     "split": [2, 1],
     "train": {"learning_rate": 5e-3, "steps": 2, "batch_size": 4, "mask": "seen"},
     "output": "out",
@@ -402,10 +402,11 @@ def test_the_command_trains_says_and_verifies(world: Path, monkeypatch: pytest.M
     for said in ("after task 1: ", "forgetting: ", "Verified: after-1, after-2 in out"):
         assert said in done.out
     kept = json.loads((world / "out" / "results.json").read_text())
+    assert done.err.count("rows of at most 64 tokens") == 1 and kept["data"] == {"tokens per row at most": 64}
     assert kept["tasks"] == {"a, b": [0, 1], "c": [2]} and kept["labels"] == ["a", "b", "c"]
     assert "c = " not in (world / "out" / "after-1" / "README.md").read_text()
     card = (world / "out" / "after-1" / "README.md").read_text()
-    assert "1 = b" in card and "Verified" in card and "Not verified" not in card
+    assert "tokens per row at most" in card and "1 = b" in card and "Verified" in card and "Not verified" not in card
     code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(world / "out" / "after-1"))
     used: dict[str, Any] = {}
     exec(code, used)  # the base has a head of another number of labels, this one says three
@@ -419,6 +420,7 @@ def test_the_command_trains_says_and_verifies(world: Path, monkeypatch: pytest.M
         ("split=[[a], [d]]", "names 'd', a label of no row"),
         ("data.label=topic", "has no 'topic'"),
         ("train.mask=task", "the loss of task c sees one class alone"),
+        ("data.max_length=65", "more than the 64 positions of 'base': lower `data.max_length`"),
     ):
         assert said in run("tasks", "tasks.yaml", "--set", setting, "--set", "output=x").err
     assert not (world / "x").exists()

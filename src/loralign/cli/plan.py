@@ -21,8 +21,8 @@ from loralign.plan.memory import Estimate, estimate
 from loralign.plan.quantised import UnknownQuantisation, quantisation, saved_bytes
 from loralign.plan.several import ALONE, Layout
 from loralign.plan.trace import Step, example_batch, model_loss, trace
-from loralign.train.job import Job
-from loralign.train.model import check_length, described, hidden_size
+from loralign.train.job import USUAL_LENGTH, Job
+from loralign.train.model import described, hidden_size, row_length
 from loralign.types import CommonSubspace, Full, LoralignError, Recipe
 
 
@@ -55,18 +55,19 @@ def planned(file: RunFile, device: str = "auto", layout: Layout = ALONE) -> Plan
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = t.precision == "bf16" or (t.precision == "auto" and device == "cuda")
+    make = partial(described, file.model, **place, dtype=torch.bfloat16 if bf16 else torch.float32)
+    model = make()
+    length = row_length(model, file.model, job.data.max_length, "data.max_length", USUAL_LENGTH)
+    job = replace(job, data=replace(job.data, max_length=length))
     step = Step(
         rows=t.micro_batch_size,
-        length=job.data.max_length,
+        length=length,
         micro_batches=t.batch_size // t.micro_batch_size,
         device=device,  # type: ignore[arg-type]
         bf16=bf16,
         gradient_checkpointing=t.gradient_checkpointing,
         total_steps=t.steps,
     )
-    make = partial(described, file.model, **place, dtype=torch.bfloat16 if bf16 else torch.float32)
-    model = make()
-    check_length(model, file.model, step.length, "data.max_length")
     numbers = sum(p.numel() for p in model.parameters())
     s = recipe.s() if isinstance(recipe, Recipe) else 1.0
     kinds = dict.fromkeys(method(part).export for part in file.method.split("+"))

@@ -38,7 +38,8 @@ def resolved(
     """
     from loralign.cli.plan import planned
     from loralign.plan.several import Layout
-    from loralign.train.model import hidden_size
+    from loralign.train.job import USUAL_LENGTH
+    from loralign.train.model import described, hidden_size, row_length
 
     rule.check_alone(content, CHOSEN)
     memory = _memory_option(content.get("options"))
@@ -51,11 +52,15 @@ def resolved(
     where = device_here(device)
     layout = Layout(*(spread or _launched()))
     room = 2**30 * memory if memory else _all_memory(where)
+    place: dict[str, Any] = {"revision": file.revision, "trust_remote_code": file.trust_remote_code}
+    most = row_length(described(file.model, **place), file.model, file.data.max_length, "data.max_length", USUAL_LENGTH)
+    data = file.data.model_copy(update={"max_length": most})  # settled and said once, for all ranks
+    files = {rank: each.model_copy(update={"data": data}) for rank, each in files.items()}
 
     def peak(rank: int) -> int:
         return planned(files[rank], where, layout).estimate.peak_bytes
 
-    width = hidden_size(file.model, revision=file.revision, trust_remote_code=file.trust_remote_code)
+    width = hidden_size(file.model, **place)
     rank, needed = rule.first_that_fits(rule.ranks(width), peak, room)
     return files[rank], rule.said(rank, needed, room)
 

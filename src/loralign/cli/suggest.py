@@ -25,7 +25,10 @@ def suggest(
     rows: Annotated[str | None, typer.Option(help="The rows to train on, as `data.train` takes them.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Of the rows in all, where --rows is not given.")] = None,
     memory: Annotated[float | None, typer.Option(min=0.1, help="GiB; default: this machine's GPU, or its RAM.")] = None,
-    length: Annotated[int, typer.Option(min=8, max=1 << 20, help="Tokens of a row at most.")] = 1024,
+    length: Annotated[
+        int | None,
+        typer.Option(min=8, max=1 << 20, help="Tokens of a row at most; default: 1024, or the model's positions."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda, cpu or auto: where it will run.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the recipe file here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
@@ -34,7 +37,8 @@ def suggest(
     from loralign.cli.plan import costs, planned, trained
     from loralign.config.recipe import parse
     from loralign.plan.suggest import caution, findings, first_that_fits, judged, ranked, rate
-    from loralign.train.model import check_length, described, hidden_size
+    from loralign.train.job import USUAL_LENGTH
+    from loralign.train.model import described, hidden_size, row_length
     from loralign.types import LoralignError
 
     if device not in ("auto", "cpu", "cuda"):
@@ -44,19 +48,19 @@ def suggest(
     if out is not None and out.exists():
         raise LoralignError(f"{out} is there already: choose another name for --out")
     where = device_here(device)
-    check_length(described(model), model, length, "--length")
-    answers, count = _kind(rows, tokens, length)
+    most = row_length(described(model), model, length, "--length", USUAL_LENGTH)
+    answers, count = _kind(rows, tokens, most)
     width = hidden_size(model)
     plans: dict[str, Planned] = {}
 
     def peak(choice: Choice) -> int:
-        plans[repr(choice)] = found = planned(parse(_recipe(choice, model, rows, length, count)), where)
+        plans[repr(choice)] = found = planned(parse(_recipe(choice, model, rows, most, count)), where)
         return found.estimate.peak_bytes
 
     room = 2**30 * memory if memory else gpu_memory("with --memory") if where == "cuda" else free_host_memory()
     first = judged(findings(), width) if _epochs(count) == 1 else []
     choice, needed = first_that_fits([*first, *ranked(findings(), answers, width)], peak, room)
-    found, file = plans[repr(choice)], _recipe(choice, model, rows, length, count)
+    found, file = plans[repr(choice)], _recipe(choice, model, rows, most, count)
     prior = found.job.training
     file["train"]["learning_rate"], said = rate(choice, width, prior.learning_rate, prior.lr_source)
     lines = _reasons(choice, found, said, f"{needed / 2**30:.2f} GiB of {room / 2**30:.1f} on {where}", count)

@@ -17,7 +17,15 @@ from loralign.data.chat import IGNORED, fit
 from loralign.data.read import read_rows
 from loralign.data.rows import read_trl
 from loralign.train.heads import draw_head, linears
-from loralign.train.model import load, load_classifier, loading, read_tokenizer
+from loralign.train.model import (
+    check_length,
+    described,
+    described_classifier,
+    load,
+    load_classifier,
+    loading,
+    read_tokenizer,
+)
 from loralign.types import LoralignError
 
 Rows = list[dict[str, Any]]
@@ -105,7 +113,8 @@ def _text(spec: Spec, device: str) -> Prepared:
 
 
 def _causal(spec: Spec, device: str) -> tuple[PreTrainedModel, Any]:
-    model, tokenizer = load(spec.model, precision="fp32", length=(spec.task.length, "task.length"))
+    check_length(described(spec.model), spec.model, spec.task.length, "task.length")
+    model, tokenizer = load(spec.model, precision="fp32")
     model.config.use_cache = False
     model.to(torch.device(device))
     return model, tokenizer
@@ -127,7 +136,8 @@ def _classify(spec: Spec, device: str) -> Prepared:
             [{"input_ids": i, "labels": names.index(str(r["label"]))} for i, r in zip(ids, rows, strict=True)]
         )
     with loading(spec.model, "a text classifier"):
-        model, head, _ = load_classifier(where, len(names), (spec.task.length, "task.length"))
+        check_length(described_classifier(where), where, spec.task.length, "task.length")
+        model, head, _ = load_classifier(where, len(names))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
 

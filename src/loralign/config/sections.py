@@ -51,8 +51,8 @@ class DataSection(_Section):
     """Training rows: a json, jsonl, csv, parquet or arrow file, a folder written by `save_to_disk`, or a hub id."""
     eval: Source | Share | None = None
     """Held-out rows: a file, or the share of the training rows to hold out."""
-    max_length: Count = 1024
-    """Tokens per row; longer rows are cut and counted."""
+    max_length: Count | None = None
+    """Tokens per row; longer rows are cut and counted. Omitted: 1024, or the model's positions where it has fewer."""
     assistant_only: bool = True
     """Loss on the answers only, where rows have roles or prompt and completion."""
     packing: bool = False

@@ -41,8 +41,8 @@ class TasksDataSection(_Section):
     """Column of the text."""
     label: Name = "label"
     """Column of the class."""
-    max_length: Count = 128
-    """Tokens per row; longer rows are cut."""
+    max_length: Count | None = None
+    """Tokens per row; longer rows are cut. Omitted: 128, or the model's positions where it has fewer."""
 
 
 class TaskFileSection(_Section):

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from loralign.types import Full, Recipe
 
+USUAL_LENGTH = 1024
+"""Tokens per row, where nobody says how many."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -17,8 +20,8 @@ class Data:
     """Local json, jsonl, csv, parquet or arrow file, a folder written by `save_to_disk`, or a hub id."""
     eval: str | float | None = None
     """A file, or the share of the training rows to hold out, or None."""
-    max_length: int = 1024
-    """Tokens per row; longer rows are cut and counted."""
+    max_length: int | None = None
+    """Tokens per row; longer rows are cut and counted. None: USUAL_LENGTH, or the model's positions where fewer."""
     assistant_only: bool = True
     """Loss on the answers only, where rows have roles or prompt and completion."""
     packing: bool = False

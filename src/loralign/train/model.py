@@ -44,11 +44,31 @@ def described(
     return made
 
 
+def described_classifier(where: str, *, revision: str | None = None) -> PreTrainedModel:
+    """A text classifier as its config describes it, on the meta device: no weights are read."""
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(where, revision=revision)
+        made: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    return made
+
+
 def check_length(model: PreTrainedModel, name: str, length: int, key: str) -> None:
     """Raise where rows of so many tokens, as `key` allows them, have no positions. model: may be on the meta device."""
     most = positions(model)
     if most is not None and length > most:
         raise LoralignError(f"rows of {length} tokens are more than the {most} positions of {name!r}: lower `{key}`")
+
+
+def row_length(model: PreTrainedModel, name: str, given: int | None, key: str, usual: int) -> int:
+    """Tokens of a row at most: as `key` gives them, else the usual number or, where fewer, all that have a position."""
+    if given is not None:
+        check_length(model, name, given, key)
+        return given
+    most = positions(model)
+    if most is None or usual <= most:
+        return usual
+    log.info("rows of at most %d tokens: %r has no more positions (`%s` is not given)", most, name, key)
+    return most
 
 
 def load(
@@ -57,18 +77,14 @@ def load(
     revision: str | None = None,
     precision: str = "auto",
     trust_remote_code: bool = False,
-    length: tuple[int, str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model with its tokenizer, on the GPU where there is one; on the host where FSDP will split it.
 
     name: a folder, a hub id, or a `.gguf` file. precision: "fp32", "bf16" or "auto" (bf16 on a GPU that has it).
     trust_remote_code: run code that a model repository ships; off unless asked for. Nothing is unpickled.
-    length: tokens of a row at most, and the key that says so; refused before the weights are read.
     """
     where, extra = _source(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **extra}
-    if length is not None:
-        check_length(described(name, revision=revision, trust_remote_code=trust_remote_code), name, *length)
     with loading(name):
         check_causal(AutoConfig.from_pretrained(where, **options))
         tokenizer = read_tokenizer(where, **options)
@@ -86,14 +102,9 @@ def load(
     return model, tokenizer
 
 
-def load_classifier(
-    where: str, labels: int, length: tuple[int, str], revision: str | None = None
-) -> tuple[Any, tuple[str, ...], list[str]]:
+def load_classifier(where: str, labels: int, revision: str | None = None) -> tuple[Any, tuple[str, ...], list[str]]:
     """A text classifier in fp32, the modules of its head, which has `labels` labels and which the caller draws, and
-    what else its files lack, a pooler: that is drawn here, alike by every process. length: as in `load`."""
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(where, revision=revision)
-        check_length(AutoModelForSequenceClassification.from_config(config), where, *length)
+    what else its files lack, a pooler: that is drawn here, alike by every process."""
     torch.manual_seed(0)
     model, told = AutoModelForSequenceClassification.from_pretrained(
         where,

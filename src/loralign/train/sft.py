@@ -54,9 +54,9 @@ from loralign.train.begun import (
 )
 from loralign.train.checkpoint import CheckpointCallback, step_of
 from loralign.train.ending import Patience, check_moved, samples, train_to_the_end
-from loralign.train.job import Job
+from loralign.train.job import USUAL_LENGTH, Job
 from loralign.train.journal import Journal
-from loralign.train.model import dtype_of, load
+from loralign.train.model import described, dtype_of, load, row_length
 from loralign.train.quick import quicken
 from loralign.train.rank_log import RankLog
 from loralign.train.record import card_of, describe, metrics_of
@@ -84,8 +84,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Ready:
-    """A trainer that only needs `train()`."""
+    """A trainer that only needs `train()`. job: with nothing left open that the model decides."""
 
+    job: Job
     trainer: SFTTrainer
     tokenizer: PreTrainedTokenizerBase
     journal: Journal
@@ -108,9 +109,9 @@ class Ready:
         """For training and held out."""
         return len(self.trainer.train_dataset), len(self.trainer.eval_dataset or ())
 
-    def card(self, job: Job) -> Card:
+    def card(self) -> Card:
         """What is known before the first step."""
-        return card_of(job, self.rows, self.fingerprints["data.train"], self.prompts)
+        return card_of(self.job, self.rows, self.fingerprints["data.train"], self.prompts)
 
 
 def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> Result:
@@ -127,7 +128,7 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
 
 def _run(job: Job, *, resume: bool, progress: Progress | None) -> Result:
     ready = prepare(job, resume=resume, progress=progress)
-    trainer, started = ready.trainer, time.perf_counter()
+    job, trainer, started = ready.job, ready.trainer, time.perf_counter()
     try:
         if ready.resume_from is None and trainer.is_world_process_zero():
             note_beginning(job.output, settings_and_model(job, ready.fingerprints))
@@ -146,17 +147,16 @@ def _run(job: Job, *, resume: bool, progress: Progress | None) -> Result:
             check_moved(trainer, model, job.recipe, ready.before)
         if not trainer.is_world_process_zero():  # of several processes the first one writes
             return Result(job.output, metrics, None, False, {"init": ready.init_seconds, "train": trained - started})
-        report, verified = _written(job, ready, model, probes)
+        report, verified = _written(ready, model, probes)
     seconds = {"init": ready.init_seconds, "train": trained - started, "export": time.perf_counter() - trained}
-    card = replace(ready.card(job), metrics=metrics, export=report, verified=verified)
+    card = replace(ready.card(), metrics=metrics, export=report, verified=verified)
     describe(job.output, card, seconds)
     return Result(job.output, metrics, report, verified is True, seconds)
 
 
-def _written(
-    job: Job, ready: Ready, model: Any, probes: dict[str, torch.Tensor]
-) -> tuple[ExportReport | None, bool | str]:
+def _written(ready: Ready, model: Any, probes: dict[str, torch.Tensor]) -> tuple[ExportReport | None, bool | str]:
     """Export and its proof; full fine-tuning writes a model."""
+    job = ready.job
     if isinstance(job.recipe, Full):
         save(model, ready.tokenizer, job.output)
         return None, False
@@ -185,7 +185,7 @@ def initialise(
         raise LoralignError(f"{job.recipe.name} has no adapter to initialise: choose another method, or train it")
     ready = prepare(job, resume=False, progress=progress)
     measured = measure(ready.trainer, job.recipe) if measure else None
-    card = replace(ready.card(job), trained=False)
+    card = replace(ready.card(), trained=False)
     export(
         ready.trainer.model, job.output, base_id=job.model, revision=job.revision, probes=_probes(ready), card=card,
         tokenizer=ready.own_tokenizer, overwrite=True,
@@ -209,11 +209,11 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
         check_output(job.output)
     if resume_from is None:
         _check_sources(job.recipe)
+    place: dict[str, Any] = {"revision": job.revision, "trust_remote_code": job.trust_remote_code}
+    length = row_length(described(job.model, **place), job.model, job.data.max_length, "data.max_length", USUAL_LENGTH)
+    job = replace(job, data=replace(job.data, max_length=length))
     args = arguments(job, resumed=resume_from is not None)
-    model, tokenizer = load(
-        job.model, revision=job.revision, precision=job.training.precision, trust_remote_code=job.trust_remote_code,
-        length=(job.data.max_length, "data.max_length"),
-    )  # fmt: skip
+    model, tokenizer = load(job.model, precision=job.training.precision, **place)
     recipe = without_towers(job.recipe, model)
     if job.data.packing:
         check_packing(model)
@@ -260,7 +260,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
         quicken(trainer, packing=job.data.packing, seed=job.seed)
     seconds = time.perf_counter() - started
     start = samples(trainer.model, recipe)
-    return Ready(trainer, tokenizer, journal, prompts, rows, resume_from, seconds, start, dtypes)
+    return Ready(job, trainer, tokenizer, journal, prompts, rows, resume_from, seconds, start, dtypes)
 
 
 def without_towers(recipe: Recipe | Full, model: PreTrainedModel) -> Recipe | Full:

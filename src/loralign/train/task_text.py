@@ -16,7 +16,7 @@ from loralign.data.read import read_rows
 from loralign.data.table import Rows as Table
 from loralign.evidence import Progress
 from loralign.maths.draws import keyed_generator
-from loralign.train.model import load_classifier, loading, read_tokenizer
+from loralign.train.model import described_classifier, load_classifier, loading, read_tokenizer, row_length
 from loralign.train.task_rows import Task
 from loralign.train.task_trainer import TaskTraining
 from loralign.train.tasks import TaskResult, run_tasks
@@ -26,6 +26,8 @@ log = logging.getLogger("loralign")
 
 Texts = list[tuple[str, str]]
 """(text, class)."""
+USUAL_LENGTH = 128
+"""Tokens per row, where nobody says how many."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class TextTasks:
     split: tuple[tuple[str, ...] | int, ...] = ()
     text: str = "text"
     label: str = "label"
-    max_length: int = 128
+    max_length: int | None = None
+    """Tokens per row. None: USUAL_LENGTH, or the model's positions where fewer."""
     joint: bool = False
     revision: str | None = None
     lr_source: str = "given"
@@ -59,11 +62,11 @@ def run_text(job: TextTasks, *, resume: bool = False, progress: Progress | None 
     """Read, train, measure, export and verify; `run_tasks` says what comes out."""
     named = read_tasks(job)
     labels = [label for _, labels, _, _ in named for label in labels]
-    model, tokenizer = _load(job, len(labels))
+    model, tokenizer, most = _load(job, len(labels))
     at = {label: k for k, label in enumerate(labels)}
 
     def rows(texts: Texts) -> list[dict[str, Any]]:
-        ids = tokenizer([text for text, _ in texts], truncation=True, max_length=job.max_length).input_ids
+        ids = tokenizer([text for text, _ in texts], truncation=True, max_length=most).input_ids
         return [{"input_ids": torch.tensor(i), "labels": at[c]} for i, (_, c) in zip(ids, texts, strict=True)]
 
     def collate(batch: list[Any]) -> Mapping[str, Tensor]:
@@ -77,15 +80,19 @@ def run_text(job: TextTasks, *, resume: bool = False, progress: Progress | None 
     return run_tasks(
         model, job.recipe, tasks, job.training, job.output, collate=collate, joint=job.joint, resume=resume,
         base=job.model, revision=job.revision, progress=progress, labels=labels,
+        data={"tokens per row at most": most},
     )  # fmt: skip
 
 
-def _load(job: TextTasks, classes: int) -> tuple[PreTrainedModel, Any]:
+def _load(job: TextTasks, classes: int) -> tuple[PreTrainedModel, Any, int]:
+    """The model, its tokenizer, and tokens of a row at most."""
     folder = Path(job.model).expanduser()
     where = str(folder) if folder.is_dir() else job.model
     with loading(job.model, "a text classifier"):
         tokenizer = read_tokenizer(where, revision=job.revision)
-        model, _, lacking = load_classifier(where, classes, (job.max_length, "data.max_length"), job.revision)
+        meta = described_classifier(where, revision=job.revision)
+        most = row_length(meta, job.model, job.max_length, "data.max_length", USUAL_LENGTH)
+        model, _, lacking = load_classifier(where, classes, job.revision)
         if lacking:
             raise LoralignError(
                 f"cannot load the model {job.model!r}: its files lack {lacking[0]}, which would be drawn at random and "
@@ -95,7 +102,7 @@ def _load(job: TextTasks, classes: int) -> tuple[PreTrainedModel, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return model, tokenizer, most
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows

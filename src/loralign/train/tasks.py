@@ -85,6 +85,7 @@ def run_tasks(
     revision: str | None = None,
     progress: Progress | None = None,
     labels: Sequence[str] | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> TaskResult:
     """Train a classifier on tasks in sequence, measure after each, write results and plain adapters to `output`.
 
@@ -96,11 +97,12 @@ def run_tasks(
         export_moments: write the plain adapter and head of every moment, verified where `base` is a folder or hub id.
         base: what to load for the verification; its name goes into the adapters.
         labels: names of the classes, for the results and the cards.
+        data: what else these say of the rows.
     Raises:
         LoralignError: bad input, one sentence. VerificationFailed: a written adapter computes something else.
     """
     with locked(Path(output)):
-        run = _Run(model, recipe, tasks, training, Path(output), collate, joint, labels)
+        run = _Run(model, recipe, tasks, training, Path(output), collate, joint, labels, data or {})
         return run.go(resume, export_moments, base, revision, progress)
 
 
@@ -118,6 +120,7 @@ class _Run:
         collate: Collate,
         joint: bool,
         labels: Sequence[str] | None,
+        data: Mapping[str, Any],
     ) -> None:
         classes = int(model.config.num_labels)
         check_tasks(tasks, classes)
@@ -126,6 +129,7 @@ class _Run:
         check_choices(self.parts, allowed)
         self.labels = list(labels) if labels is not None else [str(c) for c in range(classes)]
         self.model, self.tasks, self.training, self.output, self.collate = model, list(tasks), training, output, collate
+        self.data = dict(data)
         steps = [steps_of(len(task.train), training) for task in tasks]
         self.lengths = [sum(steps)] if joint else steps
         self.ends = [sum(self.lengths[: k + 1]) for k in range(len(self.lengths))]
@@ -248,11 +252,12 @@ class _Run:
     def _export(self, trainer: Any, moment: int, base: str | None, revision: str | None) -> None:
         done = [task.name for task in self.seen(moment)]
         classes = sorted(c for task in self.seen(moment) for c in task.classes)
+        named = ", ".join(f"{c} = {self.labels[c]}" for c in classes)
         known = base or self.model.name_or_path
         name = base_name(trainer.model, base, revision)[0] if known else str(self.model.config.model_type)
         card = Card(
             name, method=self.recipe.name, learning_rate=self.training.learning_rate,
-            data={"tasks seen": ", ".join(done), "classes seen": ", ".join(f"{c} = {self.labels[c]}" for c in classes)},
+            data={"tasks seen": ", ".join(done), "classes seen": named, **self.data},
             metrics={f"accuracy on {n}": a for n, a in zip(done, self.matrix[moment], strict=True)},
         )  # fmt: skip
         probes = self._inputs(self.parts[min(moment, len(self.parts) - 1)].train[:2], trainer)
@@ -274,7 +279,8 @@ class _Run:
         accuracy_picture({"joint" if len(self.parts) == 1 and len(names) > 1 else "in sequence": self.matrix}, names,
                          self.output / "accuracy.png", title=title)  # fmt: skip
         facts_of: dict[str, Any] = {"method": self.recipe.name, "tasks": {t.name: list(t.classes) for t in self.tasks}}
-        facts_of |= {"labels": self.labels, "matrix": self.matrix, **asdict(result), "verified": verified}
+        facts_of |= {"labels": self.labels, "data": self.data, "matrix": self.matrix}
+        facts_of |= {**asdict(result), "verified": verified}
         write_json(self.output / "results.json", facts_of)
         return TaskResult(self.matrix, result, moments, verified)
 

@@ -27,13 +27,18 @@ def _rows(job: Job) -> tuple[Rows, Rows | None]:
 def tokens(
     job: Job, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> tuple[Dataset, Dataset | None, Prompts]:
-    """The rows of a job as tokens of the model, for training and held out, and how those of training ask."""
+    """The rows of a job as tokens of the model, for training and held out, and how those of training ask.
+
+    job: with `data.max_length` settled.
+    """
+    most = job.data.max_length
+    assert most is not None
 
     def one(rows: Rows, what: str) -> Fit:
-        found: Fit = fit(rows, tokenizer, max_length=job.data.max_length, assistant_only=job.data.assistant_only)
+        found: Fit = fit(rows, tokenizer, max_length=most, assistant_only=job.data.assistant_only)
         log.info(
             "%s: %d rows, %d tokens, %d with loss; %d rows cut at %d tokens, %d dropped because no answer was left",
-            *(what, len(found.dataset), found.tokens, found.supervised, found.cut, job.data.max_length, found.dropped),
+            *(what, len(found.dataset), found.tokens, found.supervised, found.cut, most, found.dropped),
         )
         return found
 
