@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "riemannian": ("riemannian", {}),
     "lora-fa": ("lora-fa", {}),
     "muon-factors": ("muon-factors", {}),
+    "stateless": ("spectral", {"momentum": 0.0}),
     "rm-lora": ("rm-lora", {}),
     "rm-lora update": ("rm-lora", {"mask_target": "update"}),
     "delta-lora": ("delta-lora", {"wait_steps": 0}),
@@ -184,7 +186,14 @@ def with_fsdp(case: str, rank: int, save: Callable[[Any, PairOptimizer], object]
 
 def with_saves(case: str, rank: int) -> dict[str, Any]:
     """As a checkpoint of a split model is written, where torch has missing state made: before the first step too."""
-    return with_fsdp(case, rank, save=get_optimizer_state_dict)
+    gathered: list[int] = []
+
+    def save(model: Any, stepper: PairOptimizer) -> None:
+        with mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gather:
+            get_optimizer_state_dict(model, stepper)
+        gathered.append(gather.call_count)
+
+    return {**with_fsdp(case, rank, save), "gathered": gathered}
 
 
 ENGINES: dict[str, Callable[[str, int], dict[str, Any]]] = {
@@ -192,7 +201,9 @@ ENGINES: dict[str, Callable[[str, int], dict[str, Any]]] = {
 }  # fmt: skip
 NOT_SHARDED = {"reslora"}
 """Forms that read other layers' factors."""
-SAVED = ("lora", "lora-pro", "lora-rite", "riemannian", "lora-fa", "muon-factors", "sora", "adalora", "lora-ga")
+SAVED = (
+    "lora", "lora-pro", "lora-rite", "riemannian", "lora-fa", "muon-factors", "stateless", "sora", "adalora", "lora-ga",
+)  # fmt: skip
 RUNS = [(case, engine) for case in CASES for engine in ("ddp", "fsdp2") if engine == "ddp" or case not in NOT_SHARDED]
 RUNS += [(case, "fsdp2 saved") for case in SAVED]
 
@@ -308,6 +319,16 @@ def test_two_processes_equal_one(case: str, engine: str, pair_of_processes: list
         assert mine["tensors"].keys() == want["tensors"].keys()
         for name, value in want["tensors"].items():
             assert torch.allclose(mine["tensors"][name], value, rtol=1e-10, atol=1e-10), name
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_a_save_gathers_nothing_once_all_state_is_there(
+    case: str, pair_of_processes: list[dict[tuple[str, str], Any]]
+) -> None:
+    """Before the first step whether it asks for state is told from the gradients; a form may keep none at all."""
+    for found in pair_of_processes:
+        first, *later = found[case, "fsdp2 saved"]["gathered"]
+        assert first > 0 and later == [0] * (STEPS - 1)
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -149,7 +149,8 @@ def test_a_run_of_the_default_cuts_there_and_its_record_says_so(
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": words(80, 1)}) + "\n", encoding="utf-8")
     (tmp_path / "r.yaml").write_text(
         f"model: {tmp_path}/base\ndata: {{train: {tmp_path}/rows.jsonl}}\nmethod: lora-ga\n"
-        f"options: {{micro_batches: 1}}\nrank: 2\ntrain: {{steps: 1, batch_size: 1, warmup: 0.0}}\noutput: {tmp_path}/out\n",
+        f"options: {{micro_batches: 1}}\nrank: 2\noutput: {tmp_path}/out\n"
+        "train: {steps: 1, batch_size: 1, warmup: 0.0}\n",
         encoding="utf-8",
     )
     done = run(command, tmp_path / "r.yaml")

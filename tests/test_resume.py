@@ -420,7 +420,14 @@ def test_two_processes_train_one_model_and_resume(world: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("method", "options"), [("lora", "{}"), ("lora-ga", None), ("chain-of-lora", "{links: 2}"), ("adalora", "{}")]
+    ("method", "options"),
+    [
+        ("lora", "{}"),
+        ("lora-ga", None),
+        ("chain-of-lora", "{links: 2}"),
+        ("adalora", "{}"),
+        ("spectral", "{momentum: 0.0}"),
+    ],
 )
 def test_a_model_that_fsdp_splits_trains_as_two_copies_and_resumes(
     method: str, options: str | None, world: Path

@@ -32,7 +32,7 @@ from loralign.optim.moments import grads_of, moment, seen_in_step
 from loralign.optim.norm import Norm, Norms
 from loralign.optim.shards import sharded, wholes
 from loralign.optim.stacks import Layout, Place
-from loralign.optim.transformed import filled, transformed
+from loralign.optim.transformed import filled, keeps, transformed
 from loralign.optim.values import Values, leave_out, leave_stacks, letters, live_own, live_pairs, with_grads
 from loralign.types import (
     Ctx,
@@ -129,10 +129,12 @@ class PairOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _fill(self) -> None:
-        """State, as it begins, for all that trains and has none. Nothing is gathered where all have theirs."""
+        """State, as it begins, for all that trains and has none. Nothing is gathered where all have theirs; what the
+        transform keeps none for has an empty one, by which torch knows that it was asked."""
         live, own = live_pairs(self.param_groups), live_own(self.param_groups)
         trains = {n: {f: p for f, p in ps.items() if p.requires_grad} for n, ps in live.items()}
-        live = {n: live[n] for n, ps in trains.items() if not all(self.state[p] for p in ps.values())}
+        empty = {n: {f for f, p in ps.items() if not self.state[p]} for n, ps in trains.items()}
+        live = {n: live[n] for n, fs in empty.items() if fs & keeps(self.transform, letters(trains[n]))}
         for pair in self.values.pairs(live, {n: letters(trains[n]) for n in live}) if live else ():
             filled(self.transform, pair, {f: self.state[p] for f, p in trains[pair.name].items()})
         own = {key: p for key, p in own.items() if not self.state[p]}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from loralign.types import Ctx, Grad, Group, Pair, Prepared, State, Transform
+from loralign.types import Ctx, Grad, Group, Pair, Prepared, State, Train, Transform
 
 
 def transformed(
@@ -42,6 +43,12 @@ def filled(transform: Transform, pair: Pair, state: State) -> State:
         for factor in missing:
             state[factor].update(fresh.get(factor, {}))
     return state
+
+
+def keeps(transform: Transform, train: Train) -> frozenset[str]:
+    """The factors of a pair, of which these train, that a transform keeps state for: the smallest pair tells."""
+    one = torch.zeros(1, 1)
+    return frozenset(factor for factor, kept in transform.init(Pair("", one, one, 1.0, train)).items() if kept)
 
 
 def _summed(parts: Iterable[Prepared]) -> dict[str, Tensor]:
