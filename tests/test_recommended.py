@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from cli_world import Done, run
 from loralign import build
-from loralign.cli.machine import container_limit, free_host_memory, host_memory
 from loralign.cli.plan import planned
 from loralign.config.recipe import load
+from loralign.io import probes
+from loralign.io.host import free_host_memory, host_memory, limits
 from loralign.plan import recommended as rule
 from loralign.plan.fitting import ROOM
 from loralign.plan.suggest import findings, judged, rate
@@ -127,8 +129,8 @@ def test_what_it_refuses(words: tuple[str, ...], said: str, tmp_path: Path) -> N
 def test_a_container_has_the_memory_that_it_is_given(tmp_path: Path) -> None:
     for text, found in (("1073741824\n", [GIB]), ("max\n", []), ("", [])):
         (tmp_path / "memory.max").write_text(text, encoding="ascii")
-        assert container_limit(tmp_path / "memory.max") == found
-    assert container_limit(tmp_path / "none") == []
+        assert [limit for limit, _ in limits(tmp_path, tmp_path / "none")] == found
+    assert limits(tmp_path / "none") == []
 
 
 def test_what_is_free_in_a_container_is_what_it_has_left(tmp_path: Path) -> None:
@@ -139,6 +141,43 @@ def test_what_is_free_in_a_container_is_what_it_has_left(tmp_path: Path) -> None
     (tmp_path / "memory.current").write_text("4000000\n", encoding="ascii")
     (tmp_path / "memory.stat").write_text("anon 1500000\ninactive_file 2500000\n", encoding="ascii")
     assert free_host_memory(tmp_path) == 5_000_000 - 1_500_000
+
+
+GROUPS_OF_A_PROCESS = {  # what /proc/self/cgroup says, limits by folder, what is left
+    "a container of version 2": ("0::/\n", {"memory.max": "5000000"}, 5_000_000),
+    "a service of version 2": ("0::/a.slice/b.service\n", {"a.slice/b.service/memory.max": "5000000"}, 5_000_000),
+    "the tightest of its parents": (
+        "0::/a/b\n", {"a/memory.max": "3000000", "a/b/memory.max": "5000000", "memory.max": "max"}, 3_000_000,
+    ),
+    "a sibling's does not count": ("0::/a\n", {"b/memory.max": "3000000", "a/memory.max": "5000000"}, 5_000_000),
+    "a container of version 1": ("4:memory:/docker/x\n", {"memory/memory.limit_in_bytes": "5000000"}, 5_000_000),
+    "a job of version 1": (
+        "9:name=systemd:/\n4:cpu,memory:/job/7\n0::/\n",
+        {
+            "memory/memory.limit_in_bytes": "9223372036854771712", "memory/job/7/memory.limit_in_bytes": "5000000",
+            "memory/job/7/memory.usage_in_bytes": "4000000", "memory/job/7/memory.stat": "total_inactive_file 2500000",
+        },
+        3_500_000,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", GROUPS_OF_A_PROCESS)
+def test_the_group_of_a_process_and_those_above_it_limit_its_memory(what: str, tmp_path: Path) -> None:
+    said, files, left = GROUPS_OF_A_PROCESS[what]
+    own = tmp_path / "cgroup"
+    own.write_text(said, encoding="ascii")
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(f"{text}\n", encoding="ascii")
+    assert free_host_memory(tmp_path / "groups", own) == left
+    assert left <= host_memory(tmp_path / "groups", own) <= 5_000_000
+
+
+def test_probes_read_what_is_free_on_the_host_where_everybody_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "free_host_memory", lambda: 1000.0)
+    half = torch.zeros(200, dtype=torch.bfloat16)
+    assert probes._fits([half[:199]]) and not probes._fits([half])
 
 
 def test_elsewhere_the_name_says_where_it_is_resolved() -> None:

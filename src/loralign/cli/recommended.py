@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loralign.cli.machine import device_here, gpu_memory, host_memory
+from loralign.cli.machine import device_here, gpu_memory
 from loralign.config.recipe import RunFile, parse
+from loralign.io.host import host_memory
 from loralign.plan import recommended as rule
 from loralign.types import LoralignError
 
@@ -58,7 +59,7 @@ def resolved(
     files = {rank: each.model_copy(update={"data": data}) for rank, each in files.items()}
 
     def peak(rank: int) -> int:
-        return planned(files[rank], where, layout).estimate.peak_bytes
+        return planned(files[rank], where, layout).estimate.fullest_bytes
 
     width = hidden_size(file.model, **place)
     rank, needed = rule.first_that_fits(rule.ranks(width), peak, room)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loralign.cli.machine import device_here, free_host_memory, gpu_memory
+from loralign.cli.machine import device_here, gpu_memory
 from loralign.cli.run import say
+from loralign.io.host import free_host_memory
 
 if TYPE_CHECKING:
     from loralign.cli.plan import Planned
@@ -55,7 +56,7 @@ def suggest(
 
     def peak(choice: Choice) -> int:
         plans[repr(choice)] = found = planned(parse(_recipe(choice, model, rows, most, count)), where)
-        return found.estimate.peak_bytes
+        return found.estimate.fullest_bytes
 
     room = 2**30 * memory if memory else gpu_memory("with --memory") if where == "cuda" else free_host_memory()
     first = judged(findings(), width) if _epochs(count) == 1 else []

@@ -13,7 +13,6 @@ not allow that, the model's own precision is used and said.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +28,7 @@ from loralign.carrier.abilities import fresh_heads, text_config
 from loralign.carrier.layer import first_input
 from loralign.carrier.stored import digest
 from loralign.io.folder import ADAPTER_CONFIG, PROBES
+from loralign.io.host import free_host_memory
 from loralign.maths.draws import keyed_generator
 from loralign.types import LoralignError, Site, WorkFailed
 
@@ -189,9 +189,7 @@ def _fits(half: Sequence[Tensor]) -> bool:
 def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return float("inf")
+    return free_host_memory() if device.type == "cpu" else float("inf")
 
 
 @torch.no_grad()
