@@ -551,6 +551,34 @@ def test_the_peak_is_that_of_real_steps(case: str) -> None:
     assert expected == pytest.approx(live.peak, rel=0.15)
 
 
+STARTS_MEASURED = {
+    "hrp": ("hrp", {"steps": 2}),
+    "hrp of one side": ("hrp", {"steps": 2, "train": "B"}),
+    "hrp-sketch": ("hrp-sketch", {"micro_batches": 2}),
+    "lora-ga": ("lora-ga", {"micro_batches": 2}),
+    "lora-ga, exact": ("lora-ga", {"micro_batches": 2, "sketch": None}),
+}
+
+
+@pytest.mark.parametrize("case", STARTS_MEASURED)
+def test_the_start_takes_what_is_planned(case: str) -> None:
+    """Live bytes of real tensors while evidence is collected at the step's own batches, weights included."""
+    name, options = STARTS_MEASURED[case]
+    made, step, wide = recipe(name, r=4, options=options), Step(4, 64), {"hidden_size": 64, "intermediate_size": 128}
+    found = estimate(meta_llama(**LARGE, **wide), made, step)
+    with LiveBytes() as live:
+        model = type(toy.llama())(toy.llama(**LARGE, **wide).config).train()
+        loss = usual_loss(model, step)
+        batch = {k: torch.ones(v.shape, dtype=v.dtype) for k, v in example_batch(model, step).items()}
+        adapt(model, made, [batch] * 3, loss=loss)
+    assert found.start_bytes == pytest.approx(live.peak, rel=0.1)
+    assert found.fullest_bytes == max(found.start_bytes, found.peak_bytes)
+
+
+def test_a_start_that_reads_no_batch_takes_no_step_of_the_model() -> None:
+    assert planned(recipe("cora", r=4)).start_bytes == planned(recipe("pissa", r=4)).start_bytes == 0
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_fused_experts_are_traced_in_either_precision(bf16: bool) -> None:
     """The peak of a mixture is that of one real forward and backward of it, within 15 %."""

@@ -80,7 +80,8 @@ def planned(file: RunFile, device: str = "auto", layout: Layout = ALONE) -> Plan
         found = estimate(model, recipe, step, layout=layout)
     less = layout.part(less) if layout.sharded else less
     if less:
-        found = replace(found, weights_bytes=found.weights_bytes - less, peak_bytes=found.peak_bytes - less + most)
+        counts = {"weights_bytes": found.weights_bytes - less, "peak_bytes": found.peak_bytes - less + most}
+        found = replace(found, **counts, start_bytes=max(0, found.start_bytes - less + most))
     return Planned(job, step, found, numbers, t.learning_rate * s, export, layout)
 
 
@@ -202,7 +203,9 @@ def _init(e: Estimate) -> str:
     if not e.evidence_bytes and not e.init_seconds:
         return "nothing to collect"
     time = "time unknown on this machine" if e.init_seconds is None else f"about {max(1.0, e.init_seconds):.0f} s"
-    return time + (f", {_size(e.evidence_bytes)} of host memory for evidence" if e.evidence_bytes else "")
+    most = ", more than any step" if e.start_bytes > e.peak_bytes else ""
+    beside = f" ({_size(e.start_bytes)} with the model at work{most})" if e.start_bytes else ""
+    return time + (f", {_size(e.evidence_bytes)} for evidence{beside}" if e.evidence_bytes else "")
 
 
 def _size(count: int) -> str:

@@ -73,7 +73,7 @@ def _exact(dense: Dense, site: Site, k: int, count: int, passes: Passes) -> Dire
     return Directions(U, S.cpu(), V, captured=share, quality=1.0)
 
 
-def _sketched(site: Site, sketch: Sketch) -> int:
+def sketch_width(site: Site, sketch: Sketch) -> int:
     """Columns of this site's sketch, 0 where the site is treated exactly from the start."""
     width = min(sketch.width * site.r, site.d_out, site.d_in)
     return width if worth_a_sketch(site, width) else 0
@@ -86,7 +86,7 @@ def top_gradient(
     used, held_out = batches[: need.micro_batches], batches[need.micro_batches :]
     count = len(used) * world()
     sketch = need.sketch or Sketch(passes=1, exact_above=1.0, held_out=0)
-    width = {site.name: _sketched(site, sketch) if need.sketch else 0 for site in sites}
+    width = {site.name: sketch_width(site, sketch) if need.sketch else 0 for site in sites}
     draws, staging = Draws(passes.seed), Staging()
     into: dict[str, Accumulator] = {
         s.name: Stream(s, width[s.name], draws) if width[s.name] else Dense(s, staging) for s in sites

@@ -1,4 +1,4 @@
-"""What may be combined, and which ranks fit: read before anything is spent. What a run costs is in `plan_memory.py`.
+"""What may be combined, and which ranks fit: read before anything is spent. What a run costs is in `memory.py`.
 
 A recipe is described by facts (short words, `facts`), found by asking its parts for their `Facts` and by calling init
 and form once on a small random matrix, the outer loop for its first two episodes. A `Clash` names facts that do not go

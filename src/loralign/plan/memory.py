@@ -1,4 +1,4 @@
-"""What a run costs, before anything is spent: bytes from a trace of one training step (`plan_trace.py`), counts and
+"""What a run costs, before anything is spent: bytes from a trace of one training step (`trace.py`), counts and
 floating point operations from the sites.
 
 Optimizer state is what `transform.init` makes of every pair. Bytes are of live tensors at the fullest moment of a step,
@@ -8,10 +8,8 @@ keeps after it was freed, and workspaces inside kernels.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,24 +21,19 @@ from loralign.carrier.path import wire
 from loralign.carrier.sites import ADAPTER, put_in, sites, target_weights
 from loralign.carrier.slot import Own, effective, install, share
 from loralign.methods.reference import state_over_numbers
-from loralign.plan.combinations import Probe, check_ranks, draw, probe, snapshots
+from loralign.plan.combinations import check_ranks, draw, probe, snapshots
 from loralign.plan.course import commits, course, sides, trained_by
 from loralign.plan.several import ALONE, Layout, Load, spread
+from loralign.plan.start import evidence_bytes, init_seconds
 from loralign.plan.trace import Step, example_batch, trace, usual_loss
 from loralign.types import (
-    Activations,
     Batch,
-    CommonSubspace,
     Full,
     Loss,
-    Need,
     Pair,
-    Preheated,
     Recipe,
     Site,
-    Sketch,
     Start,
-    TopGradient,
     Weight,
 )
 
@@ -60,7 +53,7 @@ class Estimate:
     """What forward and backward add at the fullest moment, gradients included."""
     peak_bytes: int
     evidence_bytes: int
-    """What the init must know, kept on the host before training."""
+    """What the init must know before training: exact gradients are kept on the host, all else beside the model."""
     init_seconds: float | None
     """Collecting it and writing the start, at the speed of a matrix product on this machine; None: planned for another
     device."""
@@ -69,6 +62,14 @@ class Estimate:
     """Largest rank in the exported file, 0 for the reference."""
     gathered_bytes: int = 0
     """What FSDP2 holds whole for a moment; every count of bytes is then of one GPU."""
+    start_bytes: int = 0
+    """The fullest moment of collecting what the init must know of batches, on the model's device; 0: it needs none, or
+    FSDP2 splits the model, where this is not planned."""
+
+    @property
+    def fullest_bytes(self) -> int:
+        """Of the start and of any step."""
+        return max(self.start_bytes, self.peak_bytes)
 
 
 def estimate(
@@ -119,6 +120,8 @@ def estimate(
     if step.device == "cuda" and not layout.sharded:
         state += gradients  # what the last step moved, until its norm is read (optim/norm.py)
     moment = _moment(adapted, step, batch, loss, layout, gradients) - static
+    on_host, beside = evidence_bytes(recipe.init.needs, found)
+    kept = beside + on_host * (step.device == "cpu")
     whole = Estimate(
         trainable=sum(p.numel() for p in trained),
         weights_bytes=weights,
@@ -126,10 +129,11 @@ def estimate(
         optimizer_bytes=state,
         activation_bytes=moment,
         peak_bytes=static + frozen + state + max(moment, stepping),
-        evidence_bytes=evidence_bytes(recipe.init.needs, found),
+        evidence_bytes=on_host + beside,
         init_seconds=init_seconds(recipe, start, found, numel, step),
         sites=len(found),
         export_rank=max(held[name] + live[name] for name in names),
+        start_bytes=static + moment + kept if recipe.init.needs.draws else 0,
     )
     apart = "sharded" in recipe.transform.facts.accepts and not recipe.rules
     return spread(whole, adapted, step, layout, Load(moment, gradients, stepping, frozen, apart=apart))
@@ -220,58 +224,3 @@ def _state_bytes(
 
 def _factors(site: Site) -> tuple[Tensor, Tensor]:
     return torch.empty(site.r, site.d_in, device="meta"), torch.empty(site.d_out, site.r, device="meta")
-
-
-def evidence_bytes(need: Need, found: Sequence[Site]) -> int:
-    """Host bytes of what a need collects, all sites together, fp32."""
-    match need:
-        case TopGradient(sketch=None):
-            return sum(4 * s.d_out * s.d_in for s in found)
-        case TopGradient(sketch=Sketch(width=width)):
-            return sum(4 * width * s.r * (s.d_out + s.d_in) for s in found)
-        case Preheated(rank=rank):
-            return sum(16 * rank(s.r) * (s.d_out + s.d_in) for s in found)  # values, gradients, two moments
-        case CommonSubspace(sources=sources):
-            return max(4 * len(sources) * s.d_out * s.d_in for s in found)  # one site at a time
-        case Activations():
-            return sum(4 * s.d_in for s in found)
-        case _:
-            return 0
-
-
-def evidence_flops(need: Need, found: Sequence[Site], weights: int, tokens: int) -> float:
-    """Operations of collecting a need: forward and backward over its micro-batches, and where asked G and its SVD."""
-    batches = getattr(need, "micro_batches", 0)
-    passes = 4.0 * weights * tokens * batches
-    if not isinstance(need, TopGradient):
-        return passes
-    outer = sum(2.0 * s.d_out * s.d_in * tokens * batches for s in found)
-    niter, oversampling = 4, 2
-    svd = sum(2.0 * (2 * niter + 2) * oversampling * need.per_rank * s.r * s.d_out * s.d_in for s in found)
-    return passes + outer + svd
-
-
-def init_seconds(recipe: Recipe, start: Probe, found: Sequence[Site], weights: int, step: Step) -> float | None:
-    """Evidence at this machine's matrix speed; where only W is read, the smallest site is timed and scaled by size."""
-    if step.device == "cuda" and not torch.cuda.is_available():
-        return None
-    seconds = evidence_flops(recipe.init.needs, found, weights, step.rows * step.length) / matrix_speed(step.device)
-    if start.read and not seconds:
-        small = min(found, key=lambda s: s.d_out * s.d_in)
-        values = torch.randn(small.d_out, small.d_in)
-        weight = Weight(small.name, (small.d_out, small.d_in), lambda: values)
-        began = time.perf_counter()
-        recipe.init(weight, small.r, small.s, None, draw)
-        seconds = (time.perf_counter() - began) * sum(s.d_out * s.d_in for s in found) / values.numel()
-    return seconds
-
-
-@cache
-def matrix_speed(device: str) -> float:
-    """Floating point operations per second of one fp32 product of 1024² matrices, the best of five."""
-    square, best = torch.ones(1024, 1024, device=device), float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        (square @ square)[0, 0].item()
-        best = min(best, time.perf_counter() - began)
-    return float(2 * 1024**3 / best)

@@ -75,6 +75,7 @@ def spread(whole: E, model: nn.Module, step: Step, layout: Layout, load: Load) -
         optimizer_bytes=state,
         activation_bytes=moment,
         gathered_bytes=gathered,
+        start_bytes=0,
         peak_bytes=shards + state + max(gathered + moment, stepping),
     )
 
