@@ -34,7 +34,8 @@ from loralign.evidence.subspace import (
     show_basis,
     write_basis,
 )
-from loralign.maths.draws import haar, keyed_normal
+from loralign.maths import draws
+from loralign.maths.draws import keyed_generator, keyed_normal
 from loralign.maths.linalg import top_svd
 from loralign.methods.init.cora import common_basis, common_start
 from loralign.train.attach import attach
@@ -133,7 +134,8 @@ def test_deltas_beat_weights() -> None:
 @pytest.mark.parametrize(("m", "width", "count"), [(1024, 32, 2), (1024, 32, 8), (1024, 64, 8), (1024, 16, 16)])
 def test_null_level(m: int, width: int, count: int) -> None:
     """C7: the formula is the top share of random subspaces within 3 %; none of them counts as shared."""
-    found = consensus([haar(m, width, m, width, count, j).double() for j in range(count)], keep=width)
+    keys = [keyed_generator(m, width, count, j) for j in range(count)]
+    found = consensus([draws.orthonormal(m, width, key).double() for key in keys], keep=width)
     assert math.isclose(found.null, oracle.null_level(width / m, count), rel_tol=1e-12)
     assert math.isclose(float(found.share[0]), found.null, rel_tol=0.03)
     assert found.significant == 0
@@ -141,7 +143,10 @@ def test_null_level(m: int, width: int, count: int) -> None:
 
 def test_null_level_of_few_sources() -> None:
     assert null_level(0.1, 1) == 1.0 and null_level(0.5, 2) == 1.0
-    overlap = [float((haar(60, 8, j).T @ haar(60, 8, 1000 + j)).square().sum() / 8) for j in range(300)]
+    ours, others = (
+        [draws.orthonormal(60, 8, keyed_generator(j)) for j in range(first, first + 300)] for first in (0, 1000)
+    )
+    overlap = [float((a.T @ b).square().sum() / 8) for a, b in zip(ours, others, strict=True)]
     assert math.isclose(sum(overlap) / 300, 8 / 60, rel_tol=0.03)  # mean squared cosine of two random subspaces
 
 

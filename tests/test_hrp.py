@@ -20,7 +20,7 @@ from loralign.carrier.layer import low_rank
 from loralign.carrier.sites import draw_for, put_in
 from loralign.evidence import collect, model_loss
 from loralign.evidence.preheat import Temporary, _factors, hooked, prior_rate
-from loralign.maths.draws import haar
+from loralign.maths.draws import keyed_generator, orthonormal
 from loralign.maths.linalg import product_svd
 from loralign.methods.init.hrp import LORA_ROWS, high_rank_preheat, high_rank_sketch
 from loralign.types import Directions, Preheated, Site, Weight, WorkFailed
@@ -157,7 +157,7 @@ def test_expectation_over_random_rows() -> None:
 def test_our_own_draws_are_haar() -> None:
     """The preheat's random factor fulfils H3 too."""
     M, n, r = normal(16, 24), 24, 4
-    energy = [float((M @ haar(n, r, "test", i).double()).square().sum()) for i in range(1000)]
+    energy = [float((M @ orthonormal(n, r, keyed_generator("test", i)).double()).square().sum()) for i in range(1000)]
     assert math.isclose(sum(energy) / 1000, r / n * float(M.square().sum()), rel_tol=0.02)
 
 

@@ -65,7 +65,7 @@ def test_keyed_draws_are_functions_of_the_key() -> None:
     assert torch.equal(draws.keyed_normal((3, 5), *key), draws.keyed_normal((3, 5), *key))
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    draws.haar(3, 8, *key)
+    draws.orthonormal(3, 8, draws.keyed_generator(*key))
     linalg.top_svd(gauss(300, 200), 4)
     assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
     others = [
@@ -102,7 +102,8 @@ def test_keys_are_not_concatenated() -> None:
 
 
 def test_keyed_draws_agree_across_processes() -> None:
-    expression = "draws.keyed_normal((4,), 3, 'é', 'q').tolist(), draws.haar(2, 3, 1).tolist()"
+    drawn = "draws.orthonormal(2, 3, draws.keyed_generator(1)).tolist()"
+    expression = f"draws.keyed_normal((4,), 3, 'é', 'q').tolist(), {drawn}"
     alone = f"""
 import importlib.util
 spec = importlib.util.spec_from_file_location("draws", {draws.__file__!r})
@@ -112,7 +113,7 @@ print(({expression}))
 """
     env = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONUTF8": "1"}
     out = subprocess.run([sys.executable, "-c", alone], env=env, capture_output=True, text=True, check=True).stdout
-    here = (draws.keyed_normal((4,), 3, "é", "q").tolist(), draws.haar(2, 3, 1).tolist())
+    here = (draws.keyed_normal((4,), 3, "é", "q").tolist(), draws.orthonormal(2, 3, draws.keyed_generator(1)).tolist())
     assert out.strip() == str(here)
 
 
@@ -128,10 +129,10 @@ def test_normal_moments() -> None:
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 7), (4, 9), (9, 4), (6, 6), (7, 1)])
 def test_haar_is_orthonormal_and_uniform(rows: int, cols: int) -> None:
-    Q = draws.haar(rows, cols, "h", rows, cols)
+    Q = draws.orthonormal(rows, cols, draws.keyed_generator("h", rows, cols))
     assert Q.shape == (rows, cols) and Q.is_contiguous()
     orthonormal(Q.mT if rows <= cols else Q, 1e-6)
-    mean = torch.stack([draws.haar(rows, cols, i) for i in range(600)]).mean(0)
+    mean = torch.stack([draws.orthonormal(rows, cols, draws.keyed_generator(i)) for i in range(600)]).mean(0)
     assert float(mean.abs().max()) < 5 / 600**0.5, "plain QR of a Gaussian has a biased diagonal"
 
 
@@ -566,7 +567,7 @@ def test_a_gram_matrix_is_the_sum_over_its_pieces(d: int) -> None:
 
 def test_the_batching_table_is_complete() -> None:
     public = {n for n, f in vars(linalg).items() if callable(f) and getattr(f, "__module__", "") == linalg.__name__}
-    assert {n for n in public if not n.startswith(("_", "keyed_")) and n not in ("haar", "orthonormal")} == set(BATCHED)
+    assert {n for n in public if not n.startswith(("_", "keyed_")) and n != "orthonormal"} == set(BATCHED)
 
 
 # ------------------------------------------------------------------------------------------------------- keyed scores

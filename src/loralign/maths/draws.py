@@ -59,13 +59,8 @@ def block_of(size: int, length: int, place: int, source: torch.Generator) -> Ten
     return torch.randperm(size, generator=source)[place * length : (place + 1) * length].clone()
 
 
-def haar(rows: int, cols: int, *key: int | str) -> Tensor:
-    """(rows, cols), uniform over matrices of orthonormal rows (rows ≤ cols) or columns (rows > cols); float32, CPU."""
-    return orthonormal(rows, cols, keyed_generator(*key))
-
-
 def orthonormal(rows: int, cols: int, generator: torch.Generator) -> Tensor:
-    """As `haar`, from a generator."""
+    """(rows, cols), uniform over matrices of orthonormal rows (rows ≤ cols) or columns (rows > cols); float32, CPU."""
     normal = torch.randn(max(rows, cols), min(rows, cols), generator=generator, dtype=torch.float32)
     Q, R = torch.linalg.qr(normal)
     Q = torch.where(R.diagonal() < 0, -Q, Q)  # QR alone is not uniform
