@@ -297,6 +297,17 @@ def test_an_arm_that_would_not_act_is_told_before_the_first_trial_and_once(tmp_p
     assert done.returncode == 0 and done.stderr.startswith(said) and done.stderr.count(said) == 1, done.stderr
 
 
+def test_whether_a_rule_acts_is_told_of_the_steps_that_a_start_leaves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 8 steps hrp-sketch reads 2: a rule that acts after the sixth never does."""
+    options = [{"micro_batches": 2, "wait_steps": wait} for wait in (4, 5)]
+    arms = [{"name": str(o), "method": "hrp-sketch + delta-lora", "options": o} for o in options]
+    Resident(load(write_study(tmp_path, arms=arms, train={**SMALL, "charge": "steps", "steps": 8})))
+    told = [record.message for record in caplog.records if "as if without it" in record.message]
+    assert len(told) == 1 and "acts after step 6 and the run has 6 steps" in told[0]
+
+
 def test_the_clock_stands_while_rows_are_evaluated(tmp_path: Path) -> None:
     def slow(step: int, loss: float) -> bool:
         time.sleep(1.0)

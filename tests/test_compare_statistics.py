@@ -6,16 +6,29 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from loralign import LoralignError
 from loralign.compare.curves import Curve, Interval, Reach, interval, loss_at, median_reach, reach, to_target
-from loralign.compare.inference import Sample, sample
+from loralign.compare.inference import Sample, paired, sample
 from loralign.compare.rates import Rate, Sensitivity, check_equal_trials, choose_rate, edge, sensitivity, standard_error
 from loralign.compare.report import as_csv, plain, row
-from loralign.compare.statistics import CONTROL, FINAL, compare, families, gap_closed, log_ratios, samples
+from loralign.compare.statistics import (
+    CONTROL,
+    FINAL,
+    SPEED,
+    Comparison,
+    Gap,
+    compare,
+    families,
+    gap_closed,
+    log_ratios,
+    on_common_seeds,
+    samples,
+)
 from loralign.compare.tables import as_markdown, sentences, terminal_tables
 from loralign.compare.verdict import summarise
 
@@ -62,6 +75,7 @@ def test_median_of_censored_times() -> None:
     assert median_reach(times(10, 20, 30, 40)) == Reach(25.0, True)
     assert median_reach(times(10, 20, -30, -30)) == Reach(25.0, False)
     assert median_reach(times(-5, 10, 20, 30)) == Reach(20.0, True)  # Kaplan–Meier: 1, ⅔, ⅓ after 20
+    assert median_reach(times(10, -10)) == Reach(10.0, False)  # at one time, what arrived was there before it was lost
     assert median_reach([]) == Reach(0.0, False)
 
 
@@ -162,6 +176,38 @@ def test_speed_is_tested_where_finals_tie() -> None:
     assert found["soon"].steps.mean < 0.55
 
 
+def test_speeds_of_a_family_are_corrected_by_holm_and_know_of_the_choice_of_the_rate() -> None:
+    noise = (0.0, 0.01, -0.01, 0.005)
+    rows = {"lora": (4.0, 3.5, 3.0, 2.5, 2.0), "soon": (3.0, 2.02, 2.0, 2.0, 2.0), "too": (3.4, 2.6, 2.3, 2.1, 2.0)}
+    arms = {n: [curve(n, s, *(x + d for x in row)) for s, d in enumerate(noise)] for n, row in rows.items()}
+    together = compare(arms, "lora")
+    apart = compare(arms, "lora", family={"soon": "one", "too": "other"})
+    small, large = sorted(("soon", "too"), key=lambda n: apart[n].p[1] or 0.0)
+    times = {n: log_ratios(on_common_seeds(arms[n], arms["lora"]))[0] for n in ("soon", "too")}
+    raw = dict(zip(times, (p for _, p in paired([sample(t) for t in times.values()])), strict=True))
+    assert together[small].p[1] == pytest.approx(2 * raw[small]) and together[large].p[1] == pytest.approx(
+        max(raw[large], 2 * raw[small])
+    )
+    searched = [Rate(n, 1e-3, end, further=(end, end)) for n in arms for end in (2.0,)]
+    assert (compare(arms, "lora", rates=searched)["soon"].p[1] or 1.0) < (together["soon"].p[1] or 0.0)
+
+
+@pytest.mark.parametrize(("p", "sign"), [(None, 0), (SPEED, 0), (0.9 * SPEED, 1), (FINAL, 0)])
+def test_speed_has_a_level_of_its_own(p: float | None, sign: int) -> None:
+    times = Interval(0.5, 0.4, 0.6, 3)
+    found = Comparison(Interval(0.0, -1.0, 1.0, 3), times, times, (0.5, p))
+    assert found.speed_sign == sign
+    assert replace(found, steps=Interval(2.0, 1.5, 2.5, 3)).speed_sign == -sign
+
+
+def test_an_arm_that_ends_as_the_baseline_does_is_not_the_baseline() -> None:
+    """Equal to the last bit, and yet another arm: what it closes of the gap is 0 with an interval."""
+    base, full = Sample(3.0, 0.01, 20, 3, 3), Sample(2.0, 0.01, 20, 3, 3)
+    twin = gap_closed(replace(base), base, full)
+    assert twin.value == 0.0 and twin.low is not None and twin.high is not None and twin.low < 0.0 < twin.high
+    assert gap_closed(base, base, full) == Gap(0.0, 0.0, 0.0) and gap_closed(full, base, full) == Gap(1.0, 1.0, 1.0)
+
+
 def fieller(rho: float, a: Sample, b: Sample, r: Sample) -> float:
     """|x̄ − ρȳ| in its standard errors, the baseline shared by both."""
     error2 = (1 - rho) ** 2 * b.error2 + a.error2 + rho**2 * r.error2
@@ -237,6 +283,8 @@ def test_unequal_searches_are_refused() -> None:
     check_equal_trials({})
     with pytest.raises(LoralignError, match=r"same number of rate trials: 'b' had 4, the others 5"):
         check_equal_trials({"a": 5, "b": 4, "c": 5})
+    with pytest.raises(LoralignError, match=r"same number of rate trials: 'b' had 7, the others 5"):
+        check_equal_trials({"a": 5, "b": 7, "c": 5})
 
 
 # ------------------------------------------------------------------------------------------------------ words and files

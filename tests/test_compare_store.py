@@ -282,6 +282,14 @@ def test_contents_and_not_paths(tmp_path: Path) -> None:
     assert set(content_of(study)) == {"model", "task.train", "task.valid", "task.test"} and shared_rows(study) == 1
 
 
+def test_shared_rows_are_counted_as_often_as_they_are_tested(tmp_path: Path) -> None:
+    texts = {"train": "a\nb\n", "valid": "c\r\n", "test": "c\na\n\na\nd"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(text.encode())
+    task = TaskSpec("text", *(str(tmp_path / f"{name}.jsonl") for name in texts))
+    assert shared_rows(replace(spec(tmp_path), task=task)) == 3
+
+
 # -------------------------------------------------------------------------------------------------------------- claims
 
 
@@ -349,6 +357,24 @@ def test_a_worker_elsewhere_lives_as_long_as_its_beat_changes(tmp_path: Path, mo
     assert again.finish(ended(1.0)) and there.outcomes()[FIRST.key].losses[-1] == 1.0
 
 
+def test_a_number_that_another_process_has_now_is_not_the_worker(tmp_path: Path) -> None:
+    store = Store(spec(tmp_path))
+    claim = store.claim(FIRST)
+    assert claim and FIRST.key in store.running()
+    claim._end()
+    machine, pid, born = storing.OWNER
+    store._journal.set_trial_user_attr(claim._trial, "owner", [machine, pid, born - 3600.0])
+    assert store.running() == {} and store.claim(FIRST)
+
+
+def test_an_outcome_is_kept_although_a_beat_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storing, "BEAT_S", 0.0)
+    store = Store(spec(tmp_path))
+    for t in wanted(spec(tmp_path), {}):
+        claim = store.claim(t)
+        assert claim and claim.finish(ended()) and not claim._life.is_alive()
+
+
 def test_a_clock_that_is_wrong_by_minutes_kills_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     claim = Store(spec(tmp_path)).claim(FIRST)
     assert claim
@@ -371,6 +397,16 @@ def test_half_a_line_of_a_killed_writer_is_cut_off(tmp_path: Path) -> None:
     journal.write_bytes(whole + b'{"op_code":6,"worker')
     assert Store(spec(tmp_path)).outcomes() == Store(spec(tmp_path)).outcomes() != {}
     assert journal.read_bytes() == whole
+
+
+def test_half_a_line_of_a_stopped_write_harms_no_worker_that_goes_on(tmp_path: Path) -> None:
+    """One worker dies in the middle of a line while another one, which opened the journal before, works on."""
+    store = Store(spec(tmp_path))
+    with (tmp_path / "study.journal").open("ab") as f:
+        f.write(b'{"op_code":6,"worker')
+    claim = store.claim(FIRST)
+    assert claim and claim.finish(ended(1.5))
+    assert Store(spec(tmp_path)).outcomes()[FIRST.key].losses == (2.5, 1.5)
 
 
 def test_a_journal_cut_anywhere_goes_on_to_the_same_outcomes(tmp_path: Path) -> None:

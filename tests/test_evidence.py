@@ -304,6 +304,18 @@ def test_the_model_is_left_as_it_was(need: Any) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("need", [NEED, Preheated(lambda r: 6, 2, "AB", micro_batches=2)], ids=["sketch", "preheat"])
+def test_gradients_that_were_there_are_there_again(need: Any) -> None:
+    """In the middle of an accumulation, as a loop of one's own may collect."""
+    model = put_in(llama(), recipe()).train()
+    batch = batches_for(model, 1)[0]
+    model(**batch).loss.backward()
+    before = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    collect(need, model, sites(model), batches_for(model, 3))
+    after = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert before and before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
 def test_directions_are_orthonormal_and_on_the_cpu() -> None:
     for need in (NEED, TopGradient(2, 2, None), Preheated(lambda r: 6, 2, "AB", micro_batches=2)):
         for d in gathered(None, need).values():

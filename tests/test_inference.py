@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import integrate, stats
+from scipy import integrate, optimize, special, stats
 from scipy.special import polygamma
 
 from loralign.compare import inference
 from loralign.compare.hierarchy import effects
 from loralign.compare.inference import (
+    DRAWS,
     RATE_CHOICE,
     Sample,
     against_baseline,
@@ -65,12 +66,25 @@ def test_moderation_at_its_ends() -> None:
     quiet, loud, _ = moderated([one(0, 0.0, 2), one(0, 1.0, 2), one(0, 1.0, 2)])
     assert 0 < quiet.variance < loud.variance
     assert moderated(still[:1]) == still[:1]
+    assert all(s.variance > 0 for s in moderated([one(0, 0.0, 2), one(0, 0.0, 2), one(0, 1.0, 2)]))  # most are equal
+
+
+def test_moderation_by_its_moments() -> None:
+    """d0 of ψ′(d0/2) = var(log s²) − ψ′(d/2), the variance of n values over n − 1, found here by bisection."""
+    s2, d = np.array([0.01, 0.3, 2.0, 90.0]), 4.0
+    found = moderated([one(0, v, d) for v in s2])
+    excess = np.log(s2).var(ddof=1) - special.polygamma(1, d / 2)
+    d0 = 2 * optimize.brentq(lambda half: special.polygamma(1, half) - excess, 1e-3, 1e3)
+    assert [s.df for s in found] == pytest.approx([min(d0 + d, 4 * d)] * 4)
+    log_s02 = np.log(s2).mean() - special.digamma(d / 2) + math.log(d / 2) + special.digamma(d0 / 2) - math.log(d0 / 2)
+    assert [s.variance for s in found] == pytest.approx((d0 * math.exp(log_s02) + d * s2) / (d0 + d))
 
 
 def test_welch_by_hand() -> None:
     """Equal variances and sizes: 2(n − 1); a baseline without error: the arm's own."""
     assert welch(one(0, 1, 2), one(0, 1, 2)) == pytest.approx(4)
     assert welch(one(0, 1, 2), one(0, 1e-12, 11)) == pytest.approx(2)
+    assert welch(one(0, 3, 2), one(0, 1, 8)) == pytest.approx((3 + 1) ** 2 / (3**2 / 2 + 1**2 / 8))
 
 
 def test_one_arm_with_known_variances_is_a_z_test() -> None:
@@ -115,6 +129,8 @@ def test_step_down_helps_the_second() -> None:
     back = against_baseline(arms[::-1], one(0.0), 0.05)
     assert [d.p for d in back[::-1]] == pytest.approx([d.p for d in both], abs=0.01)
     assert both[0].p <= both[2].p  # never falling
+    (certain,) = against_baseline([one(-20.0)], one(0.0), 0.05)
+    assert certain.p == 1 / (1 + DRAWS)  # no fewer than the draws can tell
 
 
 def test_arms_without_noise() -> None:

@@ -14,7 +14,7 @@ import warm
 from loralign import LoralignError, build
 from loralign.compare.rates import Rate, edge
 from loralign.compare.report import collect
-from loralign.compare.schedule import hopeless, in_order, rate_trials, should_stop, wanted
+from loralign.compare.schedule import hopeless, in_order, rate_trials, rates_of, should_stop, wanted
 from loralign.compare.spec import Arm, Budget, Outcome, Spec, TaskSpec, Trial
 from loralign.compare.store import Store
 from loralign.compare.study import work
@@ -140,6 +140,7 @@ def test_a_spike_is_not_hopeless(late: tuple[float, ...], stops: bool) -> None:
     assert hopeless(range(1, 7), losses, 8, [whole]) == stops
     assert not hopeless(range(1, 6), losses[:5], 8, [whole])  # not before three quarters of the steps
     assert not hopeless(range(1, 7), losses, 8, [replace(whole, pruned=True)])
+    assert hopeless(range(1, 7), (1.0, *losses[1:]), 8, [whole]) == stops  # what was before half of the steps is past
 
 
 # ------------------------------------------------------------------------------------------------ the choice of a rate
@@ -201,6 +202,29 @@ def test_a_best_rate_beside_a_given_up_outermost_one_is_at_an_edge() -> None:
     assert edge(1e-3, [*grid[:3], replace(grid[3], pruned=True)]) is None
 
 
+def test_nothing_is_given_up_before_all_that_it_is_judged_by_are_there_nor_on_further_seeds(tmp_path: Path) -> None:
+    study = spec(tmp_path, ("lora",), rates=3, choice_seeds=2, finalists=2, extensions=0)
+    bad = ((1, 2, 3), (9.0, 9.0, 9.0))
+    first, second, third = rate_trials(study, {})[0]
+    known = {t.key: Outcome((1, 2, 3, 4), (0.0,) * 4, (2.0, 1.5, 1.2, 1.0)) for t in (first, second, third)}
+    assert should_stop(third, *bad, study, {t.key: known[t.key] for t in (first, second)})
+    assert not should_stop(third, *bad, study, {first.key: known[first.key]})  # the second still runs
+    again, other = rate_trials(study, known)[0][3:]
+    assert {again.seed, other.seed} == {1001}
+    assert not should_stop(other, *bad, study, {**known, again.key: known[first.key]})
+
+
+def test_a_rate_counts_on_further_seeds_once_all_have_run(tmp_path: Path) -> None:
+    study = spec(tmp_path, ("lora",), choice_seeds=3, finalists=1, extensions=0)
+    outcome = Outcome((4,), (0.0,), (1.0,))
+    done = {t.key: outcome for t in rate_trials(study, {})[0]}
+    plan = rate_trials(study, done)[0]
+    one, two = (t for t in plan if t.seed != study.rate_seed)
+    for further, counted in (((), 1), ((one,), 1), ((one, two), 3)):
+        here = {**done, **{t.key: outcome for t in further}}
+        assert max(len(r.losses) for r in rates_of(study, study.arms[0], here, plan)) == counted
+
+
 def test_budget(tmp_path: Path) -> None:
     assert not work(spec(tmp_path, budget=Budget(trials=3)), runner({"lora": 0, "pissa": 0}))
     assert len(Store(spec(tmp_path)).outcomes()) == 3
@@ -220,7 +244,8 @@ def test_the_order_of_finish_changes_nothing(tmp_path: Path) -> None:
     def run(trial: Trial) -> Outcome:
         final = losses[trial.index]
         curve = (final + 3, final + (5 if trial.index == -2 else 2), final + 0.5, final)
-        return Outcome((2, 4, 6, 8), (1, 2, 3, 4), curve, metrics={"accuracy": final}, step_tokens=3.0)
+        ended = {"metrics": {"accuracy": final}, "rank": 8, "ranks": {"q": 4}}
+        return Outcome((2, 4, 6, 8), (1, 2, 3, 4), curve, step_tokens=3.0, **ended)  # type: ignore[arg-type]
 
     plan = rate_trials(study, {})[0]
     whole = {t.key: run(t) for t in plan}  # every trial ran to its end
@@ -230,6 +255,7 @@ def test_the_order_of_finish_changes_nothing(tmp_path: Path) -> None:
         for kept in range(1, len(o.steps) + 1):
             if should_stop(t, o.steps[:kept], o.losses[:kept], study, alone):
                 o = replace(o, steps=o.steps[:kept], seconds=o.seconds[:kept], losses=o.losses[:kept], pruned=True)
+                o = replace(o, metrics={"accuracy": 0.0}, rank=9, ranks={"q": 9})  # as they were at that step
                 break
         alone[t.key] = o
     given_up = {t.index: in_order(study, whole, plan)[t.key].steps for t in plan if alone[t.key].pruned}

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from loralign.compare.curves import Curve
+from loralign.compare.curves import Curve, Interval
 from loralign.compare.figures import COLOURS, bands, best_rates, loss_limits, rate_limits, styles
 from loralign.compare.hierarchy import Effect, Overall
 from loralign.compare.page.svg import Scale, apart, powers, short, signed, tag, ticks
 from loralign.compare.rates import Rate
 from loralign.compare.summary import in_plain_words, over_tasks_in_plain_words
-from loralign.compare.verdict import summarise
+from loralign.compare.verdict import StudyResult, summarise
 
 
 def curve(arm: str, seed: int, *losses: float, **more: Any) -> Curve:
@@ -81,6 +81,21 @@ def test_a_probable_arm_and_an_edge_are_not_hidden() -> None:
     said = in_plain_words(replace(result, arms=tuple(probable)))
     assert "plain `lora` is as good here" not in said and "`pissa` is probably better all the same (P ≥ 0.97)" in said
     assert "The best rate of `lora`, `full` and `pissa` lies at an edge" in said
+
+
+def test_an_interval_that_holds_no_difference_is_given_with_its_sign() -> None:
+    """Step-down tests find more than the intervals, which hold for the whole family together, leave out."""
+    arms = []
+    for a in summarise([c for arm in ("lora", "full", "pissa") for c in seeds(arm, 3.0)]).arms:
+        if a.comparison is not None:
+            low = 0.1 if a.arm == "full" else -0.02
+            found = replace(a.comparison, final=Interval(0.12, low, 0.24 - low, 3), p=(0.001, None))
+            arms.append(replace(a, comparison=found, kind="better"))
+        else:
+            arms.append(a)
+    said = in_plain_words(StudyResult(tuple(arms), {}, ()))
+    assert "Full fine-tuning ends 0.120 (98 % interval 0.100 … 0.140) below" in said
+    assert "better by 0.120 (98 % interval ± 0.140)" in said
 
 
 def test_many_arms_are_counted() -> None:

@@ -14,8 +14,7 @@ import torch
 from optuna.exceptions import OptunaError
 
 from loralign.compare.schedule import wanted
-from loralign.compare.spec import BASELINE, Failure, Outcome, Spec, Trial
-from loralign.compare.store import arm_of
+from loralign.compare.spec import BASELINE, Failure, Outcome, Spec, Trial, arm_of
 from loralign.types import LoralignError, WorkFailed
 
 LONGEST = 160

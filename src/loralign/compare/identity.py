@@ -73,17 +73,18 @@ def content_of(spec: Spec) -> dict[str, str]:
 
 def shared_rows(spec: Spec) -> int:
     """Lines of the test file that the training or the validation file holds, too; 0 for what is not a file of lines."""
-    lines = [_lines(p) for p in (spec.task.train, spec.task.valid, spec.task.test)]
-    return sum(line in lines[0] or line in lines[1] for line in lines[2])
+    known = {*_lines(spec.task.train), *_lines(spec.task.valid)}
+    return sum(line in known for line in _lines(spec.task.test))
 
 
 def copies(name: str, *others: str) -> bool:
     """Whether a file holds nothing but rows of the others: the same bytes, or lines that all stand there."""
-    own = _lines(name)
+    own = set(_lines(name))
     known = set().union(*(_lines(other) for other in others))
     return file_print(name) in {file_print(other) for other in others} or (bool(own) and own <= known)
 
 
-def _lines(name: str) -> set[bytes]:
+def _lines(name: str) -> list[bytes]:
     path = Path(name).expanduser()
-    return set(path.read_bytes().split(b"\n")) - {b""} if path.suffix == ".jsonl" and path.is_file() else set()
+    lines = path.read_bytes().splitlines() if path.suffix == ".jsonl" and path.is_file() else ()
+    return [line for line in lines if line.strip()]

@@ -152,7 +152,7 @@ def _step_down(seen: Array, null: Array) -> Array:
     raw = (1 + (least <= seen[order]).sum(axis=0)) / (1 + len(null))
     adjusted = np.empty(len(seen))
     adjusted[order] = np.maximum.accumulate(np.where(seen[order] == 0, 0.0, raw))
-    return np.where(seen == 1, 1.0, adjusted)
+    return adjusted
 
 
 def paired(differences: Sequence[Sample]) -> list[tuple[float, float]]:

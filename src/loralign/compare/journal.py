@@ -38,8 +38,11 @@ def opened(folder: Path) -> JournalStorage:
     _check_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = (folder / JOURNAL).resolve()
-    backend = JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
-    _cut_half_line(path)
+    lock = WholeLines(path)
+    backend = JournalFileBackend(str(path), lock_obj=lock)
+    if not _ends_whole(path):
+        lock.acquire()
+        lock.release()
     try:
         return JournalStorage(backend)
     except Exception as error:  # whatever optuna makes of a line that it did not write
@@ -84,19 +87,27 @@ def _are(values: Any, *kinds: type) -> bool:
     return all(isinstance(v, (int, float) if kind is float else kind) for v, kind in zip(values, kinds, strict=True))
 
 
-def _cut_half_line(path: Path) -> None:
-    """Remove what a worker that was killed while writing left behind; whoever writes now holds the lock."""
-    if _ends_whole(path):
-        return
-    lock = JournalFileOpenLock(str(path))
-    lock.acquire()
-    try:
-        if not _ends_whole(path):
-            whole = path.read_bytes()
-            with path.open("r+b") as f:
-                f.truncate(whole.rfind(b"\n") + 1)
-    finally:
-        lock.release()
+class WholeLines:
+    """The lock of a journal. Who takes it removes the half line that a stopped write (a kill, a full disk) left behind:
+    what any worker appends next would else become a part of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, JournalFileOpenLock(str(path))
+
+    def acquire(self) -> bool:
+        taken = self._lock.acquire()
+        try:
+            if not _ends_whole(self._path):
+                whole = self._path.read_bytes()
+                with self._path.open("r+b") as f:
+                    f.truncate(whole.rfind(b"\n") + 1)
+        except BaseException:
+            self._lock.release()
+            raise
+        return taken
+
+    def release(self) -> None:
+        self._lock.release()
 
 
 def _ends_whole(path: Path) -> bool:

@@ -18,7 +18,7 @@ from loralign.compare.page.build import Shown, page
 from loralign.compare.plots import plot_ranks, plot_rates, plot_seconds, plot_steps
 from loralign.compare.rates import Rate
 from loralign.compare.schedule import in_order, rate_trials, rates_of, seed_trials, wanted
-from loralign.compare.spec import Outcome, Spec, Trial
+from loralign.compare.spec import Outcome, Spec, Trial, arm_of
 from loralign.compare.store import Store
 from loralign.compare.tables import as_markdown, reached
 from loralign.compare.verdict import ArmResult, StudyResult, summarise
@@ -121,7 +121,7 @@ def report(spec: Spec) -> Shown:
     if ranks := {a.arm: a.ranks for a in result.arms if a.ranks}:
         plot_ranks(ranks, out / "ranks.png")
     arms = {arm.name for arm in spec.arms}
-    ran = {key: o for key, o in found.trials.items() if key.split("/", 1)[1].rsplit("/", 2)[0] in arms}
+    ran = {key: o for key, o in found.trials.items() if arm_of(key) in arms}
     shown = Shown(spec, result, found.curves, found.rates, ran, data)
     write_text(out / "report.html", page([shown]))
     return shown

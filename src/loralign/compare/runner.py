@@ -79,24 +79,26 @@ class Resident:
 
     def _check_arms(self) -> None:
         """Every arm fits the model and the steps: found before the first trial of any."""
-        warn_of_idle_arms(self.spec)
+        left = {}
         for arm in self.spec.arms:
             if isinstance(arm.recipe, Recipe):
                 adapted = put_in(self.task.model, arm.recipe)
                 try:
                     check_ranks(arm.recipe, sites(adapted))
-                    self._check_left(arm.recipe, adapted)
+                    left[arm.name] = self._left(arm.recipe, adapted)
                 except LoralignError as error:
                     raise LoralignError(f"arm {arm.name!r}: {error}") from error
                 finally:
                     adapted.unload()
+        warn_of_idle_arms(self.spec, left)
 
-    def _check_left(self, recipe: Recipe, adapted: nn.Module) -> None:
-        """What the start reads at least, and what a rule judges by, leave a step to train."""
+    def _left(self, recipe: Recipe, adapted: nn.Module) -> int:
+        """The steps that what the start reads, and what a rule judges by, leave at most; some, or this raises."""
         rows = recipe.init.needs.draws * self.spec.micro_batch_size
         tokens = round(rows * self.task.tokens_per_row) + self._judged(recipe, adapted)
-        left_after(tokens, self.task.tokens_per_row * self.spec.batch_size, self.spec)
+        left = left_after(tokens, self.task.tokens_per_row * self.spec.batch_size, self.spec)
         apart(self.task.train, recipe)
+        return left
 
     def _pristine(self) -> dict[str, Tensor]:
         """On the host: what some trial changes, which is the head and what full fine-tuning trains."""

@@ -199,4 +199,5 @@ def in_order(spec: Spec, done: Done, trials: Sequence[Trial]) -> dict[str, Outco
 def _given_up(o: Outcome, n: int) -> Outcome:
     """The outcome after n evaluations; what was measured later is forgotten."""
     steps, seconds, losses = o.steps[:n], o.seconds[:n], o.losses[:n]
-    return replace(o, steps=steps, seconds=seconds, losses=losses, pruned=True, metrics={}, step_tokens=0.0)
+    ended = replace(o, steps=steps, seconds=seconds, losses=losses, pruned=True)
+    return replace(ended, metrics={}, rank=0, ranks=None, step_tokens=0.0)

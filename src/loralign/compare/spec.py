@@ -1,4 +1,4 @@
-"""A study as plain data: arms, grid, seeds, task. `config.py` parses the file, nothing here interprets strings."""
+"""A study as plain data: arms, grid, seeds, task. `config/` parses the file, nothing here interprets its words."""
 
 from __future__ import annotations
 
@@ -125,6 +125,17 @@ class Trial:
     @property
     def key(self) -> str:
         return f"{self.phase}/{self.arm}/{self.index:+d}/{self.seed}"
+
+
+def key_parts(key: str) -> tuple[str, str, int, int]:
+    """Phase, arm, index and seed of a trial's key; an arm's name may hold any sign. Raises ValueError."""
+    phase, rest = key.split("/", 1)
+    arm, index, seed = rest.rsplit("/", 2)
+    return phase, arm, int(index), int(seed)
+
+
+def arm_of(key: str) -> str:
+    return key_parts(key)[1]
 
 
 @dataclass(frozen=True)

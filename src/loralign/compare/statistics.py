@@ -170,8 +170,9 @@ def gap_closed(arm: Sample | None, base: Sample | None, reference: Sample | None
         return Gap(None, reason="the 95 % interval of the gap itself holds 0")
     if y < 0:
         return Gap(None, reason="the baseline ends below the reference")
-    if arm in (base, reference):
-        return Gap(float(arm == reference), float(arm == reference), float(arm == reference))
+    if arm is base or arm is reference:  # not one that happens to end with equal numbers
+        own = float(arm is reference)
+        return Gap(own, own, own)
     t2 = float(stdtrit(min(welch(reference, base), welch(arm, base)), 0.975)) ** 2
     syy = t2 * (base.error2 + reference.error2)
     a, b, c = y**2 - syy, x * y - t2 * base.error2, x**2 - t2 * (base.error2 + arm.error2)

@@ -5,8 +5,8 @@ process: on the same machine that is looked up, from elsewhere it is seen by a b
 whatever the trial is doing. What is judged is whether the beat changes, by the observer's clock: clocks of different
 machines need not agree. A claim that died is taken over; should its worker come back, its outcome is dropped.
 
-A process killed in the middle of a write leaves half a line (cut off at the next start) or the lock file (released
-after 30 s without a change).
+A write that is stopped in its middle leaves half a line (cut off before the next write of anybody) or the lock file
+(released after 30 s without a change).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from loralign.compare.identity import (
     translated,
 )
 from loralign.compare.journal import JOURNAL, damaged, opened, outcome_of, study_id, wrong_in
-from loralign.compare.spec import Failure, Outcome, Spec, Trial
+from loralign.compare.spec import Failure, Outcome, Spec, Trial, arm_of, key_parts
 from loralign.io.described import first_difference
 from loralign.types import LoralignError
 
@@ -159,6 +159,7 @@ class Store:
 
     def spent_s(self) -> float:
         """Seconds of all trials: finished, running and given up half-way."""
+        self.outcomes()
         total = sum(o.total_s for _, o in self._outcomes.values())
         rest = [t for t in self._trials() if "beat" in t.user_attrs and t.state != TrialState.COMPLETE]
         return float(total + sum(t.user_attrs["beat"][0] for t in rest))
@@ -198,11 +199,6 @@ class Store:
         return now - self._beats[t.number][1] < STALE_S
 
 
-def arm_of(key: str) -> str:
-    """The arm in a trial's key, phase/arm/index/seed."""
-    return key.split("/", 1)[1].rsplit("/", 2)[0]
-
-
 class Claim:
     """A trial that this process runs; a thread shows that it lives."""
 
@@ -214,7 +210,8 @@ class Claim:
         self.lost = False
         """Another worker took the trial over: this one must not finish it."""
         self._ended = threading.Event()
-        threading.Thread(target=self._show_life, daemon=True).start()
+        self._life = threading.Thread(target=self._show_life, daemon=True)
+        self._life.start()
 
     def beat(self, step: int | None = None) -> None:
         self.step = self.step if step is None else step
@@ -223,7 +220,7 @@ class Claim:
 
     def finish(self, outcome: Outcome) -> bool:
         """Keep the outcome; False where the trial was lost."""
-        self._ended.set()
+        self._end()
         value = outcome.losses[-1] if outcome.losses and not outcome.diverged else 1e30
         text = json.dumps(asdict(outcome))
         self._write(lambda: self._journal.set_trial_user_attr(self._trial, "outcome", text))
@@ -237,9 +234,14 @@ class Claim:
         self.drop()
 
     def drop(self) -> None:
-        self._ended.set()
+        self._end()
         self.beat()
         self._write(lambda: self._journal.set_trial_state_values(self._trial, TrialState.FAIL))
+
+    def _end(self) -> None:
+        """No beat comes after what is written next: it would find the trial ended, and take that for a take-over."""
+        self._ended.set()
+        self._life.join()
 
     def _show_life(self) -> None:
         while not self._ended.wait(BEAT_S):
@@ -262,9 +264,9 @@ def begun_with(folder: Path) -> dict[str, Any]:
     """What a journal was begun with: "settings", "arm …", and the "rates tried" of the arm that tried most."""
     journal = opened(folder)
     study = study_id(journal, folder / JOURNAL)
-    keys = [t.user_attrs.get("key") for t in journal.get_all_trials(study, deepcopy=False)]
-    rates = {key.rsplit("/", 1)[0] for key in keys if isinstance(key, str) and key.startswith("rate/")}
-    tried = Counter(rate.rsplit("/", 1)[0] for rate in rates)
+    trials = [t for t in journal.get_all_trials(study, deepcopy=False) if "key" in t.user_attrs and not wrong_in(t)]
+    parts = [key_parts(t.user_attrs["key"]) for t in trials]
+    tried = Counter(arm for arm, _ in {(arm, index) for phase, arm, index, _ in parts if phase == "rate"})
     return {**journal.get_study_user_attrs(study), "rates tried": max(tried.values(), default=0)}
 
 

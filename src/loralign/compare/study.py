@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from statistics import median
 from uuid import uuid4
 
@@ -18,7 +18,7 @@ from loralign.compare.schedule import should_stop, wanted
 from loralign.compare.spec import Arm, Outcome, Spec, Trial
 from loralign.compare.store import Claim, Store
 from loralign.plan.course import check_length, idle
-from loralign.types import LoralignError, Recipe, WorkFailed
+from loralign.types import LoralignError, Recipe
 
 log = logging.getLogger("loralign")
 Runner = Callable[[Trial, Callable[[int, float], bool]], Outcome]
@@ -153,20 +153,22 @@ def no_room(spec: Spec, store: Store, started: float) -> bool:
     return late or (b.gpu_hours is not None and store.spent_s() + ahead + usual > 3600 * b.gpu_hours)
 
 
-def warn_of_idle_arms(spec: Spec) -> None:
-    """Name the arms that a trial would end before their rules act; raise where their schedule has no room."""
+def warn_of_idle_arms(spec: Spec, left: Mapping[str, int] | None = None) -> None:
+    """Name the arms that a trial would end before their rules act; raise where their schedule has no room.
+
+    left: steps of an arm whose start costs some.
+    """
     for arm in spec.arms:
+        steps = (left or {}).get(arm.name, spec.steps)
         if isinstance(arm.recipe, Recipe):
-            check_length(arm.recipe, spec.steps)
-        if isinstance(arm.recipe, Recipe) and (said := idle(arm.recipe, spec.steps)):
-            log.warning("%s", said)
+            check_length(arm.recipe, steps)
+            if said := idle(arm.recipe, steps):
+                log.warning("%s", said)
 
 
 def check_arms(arms: Iterable[Arm]) -> None:
-    """Names are unique and the plain references are there to be compared with."""
+    """No two of one name."""
     names = [arm.name for arm in arms]
     doubled = {n for n in names if names.count(n) > 1}
     if doubled:
         raise LoralignError(f"two arms are called {sorted(doubled)[0]!r}: give one of them another `name`")
-    if not names:
-        raise WorkFailed("a study needs at least one arm")

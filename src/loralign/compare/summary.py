@@ -8,7 +8,7 @@ from statistics import median
 
 from loralign.compare.hierarchy import Effect, Overall
 from loralign.compare.spec import BASELINE, REFERENCE
-from loralign.compare.verdict import LEVEL, ArmResult, StudyResult
+from loralign.compare.verdict import LEVEL, ArmResult, StudyResult, amount
 
 NAMED = 4
 """Of more arms than this the rest are counted."""
@@ -137,8 +137,8 @@ def _about_flags(arms: Sequence[ArmResult]) -> str:
 
 def _by(arm: ArmResult) -> str:
     assert arm.comparison is not None
-    low, high = sorted((abs(arm.comparison.final.low), abs(arm.comparison.final.high)))
-    return f"{abs(arm.comparison.final.mean):.3f} ({LEVEL} interval {low:.3f} … {high:.3f})"
+    by, bounds = amount(arm.comparison)
+    return f"{by} ({LEVEL} interval {bounds})"
 
 
 def _names(arms: Sequence[ArmResult]) -> str:

@@ -185,14 +185,20 @@ def _sentence(
     return "; ".join(part for part in parts if part)
 
 
-def _about_final(c: Comparison, base: str) -> str:
+def amount(c: Comparison) -> tuple[str, str]:
+    """By how much an arm's final loss differs, whichever way, and the interval: ± where it holds 0, else its bounds."""
     low, high = sorted((abs(c.final.low), abs(c.final.high)))
     half = c.final.high - c.final.mean
+    n = max(_decimals(abs(c.final.mean)), _decimals(half))
+    bounds = f"± {half:.{n}f}" if 0.0 in c.final else f"{low:.{n}f} … {high:.{n}f}"
+    return f"{abs(c.final.mean):.{n}f}", bounds
+
+
+def _about_final(c: Comparison, base: str) -> str:
+    half = c.final.high - c.final.mean
     if c.final_sign:
-        n = max(_decimals(abs(c.final.mean)), _decimals(half))
-        inside = 0.0 not in c.final
-        bounds = f" ({LEVEL} {low:.{n}f} … {high:.{n}f})" if inside else f" (± {half:.{n}f})"
-        return f"{'better' if c.final_sign > 0 else 'worse'} than {base} by {abs(c.final.mean):.{n}f}{bounds}"
+        by, bounds = amount(c)
+        return f"{'better' if c.final_sign > 0 else 'worse'} than {base} by {by} ({LEVEL} {bounds})"
     noise = f"{-c.final.mean:+.{_decimals(half)}f} ± {half:.{_decimals(half)}f}"
     if c.speed_sign:
         return f"ends level with {base} within noise ({noise})"

@@ -30,8 +30,8 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from loralign.carrier.stored import WEIGHTS, BadInput, Broken, check_stored, rank_of, read_config
-from loralign.carrier.targets import linear_modules
+from loralign.carrier.stored import CONFIG, WEIGHTS, BadInput, Broken, check_stored, rank_of, read_config
+from loralign.carrier.targets import PREFIX, linear_modules
 from loralign.maths.linalg import product_svd, top_svd
 from loralign.types import LoralignError
 
@@ -85,7 +85,7 @@ def members(sources: Sequence[Path], base: Path | None, targets: Sequence[Target
     if doubled:
         raise LoralignError(f"{doubled[0]} is given twice and would agree with itself: name every source once")
     facts = {"sources": [_identity(p) for p in sources], "base": _identity(base) if base else None, "width": width}
-    adapters = [(p / "adapter_config.json").is_file() for p in sources]
+    adapters = [is_adapter(p) for p in sources]
     if any(adapters) and base:
         raise LoralignError("adapters are differences from their base already: leave `base` out")
     if len(sources) < 2 and (all(adapters) or base):
@@ -102,6 +102,10 @@ def members(sources: Sequence[Path], base: Path | None, targets: Sequence[Target
     origin = Checkpoint(base)
     groups = {t.name: [partial(_delta, c, origin, t, width, moved) for c in opened] for t in wanted}
     return Members(groups, width, {"kind": "deltas", **facts}, moved)
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
 
 
 def _identity(folder: Path) -> dict[str, str]:
@@ -160,10 +164,10 @@ class Adapter:
     def names(self) -> dict[str, str]:
         """Module name -> key stem in the file."""
         stems = [k.removesuffix(".lora_A.weight") for k in self.shapes if k.endswith(".lora_A.weight")]
-        return {stem.removeprefix("base_model.model."): stem for stem in stems}
+        return {stem.removeprefix(PREFIX): stem for stem in stems}
 
     def scale(self, name: str) -> float:
-        with reading(self.folder / "adapter_config.json"):
+        with reading(self.folder / CONFIG):
             config, r = self.config, rank_of(self.config, name)
             alphas = config.get("alpha_pattern") or {}
             alpha = float(alphas.get(get_pattern_key(alphas, name), config["lora_alpha"]))

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loralign.evidence.sources import Members, Target, members, pattern
+from loralign.evidence.sources import Members, Target, is_adapter, members, pattern
 from loralign.maths.linalg import canonical_columns, top_svd
 from loralign.types import LoralignError
 
@@ -120,8 +120,7 @@ def check_sources(sources: Sequence[str], base: str | None = None) -> None:
     if len(paths) == 1 and paths[0].is_file():
         read_basis(paths[0])
     elif paths:
-        adapters = all((p / "adapter_config.json").is_file() for p in paths)
-        members(paths, Path(base) if base else None, None if adapters else [], 1)
+        members(paths, Path(base) if base else None, None if all(map(is_adapter, paths)) else [], 1)
 
 
 def extract(

@@ -139,16 +139,18 @@ def ready(model: nn.Module, sites: Sequence[Site], *, asleep: bool = True) -> It
     asleep: idle adapters are not computed, which shows as "disabled" to whoever asks the layers. Otherwise adapters
     stay as PEFT's `disable_adapter` leaves them, requiring gradients: a checkpointed forward is then recomputed alike.
     """
-    flags = {p: p.requires_grad for p in model.parameters()}
+    kept = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    for p in kept:
+        p.grad = None
     try:
         with _without_idle_adapters(sites if asleep else ()), _checkpointing_works(model):
             for name, p in model.named_parameters():
                 p.requires_grad_(not asleep and p.requires_grad and ".lora_" in name)
             yield
     finally:
-        for p, flag in flags.items():
+        for p, (flag, grad) in kept.items():
             p.requires_grad_(flag)
-            p.grad = None if flag else p.grad
+            p.grad = grad
 
 
 def _scalar(value: Any) -> Tensor:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from loralign.carrier.stored import sha256
+from loralign.carrier.stored import WEIGHTS, sha256
 from loralign.io.described import described, first_difference
 from loralign.io.json_file import read_json
 from loralign.io.provenance import write_text
@@ -167,7 +167,7 @@ def _unread(folder: Path) -> str:
     """Of format 1, which has no sums: parts that are missing or empty."""
     log.warning("%s is of an older loralign, without checksums: its parts are taken as they are", folder.name)
     names = ["optimizer.pt", "scheduler.pt", "trainer_state.json"]
-    names += [p.name for p in folder.glob("*.safetensors")] or ["adapter_model.safetensors"]
+    names += [p.name for p in folder.glob("*.safetensors")] or [WEIGHTS]
     empty = [n for n in names if not (folder / n).is_file() or not (folder / n).stat().st_size]
     return f"{empty[0]} is missing or empty" if empty else ""
 

@@ -23,7 +23,7 @@ from transformers import (
 from loralign.carrier.abilities import fresh_heads, positions, width
 from loralign.carrier.slot import is_adapted
 from loralign.carrier.storage import will_be_split
-from loralign.carrier.stored import BadInput, check_base, out_of_memory
+from loralign.carrier.stored import CONFIG, BadInput, check_base, out_of_memory
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
@@ -159,7 +159,7 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
             raise LoralignError(f"no such file: {name}; give the .gguf file of the model, or its folder")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        if (path / CONFIG).exists() and not (path / "config.json").exists():
             raise LoralignError(f"{name} holds an adapter, not a base model: give the base model in `model`")
         if not (path / "config.json").exists():
             raise LoralignError(f"{name} is no model folder: it has no config.json")

@@ -23,7 +23,7 @@ from loralign.compare.page.heat import rank_charts
 from loralign.compare.page.svg import tag
 from loralign.compare.page.tables import arms_table, trials_table
 from loralign.compare.rates import Rate
-from loralign.compare.spec import BASELINE, Outcome, Spec, rate
+from loralign.compare.spec import BASELINE, Outcome, Spec, key_parts, rate
 from loralign.compare.summary import in_plain_words
 from loralign.compare.tables import budgets
 from loralign.compare.verdict import FIXED, LEVEL, ArmResult, StudyResult
@@ -268,10 +268,10 @@ def _folded(summary: str, text: str) -> str:
 def _trials(s: Shown, arms: Arms, number: int, *, several: bool) -> str:
     lrs = {}
     for key in s.trials:
-        arm, index = key.split("/", 1)[1].rsplit("/", 2)[:2]
+        _, arm, index, _ = key_parts(key)
         own = next((a for a in s.spec.arms if a.name == arm), None)
         if own:
-            lrs[key] = rate(own, int(index), s.spec.ratio)
+            lrs[key] = rate(own, index, s.spec.ratio)
     known = {k: o for k, o in s.trials.items() if k in lrs}
     task = s.spec.task_name
     file, name = (f"{task}/results.json", f"results-{task}.json") if several else ("results.json",) * 2

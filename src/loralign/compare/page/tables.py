@@ -7,7 +7,7 @@ from html import escape
 
 from loralign.compare.curves import Interval, Reach
 from loralign.compare.page.svg import Number, short, signed, tag
-from loralign.compare.spec import Outcome
+from loralign.compare.spec import Outcome, key_parts
 from loralign.compare.tables import slots, spread
 from loralign.compare.verdict import ArmResult, StudyResult
 
@@ -124,12 +124,11 @@ def trials_table(trials: Mapping[str, Outcome], rates: Mapping[str, float], numb
     """Every finished trial; rates: by key."""
     rows, arms = [], []
     for key, o in trials.items():
-        phase, rest = key.split("/", 1)
-        arm, _, seed = rest.rsplit("/", 2)
+        phase, arm, _, seed = key_parts(key)
         ended = o.note or ("diverged" if o.diverged else "given up" if o.pruned else "finished")
         lr, last = rates.get(key), o.losses[-1] if o.losses else None
         rows.append([
-            arm, "search" if phase == "rate" else "result", (short(lr), lr) if lr else EMPTY, (seed, int(seed)),
+            arm, "search" if phase == "rate" else "result", (short(lr), lr) if lr else EMPTY, (str(seed), seed),
             (str(o.steps[-1]), o.steps[-1]) if o.steps else EMPTY, (f"{last:.4f}", last) if last is not None else EMPTY,
             ended, (f"{o.init_tokens:,}", o.init_tokens) if o.init_tokens else EMPTY, (f"{o.total_s:.1f}", o.total_s),
         ])  # fmt: skip
