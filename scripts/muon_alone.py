@@ -26,8 +26,9 @@ def work(number: int, seconds: float, waiting: bool, library: str) -> tuple[int,
         os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
     import torch
 
-    torch.backends.cuda.preferred_blas_library(library)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.backends.cuda.preferred_blas_library(library)
     torch.manual_seed(number)
     matrices = [torch.nn.Parameter(torch.randn(*shape, device=device) * 0.02) for _ in range(30) for shape in SHAPES]
     optimizer = torch.optim.Muon(matrices, 1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
