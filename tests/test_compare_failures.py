@@ -9,6 +9,7 @@ import subprocess
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,25 @@ def test_two_workers_and_an_arm_that_fails(tmp_path: Path) -> None:
     assert "1 arm failed and is left out" in done.stderr and "workers failed" not in done.stderr
     found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert [arm["arm"] for arm in found["result"]["arms"]] == ["full", "lora", "pissa"]
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_worker_that_is_killed_costs_nothing_where_the_others_come_to_the_end(
+    tmp_path: Path, complete: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_study(tmp_path)
+    study = load(file)
+    work(study if complete else replace(study, budget=replace(study.budget, trials=2)), failing({}))
+    ends = iter(["import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "print('[1/9] lora')"])
+    made = partial(subprocess.Popen, stderr=subprocess.STDOUT)
+
+    def worker(command: list[str], *, stdout: Any, **_: Any) -> subprocess.Popen[bytes]:
+        return made([command[0], "-c", next(ends)], stdout=stdout)
+
+    monkeypatch.setattr("loralign.cli.compare.subprocess.Popen", worker)
+    code = main(["compare", str(file), "--workers", "2"])
+    said = capsys.readouterr().err
+    told = "1 of 2 workers failed, what they finished is kept; the first was ended by SIGKILL"
+    assert told in said and "[1/9]" not in said
+    assert (code, "the others came to the end" in said) == ((0, True) if complete else (1, False))
+    assert (tmp_path / "out" / "report.html").exists() == complete

@@ -1,7 +1,7 @@
 """The command line: one function per command, which parses, calls the library and says what came out.
 
-Exit codes: 0 ok · 1 the work failed · 2 bad input · 3 verification failed · 130, 143 stopped. An error is one sentence
-on stderr; `--debug` adds the traceback.
+Exit codes: 0 ok · 1 the work failed · 2 bad input · 3 verification failed · 129, 130, 143 stopped. An error is one
+sentence on stderr; `--debug` adds the traceback.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def root(
 
 @app.command(epilog="Example: loralign train examples/sft-lora-ga.yaml --set train.steps=10")
 def train(
+    context: typer.Context,
     recipe: Recipe,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")] = False,
@@ -91,6 +92,7 @@ def train(
         plan(recipe, overrides)
         return
     job = job_of(recipe, overrides, resume=resume)
+    context.obj.output = job.output
     from loralign.evidence.ranks import leave
     from loralign.train.sft import run
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from uuid import uuid4
@@ -19,6 +19,8 @@ from loralign.types import LoralignError, WorkFailed
 
 if TYPE_CHECKING:
     from loralign.compare.spec import Outcome, Spec, Trial
+
+log = logging.getLogger("loralign")
 
 PARENT, SESSION = "LORALIGN_PARENT", "LORALIGN_SESSION"
 """In the environment of a worker: the process that started it, and the run of the command that it is part of."""
@@ -44,6 +46,8 @@ def say(text: str) -> None:
 
 def run(study: Path, overrides: Sequence[str], *, workers: int, worker: bool, only_report: bool) -> None:
     """The command: work, then say what came out. WorkFailed names arms that are left out."""
+    if worker and PARENT in os.environ:
+        threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     specs = specs_of(study, overrides, reading=only_report)
     if worker:
         work_as_one_of_many(specs)
@@ -69,8 +73,6 @@ def run_alone(specs: Sequence[Spec]) -> None:
 
 def work_as_one_of_many(specs: Sequence[Spec]) -> None:
     """This process works and says what it finished itself."""
-    if PARENT in os.environ:
-        threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     from loralign.compare.live import line
 
     started, session = time.monotonic(), os.environ.get(SESSION) or uuid4().hex
@@ -131,7 +133,6 @@ def work_here(spec: Spec, started: float, session: str, on_done: object = None) 
 @contextmanager
 def _said_once() -> Iterator[None]:
     """Within: what every trial says of itself is for --debug alone, and what it warns of is said once."""
-    log = logging.getLogger("loralign")
     if log.getEffectiveLevel() != logging.INFO:
         yield
         return
@@ -158,14 +159,15 @@ class _Once(logging.Filter):
 
 
 def run_workers(study: Path, overrides: Sequence[str], count: int, specs: Sequence[Spec]) -> None:
-    """`count` processes on this machine; GPUs are dealt out round robin. A worker that fails fails the command.
+    """`count` processes on this machine; GPUs are dealt out round robin. A worker that fails fails the command, unless
+    the others came to the study's end.
 
     What a worker says goes to `worker-N.log` in the (first task's) folder; here the whole study is shown.
     """
     import torch
 
     from loralign.compare.live import watched
-    from loralign.compare.study import warn_of_idle_arms
+    from loralign.compare.study import is_complete, warn_of_idle_arms
 
     warn_of_idle_arms(specs[0])
     gpus, session = torch.cuda.device_count(), uuid4().hex
@@ -174,36 +176,49 @@ def run_workers(study: Path, overrides: Sequence[str], count: int, specs: Sequen
     with ExitStack() as stack:
         for spec in specs:
             stack.enter_context(watched(spec, say, session=session))
-        logs, workers = [], []
+        logs: list[IO[str]] = []
+        workers: list[subprocess.Popen[bytes]] = []
+        stack.callback(_end, workers)
         for i in range(count):
             given = {PARENT: str(os.getpid()), SESSION: session}
             given |= {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus > 1 else {}
             logs.append(stack.enter_context((specs[0].output / f"worker-{i + 1}.log").open("w+", encoding="utf-8")))
-            made = subprocess.Popen(command, env={**os.environ, **given}, stdout=logs[-1], stderr=subprocess.STDOUT)
-            stack.callback(_end, made)
-            workers.append(made)
+            workers.append(
+                subprocess.Popen(command, env={**os.environ, **given}, stdout=logs[-1], stderr=subprocess.STDOUT)
+            )
         codes = [w.wait() for w in workers]
-        failed = [(code, _last_line(log)) for code, log in zip(codes, logs, strict=True) if code]
+        failed = [(code, _last_words(code, said)) for code, said in zip(codes, logs, strict=True) if code]
     if failed:
         code, said = failed[0]
-        kind = LoralignError if code == 2 else WorkFailed
-        raise kind(f"{len(failed)} of {count} workers failed, what they finished is kept; the first said: {said}")
+        told = f"{len(failed)} of {count} workers failed, what they finished is kept; the first {said}"
+        if not all(is_complete(spec, session) for spec in specs):
+            raise (LoralignError if code == 2 else WorkFailed)(told)
+        log.warning("%s; the others came to the end", told)
 
 
-def _end(worker: subprocess.Popen[bytes]) -> None:
-    """Ask it to stop, then make it."""
-    if worker.poll() is None:
-        worker.terminate()
-        try:
-            worker.wait(10)
-        except subprocess.TimeoutExpired:
+def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask them to stop, then make them: after ten seconds, or at once where this process is told to stop again."""
+    left = [worker for worker in workers if worker.poll() is None]
+    try:
+        for worker in left:
+            worker.terminate()
+        until = time.monotonic() + 10
+        for worker in left:
+            with suppress(subprocess.TimeoutExpired):
+                worker.wait(max(0.0, until - time.monotonic()))
+    finally:
+        for worker in left:
             worker.kill()
 
 
-def _last_line(log: IO[str]) -> str:
-    log.seek(0)
-    lines = [text for text in log.read().splitlines() if text.strip()]
-    return lines[-1].removeprefix("loralign: ") if lines else "nothing"
+def _last_words(code: int, said: IO[str]) -> str:
+    """How a worker ended that failed: by which signal, else its last line."""
+    if code < 0:
+        memory = ", as by a system that is out of memory: take fewer `--workers`" if code == -signal.SIGKILL else ""
+        return f"was ended by {signal.Signals(-code).name}{memory}"
+    said.seek(0)
+    lines = [text for text in said.read().splitlines() if text.strip()]
+    return f"said: {lines[-1].removeprefix('loralign: ') if lines else 'nothing'}"
 
 
 def say_results(specs: Sequence[Spec]) -> None:

@@ -7,61 +7,21 @@ import errno
 import logging
 import os
 import re
-import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from types import FrameType
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import typer
+
+from loralign.cli.stop import Signals
 
 FIRST = os.environ.get("RANK", "0") == "0"
 """Under `accelerate launch` or torchrun the first process speaks for all; errors come from each."""
 LONGEST = 290
 """Characters of a sentence about an error."""
-GOES_ON = {
-    "train": "`--resume` goes on from what was saved",
-    "tasks": "`--resume` goes on from what was saved",
-    "compare": "the same command goes on where it was",
-}
-
-
-# -------------------------------------------------------------------------------------------------------------- signals
-
-
-class Signals:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt in the main thread, and are remembered: a library may turn the
-    exception into one of its own."""
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        raise KeyboardInterrupt
-
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def answer(self, command: str) -> tuple[int, str]:
-        """Exit code and sentence."""
-        number = self.received or signal.SIGINT
-        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
-        return 128 + number, "; ".join([f"stopped{by}", *([GOES_ON[command]] if command in GOES_ON else [])])
-
 
 # ----------------------------------------------------------------------------------------------------------- exit codes
 
@@ -74,42 +34,47 @@ def guarded(app: typer.Typer, argv: Sequence[str]) -> int:
         with stop.handled():
             code, text = _outcome(app, words, debug, stop)
             if text:
-                typer.echo(f"loralign: {clipped(text)}", err=True)
+                _tell(f"loralign: {clipped(text)}")
             if sys.stdout is not None:  # closed by whoever started us
                 sys.stdout.flush()
     except KeyboardInterrupt:  # a second one, while the first was answered
-        return 130
+        return stop.code
     except BrokenPipeError:  # the reader of our output has seen enough, as in `loralign methods | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # stdout is closed, or a disk that is full
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        typer.echo(f"loralign: cannot write to standard output: {error.strerror or error}", err=True)
+        _tell(f"loralign: cannot write to standard output: {error.strerror or error}")
         return 1
     return code
 
 
+def _tell(text: str) -> None:
+    """The last line, where there is still a terminal to read it."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
+
+
 def _outcome(app: typer.Typer, words: list[str], debug: bool, stop: Signals) -> tuple[int, str]:
     """Exit code of a call, and what is to be said of it."""
-    command = words[0] if words else ""
     try:
         check_words(words)
         with _quiet(debug):
-            done = app(args=words or ["--help"], prog_name="loralign", standalone_mode=False)
+            done = app(args=words or ["--help"], prog_name="loralign", standalone_mode=False, obj=stop)
     except (KeyboardInterrupt, typer.Abort):
-        return stop.answer(command)
+        return stop.code, stop.answer(words)
     except BrokenPipeError:
         raise
     except SystemExit as left:
         return (left.code if isinstance(left.code, int) else int(left.code is not None)), ""
     except Exception as error:
         if stop.received:
-            return stop.answer(command)
+            return stop.code, stop.answer(words)
         if debug:
             traceback.print_exc()
         return explained(error)
     if done == 130:  # typer's own answer to Ctrl-C
-        return stop.answer(command)
+        return stop.code, stop.answer(words)
     return (done if isinstance(done, int) else 0), ""
 
 

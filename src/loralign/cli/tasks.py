@@ -11,6 +11,7 @@ from loralign.cli.run import progress, say
 
 
 def tasks(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A tasks file (YAML).")],
     overrides: Annotated[
         list[str] | None,
@@ -28,6 +29,7 @@ def tasks(
 
         hidden = hidden_size(settings.model, revision=settings.revision)
     job = to_tasks(settings, hidden)
+    context.obj.output = job.output
     say(f"{job.recipe.name}: learning rate {job.training.learning_rate:.3g} ({job.lr_source})")
     from loralign.train.task_text import run_text
 

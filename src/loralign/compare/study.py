@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from loralign.compare.failures import check_worth_going_on, crowded, device_is_gone, failure_of, is_the_arms, standing
 from loralign.compare.schedule import should_stop, wanted
-from loralign.compare.spec import Arm, Outcome, Spec, Trial
+from loralign.compare.spec import BASELINE, Arm, Outcome, Spec, Trial
 from loralign.compare.store import Claim, Store
 from loralign.plan.course import check_length, idle
 from loralign.types import LoralignError, Recipe
@@ -81,6 +81,14 @@ def work(
                 on_done(trial, outcome, len(store.outcomes()), len(plan))
             continue
         time.sleep(POLL_S)  # other workers hold the rest
+
+
+def is_complete(spec: Spec, session: str) -> bool:
+    """Whether no trial is left but those of arms that failed in this run of the command."""
+    store = Store(spec)
+    done = store.outcomes()
+    going, out = standing(spec, done, store.failures(), session)
+    return BASELINE not in out and bool(going.arms) and all(t.key in done for t in wanted(going, done))
 
 
 def chosen(free: Sequence[Trial], compiled: Collection[str]) -> Trial:
