@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -11,7 +12,11 @@ from pathlib import Path
 import pytest
 
 from browser import needs_browser, visit
+from loralign import build
 from loralign.cli.app import main
+from loralign.compare.report import report
+from loralign.compare.spec import Arm, Outcome, Spec, TaskSpec, Trial
+from loralign.compare.study import work
 
 RECORD = Path(__file__).parent.parent / "records" / "2026-11-26-h100-study"
 VOID = {"meta", "link", "br", "input"}
@@ -118,3 +123,70 @@ def test_at_work_in_a_browser(page: Path, width: int) -> None:
     assert len(found["on"]) > 3 and set(found["on"]) == {"3"} and not found["off"]
     assert "loss " in found["tip"] and found["link"].startswith("blob:")
     assert found["text"] >= 10  # pixels of a line in a figure
+
+
+NAMES = (
+    *("lora", "full", "W" * 60, "a_very_long_name_without_any_space_that_goes_on_and_on_at_1"),
+    *("<b>\"x\"</b> & 'y'", "a|b"),
+)
+
+
+def odd_study(folder: Path, scale: float) -> None:
+    """The report of arms whose names are long, broad, or mean something in HTML and Markdown; losses are about so
+    large, where it is infinite every trial diverges."""
+    arms = tuple(Arm(name, build(name if name in ("lora", "full") else "pissa"), lr=1e-3) for name in NAMES)
+
+    def run(trial: Trial, tell: object) -> Outcome:
+        end = scale * (2.0 + 0.05 * len(trial.arm) + 0.02 * abs(trial.index) + 0.001 * (trial.seed % 7))
+        wild = end == math.inf or (trial.arm == "a|b" and trial.index != 0)
+        ranks = {f"layers.{i}.{kind}": i + 1 for i in range(3) for kind in ("q_proj", "v_proj")}
+        losses = (end + scale, end)
+        return Outcome((2, 4), (0.1, 0.2), losses, ranks=ranks, diverged=wild, step_tokens=1.0, total_s=0.2)
+
+    study = Spec("some/model", TaskSpec("text", "a", "b", "c"), arms, folder, 4, rates=3, seeds=3, choice_seeds=1)
+    work(study, run)
+    report(study)
+
+
+MESS = """
+  const box = e => e.getBoundingClientRect(), seen = e => e.getClientRects().length > 0;
+  const all = query => [...document.querySelectorAll(query)].filter(seen);
+  const within = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+    && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3;
+  const over = [];
+  for (const figure of all(".figure")) {
+    const texts = [...figure.querySelectorAll("text:not(.in)")].filter(seen).map(e => [e.textContent, box(e)]);
+    texts.forEach(([a, at], i) => texts.slice(i + 1).forEach(([b, other]) => within(at, other) && over.push([a, b])));
+  }
+  const beyond = all(".figure text").filter(e => box(e).right > innerWidth + 1).map(e => e.textContent);
+  const first = all("section table td:first-child").map(e => box(e).width);
+  return {over, beyond, first: Math.max(...first) / innerWidth};
+"""
+
+
+@pytest.fixture(scope="module", params=[1e-4, *(pytest.param(s, marks=pytest.mark.slow) for s in (1.0, 1e5))])
+def odd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("odd")
+    odd_study(folder, request.param)
+    return folder
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, pytest.param(1280, marks=pytest.mark.slow)])
+def test_no_label_covers_another_whatever_arms_are_called(odd: Path, width: int) -> None:
+    found, console = visit(odd / "report.html", MESS, width=width)
+    assert not console and not found["over"] and not found["beyond"]
+    assert found["first"] < 0.5, "the first column, which stays, leaves room for the others"
+
+
+def test_names_are_literal_in_markdown(odd: Path) -> None:
+    lines = (odd / "results.md").read_text(encoding="utf-8").splitlines()
+    cells = {len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")}
+    assert len(cells) == 1 and any(line.startswith("| a\\|b |") for line in lines)
+    assert "<b>" not in "".join(line.replace("\\<", "") for line in lines)
+
+
+def test_a_study_whose_every_trial_diverged_shows_the_rates(tmp_path: Path) -> None:
+    odd_study(tmp_path, math.inf)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count('class="lost"') == len(NAMES) * 6 and "No finished <code>lora</code> arm" in page

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from loralign.compare.curves import Curve, Interval
-from loralign.compare.figures import COLOURS, bands, best_rates, loss_limits, rate_limits, styles
+from loralign.compare.figures import COLOURS, bands, best_rates, fitted, loss_limits, rate_limits, styles, width
 from loralign.compare.hierarchy import Effect, Overall
-from loralign.compare.page.svg import Scale, apart, powers, short, signed, tag, ticks
+from loralign.compare.numbers import between, decimals, loss, spread
+from loralign.compare.page.svg import Scale, apart, minus, powers, short, tag, ticks
 from loralign.compare.rates import Rate
 from loralign.compare.summary import in_plain_words, over_tasks_in_plain_words
 from loralign.compare.verdict import StudyResult, summarise
@@ -56,6 +57,21 @@ def test_a_control_that_shows_nothing_is_said_and_so_is_a_missing_one() -> None:
         assert "would not have been seen." in blind and "as good" not in blind
     assert told(lora=3.0, pissa=3.0).startswith("Without a finished `full` arm nothing shows")
     assert in_plain_words(summarise([])) == "No finished `lora` arm: nothing is tested."
+
+
+def test_a_baseline_without_a_result_is_the_first_thing_said() -> None:
+    lost = [Rate("lora", lr, math.inf, diverged=True) for lr in (1e-3, 2e-3)]
+    result = summarise(seeds("pissa", 3.0), [*lost, Rate("pissa", 1e-3, 3.0), Rate("pissa", 2e-3, 3.1)])
+    assert {a.arm: a.sentence for a in result.arms}["lora"].startswith("no learning rate finished")
+    result = replace(result, notes=("trials ran on A100, H200", *result.notes), failed={"hrp": "it broke"})
+    assert in_plain_words(result) == (
+        "No finished `lora` arm: nothing is tested. `lora`: no learning rate finished: every trial diverged or was "
+        "given up. `hrp` failed and is left out."
+    )
+    diverged = summarise([curve("lora", s, 3.0, math.inf, diverged=True) for s in range(3)])
+    assert diverged.arms[0].sentence.startswith("diverged on 3 of 3 seeds")
+    unfinished = replace(result, arms=(), notes=("failed and left out: it broke", "the search is unfinished, 1 of 2"))
+    assert in_plain_words(unfinished) == "The search is unfinished, 1 of 2. `hrp` failed and is left out."
 
 
 def test_over_tasks_arms_are_better_worse_or_nobody_can_tell() -> None:
@@ -133,10 +149,57 @@ def test_rates_far_above_the_best_do_not_stretch_the_axis() -> None:
     assert low < 2.9 and 3.1 <= top < 4
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-7, 2.2, 40.0, 1e7])
+def test_an_axis_of_one_value_has_labels_that_differ(value: float) -> None:
+    rates = [Rate("lora", 10.0**i, value) for i in range(3)]
+    flat = bands([curve("lora", s, value, value) for s in range(2)], "seconds")
+    for low, top in (rate_limits(rates, best_rates(rates)), loss_limits(flat)):
+        labels = [f"{v:g}" for v in ticks(low, top)]
+        assert low < value < top and len(set(labels)) == len(labels) > 1
+
+
+@pytest.mark.parametrize("room", [40, 99, 138, 200])
+@pytest.mark.parametrize(
+    "name", ["lora-ga, rank 64, 8 micro-batches", "W" * 60, "i" * 60, "日本語の名前はとても長いので", "a b"]
+)
+def test_a_name_fits_and_keeps_its_end(name: str, room: int) -> None:
+    shown = fitted(name, room)
+    assert width(shown, 12.5) <= room and (shown == name) == (width(name, 12.5) <= room)
+    if shown != name:
+        head, tail = shown.split("…")
+        assert name.startswith(head) and name.endswith(tail) and head and tail
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "said"),
+    [
+        (0.1, -0.0001, 0.25, "+0.100 (+0.000 … +0.250)"),  # no zero with a minus
+        (0.0, -0.0, 0.0, "+0.000 (+0.000 … +0.000)"),
+        (-0.00021, -0.00032, -0.0001, "-0.00021 (-0.00032 … -0.00010)"),
+        (12345.678, 12000.0, 13000.5, "+12346 (+12000 … +13000)"),
+        (2.5e7, -math.inf, 3e7, "+2.5e+07 (-inf … +3e+07)"),
+    ],
+)
+def test_differences_have_the_decimals_that_show_them(mean: float, low: float, high: float, said: str) -> None:
+    assert between(mean, low, high) == said
+
+
+def test_losses_have_the_decimals_that_show_them() -> None:
+    assert [loss(x) for x in (2.5, 0.0123, 0.00012, 0.0, 512.25)] == [
+        "2.5000",
+        "0.0123",
+        "0.00012",
+        "0.0000",
+        "512.250",
+    ]
+    assert spread(Interval(0.00021, 0.0001, 0.00032, 3)) == "0.00021 ± 0.00011"
+    assert decimals(math.nan) == 3
+
+
 def test_ticks_and_numbers() -> None:
     assert ticks(2.53, 3.21, 6) == [2.6, 2.8, 3.0, 3.2] and ticks(1.0, 1.0) == [1.0]
     assert powers(1e-4, 2e-2) == [1e-4, 1e-3, 1e-2] and powers(1.5e-3, 6e-3) == [2e-3, 5e-3]
-    assert (short(1e-4), short(0.003), signed(-0.25), signed(0.1)) == ("1e-4", "0.003", "−0.250", "+0.100")
+    assert (short(1e-4), short(0.003), minus("-0.250")) == ("1e-4", "0.003", "−0.250")
     assert Scale(1, 100, 0, 10, log=True)(10) == 5 and Scale(0, 4, 10, 0)(1) == 7.5
     assert tag("a", "x", class_="b", data_v='"<') == '<a class="b" data-v="&quot;&lt;">x</a>'
 

@@ -8,6 +8,7 @@ Loss axes leave out the first steep fall, so that the differences at the end sta
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -90,12 +91,57 @@ def _until(c: Curve, axis: Axis, budget: float) -> tuple[Sequence[float], Sequen
     return (*x[:kept], loss_at(paid, x, budget)), (*c.losses[:kept], loss_at(paid, c.losses, budget))
 
 
+# ---------------------------------------------------------------------------------------------------------------- names
+
+THIN, BROAD, BROADEST = frozenset("fijlrtI.,:;!|'`()[]{}/\\ -"), frozenset("<>+=~#&MOQGDNHU"), frozenset("mWw@%…")
+
+
+def width(text: str, size: float) -> float:
+    """Pixels of a line, about: in the widest of the usual sans-serif faces. size: of the letters, in pixels."""
+    return size * sum(map(_em, text))
+
+
+def _em(letter: str) -> float:
+    if unicodedata.category(letter) in ("Mn", "Me", "Cf"):
+        return 0.0
+    if letter in BROADEST or unicodedata.east_asian_width(letter) in "WF":
+        return 1.0
+    return 0.41 if letter in THIN else 0.84 if letter in BROAD else 0.7 if letter.isupper() else 0.635
+
+
+def fitted(name: str, room: float, size: float = 12.5) -> str:
+    """A name that fits into so many pixels: what is left out is in its middle, for names often differ at their ends."""
+    if width(name, size) <= room:
+        return name
+    head, tail = 0, len(name)
+    left = room - width("…", size)
+    while head < tail:
+        from_end = 5 * (len(name) - tail) < 2 * (head + len(name) - tail)
+        letter = name[tail - 1] if from_end else name[head]
+        left -= width(letter, size)
+        if left < 0:
+            break
+        head, tail = (head, tail - 1) if from_end else (head + 1, tail)
+    return f"{name[:head].rstrip()}…{name[tail:].lstrip()}"
+
+
+# --------------------------------------------------------------------------------------------------------------- limits
+
+LEAST_SPAN = 1e-3
+"""Of a loss axis, as a share of its losses: less could not be told from the labels."""
+
+
+def _spanned(low: float, top: float) -> tuple[float, float]:
+    missing = max(0.0, LEAST_SPAN * max(abs(low), abs(top)) - (top - low)) / 2
+    return low - missing - 1e-9, top + missing + 1e-9
+
+
 def loss_limits(found: Sequence[Band]) -> tuple[float, float]:
     """Of the loss axis: from the lowest seed to where three of four arms are after the steep part, and all end."""
     tops = sorted(max(b.mean[int(STEEP * len(b.mean)) :]) for b in found)
     top = max(tops[(3 * len(tops) - 1) // 4], *(b.mean[-1] for b in found), tops[0])
     low = min(min(b.low) for b in found)
-    return low - 0.05 * (top - low) - 1e-9, top + 1e-9
+    return _spanned(low - 0.05 * (top - low), top)
 
 
 def best_rates(rates: Sequence[Rate]) -> dict[str, Rate]:
@@ -120,4 +166,4 @@ def rate_limits(rates: Sequence[Rate], best: Mapping[str, Rate]) -> tuple[float,
         beside += [r.mean for r in line[max(0, at - 1) : at + 2]]
     far = losses[0] + 3 * (usual - losses[0])
     low, top = losses[0], max((b for b in beside if b <= far), default=usual)
-    return low - 0.06 * (top - low) - 1e-9, top + 0.06 * (top - low) + 1e-9
+    return _spanned(low - 0.06 * (top - low), top + 0.06 * (top - low))

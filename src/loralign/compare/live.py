@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loralign.compare.failures import standing
+from loralign.compare.numbers import loss
 from loralign.compare.schedule import best_index, in_order, rate_trials, wanted
 from loralign.compare.spec import BASELINE, Failure, Outcome, Spec, Trial
 from loralign.compare.store import Store
@@ -40,7 +41,7 @@ def board(spec: Spec, done: Mapping[str, Outcome], running: Running, out: Mappin
         cells = [f"{t.lr:g} {_cell(t, judged, running, spec.steps, t.index == best)}" for t in rates]
         seeds = [t for t in plan if t.arm == arm.name and t.phase == "seed"]
         here = [done[t.key].losses[-1] for t in seeds if t.key in done and not done[t.key].diverged]
-        mean = f"mean {fmean(here):.4f}" if here else ""
+        mean = f"mean {loss(fmean(here))}" if here else ""
         waiting = [_cell(t, done, running, spec.steps, False) for t in seeds]
         made.add_row(Text(arm.name), " · ".join(cells), " ".join((*waiting, mean)))
     for name, failure in (out or {}).items():
@@ -61,7 +62,7 @@ def end_of(outcome: Outcome) -> str:
     """How a trial ended, in a word or a number."""
     if outcome.diverged:
         return "diverged"
-    return "given up" if outcome.pruned else f"{outcome.losses[-1]:.4f}"
+    return "given up" if outcome.pruned else loss(outcome.losses[-1])
 
 
 def reported(spec: Spec) -> int:

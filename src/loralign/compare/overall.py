@@ -6,17 +6,17 @@ import csv
 import io
 from collections.abc import Sequence
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from loralign.compare.hierarchy import Overall, effects
 from loralign.compare.inference import moderated
+from loralign.compare.numbers import between, signed
 from loralign.compare.page.build import Shown, page
 from loralign.compare.page.overall import overall_section
 from loralign.compare.spec import BASELINE, REFERENCE
 from loralign.compare.statistics import samples
-from loralign.compare.tables import budgets
+from loralign.compare.tables import budgets, titled
 from loralign.io.provenance import write_json, write_text
 
 
@@ -68,12 +68,12 @@ def _csv(lines: Sequence[Overall], tasks: Sequence[str]) -> str:
 def overall_table(lines: Sequence[Overall], shown: Sequence[Shown]) -> Table:
     tasks = list(dict.fromkeys(t for line in lines for t in line.differences))
     title = "Over all tasks: final loss against lora's" + budgets(n for s in shown for n in s.result.notes)
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    made = titled(title)
     for head in ("arm", *tasks, "shrunken, 95 %", "P(better)"):
         made.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
     for line in lines:
-        cells = [f"{line.differences[t]:+.4f}" if t in line.differences else "–" for t in tasks]
+        cells = [signed(line.differences[t], 4) if t in line.differences else "–" for t in tasks]
         e = line.effect
-        shrunken = f"{-e.mean:+.4f} ({-e.high:+.4f} … {-e.low:+.4f})" if e else "–"
+        shrunken = between(-e.mean, -e.high, -e.low, 4) if e else "–"
         made.add_row(Text(line.arm), *cells, shrunken, f"{e.better:.2f}" if e else "–")
     return made

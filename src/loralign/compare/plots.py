@@ -14,10 +14,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from loralign.compare.curves import Curve
-from loralign.compare.figures import INK, Axis, Look, bands, best_rates, line_of, loss_limits, rate_limits
+from loralign.compare.figures import (
+    INK,
+    Axis,
+    Look,
+    bands,
+    best_rates,
+    fitted,
+    line_of,
+    loss_limits,
+    rate_limits,
+    width,
+)
 from loralign.compare.ranks import Ranks, highest
 from loralign.compare.rates import Rate
-from loralign.io.heatmap import heat_map
+from loralign.io.heatmap import heat_map, panel_width, places
 
 
 def plot_steps(curves: Sequence[Curve], path: Path, look: Look, budget: float = math.inf) -> None:
@@ -41,10 +52,14 @@ def plot_rates(rates: Sequence[Rate], path: Path, look: Look) -> None:
         line = line_of(rates, arm)
         colour, dash, marker = look[arm].colour, look[arm].dash, look[arm].marker
         x, y = [r.lr for r in line], [r.mean for r in line]
-        axes.plot(x, y, color=colour, linestyle=dash, marker=marker, markersize=5, linewidth=1.5, label=arm)
+        axes.plot(x, y, color=colour, linestyle=dash, marker=marker, markersize=5, linewidth=1.5, label=_named(arm))
         axes.plot(best[arm].lr, best[arm].mean, "o", markersize=12, markerfacecolor="none", markeredgecolor=colour)
     if best:
         axes.set_ylim(*rate_limits(rates, best))
+    else:  # no loss to show, the marks above the axes alone
+        axes.set_yticks([])
+    for arm in (a for a in arms if a not in best):
+        axes.plot([], [], "s", color=look[arm].colour, markersize=5, label=_named(arm))
     axes.plot([], [], "o", markersize=10, markerfacecolor="none", markeredgecolor="#444444", label="best rate")
     _unfinished(axes, rates, arms, look)
     _save(figure, axes, path)
@@ -65,7 +80,9 @@ def _unfinished(axes: Axes, rates: Sequence[Rate], arms: Sequence[str], look: Lo
 
 def plot_ranks(ranks: Mapping[str, Ranks], path: Path) -> None:
     """Of every arm the ranks at the end, mean over seeds, a panel each."""
-    panels = {f"{arm}: {r}": r.by_module for arm, r in ranks.items()}
+    kinds = len(places(list(dict.fromkeys(m for r in ranks.values() for m in r.by_module))).labels)
+    room = 72 * panel_width(kinds)
+    panels = {f"{fitted(arm, room - width(f': {r}', 9), 9)}: {r}": r.by_module for arm, r in ranks.items()}
     most = highest(ranks)
     heat_map(panels, path, title="Ranks at the end, mean over seeds", scale="rank", most=most)
 
@@ -79,13 +96,18 @@ def _plot_curves(curves: Sequence[Curve], axis: Axis, label: str, path: Path, lo
     for b in found:
         style = look[b.arm]
         wide = 2.4 if style.colour == INK[0] else 1.6
-        axes.plot(b.x, b.mean, color=style.colour, linestyle=style.dash, linewidth=wide, label=b.arm)
+        axes.plot(b.x, b.mean, color=style.colour, linestyle=style.dash, linewidth=wide, label=_named(b.arm))
         axes.fill_between(b.x, b.low, b.high, color=style.colour, alpha=min(0.15, 0.8 / len(found)), linewidth=0)
     if found:
         axes.set_ylim(*loss_limits(found))
         axes.set_xlim(0, max(b.x[-1] for b in found) * 1.02)
     axes.set_title("mean and range over seeds", loc="right", fontsize=9, color="#555555")
     _save(figure, axes, path)
+
+
+def _named(arm: str) -> str:
+    """In a legend, which leaves the axes most of the width."""
+    return fitted(arm, 170)
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:
@@ -97,6 +119,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
+    axes.ticklabel_format(axis="y", useOffset=False)
     return figure, axes
 
 

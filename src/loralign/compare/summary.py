@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from loralign.compare.hierarchy import Effect, Overall
+from loralign.compare.numbers import bounded, loss
 from loralign.compare.spec import BASELINE, REFERENCE
 from loralign.compare.verdict import LEVEL, ArmResult, StudyResult, amount
 
@@ -22,7 +23,7 @@ def in_plain_words(result: StudyResult) -> str:
     by_name = {arm.arm: arm for arm in result.arms}
     base, control = by_name.get(BASELINE), by_name.get(REFERENCE)
     if base is None or not base.final.n:
-        return result.notes[0].capitalize() + "." if result.notes else "Nothing is finished yet."
+        return _without_baseline(result, base)
     others = sorted((a for a in result.arms if a not in (base, control)), key=lambda a: a.final.mean)
     better, ties = ([a for a in others if a.kind in kinds] for kinds in (("better",), ("no difference", *PACES)))
     ends = ""
@@ -39,6 +40,14 @@ def in_plain_words(result: StudyResult) -> str:
         _about_flags(result.arms),
     ]
     return " ".join(part for part in parts if part)
+
+
+def _without_baseline(result: StudyResult, base: ArmResult | None) -> str:
+    """Why nothing is compared: the baseline has no result, not yet or not at all."""
+    told = [note for note in result.notes if note.startswith(("the search", "the seeds", f"no finished `{BASELINE}`"))]
+    lost = f"`{BASELINE}`: {base.sentence}." if base is not None and not any("unfinished" in n for n in told) else ""
+    first = f"{told[0][:1].upper()}{told[0][1:]}." if told else "Nothing is finished yet."
+    return " ".join(part for part in (first, lost, _about_failed(list(result.failed))) if part)
 
 
 def over_tasks_in_plain_words(lines: Sequence[Overall], tasks: int) -> str:
@@ -58,7 +67,7 @@ def over_tasks_in_plain_words(lines: Sequence[Overall], tasks: int) -> str:
         most = f", `{better[0]}` the most: by" if len(better) > 1 else ", by"
         said.append(
             f"Over all tasks {_listed(better)} {isare} probably better than `{BASELINE}` "
-            f"(P ≥ {_least([told[a] for a in better])}){most} {e.mean:.3f} (95 % {e.low:.3f} … {e.high:.3f}), shrunken "
+            f"(P ≥ {_least([told[a] for a in better])}){most} {bounded(e.mean, e.low, e.high, '95 %')}, shrunken "
             "towards the other arms."
         )
     if worse:
@@ -89,7 +98,9 @@ def _about_better(better: Sequence[ArmResult]) -> str:
     if not better:
         return ""
     first = better[0]
-    said = f"`{first.arm}` ends lowest of the arms that beat `lora`: {first.final.mean:.3f}, better by {_by(first)}"
+    said = (
+        f"`{first.arm}` ends lowest of the arms that beat `lora`: {loss(first.final.mean, 3)}, better by {_by(first)}"
+    )
     if first.gap.value is not None:
         closed = f"{first.gap.value:.0%}".replace("%", " %")
         said += f", which is {closed} of the gap to full fine-tuning"

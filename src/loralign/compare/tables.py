@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from loralign.compare.curves import Interval
+from loralign.compare.numbers import between, spread
 from loralign.compare.verdict import FIXED, LEVEL, ArmResult, StudyResult
 
 COSTS = ("arm", "parameters", "exported rank", "slots", "peak memory", "init", "step")
@@ -25,7 +26,8 @@ def reached(time: Any) -> str:
 def terminal_tables(result: StudyResult) -> list[Table]:
     """What people read first: results, then costs; columns in which no arm has anything are left out."""
     metrics = list(dict.fromkeys(name for arm in result.arms for name in arm.metrics))
-    heads = ("arm", "lr", "final loss", *metrics, "shrunken", "P(better)", "gap closed", "steps to lora's", "to full's")
+    full = "to full's" if any(arm.steps_to.get("lora") for arm in result.arms) else "steps to full's"
+    heads = ("arm", "lr", "final loss", *metrics, "shrunken", "P(better)", "gap closed", "steps to lora's", full)
     results = [_results(arm, metrics) for arm in result.arms]
     costs = [_costs(arm) for arm in result.arms]
     title = "Loss on test rows at each arm's own best rate; ± 95 % over seeds"
@@ -42,7 +44,7 @@ def budgets(notes: Iterable[str]) -> str:
 
 
 def _table(title: str, heads: Sequence[str], lines: Sequence[tuple[str, ...]]) -> Table:
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    made = titled(title)
     shown = [i for i in range(len(heads)) if any(line[i] not in ("", "–") for line in lines)]
     for i in shown:
         made.add_column(heads[i], justify="right" if i else "left", no_wrap=True)
@@ -51,13 +53,18 @@ def _table(title: str, heads: Sequence[str], lines: Sequence[tuple[str, ...]]) -
     return made
 
 
+def titled(title: str) -> Table:
+    """A table without columns yet; none so narrow that its title would be broken into words."""
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title))
+
+
 def _results(arm: ArmResult, metrics: Sequence[str]) -> tuple[str, ...]:
     return (
         arm.arm,
         f"{arm.lr:g}" if arm.lr else "–",
         spread(arm.final),
         *(spread(arm.metrics[name], 3) if name in arm.metrics else "–" for name in metrics),
-        f"{-arm.effect.mean:+.3f} ({-arm.effect.high:+.3f} … {-arm.effect.low:+.3f})" if arm.effect else "–",
+        between(-arm.effect.mean, -arm.effect.high, -arm.effect.low) if arm.effect else "–",
         f"{arm.effect.better:.2f}" if arm.effect else "–",
         "–" if arm.gap.value is None else f"{arm.gap.value:.0%}",
         reached(arm.steps_to.get("lora")),
@@ -87,12 +94,6 @@ def _count(n: float) -> str:
     return f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n / 1e3:.1f} k"
 
 
-def spread(x: Interval, decimals: int = 4) -> str:
-    if x.n == 0:
-        return "–"
-    return f"{x.mean:.{decimals}f}" + (f" ± {(x.high - x.low) / 2:.{decimals}f}" if x.n > 1 else "")
-
-
 def sentences(result: StudyResult) -> list[str]:
     """One plain sentence per arm, its flags, then notes about the whole."""
     said = []
@@ -112,10 +113,10 @@ def as_markdown(result: StudyResult) -> str:
         closed = "–" if gap.value is None else f"{gap.value:.0%}"
         if gap.low is not None and gap.high is not None and gap.low < gap.high:
             closed += f" ({gap.low:.0%} … {gap.high:.0%})"
-        shrunken = f"{-e.mean:+.3f} ({-e.high:+.3f} … {-e.low:+.3f})" if e else "–"
+        shrunken = between(-e.mean, -e.high, -e.low) if e else "–"
         paid = f" + {arm.charged_steps:.0f}" if arm.charged_steps else ""
         cells = (
-            arm.arm, arm.family if arm.kind != "baseline" else "baseline", f"{arm.lr:g}" if arm.lr else "–",
+            _escaped(arm.arm), arm.family if arm.kind != "baseline" else "baseline", f"{arm.lr:g}" if arm.lr else "–",
             f"{arm.steps}{paid}", *([slots(arm) or "–"] if ruled else []), spread(arm.final), closed, shrunken,
             f"{e.better:.2f}" if e else "–", arm.sentence,
         )  # fmt: skip
@@ -126,5 +127,10 @@ def as_markdown(result: StudyResult) -> str:
         "Steps: trained + charged for what the start read."
         + (" Slots: of all modules before the first step → at the end, mean over seeds." if ruled else ""),
     ]
-    lines += [f"- {arm.arm}: {flag}" for arm in result.arms for flag in arm.flags]
+    lines += [f"- {_escaped(arm.arm)}: {flag}" for arm in result.arms for flag in arm.flags]
     return "\n".join([*lines, *(f"- note: {note}" for note in result.notes)]) + "\n"
+
+
+def _escaped(name: str) -> str:
+    """A name as Markdown reads it literally, in a cell of a table, too."""
+    return re.sub(r"([\\|<`*])", r"\\\1", name)

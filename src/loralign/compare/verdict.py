@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 from loralign.compare.curves import Curve, Interval, Reach, interval, to_target
 from loralign.compare.hierarchy import Effect, effects
 from loralign.compare.inference import moderated
+from loralign.compare.numbers import decimals, loss, number
 from loralign.compare.ranks import Ranks, ranks_of
 from loralign.compare.rates import Rate, Sensitivity, check_equal_trials, choose_rate, edge, sensitivity
 from loralign.compare.statistics import CONTROL, FINAL, PRIMARY, Comparison, Gap, compare, gap_closed, samples
@@ -168,17 +168,17 @@ def _kind(is_baseline: bool, diverged: int, comparison: Comparison | None) -> Ki
 def _sentence(
     kind: Kind, curves: Sequence[Curve], comparison: Comparison | None, base: str, best: Rate | None = None
 ) -> str:
-    if kind == "baseline":
-        return "what the other arms are compared with"
     if not curves and best is not None:
         return (
-            f"its rate is found (validation loss {best.mean:.4f}), none of its seeds has run: nothing is compared yet"
+            f"its rate is found (validation loss {loss(best.mean)}), none of its seeds has run: nothing is compared yet"
         )
     if not curves:
         return "no learning rate finished: every trial diverged or was given up"
-    if kind == "unstable":
-        lost = sum(not c.sound for c in curves)
+    lost = sum(not c.sound for c in curves)
+    if kind == "unstable" or lost == len(curves):
         return f"diverged on {lost} of {len(curves)} seeds at its best rate: nothing is claimed for it"
+    if kind == "baseline":
+        return "what the other arms are compared with"
     if comparison is None:
         return f"it or {base} has fewer than two seeds: not tested"
     parts = [_about_final(comparison, base), _about_speed(comparison, base)]
@@ -189,9 +189,9 @@ def amount(c: Comparison) -> tuple[str, str]:
     """By how much an arm's final loss differs, whichever way, and the interval: ± where it holds 0, else its bounds."""
     low, high = sorted((abs(c.final.low), abs(c.final.high)))
     half = c.final.high - c.final.mean
-    n = max(_decimals(abs(c.final.mean)), _decimals(half))
-    bounds = f"± {half:.{n}f}" if 0.0 in c.final else f"{low:.{n}f} … {high:.{n}f}"
-    return f"{abs(c.final.mean):.{n}f}", bounds
+    n = max(decimals(c.final.mean), decimals(half))
+    bounds = f"± {number(half, n)}" if 0.0 in c.final else f"{number(low, n)} … {number(high, n)}"
+    return number(abs(c.final.mean), n), bounds
 
 
 def _about_final(c: Comparison, base: str) -> str:
@@ -199,7 +199,7 @@ def _about_final(c: Comparison, base: str) -> str:
     if c.final_sign:
         by, bounds = amount(c)
         return f"{'better' if c.final_sign > 0 else 'worse'} than {base} by {by} ({LEVEL} {bounds})"
-    noise = f"{-c.final.mean:+.{_decimals(half)}f} ± {half:.{_decimals(half)}f}"
+    noise = f"{number(-c.final.mean, decimals(half), '+')} ± {number(half, decimals(half))}"
     if c.speed_sign:
         return f"ends level with {base} within noise ({noise})"
     return f"no difference from {base} within noise (final loss {noise})"
@@ -210,11 +210,6 @@ def _about_speed(c: Comparison, base: str) -> str:
         return ""
     share = f"{100 * c.steps.mean:.0f} % of its steps (95 % {100 * c.steps.low:.0f} … {100 * c.steps.high:.0f} %)"
     return f"for the same loss as {base} it needs {share} and {100 * c.seconds.mean:.0f} % of its seconds"
-
-
-def _decimals(x: float) -> int:
-    """Three, more where they would hide the number."""
-    return 3 if x == 0 or not math.isfinite(x) else min(9, max(3, 1 - math.floor(math.log10(abs(x)))))
 
 
 def _flags(curves: Sequence[Curve], rates: Sequence[Rate]) -> list[str]:

@@ -57,6 +57,11 @@ def _label(kind: str, among: Sequence[str]) -> str:
     return kind
 
 
+def panel_width(kinds: int) -> float:
+    """Inches of a panel with so many columns."""
+    return 0.8 + 0.42 * kinds
+
+
 def heat_map(
     panels: Mapping[str, Mapping[str, float]], path: Path, *, title: str, scale: str, most: float = 0.0
 ) -> None:
@@ -70,7 +75,7 @@ def heat_map(
     layers, kinds = where.layers, where.labels
     rows = -(-len(panels) // MOST_IN_A_ROW)
     columns = -(-len(panels) // rows)
-    size = (1.6 + (0.8 + 0.42 * len(kinds)) * columns, 0.6 + rows * (1.2 + 0.22 * max(6, len(layers))))
+    size = (1.6 + panel_width(len(kinds)) * columns, 0.6 + rows * (1.2 + 0.22 * max(6, len(layers))))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     every_axis = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)

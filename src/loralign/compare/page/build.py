@@ -48,7 +48,7 @@ def page(studies: Sequence[Shown], overall: str = "") -> str:
     """The whole file. overall: what there is to say over several tasks."""
     first = studies[0]
     several, arms = len(studies) > 1, arms_of(studies)
-    title = f"{len(arms.names)} arms on {PurePath(first.spec.model).name}" + (
+    title = f"{_count(len(arms.names), 'arm')} on {PurePath(first.spec.model).name}" + (
         f", {len(studies)} tasks" if several else ""
     )
     body = [tag("p", "loralign compare", class_="above"), tag("h1", escape(title))]
@@ -124,8 +124,8 @@ def arms_of(studies: Sequence[Shown]) -> Arms:
 def _study(s: Shown, number: int, arms: Arms, *, several: bool) -> str:
     heading = tag("h2", escape(s.spec.task_name), id=f"task-{number}") if several else ""
     parts = [heading, tag("p", marked(in_plain_words(s.result)), class_="verdict"), _facts(s)]
-    if s.rates:
-        parts += [chips(arms, [a.name for a in s.spec.arms]), *_figures(s, arms)]
+    if figures := _figures(s, arms):
+        parts += [chips(arms, [a.name for a in s.spec.arms]), *figures]
     parts += [*([_table(s, arms)] if s.result.arms else []), _said(s)]
     parts += [*([] if several else [_reproduce([s])]), _trials(s, arms, number, several=several)]
     return tag("div", *parts, data_study=number, class_="task" if several else None)
@@ -137,20 +137,24 @@ def section(title: str, how: str, *inside: str) -> str:
 
 def _facts(s: Shown) -> str:
     spec, done = s.spec, s.trials
-    devices = ", ".join(sorted({o.device for o in done.values() if o.device})) or "none yet"
+    devices = ", ".join(sorted({o.device for o in done.values() if o.device}))
     tokens = next((o.step_tokens for o in done.values() if o.step_tokens), 0.0)
     rows = PurePath(spec.task.train)
     named = rows.parent.name if rows.stem in ("train", "rows") and rows.parent.name else rows.name
-    rates = f"{max(spec.rates, len(s.rates) // len(spec.arms))} rates per arm"
+    rates = f"{_count(max(spec.rates, len(s.rates) // len(spec.arms)), 'rate')} per arm"
     judged = f", the best {spec.finalists} on {spec.choice_seeds} seeds" if spec.choice_seeds > 1 else ", one seed"
     said = {
         "Task": f"{KINDS[spec.task.kind]}, {named}",
         "One trial": f"{spec.steps} steps of {spec.batch_size} rows" + (f", {tokens:,.0f} tokens" if tokens else ""),
         "Search": f"{rates}{judged}, on validation rows",
         "Result": f"test rows, {spec.seeds} other seeds, {spec.baseline_seeds} of lora",
-        "Trials": f"{len(done)} on {devices}",
+        "Trials": f"{len(done)} on {devices}" if devices else str(len(done) or "none yet"),
     }
     return tag("dl", *(tag("div", tag("dt", k), tag("dd", escape(v))) for k, v in said.items()), class_="facts")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def chips(arms: Arms, shown: Sequence[str]) -> str:
@@ -276,6 +280,6 @@ def _trials(s: Shown, arms: Arms, number: int, *, several: bool) -> str:
     task = s.spec.task_name
     file, name = (f"{task}/results.json", f"results-{task}.json") if several else ("results.json",) * 2
     link = tag("a", "Download all of it as JSON", href=file, download=name, data_from=f"data-{number}")
-    table = tag("details", tag("summary", f"All {len(known)} trials"), trials_table(known, lrs, arms.names.index))
+    table = tag("details", tag("summary", _count(len(known), "trial")), trials_table(known, lrs, arms.names.index))
     how = "Every trial with its whole curve is part of this file, as results.json has it."
     return section("Raw trials", how, tag("div", link, class_="tools"), table if known else "")

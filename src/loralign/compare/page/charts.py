@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loralign.compare.figures import Band, Look, best_rates, line_of, loss_limits, rate_limits
+from loralign.compare.figures import Band, Look, best_rates, fitted, line_of, loss_limits, rate_limits, width
+from loralign.compare.numbers import decimals, loss, number
 from loralign.compare.page.svg import Scale, apart, figure, line, path, powers, short, tag, text, ticks, window
 from loralign.compare.rates import Rate
 from loralign.compare.spec import BASELINE, REFERENCE
 
 DASHES = {"-": None, "--": "6 4", ":": "1.5 3.5", "-.": "7 3 1.5 3"}
+SMALL_PRINT, BOLD = 11.5, 1.12
+"""Pixels of a tick's label; how much wider bold letters are."""
 MOST_LABELS = 7
 """On a narrow screen; of more arms than this only the baseline, the reference and the lowest are labelled there."""
 
@@ -49,10 +52,6 @@ class Arms:
             "stroke_dasharray": DASHES[self.look[arm].dash],
             "stroke_width": 2.6 if arm == BASELINE else 1.9,
         }
-
-
-def cut(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 # --------------------------------------------------------------------------------------------------------- loss curves
@@ -93,12 +92,13 @@ def _curve(b: Band, arms: Arms, x: Scale, y: Scale, unit: str) -> str:
     ]
     band = tag("path", d=path(around, closed=True), class_="band")
     curve = tag("path", d=path(mean), **arms.stroke(b.arm))
-    wide = tag("path", d=path(mean), class_="reach", data_tip=f"{b.arm}\nends at {b.mean[-1]:.4f}")
+    wide = tag("path", d=path(mean), class_="reach", data_tip=f"{b.arm}\nends at {loss(b.mean[-1])}")
     return arms.mark(b.arm, band, curve, wide, *points)
 
 
 def _point(b: Band, i: int, unit: str) -> str:
-    return f"{b.arm}\n{unit[:-1]} {b.x[i]:.0f}\nloss {b.mean[i]:.4f}\nseeds {b.low[i]:.4f} … {b.high[i]:.4f}"
+    seeds = f"{loss(b.low[i])} … {loss(b.high[i])}"
+    return f"{b.arm}\n{unit[:-1]} {number(b.x[i], decimals(b.x[i], least=0))}\nloss {loss(b.mean[i])}\nseeds {seeds}"
 
 
 def _end_labels(found: Sequence[Band], arms: Arms, x: Scale, y: Scale, room: Room) -> list[str]:
@@ -110,16 +110,17 @@ def _end_labels(found: Sequence[Band], arms: Arms, x: Scale, y: Scale, room: Roo
     places = apart(ends, 15, y.end + 4, y.start + 2)
     said = []
     for b, end, place in zip(shown, ends, places, strict=True):
-        at = x.end + 22
+        at, final = x.end + 22, "" if room.narrow else loss(b.mean[-1], 3)
+        free = room.width - at - 3 - (width(final, SMALL_PRINT) + 12 if final else 0)
         lead = [(x(b.x[-1]) + 3, end), (x.end + 3, end), (at - 8, place)]
         parts = [
             tag("circle", cx=x(b.x[-1]), cy=end, r=2.6, class_="dot"),
             tag("path", d=path(lead), class_="lead"),
             tag("circle", cx=at - 5, cy=place, r=3, class_="dot"),
-            text(at + 3, place + 4, cut(b.arm, 16 if room.narrow else 24), class_="label"),
+            text(at + 3, place + 4, fitted(b.arm, free), class_="label"),
         ]
-        if not room.narrow:
-            parts.append(text(room.width - 2, place + 4, f"{b.mean[-1]:.3f}", class_="tick r"))
+        if final:
+            parts.append(text(room.width - 2, place + 4, final, class_="tick r"))
         said.append(arms.mark(b.arm, *parts))
     return said
 
@@ -134,25 +135,26 @@ INSIDE = 28.0, 38.0, 170.0, 112.0
 
 def rate_charts(rates: Sequence[Rate], arms: Arms) -> list[str]:
     """One small figure per arm on common axes, the other arms' curves in the background; the lowest best rate first."""
-    best = best_rates(rates)
-    if not best:
+    if not rates:
         return []
-    width, height, left, right, top, bottom = SMALL
+    best = best_rates(rates)
+    wide, height, left, right, top, bottom = SMALL
     lows = [r.lr for r in rates]
-    x = Scale(min(lows) / 1.15, max(lows) * 1.15, left, width - right, log=True)
-    y = Scale(*rate_limits(rates, best), bottom, top + 12)
+    x = Scale(min(lows) / 1.15, max(lows) * 1.15, left, wide - right, log=True)
+    y = Scale(*(rate_limits(rates, best) if best else (0.0, 1.0)), bottom, top + 12)
     lines = {a: [(x(r.lr), y(r.mean)) for r in line_of(rates, a)] for a in arms.names}
     back = [tag("path", d=path(p), class_="ghost") for p in lines.values() if len(p) > 1]
     behind = window(*INSIDE, *back)
-    marks = [line(left, y(v), width - right, y(v), class_="grid") for v in ticks(y.low, y.high, 5)]
-    marks += [text(left - 5, y(v) + 3, f"{v:g}", class_="tick r") for v in ticks(y.low, y.high, 5)]
+    losses = ticks(y.low, y.high, 5) if best else []
+    marks = [line(left, y(v), wide - right, y(v), class_="grid") for v in losses]
+    marks += [text(left - 5, y(v) + 3, f"{v:g}", class_="tick r") for v in losses]
     marks += [text(x(v), bottom + 14, short(v), class_="tick m") for v in powers(x.low, x.high)]
-    marks.append(line(left, bottom, width - right, bottom, class_="axis"))
+    marks.append(line(left, bottom, wide - right, bottom, class_="axis"))
     order = sorted(arms.names, key=lambda a: best[a].mean if a in best else float("inf"))
     order = [a for a in order if any(r.arm == a for r in rates)]
     return [
         figure(
-            width, height, *marks, behind, _rates_of(a, rates, best.get(a), arms, x, y, top),
+            wide, height, *marks, behind, _rates_of(a, rates, best.get(a), arms, x, y, top),
             title=f"Validation loss of {a} against its learning rate",
         )
         for a in order
@@ -162,7 +164,7 @@ def rate_charts(rates: Sequence[Rate], arms: Arms) -> list[str]:
 def _rates_of(arm: str, rates: Sequence[Rate], best: Rate | None, arms: Arms, x: Scale, y: Scale, top: float) -> str:
     own = line_of(rates, arm)
     inside = [r for r in own if r.mean <= y.high]
-    parts = [text(0, 11, cut(arm, 26), class_="label")]
+    parts = [text(0, 11, fitted(arm, SMALL[0], BOLD * 12), class_="label")]
     curve = tag("path", d=path([(x(r.lr), y(r.mean)) for r in own]), **arms.stroke(arm))
     parts.append(window(*INSIDE, curve))
     parts += [tag("circle", cx=x(r.lr), cy=y(r.mean), r=2.6, class_="dot") for r in inside]
@@ -170,12 +172,12 @@ def _rates_of(arm: str, rates: Sequence[Rate], best: Rate | None, arms: Arms, x:
     parts += [_lost(r, x(r.lr), top + 4, _rate_tip(r, best)) for r in rates if r.arm == arm and r not in inside]
     if best:
         parts.append(tag("circle", cx=x(best.lr), cy=y(best.mean), r=6, class_="ring"))
-        parts.append(text(0, 25, f"{best.mean:.3f} at {short(best.lr)}", class_="tick"))
+        parts.append(text(0, 25, f"{loss(best.mean, 3)} at {short(best.lr)}", class_="tick"))
     return arms.mark(arm, *parts)
 
 
 def _rate_tip(r: Rate, best: Rate | None) -> str:
-    ended = "diverged" if r.diverged else "given up" if r.pruned else f"validation loss {r.mean:.4f}"
+    ended = "diverged" if r.diverged else "given up" if r.pruned else f"validation loss {loss(r.mean)}"
     seeds = f", {len(r.losses)} seeds" if len(r.losses) > 1 else ""
     return f"{r.arm}\nrate {r.lr:g}{', chosen' if r == best else ''}\n{ended}{seeds}"
 

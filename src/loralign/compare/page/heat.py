@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loralign.compare.page.charts import Arms, cut
+from loralign.compare.figures import fitted
+from loralign.compare.page.charts import BOLD, Arms
 from loralign.compare.page.svg import Number, figure, tag, text
 from loralign.compare.ranks import Ranks, highest
 from loralign.io.heatmap import Places, places
@@ -28,7 +29,7 @@ def _map(arm: str, ranks: Ranks, where: Places, most: float, arms: Arms) -> str:
     bottom = TOP + HIGH * len(where.layers)
     width = max(LEFT + WIDE * len(where.labels) + 2, 132.0)
     said = f"{ranks} slots" if ranks.begun is not None else f"rank {ranks} in all"
-    head = [text(0, 12, cut(arm, int(width / 6.6)), class_="label"), text(0, 26, said, class_="tick")]
+    head = [text(0, 12, fitted(arm, width, BOLD * 12.5), class_="label"), text(0, 26, said, class_="tick")]
     every = max(1, len(where.layers) // 16)
     rows = [
         text(LEFT - 4, TOP + HIGH * i + 10, str(layer), class_="tick r")

@@ -94,9 +94,9 @@ def short(value: float) -> str:
     return f"{value:g}"
 
 
-def signed(value: float, form: str = ".3f") -> str:
-    """With its sign, the minus as wide as the plus."""
-    return format(value, f"+{form}").replace("-", "−")
+def minus(figures: str) -> str:
+    """With minus signs as wide as the plus."""
+    return figures.replace("-", "−")
 
 
 def apart(wanted: Sequence[float], least: float, low: float, high: float) -> list[float]:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from loralign.compare.curves import Interval, Reach
-from loralign.compare.page.svg import Number, short, signed, tag
+from loralign.compare.numbers import between, loss, spread
+from loralign.compare.page.svg import Number, minus, short, tag
 from loralign.compare.spec import Outcome, key_parts
-from loralign.compare.tables import slots, spread
+from loralign.compare.tables import slots
 from loralign.compare.verdict import ArmResult, StudyResult
 
 Cell = tuple[str, Number | None] | str
@@ -70,7 +71,7 @@ def _arm_row(arm: ArmResult, metrics: Sequence[str]) -> list[Cell]:
     family = arm.family if arm.kind != "baseline" else "baseline"
     return [
         arm.arm,
-        _spread(arm.final, 4),
+        _spread(arm.final),
         *(_spread(arm.metrics[m], 3) if m in arm.metrics else EMPTY for m in metrics),
         _interval(-c.final.mean, -c.final.high, -c.final.low) if c else EMPTY,
         "–" if arm.kind == "baseline" else arm.kind,
@@ -101,12 +102,12 @@ def _costs(arm: ArmResult) -> list[Cell]:
     ]
 
 
-def _spread(x: Interval, decimals: int) -> Cell:
-    return (spread(x, decimals), x.mean) if x.n else EMPTY
+def _spread(x: Interval, least: int = 4) -> Cell:
+    return (spread(x, least), x.mean) if x.n else EMPTY
 
 
 def _interval(mean: float, low: float, high: float) -> Cell:
-    return f"{signed(mean)} ({signed(low)} … {signed(high)})", mean
+    return minus(between(mean, low, high)), mean
 
 
 def _reach(time: Reach | None) -> Cell:
@@ -129,7 +130,7 @@ def trials_table(trials: Mapping[str, Outcome], rates: Mapping[str, float], numb
         lr, last = rates.get(key), o.losses[-1] if o.losses else None
         rows.append([
             arm, "search" if phase == "rate" else "result", (short(lr), lr) if lr else EMPTY, (str(seed), seed),
-            (str(o.steps[-1]), o.steps[-1]) if o.steps else EMPTY, (f"{last:.4f}", last) if last is not None else EMPTY,
+            (str(o.steps[-1]), o.steps[-1]) if o.steps else EMPTY, (loss(last), last) if last is not None else EMPTY,
             ended, (f"{o.init_tokens:,}", o.init_tokens) if o.init_tokens else EMPTY, (f"{o.total_s:.1f}", o.total_s),
         ])  # fmt: skip
         arms.append(number(arm))
