@@ -195,36 +195,3 @@ def test_readme_trainer(tmp_path: Path) -> None:
     trained = names["trainer"]
     assert trained.state.global_step == 3
     assert any(p.requires_grad and bool(p.any()) for n, p in trained.model.named_parameters() if "lora_B" in n)
-
-
-def test_readme_links_and_commands_exist() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
-    named = re.findall(r"(?:scripts|examples)/[\w./-]+\.\w+", README)
-    assert not missing and not [name for name in named if not (ROOT / name).exists()]
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    assert set(re.findall(r"(?:`|^ +)make ([a-z-]+)", README, flags=re.MULTILINE)) <= targets
-
-
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_and_options_exist(page: str) -> None:
-    """Every `loralign …` of the pages: the command and each of its options are known, examples exist."""
-    from typer.main import get_command
-
-    from loralign.cli.app import app
-
-    commands = get_command(app).commands  # type: ignore[attr-defined]
-    text = (ROOT / page).read_text(encoding="utf-8")
-    lines = re.findall(r"(?:`|^ +)loralign ([a-z][^`\n]*)", text, flags=re.MULTILINE)
-    assert lines or page not in ("README.md", "docs/cli.md", "docs/serving.md")
-    for line in lines:
-        words = [w.strip("[]") for w in line.split("  #")[0].split()]
-        known = {o for p in commands[words[0]].params for o in p.opts}
-        sub = getattr(commands[words[0]], "commands", {})
-        for other in sub.values():
-            known |= {o for p in other.params for o in p.opts}
-        assert {w for w in words if w.startswith("--")} <= known | {"--debug"}, line
