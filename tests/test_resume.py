@@ -104,7 +104,7 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(moment: str) -> None:
 
 
 @pytest.mark.usefixtures("whole")
-def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_begins_anew_unless_it_ended(tmp_path: Path) -> None:
     """Half a checkpoint of a step that the new attempt does not save is gone; a folder that holds no run is refused."""
     torn = tmp_path / "out" / "checkpoints" / "checkpoint-1"
     torn.mkdir(parents=True)
@@ -116,6 +116,12 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(tmp_path
     ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "out", Path("out")))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs) and losses(str(tmp_path / "out")) == losses("out")
     assert {p.name for p in torn.parent.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (2, 4, 6)}
+    ended = bytes_of(tmp_path / "out")
+    for checkpoint in torn.parent.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    refused = run("train", "r.yaml", "--set", f"output={tmp_path / 'out'}", "--set", "seed=7", "--resume")
+    assert refused.code == 2 and "has ended, and kept no checkpoint" in assert_one_sentence(refused)
+    assert bytes_of(tmp_path / "out").items() <= ended.items(), "the finished adapter is left as it is"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine", encoding="utf-8")
     refused = run("train", "r.yaml", "--set", f"output={tmp_path / 'mine'}", "--resume")

@@ -77,7 +77,7 @@ class TrainSection(_Section):
     eval_every: Count | None = None
     """Optimizer steps between evaluations; omitted: at the end only."""
     save_every: Count | None = None
-    """Optimizer steps between checkpoints; omitted: none in between."""
+    """Optimizer steps between checkpoints, the last step has one too; omitted: none, and nothing to resume from."""
     keep: Count = 2
     """Checkpoints kept."""
     patience: Count | None = None

@@ -89,6 +89,11 @@ def resume_point(output: Path) -> Path | None:
         )
     if not (folder / BEGUN).is_file() and any(p.is_file() for p in output.rglob("*")):
         raise LoralignError(f"nothing to resume in {output}: it holds no run; choose another output folder")
+    if (output / "run.json").is_file():  # written last
+        raise LoralignError(
+            f"the run in {output} has ended, and kept no checkpoint to go on from (`train.save_every` was omitted): "
+            "name another `output` for a new run"
+        )
     log.warning("no checkpoint of the run in %s is complete: it begins anew", output)
     return None
 

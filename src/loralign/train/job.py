@@ -49,7 +49,7 @@ class Training:
     eval_every: int | None = None
     """Optimizer steps between evaluations; None: at the end only, where there are evaluation rows."""
     save_every: int | None = None
-    """Optimizer steps between checkpoints; None: at the end only."""
+    """Optimizer steps between checkpoints, the last step has one too; None: none at all."""
     keep: int = 2
     """Checkpoints kept."""
     patience: int | None = None
