@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 import yaml
 
 from loralign import METHODS, Full, LoralignError, Recipe
-from loralign.config.errors import FOREIGN, dotted
+from loralign.config.errors import dotted, validated
+from loralign.config.foreign import FOREIGN, INSTEAD
 from loralign.config.recipe import load, micro_batch_size, parse, schema, schema_text, to_job, to_recipe
 from loralign.config.sections import RunFile, TrainSection
+from loralign.config.study_file import StudyFile
 from loralign.methods.table import learning_rate
 from loralign.train.job import Data, Training
 from loralign.types import Weight
@@ -256,6 +259,36 @@ def test_overrides_that_mean_nothing(override: str, expected: str, tmp_path: Pat
 def test_foreign_names_point_to_keys_that_exist() -> None:
     keys = dict(dotted(RunFile))
     assert set(FOREIGN.values()) <= set(keys)
+    own = {key.rpartition(".")[2] for key in keys}
+    assert not INSTEAD.keys() & (own | FOREIGN.keys()) and all(len(said) < 110 for said in INSTEAD.values())
+    named = {key for said in INSTEAD.values() for key in re.findall(r"`((?:train|data)\.\w+)", said)}
+    assert named <= set(keys)
+    for page in {page for said in INSTEAD.values() for page in re.findall(r"docs/\w+\.md", said)}:
+        assert (ROOT / page).is_file()
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("datasets", "it is called `data.train` here"),
+        ("load_in_4bit", "name a checkpoint that is stored quantised in `model`"),
+        ("optim", "the method brings its optimizer"),
+        ("train.warmup_steps", "a share of the steps"),
+        ("deepspeed", "accelerate launch"),
+    ],
+)
+def test_a_key_of_another_trainer_is_answered(key: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(LoralignError, match=re.escape(f"`{key}` is no key of a recipe; ")) as caught:
+        load(file(tmp_path, WRITTEN), [f"{key}=1"])
+    assert said in str(caught.value)
+
+
+def test_a_key_of_another_trainer_is_not_named_where_the_file_has_none_like_it() -> None:
+    """A study has no `data.train`."""
+    study = (ROOT / "examples" / "compare.yaml").read_text(encoding="utf-8")
+    with pytest.raises(LoralignError) as caught:
+        validated(StudyFile, {**yaml.safe_load(study), "dataset": "x"}, "s.yaml", "a study")
+    assert "`dataset` is no key of a study" in str(caught.value) and "data.train" not in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------------- schema, examples

@@ -79,7 +79,7 @@ def root(
     pass
 
 
-@app.command(epilog="Example: loralign train examples/sft-lora-ga.yaml --set train.steps=10")
+@app.command(epilog="Example: loralign train examples/sft-lora-ga.yaml --set train.epochs=0.1")
 def train(
     context: typer.Context,
     recipe: Recipe,

@@ -12,24 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from loralign.config.foreign import FOREIGN, INSTEAD
 from loralign.types import LoralignError
-
-FOREIGN = {
-    "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
-    "target_modules": "targets", "lora_target_modules": "targets", "lora_target": "targets",
-    "exclude_modules": "exclude", "rank_pattern": "ranks", "base_model": "model", "model_name_or_path": "model",
-    "output_dir": "output", "dataset": "data.train", "train_file": "data.train", "test_file": "data.eval",
-    "max_seq_length": "data.max_length", "sequence_len": "data.max_length", "cutoff_len": "data.max_length",
-    "sample_packing": "data.packing", "lr": "train.learning_rate", "max_steps": "train.steps",
-    "num_train_epochs": "train.epochs", "num_epochs": "train.epochs", "lr_scheduler": "train.schedule",
-    "lr_scheduler_type": "train.schedule", "warmup_ratio": "train.warmup", "warmup_steps": "train.warmup",
-    "per_device_train_batch_size": "train.micro_batch_size", "gradient_accumulation_steps": "train.batch_size",
-    "eval_steps": "train.eval_every", "save_steps": "train.save_every", "logging_steps": "train.log_every",
-    "save_total_limit": "train.keep", "load_best_model_at_end": "train.load_best", "bf16": "train.precision",
-    "early_stopping_patience": "train.patience", "max_grad_norm": "max_grad_norm", "weight_decay": "weight_decay",
-}  # fmt: skip
-"""Keys of PEFT, TRL, Axolotl and LLaMA-Factory that mean one of ours."""
-
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -124,8 +108,10 @@ def _wanted(path: str, keys: Mapping[str, FieldInfo]) -> str:
 def _nearest(path: str, keys: Mapping[str, FieldInfo], options: frozenset[str]) -> str:
     leaf = path.rsplit(".", 1)[-1]
     same = [key for key in keys if key.rsplit(".", 1)[-1] == leaf]
-    if same or leaf in FOREIGN:
+    if same or FOREIGN.get(leaf) in keys:
         return f"it is called `{same[0] if same else FOREIGN[leaf]}` here"
+    if leaf in INSTEAD:
+        return INSTEAD[leaf]
     if leaf in options:
         return f"it belongs under `options`: `options.{leaf}`"
     by_leaf = {key.rsplit(".", 1)[-1]: key for key in sorted(keys, reverse=True)}

@@ -182,7 +182,9 @@ def _consistent(file: RunFile) -> None:
     if isinstance(file.targets, str) and file.targets != "all-linear":
         check_pattern(file.targets)
     if t.steps is not None and t.epochs is not None:
-        raise LoralignError("`train.steps` and `train.epochs` both say how long to train: keep one")
+        raise LoralignError(
+            "`train.steps` and `train.epochs` both say how long to train: keep one, set the other to null"
+        )
     if t.micro_batch_size is not None and rows % t.micro_batch_size:
         fitting = [d for d in range(1, rows + 1) if rows % d == 0]  # rows is bounded
         near = min(fitting, key=lambda d: (abs(d - t.micro_batch_size), d))  # type: ignore[operator]

@@ -220,6 +220,10 @@ RESOLVED = {
     "`spectral` with rank 64 here",
 }
 """Names that stand for a recipe only where a model, its rows and a memory are known."""
+ELSEWHERE = {
+    "qlora": "is LoRA on a quantised base: set `method: lora`, and as `model` a checkpoint that is stored quantised",
+}
+"""Names of what is no method here, but the base's or the run's to decide."""
 
 
 def method(name: str) -> Method:
@@ -233,6 +237,8 @@ def method(name: str) -> Method:
         raise LoralignError(f"{name!r} means two things in the field: {' or '.join(AMBIGUOUS[key])}; use the long id")
     if key in RESOLVED:
         raise LoralignError(f"{key!r} {RESOLVED[key]}")
+    if key in ELSEWHERE:
+        raise LoralignError(f"{key!r} {ELSEWHERE[key]}")
     near = difflib.get_close_matches(key, [*METHODS, *RESOLVED], n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}? " * bool(near)
     raise LoralignError(f"unknown method {name!r:.80}; {hint}`loralign methods` lists all")

@@ -1,0 +1,57 @@
+"""Keys that PEFT, TRL, Axolotl, LLaMA-Factory and Unsloth have, and what says it in our files."""
+
+from __future__ import annotations
+
+FOREIGN = {
+    "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
+    "target_modules": "targets", "lora_target_modules": "targets", "lora_target": "targets",
+    "exclude_modules": "exclude", "rank_pattern": "ranks", "base_model": "model", "model_name_or_path": "model",
+    "model_name": "model", "model_id": "model", "output_dir": "output", "dataset": "data.train",
+    "datasets": "data.train", "dataset_name": "data.train", "train_dataset": "data.train", "train_file": "data.train",
+    "test_file": "data.eval", "test_datasets": "data.eval", "eval_dataset": "data.eval", "val_size": "data.eval",
+    "val_set_size": "data.eval", "max_seq_length": "data.max_length", "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length", "sample_packing": "data.packing", "train_on_inputs": "data.assistant_only",
+    "train_on_prompt": "data.assistant_only", "assistant_only_loss": "data.assistant_only",
+    "completion_only_loss": "data.assistant_only", "lr": "train.learning_rate", "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs", "num_epochs": "train.epochs", "lr_scheduler": "train.schedule",
+    "lr_scheduler_type": "train.schedule", "warmup_ratio": "train.warmup",
+    "per_device_train_batch_size": "train.micro_batch_size", "eval_steps": "train.eval_every",
+    "eval_strategy": "train.eval_every", "evals_per_epoch": "train.eval_every", "save_steps": "train.save_every",
+    "save_strategy": "train.save_every", "saves_per_epoch": "train.save_every", "logging_steps": "train.log_every",
+    "save_total_limit": "train.keep", "load_best_model_at_end": "train.load_best", "bf16": "train.precision",
+    "fp16": "train.precision", "torch_dtype": "train.precision", "dtype": "train.precision",
+    "early_stopping_patience": "train.patience", "max_grad_norm": "max_grad_norm", "weight_decay": "weight_decay",
+    "random_state": "seed", "torch_compile": "train.compile",
+}  # fmt: skip
+"""Keys that mean one of ours."""
+
+_METHOD = "choose `method`; `loralign methods` lists them"
+_QUANTISED = "a base is trained as it is stored: name a checkpoint that is stored quantised in `model`"
+_TOKENIZER = "the tokenizer beside the model is used, with its own chat template"
+_WHOLE = "a recipe file adapts linear layers; in Python `attach` takes more (docs/trainers.md)"
+_LAUNCH = "start the run with `accelerate launch` or torchrun (docs/scale.md)"
+_ATTENTION = "attention is the one that Transformers chooses"
+INSTEAD = {
+    "warmup_steps": "set `train.warmup`, a share of the steps",
+    "gradient_accumulation_steps": "set `train.batch_size`, rows of a step, and `train.micro_batch_size`, rows of a forward",
+    **dict.fromkeys(("adapter", "finetuning_type", "peft_type", "init_lora_weights", "use_dora"), _METHOD),
+    "use_rslora": "set `method: rslora`",
+    "loraplus_lr_ratio": "set `method: lora-plus` and its `options.ratio`",
+    "full_finetuning": "set `method: full`",
+    "lora_target_linear": "`targets: all-linear` is the default",
+    **dict.fromkeys(("optim", "optimizer"), "the method brings its optimizer: choose `method`"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit", "quantization_config"), _QUANTISED),
+    **dict.fromkeys(("template", "chat_template", "special_tokens", "tokenizer", "tokenizer_name"), _TOKENIZER),
+    **dict.fromkeys(("modules_to_save", "lora_modules_to_save", "additional_target", "bias"), _WHOLE),
+    **dict.fromkeys(("stage", "rl"), "`train` fine-tunes on rows; DPO and others in Python (docs/trainers.md)"),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), _LAUNCH),
+    **dict.fromkeys(("flash_attention", "flash_attn", "attn_implementation"), _ATTENTION),
+    **dict.fromkeys(("dataset_text_field", "dataset_dir"), "columns are known by their names (docs/data.md)"),
+    "max_samples": "all rows are read: cut the file, or set `train.steps`",
+    "resume_from_checkpoint": "say `--resume`",
+    **dict.fromkeys(("overwrite_output_dir", "overwrite_output"), "name another `output`, or delete that folder"),
+    **dict.fromkeys(("push_to_hub", "hub_model_id"), "upload the result yourself, `hf upload` does it"),
+    **dict.fromkeys(("wandb_project", "use_wandb"), "set `train.report_to: [wandb]`; wandb reads WANDB_PROJECT"),
+    **{key: f"set it in `train.extra`: `train.extra.{key}`" for key in ("neftune_noise_alpha", "use_liger_kernel")},
+}
+"""Keys that mean none of ours, and what to do."""
