@@ -498,6 +498,8 @@ BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
     ),
     "no argument": (["train"], r"Missing argument 'RECIPE' \(see loralign train --help\)"),
     "unknown option": (["train", "r.yaml", "--foo"], r"No such option.*--foo.*\(see loralign train --help\)"),
+    "a setting as an option": (["train", "r.yaml", "--learning_rate", "1e-4"], r"is given as --set key=value \(see"),
+    "a setting as a word": (["plan", "r.yaml", "rank=4"], r"is given as --set key=value \(see loralign plan --help\)"),
     "unknown command": (["tran"], r"No such command 'tran'.*train"),
     "unknown choice": (
         ["export", "out", "--out", "x", "--profile", "foo"],

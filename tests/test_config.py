@@ -18,6 +18,7 @@ from loralign.config.foreign import FOREIGN, INSTEAD
 from loralign.config.recipe import load, micro_batch_size, parse, schema, schema_text, to_job, to_recipe
 from loralign.config.sections import RunFile, TrainSection
 from loralign.config.study_file import StudyFile
+from loralign.config.yaml_text import read_yaml
 from loralign.methods.table import learning_rate
 from loralign.train.job import Data, Training
 from loralign.types import Weight
@@ -285,9 +286,9 @@ def test_a_key_of_another_trainer_is_answered(key: str, said: str, tmp_path: Pat
 
 def test_a_key_of_another_trainer_is_not_named_where_the_file_has_none_like_it() -> None:
     """A study has no `data.train`."""
-    study = (ROOT / "examples" / "compare.yaml").read_text(encoding="utf-8")
+    study = read_yaml(ROOT / "examples" / "compare.yaml", [])
     with pytest.raises(LoralignError) as caught:
-        validated(StudyFile, {**yaml.safe_load(study), "dataset": "x"}, "s.yaml", "a study")
+        validated(StudyFile, {**study, "dataset": "x"}, "s.yaml", "a study")
     assert "`dataset` is no key of a study" in str(caught.value) and "data.train" not in str(caught.value)
 
 

@@ -94,8 +94,14 @@ def explained(error: Exception) -> tuple[int, str]:
     """Exit code and sentence of an exception."""
     usage: Any = getattr(error, "format_message", None)  # a mistake on the command line, found by typer
     if usage is not None:
-        page = getattr(getattr(error, "ctx", None), "command_path", "loralign")
-        return 2, f"{clipped(usage().replace('Value error, ', '').rstrip('.'), 240)} (see {page} --help)"
+        ctx: Any = getattr(error, "ctx", None)
+        page = getattr(ctx, "command_path", "loralign")
+        setting = type(error).__name__ in ("NoSuchOption", "UsageError") and _takes_set(ctx)
+        hint = "; a setting of the file is given as --set key=value" if setting else ""
+        return (
+            2,
+            f"{clipped(usage().replace('Value error, ', '').rstrip('.'), 240 - len(hint))}{hint} (see {page} --help)",
+        )
     from loralign.io.folder import disk_full
     from loralign.types import LoralignError, VerificationFailed, WorkFailed
 
@@ -121,6 +127,11 @@ def explained(error: Exception) -> tuple[int, str]:
         return 2, f"this locale ({error.encoding}) has no {wrong}, which a path or a text holds: set PYTHONUTF8=1"
     fault = clipped(f"{type(error).__name__}: {said or 'no message'}", 200)
     return 1, f"unexpected {fault}; --debug shows where, please report it"
+
+
+def _takes_set(ctx: Any) -> bool:
+    """Whether a command takes settings of a file."""
+    return any("--set" in p.opts for p in getattr(getattr(ctx, "command", None), "params", ()))
 
 
 def _named(path: object) -> str:

@@ -33,7 +33,7 @@ _LAUNCH = "start the run with `accelerate launch` or torchrun (docs/scale.md)"
 _ATTENTION = "attention is the one that Transformers chooses"
 INSTEAD = {
     "warmup_steps": "set `train.warmup`, a share of the steps",
-    "gradient_accumulation_steps": "set `train.batch_size`, rows of a step, and `train.micro_batch_size`, rows of a forward",
+    "gradient_accumulation_steps": "set `train.batch_size`, rows of a step, and `train.micro_batch_size`, of a forward",
     **dict.fromkeys(("adapter", "finetuning_type", "peft_type", "init_lora_weights", "use_dora"), _METHOD),
     "use_rslora": "set `method: rslora`",
     "loraplus_lr_ratio": "set `method: lora-plus` and its `options.ratio`",

@@ -214,6 +214,8 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     job = replace(job, data=replace(job.data, max_length=length))
     args = arguments(job, resumed=resume_from is not None)
     model, tokenizer = load(job.model, precision=job.training.precision, **place)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU (torch sees no GPU)"
+    log.info("on %s, base in %s", device, str(model.dtype).removeprefix("torch."))
     recipe = without_towers(job.recipe, model)
     if job.data.packing:
         check_packing(model)
