@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from pydantic import BaseModel
 from typer.main import get_command
 
 from loralign.cli.app import app
+from loralign.config.recipe import load
 from loralign.config.sections import RunFile
 from loralign.config.study_file import StudyFile
-from loralign.config.tasks_file import TasksFile
+from loralign.config.tasks_file import TasksFile, load_tasks
 from loralign.methods.table import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -64,18 +66,35 @@ def commands(page: str, word: str) -> list[str]:
     return [c.split("  #")[0] for c in re.findall(rf"(?:`|^ +){word} ([^`\n]*)", text, flags=re.MULTILINE)]
 
 
+KNOWN: Any = get_command(app).commands  # type: ignore[attr-defined]
+READ = {"train": load, "plan": load, "init": load, "tasks": load_tasks}
+
+
+def check_line(line: str) -> None:
+    """A `loralign …` line without its first word: command, options, and settings of a file of examples/ are known."""
+    name, *words = [w.strip("[]") for w in shlex.split(line)]
+    inner = [KNOWN[name], *getattr(KNOWN[name], "commands", {}).values()]
+    options = {o for command in inner for p in command.params for o in p.opts}
+    assert {w for w in words if w.startswith("--")} <= options | {"--debug"}, line
+    if name in READ and words and words[0].startswith("examples/"):
+        READ[name](ROOT / words[0], [after for word, after in pairwise(words) if word == "--set"])
+
+
 @page
 def test_commands_and_options_exist(page: str) -> None:
-    """Every `loralign …`: the command and each of its options are known."""
-    known = get_command(app).commands  # type: ignore[attr-defined]
     lines = [*commands(page, "loralign"), *commands(page, r"(?:torchrun|accelerate launch).*-m loralign")]
     lines = [line for line in lines if line[:1].isalpha()]
     assert lines or page not in ("README.md", "docs/cli.md", "docs/serving.md", "docs/scale.md")
     for line in lines:
-        name, *words = [w.strip("[]") for w in line.split()]
-        inner = [known[name], *getattr(known[name], "commands", {}).values()]
-        options = {o for command in inner for p in command.params for o in p.opts}
-        assert {w for w in words if w.startswith("--")} <= options | {"--debug"}, line
+        check_line(line)
+
+
+def test_the_examples_of_help_pages_would_run() -> None:
+    inner = [c for known in KNOWN.values() for c in (known, *getattr(known, "commands", {}).values())]
+    lines = [c.epilog.removeprefix("Example: loralign ").split(" | ")[0] for c in inner if c.epilog]
+    assert len(lines) > 12
+    for line in lines:
+        check_line(line)
 
 
 @page
