@@ -423,6 +423,8 @@ def test_the_command_trains_says_and_verifies(world: Path, monkeypatch: pytest.M
         ("data.max_length=65", "more than the 64 positions of 'base': lower `data.max_length`"),
     ):
         assert said in run("tasks", "tasks.yaml", "--set", setting, "--set", "output=x").err
+    cut = run("tasks", "tasks.yaml", *("--set", "data.max_length=2", "--set", "train.mask=task", "--set", "output=x"))
+    assert "12 of 12 rows are longer than `data.max_length` 2 and were cut" in cut.err
     assert not (world / "x").exists()
 
 

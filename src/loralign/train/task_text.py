@@ -66,6 +66,9 @@ def run_text(job: TextTasks, *, resume: bool = False, progress: Progress | None 
     at = {label: k for k, label in enumerate(labels)}
 
     def rows(texts: Texts) -> list[dict[str, Any]]:
+        whole = tokenizer([text for text, _ in texts], verbose=False).input_ids
+        if long := sum(len(ids) > most for ids in whole):
+            log.warning("%d of %d rows are longer than `data.max_length` %d and were cut", long, len(whole), most)
         ids = tokenizer([text for text, _ in texts], truncation=True, max_length=most).input_ids
         return [{"input_ids": torch.tensor(i), "labels": at[c]} for i, (_, c) in zip(ids, texts, strict=True)]
 
