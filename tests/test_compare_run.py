@@ -33,7 +33,7 @@ from loralign.compare.runner import Resident
 from loralign.compare.spec import Outcome, Trial
 from loralign.compare.store import Store
 from loralign.compare.study import work
-from loralign.compare.tasks import Rows, rows_with
+from loralign.compare.tasks import Rows, common_width, rows_with
 from loralign.types import Full, LoralignError, Recipe, WorkFailed
 from tiny_study import SMALL, load, write_study
 from tiny_trl import tokenizer
@@ -295,6 +295,16 @@ def test_an_arm_that_would_not_act_is_told_before_the_first_trial_and_once(tmp_p
     file = write_study(tmp_path, arms=[{"method": "delta-lora", "options": {"wait_steps": 3}}], references=False)
     done = compare(file, "--set", "budget.trials=2")
     assert done.returncode == 0 and done.stderr.startswith(said) and done.stderr.count(said) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("longest", "most", "device", "width"),
+    [(1, 10, "cuda", 3), (4, 10, "cuda", 6), (10, 10, "cuda", 10), (9, 8, "cuda", 9), (5, 10, "cpu", 5)],
+)
+def test_a_batch_is_padded_to_a_quarter_of_the_longest_row_at_most(
+    longest: int, most: int, device: str, width: int
+) -> None:
+    assert common_width(longest, most, device) == width
 
 
 def test_whether_a_rule_acts_is_told_of_the_steps_that_a_start_leaves(

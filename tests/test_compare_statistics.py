@@ -174,6 +174,10 @@ def test_speed_is_tested_where_finals_tie() -> None:
     assert found["low"].final_sign == 1 and found["low"].p[1] is None and found["low"].speed_sign == 0
     assert found["soon"].p[0] > FINAL and found["soon"].speed_sign == 1
     assert found["soon"].steps.mean < 0.55
+    curves = [c for own in arms.values() for c in own]
+    assert {a.arm: a.kind for a in summarise(curves).arms} == {"lora": "baseline", "soon": "sooner", "low": "better"}
+    kinds = {a.arm: a.kind for a in summarise(curves, baseline="soon").arms}
+    assert kinds == {"soon": "baseline", "lora": "later", "low": "better"}
 
 
 def test_speeds_of_a_family_are_corrected_by_holm_and_know_of_the_choice_of_the_rate() -> None:
@@ -309,6 +313,16 @@ def test_one_plain_sentence_per_arm() -> None:
     assert said["worse"].startswith("worse than `lora` by 0.500")
     assert said["wild"] == "diverged on 2 of 3 seeds at its best rate: nothing is claimed for it"
     assert {a.arm: a.kind for a in result.arms}["wild"] == "unstable"
+
+
+def test_of_an_arm_that_diverged_on_a_seed_no_figure_claims_anything_and_the_others_are_as_without_it() -> None:
+    runs = [*three("full", 1.0), *three("lora", 2.0), *three("good", 1.5)]
+    wild = [curve("wild", s, 4.0, 3.0, INF if s == 3 else 1.2 + 0.1 * s, diverged=s == 3) for s in range(4)]
+    alone, beside = ({a.arm: a for a in summarise(curves).arms} for curves in (runs, [*runs, *wild]))
+    lost = beside["wild"]
+    assert (lost.kind, lost.effect, lost.gap.value, lost.diverged) == ("unstable", None, None, 1)
+    assert "diverged" in lost.gap.reason and lost.final.n == 3
+    assert all(beside[n].effect == a.effect and beside[n].gap == a.gap for n, a in alone.items())
 
 
 def test_the_table_as_csv_and_on_a_terminal() -> None:

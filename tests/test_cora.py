@@ -452,6 +452,18 @@ def test_side_is_chosen_where_sources_agree_more() -> None:
     none, two = (Shared(orthonormal(8, 4), torch.tensor(s), 0.3, 4) for s in ([0.2] * 4, [0.9, 0.8, 0.2, 0.1]))
     assert choose_side(CommonSubspace(), "deltas", {"left": none, "right": two}, 4) == "right"
     assert choose_side(CommonSubspace(), "deltas", {"left": two, "right": none}, 4) == "left"
+    sure, near = (Shared(orthonormal(8, 2), torch.tensor([e, 0.0]), null, 4) for e, null in ((0.6, 0.2), (0.8, 0.5)))
+    assert choose_side(CommonSubspace(), "deltas", {"left": near, "right": sure}, 4) == "right"  # further above chance
+
+
+@pytest.mark.parametrize("silent", [0, 1, 2])
+def test_sources_that_say_nothing_lower_the_share_and_what_chance_gives_alike(silent: int) -> None:
+    """ℓ = 0 agrees with nobody: all that the others share is divided by J, and so is their null level."""
+    planted = [torch.cat([orthonormal(64, 1, seed=1), normal(64, 3, seed=10 + j)], 1) for j in range(4)]
+    loud = [torch.linalg.qr(T).Q for T in planted]
+    alone, found = consensus(loud, keep=4), consensus([*loud, *[torch.zeros(64, 0, dtype=torch.float64)] * silent], 4)
+    assert found.null == pytest.approx(alone.null * 4 / (4 + silent)) and found.significant == alone.significant == 1
+    assert torch.allclose(found.share, alone.share * 4 / (4 + silent))
 
 
 def test_basis_file(sources: tuple[str, ...], tmp_path: Path) -> None:

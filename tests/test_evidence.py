@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from evidence_ranks import CALLS
 from loralign import LoralignError, Recipe, adapt, build, sites
 from loralign.carrier.sites import put_in
 from loralign.evidence import collect, model_loss
+from loralign.evidence.partial import EVERY_S, FACTS, Partial, replacing
 from loralign.types import (
     NOTHING,
     Activations,
@@ -200,6 +203,15 @@ def test_a_stopped_preheat_goes_on(
     assert equal(found, whole) and (found.spent.tokens, found.spent.micro_batches) == (whole.spent.tokens, 10)
 
 
+def test_a_part_is_written_every_two_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, started = Partial(tmp_path / "e.partial"), time.monotonic()
+    for seconds, due in ((0.0, False), (0.9 * EVERY_S, False), (1.1 * EVERY_S, True)):
+        monkeypatch.setattr("loralign.evidence.partial.time.monotonic", lambda s=seconds: started + s)
+        assert kept.due() == due and not Partial(None).due()
+    kept.keep({"0|factor": torch.ones(2)}, dict.fromkeys(FACTS, 3))
+    assert not kept.due() and kept.restore({"0|factor": torch.zeros(2)}) == dict.fromkeys(FACTS, 3)
+
+
 def test_a_broken_or_foreign_part_is_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of other settings is not looked at, and one that cannot be read is collected again."""
     monkeypatch.setattr("loralign.evidence.partial.EVERY_S", 0.0)
@@ -214,6 +226,31 @@ def test_a_broken_or_foreign_part_is_no_start(tmp_path: Path, monkeypatch: pytes
     (kept,) = tmp_path.glob("*.partial")
     kept.write_bytes(kept.read_bytes()[:100])
     assert equal(gathered(tmp_path, need), gathered(None, need)) and not list(tmp_path.glob("*.partial"))
+
+
+def test_kept_evidence_that_lacks_a_module_is_collected_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = gathered(tmp_path)
+    (file,) = tmp_path.iterdir()
+    with safe_open(file, framework="pt") as f:
+        facts = json.loads(f.metadata()["facts"])
+        spent = f.metadata()["spent"]
+    name, *rest = facts
+    tensors = {k: t for k, t in load_file(file).items() if not k.startswith(f"{name}|")}
+    save_file(tensors, file, metadata={"facts": json.dumps({n: facts[n] for n in rest}), "spent": spent})
+    with caplog.at_level(logging.WARNING, "loralign"):
+        assert equal(first, gathered(tmp_path))
+    assert "it is about other modules): it is collected again" in caplog.text
+
+
+def test_of_a_file_that_cannot_be_written_whole_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "e").write_text("before")
+    with pytest.raises(OSError, match="full"), replacing(tmp_path / "e") as temporary:
+        temporary.write_text("half")
+        raise OSError("the disk is full")
+    assert [p.name for p in tmp_path.iterdir()] == ["e"] and (tmp_path / "e").read_text() == "before"
+    with replacing(tmp_path / "new" / "e") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "new" / "e").read_text() == "whole" and len(list((tmp_path / "new").iterdir())) == 1
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.int(), lambda t: t * float("nan")])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from loralign import LoralignError, Recipe, adapt, build, optimizer, sites
 from loralign.carrier.layer import low_rank
 from loralign.carrier.sites import draw_for, put_in
-from loralign.evidence import collect, model_loss
+from loralign.evidence import collect, exact_gradient, model_loss
 from loralign.evidence.preheat import Temporary, _factors, hooked, prior_rate
 from loralign.maths.draws import keyed_generator, orthonormal
 from loralign.maths.linalg import product_svd
@@ -465,6 +465,27 @@ def test_steps_accumulate_micro_batches() -> None:
     b = collect(whole, model, sites(model), [{"all": batches}], loss=mean_loss)
     for name, d in a.items():
         assert torch.allclose(d.S, b[name].S, rtol=1e-3), name
+
+
+def test_the_values_of_a_sketch_are_those_of_the_mean_gradient_of_its_second_half() -> None:
+    """Three micro-batches: two give the basis, which holds all rows of the gradient here, the third the values."""
+    model, batch = put_in(llama(), recipe("lora")), batch_for(llama())
+    narrow = [s for s in sites(model) if s.d_out == 16]
+    found = collect(Preheated(lambda r: 16, 0, "A", micro_batches=3), model, narrow, [batch] * 3)
+    exact = exact_gradient(model, narrow, [batch], model_loss)
+    for s in narrow:
+        assert torch.allclose(found[s.name].S, torch.linalg.svdvals(exact[s.name])[: s.r], rtol=1e-4), s.name
+
+
+def test_a_reference_without_the_adapter_is_not_preheated() -> None:
+    """DPO's and KTO's reference policy runs under `disable_adapter`, while the temporary factors train."""
+    model, batch = put_in(llama(), recipe("lora")), batch_for(llama())
+    plain = model(**batch).logits
+    pairs = [Temporary(s, normal(4, s.d_in).float(), normal(s.d_out, 4).float()) for s in sites(model)]
+    with hooked(pairs), torch.no_grad():
+        assert not torch.allclose(model(**batch).logits, plain, atol=1e-3)
+        with model.disable_adapter():
+            assert torch.equal(model(**batch).logits, plain)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

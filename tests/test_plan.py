@@ -331,6 +331,8 @@ def test_what_does_not_fit_a_site_is_said_by_the_plan_too(what: str) -> None:
 def test_ranks_that_fit_are_allowed_and_plain_lora_has_no_largest() -> None:
     check_ranks(recipe("lora-ga", r=8), sites(adapt(toy.llama(), recipe("lora", r=8))))
     adapt(toy.llama(), recipe("lora", r=40))
+    for name, option in (("rm-lora", "keep"), ("sora", "target_rank")):  # no slot more than a rule asks for
+        check_ranks(recipe(name, r=4, options={option: 4}), sites(adapt(toy.llama(), recipe("lora", r=4))))
 
 
 # ---------------------------------------------------------------------------------------------------------------- costs
@@ -551,6 +553,29 @@ def test_the_peak_is_that_of_real_steps(case: str) -> None:
     assert expected == pytest.approx(live.peak, rel=0.15)
 
 
+@pytest.mark.filterwarnings("ignore:rank 256 exceeds")
+def test_where_the_optimizers_step_is_the_fullest_moment_it_is_what_is_planned() -> None:
+    """Far more trained numbers than activations: gradients and updates beside the state."""
+    made, step = recipe("lora", r=256), Step(1, 4)
+    expected = estimate(meta_llama(), made, step)
+    with LiveBytes() as live:
+        model = type(toy.llama())(toy.llama().config).train()
+        loss = usual_loss(model, step)
+        batch = {k: torch.ones(v.shape, dtype=v.dtype) for k, v in example_batch(model, step).items()}
+        adapted = adapt(model, made)
+        taker = optimizer(adapted, made, 1e-6)
+        for _ in range(2):
+            loss(adapted, batch).backward()
+            taker.step()
+            taker.zero_grad()
+    assert expected.peak_bytes == pytest.approx(live.peak, rel=0.01)
+
+
+def test_on_a_gpu_what_the_last_step_moved_is_there_until_its_norm_is_read() -> None:
+    here, there = (planned(recipe("lora", r=4), Step(2, 8, device=device)) for device in ("cpu", "cuda"))  # type: ignore[arg-type]
+    assert there.optimizer_bytes == here.optimizer_bytes + 4 * here.trainable
+
+
 STARTS_MEASURED = {
     "hrp": ("hrp", {"steps": 2}),
     "hrp of one side": ("hrp", {"steps": 2, "train": "B"}),
@@ -571,7 +596,7 @@ def test_the_start_takes_what_is_planned(case: str) -> None:
         loss = usual_loss(model, step)
         batch = {k: torch.ones(v.shape, dtype=v.dtype) for k, v in example_batch(model, step).items()}
         adapt(model, made, [batch] * 3, loss=loss)
-    assert found.start_bytes == pytest.approx(live.peak, rel=0.1)
+    assert found.start_bytes == pytest.approx(live.peak, rel=0.015)
     assert found.fullest_bytes == max(found.start_bytes, found.peak_bytes)
 
 

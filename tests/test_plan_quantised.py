@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from cli_world import assert_one_sentence, run, world_in
+from loralign.plan.quantised import saved_bytes
+from toy import llama
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
@@ -51,6 +53,34 @@ def test_bytes_are_those_of_the_stored_weights(world: Path) -> None:
     assert twice < four
     left = json.loads(plan({**NF4, "llm_int8_skip_modules": ["down_proj"]}).out)["weights_bytes"]
     assert four < left < plain
+
+
+KINDS = {  # a section, bytes of a weight of n numbers in d_out rows
+    "4 bit": (NF4, lambda n, rows: int(n * (0.5 + 4 / 64))),
+    "4 bit, twice": ({**NF4, "bnb_4bit_use_double_quant": True}, lambda n, rows: int(n * (0.5 + (1 + 4 / 256) / 64))),
+    "8 bit": (INT8, lambda n, rows: n + 4 * rows),
+    "torchao": ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, lambda n, rows: n + 4 * rows),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("left_out", "count"),
+    [((), 14), (("gate_proj", "up_proj", "down_proj", "o_proj"), 6), (("model.layers.1",), 7)],
+)
+def test_hand_counts_of_what_is_stored_and_of_the_largest_weight(
+    kind: str, left_out: tuple[str, ...], count: int
+) -> None:
+    """The head is left as it is; of the others the largest need not be the last."""
+    section, stored = KINDS[kind]
+    with torch.device("meta"):
+        model = llama(tie_word_embeddings=False).to(torch.bfloat16)
+    linears = {n: m.weight for n, m in model.named_modules() if n.endswith("_proj")}
+    kept = {n: W for n, W in linears.items() if not n.endswith(left_out) and not n.startswith(left_out)}
+    less = sum(2 * W.numel() - stored(W.numel(), len(W)) for W in kept.values())
+    most = max(2 * W.numel() for W in kept.values())
+    assert len(kept) == count
+    assert saved_bytes(model, {**section, "llm_int8_skip_modules": left_out}) == (less, most)
 
 
 def test_what_is_not_known_is_said(world: Path) -> None:

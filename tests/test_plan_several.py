@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cli_world import assert_one_sentence, run, world_in
-from loralign import build
+from loralign import Recipe, build
 from loralign.plan.memory import Estimate, estimate
 from loralign.plan.several import Layout
 from loralign.plan.trace import Step
@@ -55,6 +55,20 @@ def test_what_is_stepped_in_pairs_keeps_its_state_whole() -> None:
     assert eight.optimizer_bytes == one.optimizer_bytes
 
 
+def test_a_step_in_pairs_gathers_the_gradients_and_holds_its_own_share() -> None:
+    """Where it is the fullest moment: what it takes alone, the gradients whole once more, and the shares."""
+    made = build("lora-pro", r=32)
+    assert isinstance(made, Recipe)
+    with torch.device("meta"):
+        base = llama(**SIZES).to(torch.bfloat16)
+    found = estimate(base, made, Step(1, 2, bf16=True), layout=Layout(8, sharded=True))
+    gradients = 4 * found.trainable
+    alone = int((2 + made.transform.facts.transient) * gradients)
+    held = found.weights_bytes + found.adapter_bytes + found.optimizer_bytes
+    assert alone > found.gathered_bytes + found.activation_bytes
+    assert found.peak_bytes == held + alone + gradients + gradients // 8
+
+
 def test_frozen_slots_are_on_every_gpu() -> None:
     plain, twin = (planned(name, Layout(8, sharded=True)) for name in ("lora", "pissa"))
     assert twin.adapter_bytes - plain.adapter_bytes == 4 * plain.trainable
@@ -89,6 +103,9 @@ def test_full_fine_tuning_splits_its_masters_and_gathers_halves() -> None:
     assert eight.gathered_bytes == 2 * (2 * block + tail)
     assert eight.optimizer_bytes == one.optimizer_bytes // 8 == one.trainable
     assert eight.weights_bytes < one.weights_bytes / 7
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in llama(**SIZES).parameters())
+    assert eight.weights_bytes * 8 == pytest.approx(2 * numbers + 2 * one.trainable, rel=0.02)  # masters in fp32
     held = eight.weights_bytes + eight.optimizer_bytes + eight.gathered_bytes
     assert eight.peak_bytes == held + eight.activation_bytes
 

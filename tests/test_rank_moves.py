@@ -535,6 +535,9 @@ def test_inputs_of_two_forwards_and_of_a_backward_that_fails_are_counted() -> No
         model(**batch_for(model)).loss.backward()
     broken.remove()
     reached = sums_of(tap)
+    model.eval()(**batch_for(model)).loss.backward()  # an evaluation, though with gradients
+    model.train()
+    assert not any(row.any() for row in sums_of(tap).values())
     assert all(row.any() == (".1." in name) for name, row in reached.items()) and len({*reached}) > 1
     for seed in (0, 1):
         model(**batch_for(model, seed=seed)).loss.backward()

@@ -470,6 +470,8 @@ def test_energy_of_the_gradient_is_estimated_beside_the_sketch() -> None:
     wanted = float(oracle.gradient(given).square().sum())
     seen = [run(Stream(site(), K, Draws(seed)), given).energy() for seed in range(64)]
     assert abs(sum(seen) / 64 / wanted - 1) < 0.15
+    omega = Draws(0)("norm", N, 16, given[0][0])
+    assert seen[0] == pytest.approx(float((oracle.gradient(given) @ omega).square().sum()) / 16)
 
 
 def test_small_gradients_do_not_vanish_in_a_sketch() -> None:

@@ -15,7 +15,7 @@ from loralign.compare.numbers import between, signed
 from loralign.compare.page.build import Shown, page
 from loralign.compare.page.overall import overall_section
 from loralign.compare.spec import BASELINE, REFERENCE
-from loralign.compare.statistics import samples
+from loralign.compare.statistics import samples, stable
 from loralign.compare.tables import budgets, titled
 from loralign.io.provenance import write_json, write_text
 
@@ -25,7 +25,7 @@ def over_tasks(shown: Sequence[Shown]) -> list[Overall]:
     tasks = {}
     for one in shown:
         arms = {arm.name: [c for c in one.curves if c.arm == arm.name] for arm in one.spec.arms}
-        raw = samples(arms, one.rates)
+        raw = samples(stable(arms, BASELINE), one.rates)
         if BASELINE in raw and len(raw) > 1:
             tasks[one.spec.task_name] = dict(zip(raw, moderated(list(raw.values())), strict=True))
     if len(tasks) < 2:

@@ -87,6 +87,11 @@ def samples(arms: Arms, rates: Sequence[Rate] = ()) -> dict[str, Sample]:
     return found
 
 
+def stable(arms: Arms, baseline: str) -> dict[str, Sequence[Curve]]:
+    """Without the arms that diverged on some seed: the seeds that are left say nothing of the others."""
+    return {arm: curves for arm, curves in arms.items() if arm == baseline or all(c.sound for c in curves)}
+
+
 def _with_spread_of(search: Sequence[Rate], s: Sample) -> Sample:
     """Pooled with the variance of the finalists' losses: each has k − 1 degrees of freedom."""
     if not search:
@@ -163,7 +168,7 @@ def gap_closed(arm: Sample | None, base: Sample | None, reference: Sample | None
     The baseline's own is 0, the reference's 1.
     """
     if base is None or reference is None or arm is None:
-        return Gap(None, reason="an arm, the baseline or the reference has fewer than two seeds")
+        return Gap(None, reason="an arm, the baseline or the reference has fewer than two seeds, or diverged on one")
     t2 = float(stdtrit(welch(reference, base), 0.975)) ** 2
     x, y = base.mean - arm.mean, base.mean - reference.mean
     if y * y <= t2 * (base.error2 + reference.error2):

@@ -12,7 +12,7 @@ from loralign.compare.inference import moderated
 from loralign.compare.numbers import decimals, loss, number
 from loralign.compare.ranks import Ranks, ranks_of
 from loralign.compare.rates import Rate, Sensitivity, check_equal_trials, choose_rate, edge, sensitivity
-from loralign.compare.statistics import CONTROL, FINAL, PRIMARY, Comparison, Gap, compare, gap_closed, samples
+from loralign.compare.statistics import CONTROL, FINAL, PRIMARY, Comparison, Gap, compare, gap_closed, samples, stable
 
 Kind = Literal["baseline", "better", "worse", "sooner", "later", "no difference", "unstable", "untested"]
 FEW_SEEDS = 3
@@ -82,7 +82,7 @@ def summarise(
     finals = {n: interval([c.final for c in own if c.sound]) for n, own in arms.items()}
     targets = {n: finals[n].mean for n in (baseline, reference) if n in finals and finals[n].n}
     comparisons = compare(arms, baseline, rates=rates, family=family, reference=reference)
-    raw = samples(arms, rates)
+    raw = samples(stable(arms, baseline), rates)
     quiet = dict(zip(raw, moderated(list(raw.values())), strict=True))
     shrunken = effects([{n: s for n, s in quiet.items() if n != reference}], baseline)
     results = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +23,18 @@ EVERY_S = 120.0
 FACTS = ("step", "tokens", "micro_batches")
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields the name of a file that takes the place of `path` at the end; nothing is left of it where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class Partial:
     """path: None where nothing is kept. Rank 0 reads and writes, all ranks go on from its values."""
 
@@ -34,14 +47,9 @@ class Partial:
     def keep(self, tensors: Mapping[str, Tensor], facts: Mapping[str, int]) -> None:
         """Replace what was kept; called between two steps."""
         if self.path is not None and rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
             on_disk = {k: t.detach().contiguous() for k, t in tensors.items()}
-            try:
+            with replacing(self.path) as temporary:
                 save_file(on_disk, temporary, metadata={k: str(facts[k]) for k in FACTS})
-                temporary.replace(self.path)
-            finally:
-                temporary.unlink(missing_ok=True)
         self._written = time.monotonic()
 
     @torch.no_grad()

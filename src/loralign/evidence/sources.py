@@ -1,6 +1,6 @@
 """Where common subspaces come from: files of adapters and checkpoints, read one matrix at a time.
 
-    adapters    X = s·B·A of every module, by `product_svd`, never densified; ranks may differ
+    adapters    X = B·A of every module, by `product_svd`, never densified; ranks and scales may differ
     deltas      X = W − W_base of every module, directions above the noise edge std(X)·(√m + √n) only
     weights     X = W: the layers of one checkpoint that share a name up to its numbers, or one module of several ones
 
@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -24,13 +23,12 @@ from typing import Any
 
 import torch
 import transformers
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from loralign.carrier.stored import CONFIG, WEIGHTS, BadInput, Broken, check_stored, rank_of, read_config
+from loralign.carrier.stored import CONFIG, WEIGHTS, BadInput, Broken, check_stored, read_config
 from loralign.carrier.targets import PREFIX, linear_modules
 from loralign.maths.linalg import product_svd, top_svd
 from loralign.types import LoralignError
@@ -166,15 +164,6 @@ class Adapter:
         stems = [k.removesuffix(".lora_A.weight") for k in self.shapes if k.endswith(".lora_A.weight")]
         return {stem.removeprefix(PREFIX): stem for stem in stems}
 
-    def scale(self, name: str) -> float:
-        with reading(self.folder / CONFIG):
-            config, r = self.config, rank_of(self.config, name)
-            alphas = config.get("alpha_pattern") or {}
-            alpha = float(alphas.get(get_pattern_key(alphas, name), config["lora_alpha"]))
-            if not math.isfinite(alpha):
-                raise ValueError(f"alpha {alpha} at {name}")
-            return alpha / (r**0.5 if config.get("use_rslora") else r)
-
     def leading(self, name: str) -> tuple[Tensor, Tensor]:
         with reading(self.file), _opened(self.file) as f:
             stem = self.names[name]
@@ -182,7 +171,7 @@ class Adapter:
             fit = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
             if not fit or not (A.isfinite().all() and B.isfinite().all()):
                 raise ValueError(f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} are no finite pair")
-        U, S, V = product_svd(B * self.scale(name), A)
+        U, S, V = product_svd(B, A)  # of any scale
         live = S / S[0].clamp_min(torch.finfo(S.dtype).tiny) > 1e-6
         return U[:, live], V[:, live]
 
@@ -199,11 +188,14 @@ class Checkpoint:
         if index.is_file():
             with reading(index):
                 named = json.loads(index.read_text("utf-8"))["weight_map"]
-                if any(Path(file).name != file for file in named.values()):
+                if any(Path(v).name != v for v in named.values()):
                     raise ValueError("it names files outside of its folder")
                 self.files = {k: folder / v for k, v in named.items()}
         else:
-            self.files = {k: p for p in sorted(folder.glob("*.safetensors")) for k in _keys(p)}
+            self.files = {}
+            for file in sorted(folder.glob("*.safetensors")):
+                with _opened(file) as f:
+                    self.files |= dict.fromkeys(f.keys(), file)
         if not self.files:
             raise LoralignError(f"{folder} holds no safetensors files: convert the checkpoint first")
         self._open: dict[Path, Any] = {}
@@ -254,11 +246,6 @@ def reading(file: Path) -> Iterator[None]:
     ) as error:
         why = " ".join(str(error).split())[:120]
         raise LoralignError(f"{file.parent.name}/{file.name} is damaged ({why}): copy or save it again") from error
-
-
-def _keys(file: Path) -> Iterable[str]:
-    with _opened(file) as f:
-        return list(f.keys())
 
 
 def _opened(file: Path) -> Any:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loralign.carrier.slot import whole
+from loralign.evidence.partial import replacing
 from loralign.evidence.ranks import from_every_rank, world
 from loralign.evidence.tap import Spent
 from loralign.types import Batch, Directions, LoralignError, Recipe, Site
@@ -120,16 +121,14 @@ def cache_folder(folder: Path) -> Path:
 
 
 def save_evidence(path: Path, found: Evidence) -> None:
-    """Write to a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Kept whole or not at all."""
     tensors, facts = {}, {}
     for name, d in found.items():
         sides = (("U", d.U), ("S", d.S), ("V", d.V))
         tensors.update({f"{name}|{k}": v.clone().contiguous() for k, v in sides if v is not None})  # sites may share
         facts[name] = [d.captured, d.exact, d.note, d.held_out, d.quality]
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"facts": json.dumps(facts), "spent": json.dumps(asdict(found.spent))})
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"facts": json.dumps(facts), "spent": json.dumps(asdict(found.spent))})
 
 
 def load_evidence(path: Path, sites: Sequence[Site]) -> Evidence | None:
@@ -151,9 +150,9 @@ def load_evidence(path: Path, sites: Sequence[Site]) -> Evidence | None:
 
 def _check(found: Mapping[str, Directions], sites: Sequence[Site]) -> None:
     """Raise ValueError where this is not about these sites, or not of the form that was written."""
-    if found.keys() - {s.name for s in sites}:
+    if found.keys() != {s.name for s in sites}:
         raise ValueError("it is about other modules")
-    for site in (s for s in sites if s.name in found):
+    for site in sites:
         d = found[site.name]
         sides = [(t, n) for t, n in ((d.U, site.d_out), (d.V, site.d_in)) if t is not None]
         if not sides or d.S.ndim != 1 or any(tuple(t.shape) != (n, len(d.S)) for t, n in sides):

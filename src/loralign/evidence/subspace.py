@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loralign.evidence.partial import replacing
 from loralign.evidence.sources import Members, Target, is_adapter, members, pattern
 from loralign.maths.linalg import canonical_columns, top_svd
 from loralign.types import LoralignError
@@ -185,11 +185,9 @@ def write_basis(path: Path, basis: Basis) -> None:
             tensors[f"{name}|{side}|share"] = shared.share.float().contiguous()
             rows[f"{name}|{side}"] = [shared.null, shared.sources]
     about = {"format": FORMAT, "loralign": version("loralign"), "facts": dict(basis.facts), "groups": rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"loralign_basis": json.dumps(about)})
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"loralign_basis": json.dumps(about)})
+        temporary.chmod(0o644)
 
 
 def read_basis(path: Path) -> Basis:
