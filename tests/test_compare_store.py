@@ -367,12 +367,25 @@ def test_a_number_that_another_process_has_now_is_not_the_worker(tmp_path: Path)
     assert store.running() == {} and store.claim(FIRST)
 
 
-def test_an_outcome_is_kept_although_a_beat_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_beat_comes_after_the_end_of_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is under way is waited for: it would find the trial ended, and take that for a take-over."""
+    events: list[str] = []
+
+    def slow(claim: Any, step: int | None = None) -> None:
+        events.append("begins")
+        time.sleep(0.2)
+        events.append("beat")
+
     monkeypatch.setattr(storing, "BEAT_S", 0.0)
-    store = Store(spec(tmp_path))
-    for t in wanted(spec(tmp_path), {}):
-        claim = store.claim(t)
-        assert claim and claim.finish(ended()) and not claim._life.is_alive()
+    monkeypatch.setattr(storing.Claim, "beat", slow)
+    claim = Store(spec(tmp_path)).claim(FIRST)
+    assert claim
+    while not events:
+        time.sleep(0.01)
+    assert claim.finish(ended()) and not claim.lost
+    events.append("end")
+    time.sleep(0.3)
+    assert events[-1] == "end"
 
 
 def test_a_clock_that_is_wrong_by_minutes_kills_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

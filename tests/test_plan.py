@@ -31,11 +31,13 @@ from loralign.plan.combinations import (
 )
 from loralign.plan.course import idle, links
 from loralign.plan.memory import Estimate, estimate
+from loralign.plan.start import evidence_bytes
 from loralign.plan.trace import LiveBytes, Step, example_batch, trace, usual_loss
 from loralign.train.attach import attach
 from loralign.types import (
     NOTHING,
     Batch,
+    CommonSubspace,
     Directions,
     Draw,
     Episode,
@@ -46,11 +48,15 @@ from loralign.types import (
     LrPrior,
     Operator,
     Pair,
+    Preheated,
     Prepared,
     RuleNeed,
+    Site,
+    Sketch,
     SlotChange,
     Start,
     State,
+    TopGradient,
     Weight,
 )
 from trainers import toy_trainer
@@ -571,6 +577,24 @@ def test_where_the_optimizers_step_is_the_fullest_moment_it_is_what_is_planned()
     assert expected.peak_bytes == pytest.approx(live.peak, rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:rank 64 exceeds")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_gradients_of_the_micro_batches_before_are_there(micro_batches: int) -> None:
+    """Forward and backward of the last one of a step, without the optimizer."""
+    made, step = recipe("lora", r=64), Step(4, 16, micro_batches=micro_batches)
+    expected = estimate(meta_llama(), made, step)
+    with LiveBytes() as live:
+        model = type(toy.llama())(toy.llama().config).train()
+        loss = usual_loss(model, step)
+        batch = {k: torch.ones(v.shape, dtype=v.dtype) for k, v in example_batch(model, step).items()}
+        adapted = adapt(model, made)
+        for _ in range(micro_batches):
+            live.peak = live.now
+            loss(adapted, batch).backward()
+    planned_bytes = expected.weights_bytes + expected.adapter_bytes + expected.activation_bytes
+    assert planned_bytes == pytest.approx(live.peak, rel=0.03)
+
+
 def test_on_a_gpu_what_the_last_step_moved_is_there_until_its_norm_is_read() -> None:
     here, there = (planned(recipe("lora", r=4), Step(2, 8, device=device)) for device in ("cpu", "cuda"))  # type: ignore[arg-type]
     assert there.optimizer_bytes == here.optimizer_bytes + 4 * here.trainable
@@ -598,6 +622,27 @@ def test_the_start_takes_what_is_planned(case: str) -> None:
         adapt(model, made, [batch] * 3, loss=loss)
     assert found.start_bytes == pytest.approx(live.peak, rel=0.015)
     assert found.fullest_bytes == max(found.start_bytes, found.peak_bytes)
+
+
+KEPT = {  # what a need keeps of a site of 100 × 60 at rank 2, in bytes: on the host, beside the model
+    "nothing": (NOTHING, (0, 0)),
+    "exact": (TopGradient(2, 8, None), (4 * 6000, 0)),
+    "sketch": (TopGradient(2, 8, Sketch(8)), (0, 4 * 16 * 160)),
+    "a sketch that would be no smaller": (TopGradient(2, 8, Sketch(20)), (4 * 6000, 0)),
+    "preheat": (Preheated(lambda r: 8, 5, "AB"), (0, 16 * 8 * 160)),
+    "preheat of A": (Preheated(lambda r: 8, 5, "A"), (0, 8 * (16 * 60 + 4 * 100))),
+    "preheat of B": (Preheated(lambda r: 8, 5, "B"), (0, 8 * (4 * 60 + 16 * 100))),
+    "preheat of more than a side": (Preheated(lambda r: 80, 5, "AB"), (0, 16 * 60 * 160)),
+    "preheat without a step": (Preheated(lambda r: 8, 0, "A"), (0, 4 * 8 * 160)),
+    "subspace": (CommonSubspace(("a", "b", "c")), (3 * 4 * 6000, 0)),
+}
+
+
+@pytest.mark.parametrize("what", KEPT)
+def test_what_a_start_keeps_and_where(what: str) -> None:
+    need, wanted = KEPT[what]
+    site = Site("q", nn.Identity(), "default", 100, 60, 2, 1.0)
+    assert evidence_bytes(need, [site]) == wanted  # type: ignore[arg-type]
 
 
 def test_a_start_that_reads_no_batch_takes_no_step_of_the_model() -> None:

@@ -179,6 +179,16 @@ def test_the_best_is_where_validation_rows_say_and_not_test_rows(tmp_path: Path)
     assert [(c.best, c.final) for c in collect(study, done).curves] == [(1.8, 1.7), (1.9, 1.6)]
 
 
+@pytest.mark.parametrize(("charge", "final"), [("steps", 2.5), ("read", 2.5), ("none", 1.0)])
+def test_what_a_start_read_is_paid_for_where_the_final_loss_is_read(charge: str, final: float, tmp_path: Path) -> None:
+    """Worth 1.5 steps: what was trained in 4 steps is read at 2.5 of them, between 3.0 and 2.0."""
+    study, done = spec(tmp_path, ("lora",), rates=1, extensions=0, charge=charge), dict[str, Outcome]()
+    paid = Outcome((1, 2, 3, 4), (0.1,) * 4, (4.0, 3.0, 2.0, 1.0), init_tokens=15, step_tokens=10.0)
+    while left := [t for t in wanted(study, done) if t.key not in done]:
+        done |= {t.key: paid for t in left}
+    assert [c.final for c in collect(study, done).curves] == [final, final]
+
+
 def test_a_chosen_rate_at_the_edge_extends_the_grids(tmp_path: Path) -> None:
     """On one seed +0 is best; on the further seeds the outermost −1 is better."""
     study = spec(tmp_path, ("lora",), choice_seeds=2, extensions=1, prune=False)

@@ -52,6 +52,16 @@ def test_rows_of_text_take_the_lowest_validation_loss_that_was_better_than_lora(
     assert all(c.finding.kind == "better" and c.finding.sentence in c.reason for c in choices[:-1])
 
 
+def test_the_newest_record_comes_first_whatever_its_losses() -> None:
+    """Losses of two records are not compared: the last one in the file is the newest."""
+    old = [f for f in findings() if f.task == "text" and f.kind == "better" and f.rank and f.validation is not None]
+    new = [replace(f, record="records/2031-01-01-newer", validation=(f.validation or 0.0) + 1) for f in old]
+    plain = [f for f in findings() if f.method == "lora"]
+    choices = ranked([*plain, *old, *new], answers=False, width=4096)[:-1]
+    assert [c.record for c in choices[: len(new)]] == ["records/2031-01-01-newer"] * len(new)
+    assert [c.finding.arm for c in choices[: len(new)]] == [c.finding.arm for c in choices[len(new) :]]
+
+
 def test_test_rows_order_nothing() -> None:
     found = findings()
     turned = [replace(f, loss=f.loss and (-f.loss[0], -f.loss[2], -f.loss[1])) for f in found]
