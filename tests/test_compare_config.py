@@ -17,7 +17,7 @@ from loralign.compare.report import collect, notes
 from loralign.compare.spec import grid
 from loralign.compare.store import Store
 from loralign.config.study import load_study, to_specs
-from loralign.config.study_file import StudyFile, parse_study
+from loralign.config.study_file import StudyFile, parse_study, schema_text
 from loralign.config.yaml_text import read_yaml
 from loralign.methods import table
 from loralign.types import Full, Recipe
@@ -184,6 +184,13 @@ def test_no_study(tmp_path: Path, text: str) -> None:
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(LoralignError):
         load(tmp_path / "study.yaml")
+
+
+def test_the_published_schema_is_the_present_one_and_the_examples_name_it() -> None:
+    assert (ROOT / "docs" / "schema-study.json").read_text(encoding="utf-8") == schema_text()
+    for path in (ROOT / "examples").glob("compare*.yaml"):
+        first, *_ = path.read_text(encoding="utf-8").splitlines()
+        assert first == "# yaml-language-server: $schema=../docs/schema-study.json"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("compare*.yaml")), ids=lambda p: p.stem)

@@ -144,6 +144,13 @@ def test_methods_that_are_named_exist(page: str) -> None:
     assert parts <= {*METHODS, "recommended"}
 
 
+def test_the_readme_names_the_reconstructions() -> None:
+    said = re.search(
+        r"`hrp`, `hrp-sketch`.*?The class-incremental\s+`sd-lora` is one too", text_of("README.md"), re.DOTALL
+    )
+    assert said and set(re.findall(r"`([\w-]+)`", said[0])) == {m.id for m in METHODS.values() if m.unverified}
+
+
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 NUMBER = r"(?<![\w.,/:-])\d[\d,]*(?:\.\d+)?(?![\w/]|\.\d|,\d)"

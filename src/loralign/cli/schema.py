@@ -14,16 +14,17 @@ from loralign.cli.run import replace_text, say
 class Files(StrEnum):
     recipes = "recipes"
     tasks = "tasks"
+    studies = "studies"
 
 
 def schema(
     out: Annotated[Path | None, typer.Option(help="File to write; default: stdout.")] = None,
-    of: Annotated[Files, typer.Option(help="recipes, or the files of `loralign tasks`.")] = Files.recipes,
+    of: Annotated[Files, typer.Option(help="recipes, or the files of `loralign tasks` or `compare`.")] = Files.recipes,
 ) -> None:
-    """The JSON schema of recipe files, for editors."""
-    from loralign.config import recipe, tasks_file
+    """The JSON schema of recipe, tasks or study files, for editors."""
+    from loralign.config import recipe, study_file, tasks_file
 
-    text = (tasks_file if of is Files.tasks else recipe).schema_text()
+    text = {Files.recipes: recipe, Files.tasks: tasks_file, Files.studies: study_file}[of].schema_text()
     if out is None:
         say(text.rstrip())
     else:

@@ -18,7 +18,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from loralign.carrier.patterns import check_pattern
 from loralign.config.errors import sentence, validated
-from loralign.config.sections import RecipeKeys, RunFile, TrainSection
+from loralign.config.sections import RecipeKeys, RunFile, TrainSection, written_schema
 from loralign.config.yaml_text import read_yaml
 from loralign.methods.form.plain import plain
 from loralign.methods.init.kaiming import kaiming
@@ -207,8 +207,6 @@ def _consistent(file: RunFile) -> None:
 def schema() -> dict[str, Any]:
     """JSON schema of recipe files, for editors; every method brings its options."""
     found = RunFile.model_json_schema()
-    found["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    found["title"] = "loralign recipe"
     ids = sorted(METHODS)
     mix = {"type": "string", "pattern": r"^[a-z0-9-]+( *\+ *[a-z0-9-]+)+$"}
     found["properties"]["method"] |= {"anyOf": [{"enum": [*ids, *RESOLVED]}, mix]}
@@ -218,7 +216,7 @@ def schema() -> dict[str, Any]:
 
 def schema_text() -> str:
     """The schema as it stands in docs/schema.json."""
-    return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
+    return written_schema(schema(), "loralign recipe")
 
 
 def _type_schema(kind: Any) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,6 +45,12 @@ class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+
+def written_schema(found: dict[str, Any], title: str) -> str:
+    """A JSON schema as it stands in a file, for editors."""
+    said = {**found, "$schema": "https://json-schema.org/draft/2020-12/schema", "title": title}
+    return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
 
 
 class DataSection(_Section):

@@ -22,6 +22,7 @@ from loralign.config.sections import (
     Source,
     Target,
     _Section,
+    written_schema,
 )
 from loralign.config.yaml_text import read_yaml
 from loralign.methods.table import METHODS
@@ -45,7 +46,7 @@ class TaskSection(_Section):
     kind: Literal["text", "sft", "classify"]
     """text: plain causal LM on `text` rows; sft: loss on answers; classify: `text` and `label` rows."""
     train: Source
-    """Training rows: jsonl, json or csv."""
+    """Training rows: a json, jsonl, csv, parquet or arrow file, or what else `data.train` of a recipe takes."""
     valid: Source
     """Rows on which learning rates are chosen."""
     test: Source
@@ -207,6 +208,11 @@ def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
     if t.steps % t.eval_every:
         raise LoralignError(f"{name}: `train.steps` {t.steps} is no multiple of `train.eval_every` {t.eval_every}")
     return file
+
+
+def schema_text() -> str:
+    """The JSON schema of these files, as it stands in docs/schema-study.json."""
+    return written_schema(StudyFile.model_json_schema(), "loralign study")
 
 
 def _tasks(file: StudyFile) -> list[TaskSection]:

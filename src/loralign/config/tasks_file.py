@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +20,7 @@ from loralign.config.sections import (
     Share,
     Source,
     _Section,
+    written_schema,
 )
 from loralign.config.yaml_text import read_yaml
 from loralign.methods.table import learning_rate
@@ -179,7 +179,4 @@ def to_tasks(file: TasksFile, hidden_size: int) -> TextTasks:
 
 def schema_text() -> str:
     """The JSON schema of these files, as it stands in docs/schema-tasks.json."""
-    found = TasksFile.model_json_schema()
-    found["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    found["title"] = "loralign tasks"
-    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    return written_schema(TasksFile.model_json_schema(), "loralign tasks")
