@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 from typer.main import get_command
 
 from loralign.cli.app import app
-from loralign.config.recipe import load
+from loralign.config.recipe import load, parse
 from loralign.config.sections import RunFile
 from loralign.config.study_file import StudyFile
 from loralign.config.tasks_file import TasksFile, load_tasks
@@ -142,6 +143,14 @@ def test_methods_that_are_named_exist(page: str) -> None:
     named += re.findall(r"build\(\"([^\"]+)\"", text_of(page))
     parts = {part for name in named for part in re.split(r" *\+ *", name)}
     assert parts <= {*METHODS, "recommended"}
+
+
+@page
+def test_recipes_on_pages_are_taken(page: str) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", text_of(page), flags=re.DOTALL)
+    assert blocks or page != "README.md"
+    for block in blocks:
+        parse(yaml.safe_load(block))
 
 
 def test_the_readme_names_the_reconstructions() -> None:
