@@ -10,8 +10,14 @@ Source:  Chaudhry et al., "Riemannian Walk", arXiv 1801.10112 (forgetting); SD-L
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralign.train.task_rows import Task
 
 Matrix = Sequence[Sequence[float]]
 """One row per moment; row t has the tasks seen by then. Joint training has one row, of all tasks."""
@@ -22,6 +28,21 @@ class Scores:
     average: float
     anytime: float
     forgetting: float
+
+
+@torch.no_grad()
+def accuracies(tasks: Sequence[Task], logits: Callable[[Sequence[Any]], Tensor], size: int) -> list[float]:
+    """A row of the matrix: of each of these tasks the share of its test rows, `size` at a time, that are right."""
+    classes = torch.tensor(sorted(c for task in tasks for c in task.classes))
+    found = []
+    for task in tasks:
+        right = 0
+        for i in range(0, len(task.test), size):
+            rows = [task.test[k] for k in range(i, min(i + size, len(task.test)))]
+            chosen = classes[logits(rows).float().cpu()[:, classes].argmax(dim=1)]
+            right += int((chosen == torch.tensor([int(row["labels"]) for row in rows])).sum())
+        found.append(right / len(task.test))
+    return found
 
 
 def scores(matrix: Matrix) -> Scores:

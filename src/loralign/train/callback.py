@@ -20,9 +20,10 @@ from loralign.evidence import Spent
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.course import idle
 from loralign.train.adapt import Storage
-from loralign.train.checkpoint import Note, check_resumed, complete, read_note, read_state, reopen, settings_of
+from loralign.train.checkpoint import Note, read_note, read_state, settings_of
 from loralign.train.driver import Driver, Observe
 from loralign.train.episodes import Gather
+from loralign.train.saves import check_resumed, complete, reopen
 from loralign.types import LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")

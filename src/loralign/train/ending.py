@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback
 from loralign.carrier.sites import factors, sites
 from loralign.io.card import note_verified
 from loralign.io.verify import VerifyJob, verify_many
-from loralign.train.checkpoint import AlreadyTrained
+from loralign.train.saves import AlreadyTrained
 from loralign.types import Full, LoralignError, Recipe, VerificationFailed, WorkFailed
 
 log = logging.getLogger("loralign")

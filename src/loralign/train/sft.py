@@ -52,7 +52,7 @@ from loralign.train.begun import (
     resume_point,
     settings_and_model,
 )
-from loralign.train.checkpoint import CheckpointCallback, step_of
+from loralign.train.checkpoint import step_of
 from loralign.train.ending import Patience, check_moved, samples, train_to_the_end
 from loralign.train.job import USUAL_LENGTH, Job
 from loralign.train.journal import Journal
@@ -62,6 +62,7 @@ from loralign.train.rank_log import RankLog
 from loralign.train.record import card_of, describe, metrics_of
 from loralign.train.reference import save
 from loralign.train.row_trainer import trainer_of
+from loralign.train.saves import CheckpointCallback
 from loralign.train.split import check_split, whole_model
 from loralign.train.tokens import name_ends, tokens
 from loralign.train.validation import apart, batches

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, default_data_collator, set_seed
 
@@ -32,15 +31,16 @@ from loralign.io.json_file import read_json
 from loralign.io.lock import locked
 from loralign.io.matrix import accuracy_picture
 from loralign.io.provenance import remove_left, write_json
-from loralign.train.accuracy import Scores, scores
+from loralign.train.accuracy import Scores, accuracies, scores
 from loralign.train.adapt import check_start
 from loralign.train.attach import attach
 from loralign.train.begun import check_output, check_settings, clear_way, note_beginning, resume_point
 from loralign.train.callback import RecipeCallback
-from loralign.train.checkpoint import reopen, step_of
+from loralign.train.checkpoint import step_of
 from loralign.train.ending import check_moved, proven, train_to_the_end
 from loralign.train.heads import draw_head, linears
 from loralign.train.journal import Journal
+from loralign.train.saves import reopen
 from loralign.train.task_rows import (
     Ordered,
     Task,
@@ -212,21 +212,17 @@ class _Run:
         batch = trainer._prepare_inputs(dict(self.collate(list(rows))))
         return {k: v for k, v in batch.items() if k != "labels"}
 
-    @torch.no_grad()
     def measure(self, trainer: Any, model: Any, moment: int) -> list[float]:
         """Accuracy on every task seen, among the classes seen."""
-        classes = torch.tensor(sorted(c for task in self.seen(moment) for c in task.classes))
-        training, found = model.training, []
+
+        def logits(rows: Sequence[Any]) -> Tensor:
+            with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+                found: Tensor = model(**self._inputs(rows, trainer)).logits
+            return found
+
+        training = model.training
         model.eval()
-        for task in self.seen(moment):
-            right = 0
-            for i in range(0, len(task.test), self.training.eval_batch_size):
-                rows = [task.test[k] for k in range(i, min(i + self.training.eval_batch_size, len(task.test)))]
-                with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-                    logits = model(**self._inputs(rows, trainer)).logits.float().cpu()
-                chosen = classes[logits[:, classes].argmax(dim=1)]
-                right += int((chosen == torch.tensor([int(row["labels"]) for row in rows])).sum())
-            found.append(right / len(task.test))
+        found = accuracies(self.seen(moment), logits, self.training.eval_batch_size)
         model.train(training)
         return found
 
