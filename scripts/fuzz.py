@@ -30,6 +30,8 @@ from types import FrameType
 
 from fuzz_artefacts import ARTEFACTS
 from fuzz_inputs import INPUTS
+from fuzz_rows import ROWS
+from fuzz_studies import STUDIES
 from fuzz_world import CASE, Input, Kind, build
 from loralign.cli.app import main as command
 
@@ -136,9 +138,9 @@ def main() -> int:
     args = parser.parse_args()
     summary = args.summary.resolve() if args.summary else None
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    kinds = [k for k in (*INPUTS, *ARTEFACTS) if not args.only or k.name in args.only]
+    kinds = [k for k in (*INPUTS, *ROWS, *ARTEFACTS, *STUDIES) if not args.only or k.name in args.only]
     if not kinds:
-        parser.error(f"no such kind; there are {', '.join(k.name for k in (*INPUTS, *ARTEFACTS))}")
+        parser.error(f"no such kind; there are {', '.join(k.name for k in (*INPUTS, *ROWS, *ARTEFACTS, *STUDIES))}")
     seen: Counter[str] = Counter()
     failed: Counter[str] = Counter()
     seconds: dict[str, float] = defaultdict(float)
