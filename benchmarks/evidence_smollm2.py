@@ -29,7 +29,7 @@ from loralign.maths.linalg import first_step_energy
 from loralign.types import Sketch, TopGradient
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from assets import cache_dir
+from asset_cache import cache_dir
 
 SETTINGS = (Sketch(8, 1), Sketch(6, 1), Sketch(4, 1), Sketch(4, 2), Sketch(3, 3), Sketch(4, 4), Sketch(8, 2))
 BLOCKS = (0, 5, 12, 17, 23, 29)

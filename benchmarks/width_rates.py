@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loralign import Recipe, adapt, build, optimizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import assets
+import asset_data
 
 LENGTH, HELD_OUT = 128, 48
 CENTRES = {"spectral": 1.6e-2, "lora": 4e-3, "full": 1e-3}
@@ -127,8 +127,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    english = blocks(assets.build_bbc_articles() / "train.jsonl", 8000)
-    german = blocks(assets.build_multiemo("de") / "train.jsonl", 8000)
+    english = blocks(asset_data.build_bbc_articles() / "train.jsonl", 8000)
+    german = blocks(asset_data.build_multiemo("de") / "train.jsonl", 8000)
     rows = german[HELD_OUT:], german[:HELD_OUT]
     found = begun(args)
     for width in args.widths:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import yaml
 
-from assets import cache_dir
+from asset_cache import cache_dir
 from loralign.compare.report import repeatable
 
 SIZES = {"train": 640, "valid": 160, "test": 320}

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from assets import cache_dir
+from asset_cache import cache_dir
 from compare_demo import write_rows
 
 

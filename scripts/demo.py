@@ -30,7 +30,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
-from assets import AssetError, build_bbc, cache_dir, split_of, write_jsonl
+from asset_cache import AssetError, cache_dir, write_jsonl
+from asset_data import build_bbc, split_of
 from demo_report import Seen, show, table, write_picture
 from loralign import Recipe, build, learning_rate
 from loralign.cli.guard import explained

@@ -24,7 +24,7 @@ import typer
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-import assets
+import asset_data
 import prize_report
 
 ROOT = Path(__file__).parent.parent
@@ -107,9 +107,9 @@ def carry_through(task: str, files: dict[str, Path], workers: int, ends: float) 
 def rows(out: Annotated[Path, typer.Option(help="Folder of the rows, one folder per task.")]) -> None:
     """Rows of the three tasks, as few as the study reads."""
     sources = {
-        "german": assets.build_multiemo("de"),
-        "answers": assets.build_answers(),
-        "bbc": assets.build_bbc_articles(),
+        "german": asset_data.build_multiemo("de"),
+        "answers": asset_data.build_answers(),
+        "bbc": asset_data.build_bbc_articles(),
     }
     for task, source in sources.items():
         (out / task).mkdir(parents=True, exist_ok=True)

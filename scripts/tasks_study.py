@@ -34,7 +34,8 @@ import typer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-import assets
+import asset_data
+import asset_models
 from momentum import Momentum
 
 SEEDS, SEARCH = (1, 2, 3), 0
@@ -102,7 +103,7 @@ def tasks_of(by_class: Sequence[dict[str, list[Any]]], sizes: Sequence[int], nam
 
 def cifar10(plan: Plan) -> Splits:
     """Images of 32 × 32 pixels as uint8 tensors, enlarged once to `size` × `size` (bicubic, antialiased)."""
-    with np.load(assets.build_cifar10() / "images.npz") as file:
+    with np.load(asset_data.build_cifar10() / "images.npz") as file:
         images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
         names = [str(name) for name in file["names"]]
     by_class = []
@@ -124,8 +125,8 @@ def snips(plan: Plan) -> Splits:
     """Utterances as tokens."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(assets.build_minilm())
-    lines = (assets.build_snips() / "all.jsonl").read_text(encoding="utf-8").splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(asset_models.build_minilm())
+    lines = (asset_data.build_snips() / "all.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in lines]
     names = sorted({row["label"] for row in found})
     by_class = []
@@ -147,8 +148,8 @@ def base_of(data: str) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if data == "cifar10":
-        return transformers.AutoModelForImageClassification.from_pretrained(assets.build_dinov2(), num_labels=10)
-    return transformers.AutoModelForSequenceClassification.from_pretrained(assets.build_minilm(), num_labels=7)
+        return transformers.AutoModelForImageClassification.from_pretrained(asset_models.build_dinov2(), num_labels=10)
+    return transformers.AutoModelForSequenceClassification.from_pretrained(asset_models.build_minilm(), num_labels=7)
 
 
 # -------------------------------------------------------------------------------------------------------------- trials
