@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 RECORDS = [f"records/{p.parent.name}/README.md" for p in sorted((ROOT / "records").glob("*/README.md"))]
 page = pytest.mark.parametrize("page", PAGES)
+any_page = pytest.mark.parametrize("page", [*PAGES, *RECORDS, "CHANGELOG.md"])
 
 
 def text_of(page: str) -> str:
@@ -40,7 +41,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *RECORDS, "CHANGELOG.md"])
+@any_page
 def test_links_lead_somewhere(page: str) -> None:
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)) if "://" not in link]
     assert links or page not in ("README.md", "docs/cli.md")
@@ -51,7 +52,7 @@ def test_links_lead_somewhere(page: str) -> None:
         assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), link
 
 
-@page
+@any_page
 def test_files_that_are_named_exist(page: str) -> None:
     """Of the folders of this repository."""
     named = re.findall(r"(?<![\w/.-])(?:scripts|examples|benchmarks|tests|docs|records)/[\w./-]+\.\w+", text_of(page))
@@ -98,16 +99,17 @@ def test_the_examples_of_help_pages_would_run() -> None:
         check_line(line)
 
 
-@page
+@any_page
 def test_targets_and_scripts_exist(page: str) -> None:
     """`make …`, and `python FILE …` with options whose names stand in the file, as words or as parameters."""
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), flags=re.MULTILINE))
     assert {line.split()[0] for line in commands(page, "make")} <= targets
     for line in commands(page, r"(?:python|torchrun --nproc_per_node \d)"):
         name, *words = line.split()
-        if name.endswith(".py") and (ROOT / name).exists():
+        if name.startswith(("scripts/", "benchmarks/", "records/")):
             there = set(re.findall(r"[\w-]+", text_of(name)))
-            assert not [w for w in words if w.startswith("--") and not {w, w[2:].replace("-", "_")} & there], line
+            asked = [word.removeprefix("--").removeprefix("no-") for word in words if word.startswith("--")]
+            assert not [word for word in asked if not {f"--{word}", word.replace("-", "_")} & there], line
 
 
 # --- keys of files ----------------------------------------------------------------------------------------------------
