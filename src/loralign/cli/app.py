@@ -30,7 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="LoRA that keeps up with full fine-tuning; leaves a plain PEFT adapter behind.",
-    epilog="Recipes to copy: examples/. Any command takes --debug for the traceback of an error.",
+    epilog="To begin: `loralign suggest MODEL --rows FILE --out mine.yaml`, or copy one of examples/. Any command "
+    "takes --debug for the traceback of an error.",
 )
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
