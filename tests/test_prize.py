@@ -16,6 +16,7 @@ from loralign.compare.inference import sample
 from loralign.compare.spec import Spec
 from loralign.config.study import to_specs
 from loralign.config.study_file import read_study
+from loralign.plan import recommended as rule
 
 ROOT = Path(__file__).parents[1]
 JUDGED = ROOT / "records/2026-11-29-h200-judge"
@@ -98,6 +99,14 @@ def test_the_rule_of_the_judge(adapter: list[float], stands: bool) -> None:
 def test_the_recorded_judge_holds_for_recommended() -> None:
     """The only ground on which the package has that name."""
     assert prize_report.judged("once", JUDGED).stands
+
+
+def test_the_recorded_judge_of_rows_that_repeat_has_no_rule_for_recommended() -> None:
+    """It had to stand in both languages."""
+    record = ROOT / rule.FELL
+    assert {kind: prize_report.judged("repeat", record / kind).stands for kind in ("it", "en")} == {
+        "it": False, "en": True,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("task", prize_study.TASKS)

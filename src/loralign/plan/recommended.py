@@ -1,12 +1,15 @@
 """`recommended`: what our studies support for a run, by a rule that was frozen before it was judged.
 
     rows that are gone through at most once   spectral, s = √r, rank 64; rank 32 where there is no memory for 64
-    rows that repeat                          nothing: that half of the rule has no judge yet, so the name refuses
+    rows that repeat                          nothing: that half of the rule (AdamW on the same factors) fell, so the
+                                              name refuses
     learning rate                             the prior of `spectral`, lr = 0.54/(s·√width)
 
 Source: made on validation rows of German reviews and answers (records/2026-11-29-h200-prize), judged once on test rows
 of reviews in Portuguese, which nothing here had seen (records/2026-11-29-h200-judge): rank 64 ended below `lora` of
-rank 8 by 0.176 and below tuned AdamW full fine-tuning by 0.055. Rank 32 was not part of that judgement.
+rank 8 by 0.176 and below tuned AdamW full fine-tuning by 0.055. Rank 32 was not part of that judgement. Rows that are
+gone through three times were judged in Italian and English (records/2026-11-29-h200-judge-repeats): AdamW on factors of
+rank 64 ended below all others in English, in Italian one of three seeds broke away.
 """
 
 from __future__ import annotations
@@ -19,12 +22,13 @@ from loralign.types import LoralignError
 
 NAME, METHOD, RANKS = "recommended", "spectral", (64, 32)
 RECORD = "records/2026-11-29-h200-judge"
+FELL = "records/2026-11-29-h200-judge-repeats"
 LESS = {64: "", 32: "; rank 64 does not fit there, and 32 was not part of the judgement"}
 
 REPEATS = (
-    f"`method: {NAME}` is judged for rows that are gone through at most once, and these are gone through "
-    f"{{passes:.3g}} times: name `{METHOD}`, or `rslora` with rank 64 and alpha 64; `loralign compare` on your rows "
-    "tells which"
+    f"`method: {NAME}` is for rows that are gone through at most once, and these are gone through {{passes:.3g}} "
+    f"times, for which no rule stood ({FELL}): name `{METHOD}`, or `rslora` with rank 64 and alpha 64; "
+    "`loralign compare` on your rows tells which"
 )
 
 

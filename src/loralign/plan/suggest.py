@@ -177,7 +177,8 @@ def caution(found: Sequence[Finding], choice: Choice, epochs: int) -> str:
     best = min(adamw, key=lambda g: g.validation or 0.0)
     return (
         f"{said}; its README says that a laboratory found AdamW on the same factors to be the better step where rows "
-        f"are few and repeat: compare with {best.method}, rank {best.rank}, alpha {best.alpha:g}"
+        f"are few and repeat: compare with {best.method}, rank {best.rank}, alpha {best.alpha:g}; of two languages in "
+        f"{recommended.FELL} it was so in one, and in the other one of three seeds broke away"
     )
 
 
