@@ -25,7 +25,8 @@ head -n "${ROWS_VALID:-220}" "$rows/valid.jsonl" >"$cut/valid.jsonl"
 head -n "${ROWS_TEST:-440}" "$rows/test.jsonl" >"$cut/test.jsonl"
 if [ -n "${KEEP:-}" ]; then
   (while sleep 10; do cp "$out/study.journal" "$KEEP.part" && mv "$KEEP.part" "$KEEP"; done) 2>/dev/null &
-  trap 'kill $!; cp "$out/study.journal" "$KEEP"' EXIT
+  keeper=$!
+  trap 'kill $keeper 2>/dev/null || true; cp "$out/study.journal" "$KEEP"' EXIT
 fi
 "$python" -m loralign compare "$study" "$@" --set model="$model" --set output="$out" \
   --set task.train="$cut/train.jsonl" --set task.valid="$cut/valid.jsonl" --set task.test="$cut/test.jsonl"
