@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loralign.maths.draws import keyed_generator
+from loralign.maths.jacobi import eigh
 
 CHUNK = 256
 """Rows that one block of a GPU multiplies."""
@@ -164,7 +165,7 @@ def product_norm(B: Tensor, A: Tensor) -> Tensor:
 def psd_inv_sqrt(H: Tensor, *, rel: float = 1e-6, floor: float = 0.0) -> Tensor:
     """H^(−½) of a symmetric PSD H (..., r, r): E·diag(λ^(−½) if λ > max(rel·λ_1, floor) else 0)·Eᵀ, error ε·λ_1/λ."""
     (H,) = _work(H)
-    lam, E = torch.linalg.eigh(H)
+    lam, E = eigh(H)
     live = lam > (rel * lam[..., -1:]).clamp_min(floor)
     return E * _inverse(lam, live).sqrt()[..., None, :] @ E.mT
 
@@ -182,7 +183,7 @@ def sylvester_psd(P: Tensor, Q: Tensor, C: Tensor, *, rel: float = 1e-6) -> Tens
     Where C is out of reach this is the least-squares solution of least norm. Cost: one batched `eigh`, four products.
     """
     P, Q, C = _work(P, Q, C)
-    lam, (U, V) = torch.linalg.eigh(torch.stack([P, Q]))
+    lam, (U, V) = eigh(torch.stack([P, Q]))
     return sylvester_spectral(lam[0], U, lam[1], V, C, rel=rel)
 
 
@@ -215,7 +216,7 @@ def orthonormal_basis(X: Tensor, *, rel: float = 1e-6) -> tuple[Tensor, Tensor, 
     """
     (X,) = _work(X)
     H, D, D_inv = _unit_diagonal(gram(X))
-    lam, E = torch.linalg.eigh(H)
+    lam, E = eigh(H)
     keep = lam > (rel * lam[..., -1:]).clamp_min(0)
     root = lam.clamp_min(0).sqrt() * keep
     Q = X @ (D_inv[..., :, None] * E * _inverse(root, keep)[..., None, :])

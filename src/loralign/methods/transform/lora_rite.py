@@ -15,8 +15,8 @@ Differs: Q is an eigenbasis of Aᵀ, neither polar (paper) nor QR (code): every 
          the gradients with less than 1e-6 of the largest eigenvalue do not move (there 1/0 turns the whole update to
          0), gradients are not skipped at an RMS above 1 and updates are not capped, state survives a resume.
          At B = 0 A rests, one step later it moves by O(1)·‖A‖ whatever lr is: the product moves by O(lr).
-Cost:    14·r²(d_in + d_out) FLOPs, two batched `eigh` of r by r a step (torch takes them one by one on CUDA above
-         r = 32); state 8 B per trained number (M and Q), 6 with M in bfloat16, + r².
+Cost:    14·r²(d_in + d_out) FLOPs, two batched `eigh` of r by r a step (`maths.jacobi`; odd ranks above 32 are taken
+         one by one on CUDA, which is slow); state 8 B per trained number (M and Q), 6 with M in bfloat16, + r².
 Export:  exact.
 Args:    betas: (β1, β2). eps: ε, in units of the RMS of ḡ, 1e-6. clip: largest norm of ḡ over all pairs, 1 in the code,
          0 is off. escape: share of d that counts, 1 in the paper, 0 in the code. momentum_dtype: what M is kept in.
@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from loralign.maths.bounds import Betas, Epsilon, MomentumDtype, NotNegative, bounded
+from loralign.maths.jacobi import eigh
 from loralign.maths.linalg import gram
 from loralign.maths.lists import kept, momentum_like, stacked
 from loralign.types import Ctx, Facts, Grad, Group, Pair, Prepared, SlotChange, State
@@ -105,7 +106,7 @@ def whitening(H: Tensor) -> Tensor:
     """
     size = H.diagonal(dim1=-2, dim2=-1).sqrt()
     unit = torch.where(size > 0, 1 / size, 0.0)
-    lam, E = torch.linalg.eigh(H * unit[..., :, None] * unit[..., None, :])
+    lam, E = eigh(H * unit[..., :, None] * unit[..., None, :])
     live = lam > CUT * lam[..., -1:].clamp_min(CUT)
     return unit[..., :, None] * E * torch.where(live, lam, torch.inf).rsqrt()[..., None, :]
 
@@ -220,12 +221,12 @@ class InvariantAdam:
         moved = P @ V @ P.mT
         V.copy_(torch.lerp(seen, moved, beta2[:, None, None]))
         if self.escape:
-            (after, lam), (_, E) = torch.linalg.eigh(torch.stack([moved, V]))
+            (after, lam), (_, E) = eigh(torch.stack([moved, V]))
             total = before.sum(-1) - moved.diagonal(dim1=-2, dim2=-1).sum(-1)
             lost = torch.minimum((before - after).amax(-1), total).clamp_min(0)
             rho.add_(lost, alpha=self.escape).mul_(beta2)
         else:
-            lam, E = torch.linalg.eigh(V)
+            lam, E = eigh(V)
         size = lam.clamp_min(0) + rho[..., None]
         live = size > CUT * size[..., -1:]
         root = (E / (torch.where(live, size, torch.inf).sqrt() + self.eps)[..., None, :]) @ E.mT
