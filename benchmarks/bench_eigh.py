@@ -1,8 +1,7 @@
-"""Eigenvectors of the r × r sides of a model's pairs: `loralign.maths.jacobi` beside torch's, which takes them one by one
-on CUDA above r = 32.
+"""Eigenvectors of the r × r sides of a model's pairs: `loralign.maths.jacobi` beside torch's, one by one on CUDA above 32.
 
-    python benchmarks/bench_eigh.py --device cuda --json eigh.json          420 matrices: both sides of SmolLM2's 210 pairs
-    python benchmarks/bench_eigh.py --count 8 --ranks 34                    small, on the CPU, where torch's is taken
+    python benchmarks/bench_eigh.py --device cuda --json eigh.json     420 matrices: both sides of SmolLM2's 210 pairs
+    python benchmarks/bench_eigh.py --count 8 --ranks 34               small, on the CPU, where torch's is taken
 
 Milliseconds, the median of a few calls after one that is not counted; residual: ‖H·E − E·Λ‖/‖H‖ at most.
 """
