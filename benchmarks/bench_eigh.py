@@ -1,4 +1,4 @@
-"""Eigenvectors of the r × r sides of a model's pairs: `loralign.maths.jacobi` beside torch's, one by one on CUDA above 32.
+"""Eigenvectors of the r × r sides of a model's pairs: `loralign.maths.jacobi` beside torch's.
 
     python benchmarks/bench_eigh.py --device cuda --json eigh.json     420 matrices: both sides of SmolLM2's 210 pairs
     python benchmarks/bench_eigh.py --count 8 --ranks 34               small, on the CPU, where torch's is taken
