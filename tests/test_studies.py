@@ -40,7 +40,9 @@ def test_axes_are_at_equal_budgets() -> None:
     assert {n for n, a in arms.items() if a.family == "primary"} == {"full", "lora"}
 
 
-@pytest.mark.parametrize(("file", "rank"), [("starts_wide", 64), ("starts_wide_r32", 32)])
+@pytest.mark.parametrize(
+    ("file", "rank"), [("starts_wide", 64), ("starts_wide_r32", 32), ("starts-minilm", 64), ("starts-minilm-r32", 32)]
+)
 def test_wide_starts_are_all_at_the_same_scale(file: str, rank: int) -> None:
     (spec,) = to_specs(read_study(ROOT / f"{file}.yaml"), 576)
     recipes = [arm.recipe for arm in spec.arms if isinstance(arm.recipe, Recipe)]
