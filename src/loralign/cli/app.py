@@ -130,12 +130,15 @@ def init(
         raise LoralignError("--beside and --source belong to the report: add --report")
     job = job_of(recipe, overrides)
     from loralign.cli.report import measure_of, write_report
+    from loralign.io.folder import removed_on_failure
     from loralign.train.sft import initialise
 
     with progress() as bars:
         measure = measure_of(beside, source or (), cache=job.cache, progress=bars) if report else None
         shares = initialise(job, measure=measure, progress=bars)
-    for line in write_report(job.output, shares) if shares else ():
+    with removed_on_failure(job.output):
+        lines = write_report(job.output, shares) if shares else ()
+    for line in lines:
         say(line)
     say(f"Written: {job.output}")
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from loralign.evidence import Progress
 from loralign.evidence.subspace import check_sources
 from loralign.io.heatmap import heat_map, kind_of
+from loralign.io.provenance import write_text
 from loralign.methods.table import method
 from loralign.train.diagnosis import BESIDE, Shares, diagnose
 from loralign.types import Recipe
@@ -37,7 +38,7 @@ def write_report(output: Path, shares: Shares) -> list[str]:
     """Write `start/shares.json` and `start/shares.png` into the folder; returns the lines to print."""
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "shares.json").write_text(json.dumps(asdict(shares), indent=1), encoding="utf-8")
+    write_text(folder / "shares.json", json.dumps(asdict(shares), indent=1))
     title = f"Share of a held-out gradient that the first step can follow ({shares.micro_batches} micro-batches)"
     heat_map(shares.of, folder / "shares.png", title=title, scale="share of ‖G‖², %")
     return [*share_table(shares), f"Written: {folder / 'shares.png'}, {folder / 'shares.json'}"]

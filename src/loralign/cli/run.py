@@ -115,13 +115,15 @@ def job_of(path: Path, overrides: Sequence[str] | None, *, resume: bool = False)
 
 
 def opened(folder: Path, base: str | None, out: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """Adapted model, tokenizer, and the base's name and revision as the folder has them; `out` must be another one."""
+    """Adapted model, tokenizer, and the base's name and revision as the folder has them; `out` must be another one, and
+    writable."""
+    from loralign.io.folder import check_place
     from loralign.train.use import open_adapter
     from loralign.types import LoralignError
 
     if out.is_dir() and folder.is_dir() and out.samefile(folder):
         raise LoralignError(f"{out} is the adapter that is exported: name another folder")
-
+    check_place(out)
     model, tokenizer = open_adapter(folder, base)
     config = model.peft_config["default"]
     return model, tokenizer, {"base_id": config.base_model_name_or_path, "revision": config.revision}

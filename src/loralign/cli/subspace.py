@@ -27,11 +27,12 @@ def extract(
     """Find what the sources share, one matrix at a time, and write it for `options.sources` of a recipe."""
     from loralign.evidence.subspace import extract as compare
     from loralign.evidence.subspace import show_basis, write_basis
-    from loralign.io.folder import writing
+    from loralign.io.folder import check_place, writing
     from loralign.types import LoralignError
 
     if out.is_dir():
         raise LoralignError(f"{out} is a folder: name a file, such as {out / 'basis.safetensors'}")
+    check_place(out.absolute().parent)
     with progress() as bars:
         basis = compare(sources, base=base, width=width, progress=bars)
     with writing(out):

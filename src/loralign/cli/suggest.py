@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loralign.cli.machine import device_here, gpu_memory
-from loralign.cli.run import say
+from loralign.cli.run import replace_text, say
 from loralign.io.host import free_host_memory
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def suggest(
     """A recipe to begin with: method, rank, scale and rate, why, what they rest on, and what a step takes."""
     from loralign.cli.plan import costs, planned, trained
     from loralign.config.recipe import parse
+    from loralign.io.folder import check_place
     from loralign.plan.suggest import caution, findings, first_that_fits, judged, ranked, rate
     from loralign.train.job import USUAL_LENGTH
     from loralign.train.model import described, hidden_size, row_length
@@ -46,8 +47,10 @@ def suggest(
         raise LoralignError(f"--device {device}: choose auto, cpu or cuda")
     if rows is not None and tokens is not None:
         raise LoralignError("--rows and --tokens: the rows tell how much they are, leave --tokens out")
-    if out is not None and out.exists():
-        raise LoralignError(f"{out} is there already: choose another name for --out")
+    if out is not None:
+        if out.exists() or out.is_symlink():
+            raise LoralignError(f"{out} is there already: choose another name for --out")
+        check_place(out.absolute().parent)
     where = device_here(device)
     most = row_length(described(model), model, length, "--length", USUAL_LENGTH)
     answers, count = _kind(rows, tokens, most)
@@ -132,4 +135,4 @@ def _write(out: Path, file: dict[str, Any], lines: dict[str, str]) -> None:
 
     said = "".join(f"# {name}: {line}\n" for name, line in lines.items() if line)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(said + yaml.safe_dump(file, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    replace_text(out, said + yaml.safe_dump(file, sort_keys=False, allow_unicode=True))

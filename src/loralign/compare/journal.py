@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
 
 from loralign.compare.spec import Outcome
+from loralign.io.folder import check_place
 from loralign.io.json_file import parsed
 from loralign.types import LoralignError
 
@@ -35,7 +36,7 @@ def outcome_of(text: str) -> Outcome:
 
 def opened(folder: Path) -> JournalStorage:
     """The journal in a folder, which is made; half a line at its end is cut off."""
-    _check_ours(folder)
+    check_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = (folder / JOURNAL).resolve()
     lock = WholeLines(path)
@@ -53,9 +54,12 @@ def opened(folder: Path) -> JournalStorage:
         raise LoralignError(damaged(folder / JOURNAL, f"at line {number}", *mend)) from error
 
 
-def _check_ours(folder: Path) -> None:
-    """A study writes results and pictures into its folder: into none that holds something else."""
-    if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob(f"{JOURNAL}*")):
+def check_ours(folder: Path, tasks: str = "") -> None:
+    """A study writes results and pictures into its folder: into none that holds something else. tasks: the pattern of
+    its tasks' folders, where it has several."""
+    check_place(folder, " in `output`")
+    ours = (*folder.glob(f"{JOURNAL}*"), *(folder.glob(f"{tasks}/{JOURNAL}*") if tasks else ()))
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise LoralignError(f"{folder} is not empty and holds no study: name an empty or new folder in `output`")
 
 

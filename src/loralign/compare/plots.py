@@ -28,7 +28,7 @@ from loralign.compare.figures import (
 )
 from loralign.compare.ranks import Ranks, highest
 from loralign.compare.rates import Rate
-from loralign.io.heatmap import heat_map, panel_width, places
+from loralign.io.heatmap import heat_map, panel_width, places, save
 
 
 def plot_steps(curves: Sequence[Curve], path: Path, look: Look, budget: float = math.inf) -> None:
@@ -128,4 +128,4 @@ def _save(figure: Figure, axes: Axes, path: Path) -> None:
         legend = figure.legend(loc="outside right upper", frameon=False, fontsize=9)
         for text in legend.get_texts():
             text.set_parse_math(False)  # an arm may be called a$b
-    figure.savefig(path, dpi=150)
+    save(figure, path, dpi=150)

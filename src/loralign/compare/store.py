@@ -37,7 +37,7 @@ from loralign.compare.identity import (
     settings,
     translated,
 )
-from loralign.compare.journal import JOURNAL, damaged, opened, outcome_of, study_id, wrong_in
+from loralign.compare.journal import JOURNAL, check_ours, damaged, opened, outcome_of, study_id, wrong_in
 from loralign.compare.spec import Failure, Outcome, Spec, Trial, arm_of, key_parts
 from loralign.io.described import first_difference
 from loralign.types import LoralignError
@@ -58,6 +58,8 @@ class Store:
     def __init__(self, spec: Spec) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._path = spec.output / JOURNAL
+        if spec.task_name:
+            check_ours(spec.output.parent, "*")
         self._journal = opened(spec.output)
         self._study = study_id(self._journal, self._path)
         self._outcomes: dict[int, tuple[str, Outcome]] = {}

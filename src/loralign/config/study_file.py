@@ -31,11 +31,18 @@ from loralign.types import Full, LoralignError, Recipe
 T = TypeVar("T", bound=_Section)
 REFERENCES = ("full", "lora")
 PRIMARY = "primary"
+OVERALL = ("overall.csv", "overall.json", "report.html")
 
 
 def _one_word(text: str) -> str:
     if not text.isprintable() or text != text.strip() or text[:1] in ("", "_"):
         raise ValueError("must be printable, without a space at its ends or a leading underscore")
+    return text
+
+
+def _a_folder(text: str) -> str:
+    if text.startswith(".") or text in OVERALL:
+        raise ValueError(f"must not begin with a dot, nor be one of {', '.join(OVERALL)}, which stand beside the tasks")
     return text
 
 
@@ -58,7 +65,7 @@ class TaskSection(_Section):
 
 
 class NamedTaskSection(TaskSection):
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=100), AfterValidator(_a_folder)]
     """Of the task's folder in `output`, and in the tables."""
 
 

@@ -51,6 +51,16 @@ def fresh_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         yield from _made(out, overwrite)
 
 
+@contextmanager
+def removed_on_failure(out: Path) -> Iterator[None]:
+    """Within: what is added to a folder that was just made; where that fails the folder goes, too."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
 def _made(out: Path, overwrite: bool) -> Iterator[Path]:
     check_free(out, overwrite=overwrite)
     temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
@@ -94,14 +104,26 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if disk_full(error):
-            raise WorkFailed(f"no space left on the disk of {out}: free some and export again") from error
-        raise LoralignError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
+            raise WorkFailed(f"no space left on the disk of {out}: free some, then try again") from error
+        said = getattr(error, "strerror", None) or str(error)
+        raise LoralignError(f"cannot write {out}: {said[:1].lower()}{said[1:]}; name another place") from error
+
+
+def check_place(out: Path, key: str = "") -> None:
+    """Raise where no folder can be made or written into; before anything is spent. key: of a file that names it."""
+    if link := next((p for p in (out, *out.absolute().parents) if p.is_symlink() and not p.exists()), None):
+        raise LoralignError(f"cannot write {out}: {link} is a link to nothing; remove it, or name another folder{key}")
+    if out.exists() and not out.is_dir():
+        raise LoralignError(f"{out} is a file: name a folder{key}")
+    above = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        kind = "not writable" if above.is_dir() else "no folder"
+        raise LoralignError(f"cannot write {out}: {above} is {kind}; name another folder{key}")
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:
-    """Raise where something that must be kept lies in the way."""
-    if out.exists() and not out.is_dir():
-        raise LoralignError(f"{out} is a file: name a folder")
+    """Raise where no folder can be written, or something that must be kept lies in the way."""
+    check_place(out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise LoralignError(f"{out} {_holds(out)}: name another folder, or pass overwrite (--overwrite)")
 

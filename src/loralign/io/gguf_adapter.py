@@ -120,7 +120,10 @@ def interleaved(B: Tensor, heads: int) -> Tensor:
 
 
 def _read_back(gguf: Any, path: Path, meant: Mapping[str, Tensor]) -> None:
-    found = {t.name: t for t in gguf.GGUFReader(str(path)).tensors}
+    try:
+        found = {t.name: t for t in gguf.GGUFReader(str(path)).tensors}
+    except (ValueError, IndexError, KeyError) as error:  # numpy writes small arrays without a word on a full disk
+        raise WorkFailed(f"{path.name} was not written whole: free some space, then try again") from error
     for name, tensor in meant.items():
         same = name in found and list(reversed(found[name].shape.tolist())) == list(tensor.shape)
         if not same or found[name].data.tobytes() != tensor.contiguous().view(torch.uint8).numpy().tobytes():

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from loralign.io.provenance import write_bytes
 
 MOST_IN_A_ROW = 3
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -88,7 +91,7 @@ def heat_map(
         image = ax.imshow(grid, vmin=0, vmax=top, cmap="viridis", aspect="auto", interpolation="nearest")
         _print_values(ax, grid, top)
         ax.set_title(panel, fontsize=9, parse_math=False)
-        ax.set_xticks(range(len(kinds)), kinds, rotation=90, fontsize=7)
+        ax.set_xticks(range(len(kinds)), kinds, rotation=90, fontsize=7, parse_math=False)
         every = max(1, len(layers) // 16)
         ax.tick_params(labelbottom=True)
         ax.set_yticks(range(0, len(layers), every), [str(i) for i in layers[::every]], fontsize=7)
@@ -97,10 +100,15 @@ def heat_map(
     bar = figure.colorbar(image, ax=every_axis, shrink=0.9, pad=0.01, aspect=max(20.0, 5 * size[1]))
     bar.set_label(scale, fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.suptitle(title, fontsize=10)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=130, format="png")
-    temporary.replace(path)
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path, *, dpi: int = 130) -> None:
+    """A PNG file, whole or not at all."""
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=dpi, format="png")
+    write_bytes(path, drawn.getvalue())
 
 
 def _grid(values: Mapping[str, float], where: Places) -> np.ndarray:

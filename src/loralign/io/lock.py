@@ -79,9 +79,9 @@ def _taken(target: Path) -> IO[Any] | None:
             )
             return None
         if path.exists() and path.stat().st_ino == os.fstat(handle.fileno()).st_ino:  # not one just being removed
-            handle.truncate(0)
-            handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-            handle.flush()
+            with suppress(OSError):  # a full disk: the lock holds without a name in it
+                os.ftruncate(handle.fileno(), 0)
+                os.write(handle.fileno(), json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
             return handle
         handle.close()
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from loralign.io.heatmap import save
+
 MOST_IN_A_ROW = 3
 
 
@@ -34,15 +36,13 @@ def accuracy_picture(
             for i, value in enumerate(row):
                 colour = "white" if value < 0.6 else "black"
                 ax.text(i, t, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
-        ax.set_title(name, fontsize=9)
-        ax.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=7)
+        ax.set_title(name, fontsize=9, parse_math=False)
+        ax.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=7, parse_math=False)
         said = ["all"] if len(matrix) < len(tasks) else [str(t + 1) for t in range(len(matrix))]
         ax.set_yticks(range(len(matrix)), said, fontsize=7)
         ax.set_ylabel("after task", fontsize=8)
     bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.01)
     bar.set_label("accuracy among the classes seen, %", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.suptitle(title, fontsize=10)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=130, format="png")
-    temporary.replace(path)
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    save(figure, path)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loralign.io.content import model_print
+from loralign.io.folder import check_place
 from loralign.io.json_file import read_json
 from loralign.io.provenance import write_text
 from loralign.io.public import scrub
@@ -32,18 +33,9 @@ FREE = ("train.lr_source", "train.save_every", "train.keep", "train.log_every", 
 
 def check_output(folder: Path) -> None:
     """The output folder is free and can be made; found before anything is spent."""
-    if folder.is_dir():
-        if any(p.is_file() for p in folder.rglob("*")):
-            raise LoralignError(f"{folder} is not empty: choose another output folder, or --resume the run in it")
-    elif folder.exists():
-        raise LoralignError(f"{folder} is a file: name a folder in `output`")
-    above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise LoralignError(f"cannot write {folder}: {above} is {_kind(above)}; name another folder in `output`")
-
-
-def _kind(path: Path) -> str:
-    return "not writable" if path.is_dir() else "no folder"
+    if folder.is_dir() and any(p.is_file() for p in folder.rglob("*")):
+        raise LoralignError(f"{folder} is not empty: choose another output folder, or --resume the run in it")
+    check_place(folder, " in `output`")
 
 
 @dataclass(frozen=True)
