@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 BATCHED = 32
 """Sides up to which CUDA's own routine takes all matrices at once."""
@@ -28,11 +29,11 @@ SWEEPS = 16
 def eigh(H: Tensor) -> tuple[Tensor, Tensor]:
     """λ (..., r) ascending, E (..., r, r) with H·E = E·diag λ, of symmetric H (..., r, r).
 
-    torch's, but `jacobi` for several matrices of an even side in (BATCHED, LARGE] on CUDA. Errors:
+    torch's, but `jacobi` for several matrices of a side in (BATCHED, LARGE] on CUDA. Errors:
     torch.linalg.LinAlgError where H holds NaN or infinity.
     """
     r = H.shape[-1]
-    if H.is_cuda and BATCHED < r <= LARGE and r % 2 == 0 and H.numel() > r * r:
+    if H.is_cuda and BATCHED < r <= LARGE and H.numel() > r * r:
         return jacobi(H)
     lam, E = torch.linalg.eigh(H)
     return lam, E
@@ -46,10 +47,11 @@ class Turn(NamedTuple):
 
 
 def jacobi(H: Tensor) -> tuple[Tensor, Tensor]:
-    """`eigh` of an even side r by cyclic rotations; residual and orthogonality of a few ε·‖H‖, as LAPACK's.
+    """`eigh` by cyclic rotations; residual and orthogonality of a few ε·‖H‖, as LAPACK's.
 
-    Rotations leave rounding behind, so λ is the diagonal of EᵀHE, formed anew. Errors: torch.linalg.LinAlgError where H
-    holds NaN or infinity. Cost: 9·r³ FLOPs a matrix and sweep; one look at the device a sweep.
+    Rotations leave rounding behind, so λ is the diagonal of EᵀHE, formed anew. An odd side gets one more index, which
+    stands by itself and comes last. Errors: torch.linalg.LinAlgError where H holds NaN or infinity. Cost: 9·r³ FLOPs a
+    matrix and sweep; one look at the device a sweep.
     """
     r = H.shape[-1]
     whole = H.reshape(-1, r, r)
@@ -57,18 +59,22 @@ def jacobi(H: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(size).all():
         raise torch.linalg.LinAlgError("linalg.eigh: a matrix holds NaN or infinity")
     whole = torch.where(size > 0, whole / size, whole)
+    done = (4 * torch.finfo(H.dtype).eps) ** 2 * whole.square().sum((1, 2))
+    if r % 2:
+        whole = pad(whole, (0, 1, 0, 1))
+        whole[:, r, r] = 2 * r  # no eigenvalue is above r
     exact = whole.double() if H.is_cuda else whole  # float32 may mean TF32 there
-    one, turn = torch.eye(r, dtype=exact.dtype, device=H.device), _turn(r, H.device)
-    Q = _rotated(whole, one.to(H.dtype).expand_as(whole), turn).to(exact.dtype)
+    one = torch.eye(whole.shape[-1], dtype=exact.dtype, device=H.device)
+    Q = _rotated(whole, one.to(H.dtype).expand_as(whole), done).to(exact.dtype)
     Q = Q @ (1.5 * one - 0.5 * (Q.mT @ Q))  # a step towards orthogonal
-    S, E = (Q.mT @ exact @ Q).to(H.dtype), Q.to(H.dtype)
-    lam, order = (S.diagonal(dim1=1, dim2=2) * size[..., 0]).sort(dim=1)
-    return lam.reshape(H.shape[:-1]), E.gather(2, order[:, None, :].expand_as(E)).reshape(H.shape)
+    lam, order = (Q.mT @ exact @ Q).diagonal(dim1=1, dim2=2).sort(dim=1)
+    E = Q.gather(2, order[:, None, :].expand_as(Q)).to(H.dtype)[:, :r, :r]
+    return (lam.to(H.dtype)[:, :r] * size[..., 0]).reshape(H.shape[:-1]), E.reshape(H.shape)
 
 
-def _rotated(S: Tensor, E: Tensor, turn: Turn) -> Tensor:
-    """E·J·J…, sweeps until S is diagonal to its rounding."""
-    done = (4 * torch.finfo(S.dtype).eps) ** 2 * S.square().sum((1, 2))
+def _rotated(S: Tensor, E: Tensor, done: Tensor) -> Tensor:
+    """E·J·J…, sweeps until the squares beside the diagonal of S sum to `done` (n,) at most."""
+    turn = _turn(S.shape[-1], S.device)
     for _ in range(SWEEPS):
         for _ in range(S.shape[-1] - 1):
             c, s = (x.index_select(1, turn.own) for x in _rotation(S))

@@ -15,8 +15,8 @@ Differs: Q is an eigenbasis of Aᵀ, neither polar (paper) nor QR (code): every 
          the gradients with less than 1e-6 of the largest eigenvalue do not move (there 1/0 turns the whole update to
          0), gradients are not skipped at an RMS above 1 and updates are not capped, state survives a resume.
          At B = 0 A rests, one step later it moves by O(1)·‖A‖ whatever lr is: the product moves by O(lr).
-Cost:    14·r²(d_in + d_out) FLOPs, two batched `eigh` of r by r a step (`maths.jacobi`; odd ranks above 32 are taken
-         one by one on CUDA, which is slow); state 8 B per trained number (M and Q), 6 with M in bfloat16, + r².
+Cost:    14·r²(d_in + d_out) FLOPs, two batched `eigh` of r by r a step (`maths.jacobi`); state 8 B per trained number
+         (M and Q), 6 with M in bfloat16, + r².
 Export:  exact.
 Args:    betas: (β1, β2). eps: ε, in units of the RMS of ḡ, 1e-6. clip: largest norm of ḡ over all pairs, 1 in the code,
          0 is off. escape: share of d that counts, 1 in the paper, 0 in the code. momentum_dtype: what M is kept in.
