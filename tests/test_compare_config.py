@@ -12,10 +12,10 @@ import pytest
 from loralign import LoralignError
 from loralign.cli.app import main
 from loralign.compare.begun import as_begun
-from loralign.compare.identity import arm_settings
+from loralign.compare.identity import arm_settings, settings
 from loralign.compare.report import collect, notes
 from loralign.compare.spec import grid
-from loralign.compare.store import Store
+from loralign.compare.store import Claim, Store
 from loralign.config.study import load_study, to_specs
 from loralign.config.study_file import StudyFile, parse_study, schema_text
 from loralign.config.yaml_text import read_yaml
@@ -155,6 +155,23 @@ def test_a_prior_tuned_on_these_rows_is_told(study: Path, tmp_path: Path) -> Non
     assert (
         as_begun(replace(here, arms=tuple(replace(a, tuned_on=()) for a in here.arms)), reading=True).arms == here.arms
     )
+
+
+def test_a_journal_from_before_starts_were_charged_keeps_its_rules(study: Path, tmp_path: Path) -> None:
+    """One seed a rate, no giving up, every step trained and read where the start is paid for; grids as far as they were
+    extended."""
+    here = replace(load(study), output=tmp_path, baseline_seeds=9)
+    store = Store(here)
+    added = ("train.charge", "rates.finalists", "rates.seeds", "rates.give_up")
+    old = {k: v for k, v in settings(here).items() if k not in added}
+    store._journal.set_study_user_attr(store._study, "settings", {**old, "rates.prune": True})
+    for index in range(-3, 4):
+        for name in ("lora", "a/b")[: 1 + (index > 0)]:
+            claim = Claim(store._journal, store._study, f"rate/{name}/{index:+d}/1000")
+            claim.drop()
+    found = as_begun(here)
+    assert (found.charge, found.choice_seeds, found.finalists, found.prune) == ("read", 1, 1, False)
+    assert found.extensions == 7 - here.rates > 0 and found.baseline_seeds == here.seeds
 
 
 def tasks(study: Path, *names: str) -> str:

@@ -14,6 +14,8 @@ import pytest
 
 from browser import needs_browser, visit
 from loralign import build
+from loralign.compare.curves import Curve
+from loralign.compare.ranks import ranks_of
 from loralign.compare.report import report
 from loralign.compare.spec import Arm, Outcome, Spec, TaskSpec, Trial
 from loralign.compare.study import work
@@ -44,6 +46,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert work(spec, outcome)
     report(spec)
     return out
+
+
+@pytest.mark.parametrize(("begun", "ended", "shown"), [(None, 4, None), (None, 5, "9"), (8, 4, "8 → 8")])
+def test_ranks_are_told_where_a_rule_decided_or_modules_differ(
+    begun: int | None, ended: int, shown: str | None
+) -> None:
+    """A rule that left every slot is told of, too."""
+    one = Curve("x", 1e-3, 0, (1,), (1.0,), (1.0,), 1.0, 1.0, ranks={"a": 4, "b": ended}, begun_slots=begun)
+    found = ranks_of([one])
+    assert (found and str(found)) == shown
 
 
 def test_tables_tell_the_slots_of_arms_with_a_rule(folder: Path) -> None:

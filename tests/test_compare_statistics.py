@@ -6,14 +6,17 @@ import csv
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from loralign import LoralignError
 from loralign.compare.curves import Curve, Interval, Reach, interval, loss_at, median_reach, reach, to_target
 from loralign.compare.inference import Sample, paired, sample
+from loralign.compare.page.tables import arms_table
 from loralign.compare.rates import Rate, Sensitivity, check_equal_trials, choose_rate, edge, sensitivity, standard_error
 from loralign.compare.report import as_csv, plain, row
 from loralign.compare.statistics import (
@@ -378,6 +381,31 @@ def test_the_table_as_markdown() -> None:
     lines = as_markdown(summarise(runs)).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| full", "| x", "| lora"]
     assert " | primary | 0.001 | 30 + 5 | 1.5000 ± " in lines[3] and lines[3].count("|") == lines[0].count("|")
+
+
+def test_every_interval_is_told_from_its_lower_end_to_its_higher_one() -> None:
+    runs = [c for arm, end in (("full", 1.0), ("lora", 2.0), ("good", 1.5), ("bad", 2.6)) for c in three(arm, end)]
+    result = summarise(runs)
+    console = Console(width=300, record=True, file=io.StringIO())
+    for table in terminal_tables(result):
+        console.print(table)
+    number = r"([+−-]?\d[\d.]*)\s?%?"
+    texts = {
+        "markdown": as_markdown(result),
+        "terminal": console.export_text(),
+        "page": arms_table(result, [a.arm for a in result.arms].index),
+    }
+    for where, text in texts.items():
+        pairs = re.findall(rf"{number} … {number}", text)
+        assert len(pairs) >= 2, where
+        assert all(float(a.replace("−", "-")) <= float(b.replace("−", "-")) for a, b in pairs), (where, pairs)
+
+
+@pytest.mark.parametrize(("seeds", "told"), [(1, False), (2, True)])
+def test_an_interval_over_seeds_has_limits_from_two_seeds_on(seeds: int, told: bool) -> None:
+    (arm,) = summarise([curve("lora", s, 4.0, 2.0 + 0.1 * s) for s in range(seeds)]).arms
+    line = row(arm)
+    assert [line["final_low"] is not None, line["final_high"] is not None] == [told, told]
 
 
 def test_a_control_that_fails_is_told() -> None:

@@ -25,7 +25,7 @@ from loralign import LoralignError, build
 from loralign.compare import store as storing
 from loralign.compare.identity import arm_settings, content_of, shared_rows
 from loralign.compare.live import board, headline, watched
-from loralign.compare.report import collect, repeatable, report
+from loralign.compare.report import collect, repeatable, report, timing
 from loralign.compare.schedule import rate_trials, seed_trials, wanted
 from loralign.compare.spec import Arm, Budget, Outcome, Spec, TaskSpec, Trial
 from loralign.compare.store import Store
@@ -573,6 +573,22 @@ def test_the_table_shows_what_other_workers_do(tmp_path: Path) -> None:
     claim.drop()
     assert work(study, bowl)
     assert headline(study, store.outcomes(), store.running()) == "10 of 10 trials done"
+
+
+def test_the_time_to_go_is_of_what_is_left(tmp_path: Path) -> None:
+    """10 trials of 120 s: 4 are done, two workers are half way; 6 × 120 − 2 × 60 s on two of them."""
+    study = spec(tmp_path)
+    plan = wanted(study, {})
+    done = {t.key: ended(total_s=120.0) for t in plan[:4]}
+    assert headline(study, done, {}).endswith("4 of at least 10 trials done, about 12 min to go")
+    busy = {t.key: (60.0, 2) for t in plan[4:6]}
+    assert headline(study, done, busy).endswith("2 running, about 5 min to go")
+
+
+def test_what_all_trials_took_is_told_in_hours() -> None:
+    done = {"a": ended(total_s=1800.0, between_s=2.0), "b": ended(total_s=5400.0, between_s=4.0)}
+    found = {"trials": 2.0, "seconds_per_trial": 3600.0, "summed_hours": 2.0, "seconds_between_trials": 3.0}
+    assert timing(done) == found and timing({}) == {}
 
 
 def test_lines_where_there_is_no_terminal(tmp_path: Path) -> None:

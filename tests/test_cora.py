@@ -21,7 +21,7 @@ from loralign.carrier.sites import draw_for, put_in
 from loralign.config.recipe import parse, to_recipe
 from loralign.evidence import collect
 from loralign.evidence.shared import choose_side
-from loralign.evidence.sources import Members, Target, leading
+from loralign.evidence.sources import Checkpoint, Members, Target, leading
 from loralign.evidence.subspace import (
     Basis,
     Consensus,
@@ -454,6 +454,28 @@ def test_side_is_chosen_where_sources_agree_more() -> None:
     assert choose_side(CommonSubspace(), "deltas", {"left": two, "right": none}, 4) == "left"
     sure, near = (Shared(orthonormal(8, 2), torch.tensor([e, 0.0]), null, 4) for e, null in ((0.6, 0.2), (0.8, 0.5)))
     assert choose_side(CommonSubspace(), "deltas", {"left": near, "right": sure}, 4) == "right"  # further above chance
+
+
+def test_a_direction_counts_from_five_percent_above_chance_and_a_site_gets_no_more_than_its_rank(
+    tmp_path: Path,
+) -> None:
+    shared = Shared(orthonormal(32, 6), torch.tensor([0.9, 0.8, 0.7, 0.316, 0.314, 0.3]), 0.3, 4)
+    assert shared.significant == 4
+    right = Shared(orthonormal(32, 1), torch.tensor([0.2]), 0.3, 4)
+    facts = {"kind": "deltas", "sources": [{"name": "a"}, {"name": "b"}], "base": None, "width": 8}
+    model = put_in(llama(), build("lora", r=2))  # type: ignore[arg-type]
+    (q, *_) = (s for s in sites(model) if s.name.endswith("q_proj"))
+    write_basis(tmp_path / "b.safetensors", Basis({q.name: {"left": shared, "right": right}}, facts))
+    found = collect(CommonSubspace((str(tmp_path / "b.safetensors"),)), model, [q], None)[q.name]
+    assert found.S.tolist() == pytest.approx([0.9, 0.8]) and found.U is not None and found.U.shape == (32, 2)
+    assert found.captured == pytest.approx(0.85) and "2 of 2 directions shared by 4" in found.note
+
+
+def test_a_name_that_two_tensors_end_with_is_no_module(tmp_path: Path) -> None:
+    save_file({"a.layer.q.weight": torch.ones(4, 4), "b.layer.q.weight": torch.ones(4, 4)}, tmp_path / "m.safetensors")
+    assert Checkpoint(tmp_path).key("a.layer.q") == "a.layer.q.weight" == Checkpoint(tmp_path).key("model.a.layer.q")
+    with pytest.raises(LoralignError, match=r"has 2 tensors for layer\.q: it is another model"):
+        Checkpoint(tmp_path).key("layer.q")
 
 
 @pytest.mark.parametrize("silent", [0, 1, 2])

@@ -251,7 +251,7 @@ def test_mixes_of_init_and_transform_are_allowed(mix: str) -> None:
 def test_facts_are_read_off_the_parts() -> None:
     assert {"twin", "reads weights"} <= facts(recipe("pissa"))
     assert not {"twin", "reads weights", "chain", "dropout", "one side trains"} & facts(recipe("lora"))
-    assert "one side trains" in facts(recipe("cora")) & facts(recipe("lora-fa"))
+    assert "one side trains" in facts(recipe("cora")) & facts(recipe("lora-fa")) & facts(recipe("sbora-fa"))
     assert "starts from data" in facts(recipe("lora-ga")) and "starts from data" not in facts(recipe("pissa"))
     assert "chain" in facts(replace(recipe("lora"), outer=Links()))
     assert links(replace(recipe("lora"), outer=Links()), 12, ["q"]) == 3

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loralign import LoralignError, Recipe, adapt, build, drive, optimizer, sites
 from loralign.carrier.slot import live_of, trained_of
-from loralign.evidence.inputs import InputTap
+from loralign.evidence.inputs import InputTap, norms
 from loralign.methods import rule as rules
 from loralign.methods.form.gated import beam
 from loralign.methods.rule.allocating_lora import spread
@@ -543,6 +543,14 @@ def test_inputs_of_two_forwards_and_of_a_backward_that_fails_are_counted() -> No
         model(**batch_for(model, seed=seed)).loss.backward()
     for name, row in sums_of(tap).items():
         torch.testing.assert_close(row, want[name])
+
+
+def test_a_mask_of_other_rows_leaves_all_in() -> None:
+    """One of an encoder, or before rows were joined: its size tells."""
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    torch.testing.assert_close(norms(x, mask), x[mask.bool()].norm(dim=0))
+    for other in (None, torch.ones(2, 5), torch.ones(3, 3)):
+        torch.testing.assert_close(norms(x, other), x.reshape(-1, 4).norm(dim=0))
 
 
 def test_a_decoder_is_not_masked_by_the_encoders_padding() -> None:

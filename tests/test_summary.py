@@ -13,6 +13,7 @@ from loralign.compare.curves import Curve, Interval
 from loralign.compare.figures import COLOURS, bands, best_rates, fitted, loss_limits, rate_limits, styles, width
 from loralign.compare.hierarchy import Effect, Overall
 from loralign.compare.numbers import between, decimals, loss, spread
+from loralign.compare.page.charts import Arms, rate_charts
 from loralign.compare.page.svg import Scale, apart, minus, powers, short, tag, ticks
 from loralign.compare.rates import Rate
 from loralign.compare.summary import in_plain_words, over_tasks_in_plain_words
@@ -194,6 +195,12 @@ def test_losses_have_the_decimals_that_show_them() -> None:
     ]
     assert spread(Interval(0.00021, 0.0001, 0.00032, 3)) == "0.00021 ± 0.00011"
     assert decimals(math.nan) == 3
+
+
+def test_what_lies_above_the_axis_of_rates_is_marked_there_and_not_drawn_outside() -> None:
+    rates = [Rate("lora", 10.0**i, loss) for i, loss in enumerate((3.0, 2.9, 3.1, 90.0))]
+    (drawn,) = rate_charts(rates, Arms(("lora",), styles(["lora"])))
+    assert drawn.count('class="dot"') == 3 and drawn.count('class="lost"') == 1
 
 
 def test_ticks_and_numbers() -> None:
