@@ -106,9 +106,6 @@ def run_tasks(
         return run.go(resume, export_moments, base, revision, progress)
 
 
-# ------------------------------------------------------------------------------------------------------------- the run
-
-
 class _Run:
     def __init__(
         self,
@@ -261,8 +258,6 @@ class _Run:
             trainer.model, self.folder(moment), base_id=name, revision=revision, probes=probes, card=card,
             overwrite=True,
         )  # fmt: skip
-
-    # -------------------------------------------------------------------------------------------------------- the end
 
     def _finish(self, trainer: Any, base: str | None, exported: bool) -> TaskResult:
         result = scores(self.matrix)
