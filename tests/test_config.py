@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from loralign import METHODS, Full, LoralignError, Recipe
-from loralign.config.errors import dotted, validated
+from loralign.config.errors import dotted, expected, validated
 from loralign.config.foreign import FOREIGN, INSTEAD
 from loralign.config.recipe import load, micro_batch_size, parse, schema, schema_text, to_job, to_recipe
 from loralign.config.sections import RunFile, TrainSection
@@ -255,6 +255,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_overrides_that_mean_nothing(override: str, expected: str, tmp_path: Path) -> None:
     with pytest.raises(LoralignError, match=expected):
         load(file(tmp_path, WRITTEN), [override])
+
+
+def test_a_list_of_one_thing_or_another_is_said_as_one() -> None:
+    assert expected(list[list[str | int] | int] | None) == (
+        "a list of (a list of (text or a whole number) or a whole number)"
+    )
+    assert expected(list[str]) == "a list of text"
 
 
 def test_foreign_names_point_to_keys_that_exist() -> None:

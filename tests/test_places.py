@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.image import imread
 
 from cli_world import assert_one_sentence, bytes_of, run, world_in
 from loralign import LoralignError
@@ -159,6 +160,15 @@ def test_a_gguf_file_that_was_cut_off_is_a_full_disk(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def test_a_title_is_as_narrow_as_its_picture(tmp_path: Path) -> None:
+    title = "dynamic-rank-lora: 1728 → 864 slots live, settled at step 80 of 100, 12 modules are left without a slot"
+    heat_map({"step 0": {"layers.0.q": 1.0}}, tmp_path / "map.png", title=title, scale="rank", most=1.0)
+    accuracy_picture({"in sequence": [[0.5]]}, ["x"], tmp_path / "accuracy.png", title=title)
+    for path in tmp_path.iterdir():
+        edges = imread(path)[:, [0, -1]]
+        assert (edges == edges[0, 0]).all(), "a letter is cut off"
 
 
 def test_pictures_show_names_as_they_are_and_appear_whole(tmp_path: Path) -> None:

@@ -145,7 +145,8 @@ def expected(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(expected(a) for a in args if a is not type(None))
     if origin is list:
-        return f"a list of {expected(args[0]).removeprefix('a ')}"
+        of = expected(args[0])
+        return f"a list of ({of})" if " or " in of else f"a list of {of.removeprefix('a ')}"
     if origin is tuple:
         return f"a list of {len(args)} values ({', '.join(expected(a) for a in args)})"
     return "a section of `key: value` lines"

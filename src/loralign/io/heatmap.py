@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,6 +16,8 @@ from matplotlib.figure import Figure
 from loralign.io.provenance import write_bytes
 
 MOST_IN_A_ROW = 3
+TITLE = 10
+"""Points of its letters."""
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -100,8 +103,14 @@ def heat_map(
     bar = figure.colorbar(image, ax=every_axis, shrink=0.9, pad=0.01, aspect=max(20.0, 5 * size[1]))
     bar.set_label(scale, fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    entitle(figure, title)
     save(figure, path)
+
+
+def entitle(figure: Figure, title: str) -> None:
+    """Above everything, in as many lines as the width asks for."""
+    letters = int(72 * figure.get_figwidth() / (0.62 * TITLE))
+    figure.suptitle(textwrap.fill(title, letters), fontsize=TITLE, parse_math=False)
 
 
 def save(figure: Figure, path: Path, *, dpi: int = 130) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from loralign.io.heatmap import save
+from loralign.io.heatmap import entitle, save
 
 MOST_IN_A_ROW = 3
 
@@ -44,5 +44,5 @@ def accuracy_picture(
     bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.01)
     bar.set_label("accuracy among the classes seen, %", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    entitle(figure, title)
     save(figure, path)
