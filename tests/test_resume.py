@@ -104,6 +104,30 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(moment: str) -> None:
 
 
 @pytest.mark.usefixtures("whole")
+def test_a_long_run_keeps_checkpoints_that_nobody_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 500 steps, here 4; one of fewer steps, of a reference and `init` keep none."""
+    monkeypatch.setattr("loralign.train.saves.USUAL_SAVES", 4)
+    unasked = ("--set", "train.save_every=null")
+    done = run("train", "r.yaml", *unasked, "--set", f"output={tmp_path / 'long'}")
+    assert done.code == 0 and "a checkpoint every 4 of 6 steps (`train.save_every` is not given)" in done.err
+    found = {p.name for p in (tmp_path / "long/checkpoints").glob("checkpoint-*")}
+    assert found == {"checkpoint-4", "checkpoint-6"}
+    shutil.rmtree(tmp_path / "long/checkpoints/checkpoint-6")
+    again = run("train", "r.yaml", *unasked, "--set", f"output={tmp_path / 'long'}", "--resume")
+    assert again.code == 0 and losses(str(tmp_path / "long")) == losses("out")
+    for name, words in {
+        "short": ("train.steps=4",),
+        "full": ("method=full", "rank=null", "alpha=null", "options={}"),
+    }.items():
+        given = [part for word in words for part in ("--set", word)]
+        done = run("train", "r.yaml", *unasked, *given, "--set", f"output={tmp_path / name}")
+        assert done.code == 0 and "a checkpoint every" not in done.err, done.err
+        assert not list((tmp_path / name).glob("checkpoints/checkpoint-*"))
+    done = run("init", "r.yaml", *unasked, "--set", f"output={tmp_path / 'init'}")
+    assert done.code == 0 and "a checkpoint every" not in done.err, done.err
+
+
+@pytest.mark.usefixtures("whole")
 def test_a_run_without_a_checkpoint_begins_anew_unless_it_ended(tmp_path: Path) -> None:
     """Half a checkpoint of a step that the new attempt does not save is gone; a folder that holds no run is refused."""
     torn = tmp_path / "out" / "checkpoints" / "checkpoint-1"

@@ -84,7 +84,8 @@ class TrainSection(_Section):
     eval_every: Count | None = None
     """Optimizer steps between evaluations; omitted: at the end only."""
     save_every: Count | None = None
-    """Optimizer steps between checkpoints, the last step has one too; omitted: none, and nothing to resume from."""
+    """Optimizer steps between checkpoints, the last step has one too; omitted: 500 for an adapter that takes more steps
+    than that, else none, and nothing to resume from."""
     keep: Count = 2
     """Checkpoints kept."""
     patience: Count | None = None

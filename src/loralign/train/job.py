@@ -49,7 +49,8 @@ class Training:
     eval_every: int | None = None
     """Optimizer steps between evaluations; None: at the end only, where there are evaluation rows."""
     save_every: int | None = None
-    """Optimizer steps between checkpoints, the last step has one too; None: none at all."""
+    """Optimizer steps between checkpoints, the last step has one too; None: 500 in an adapter's run of more steps, else
+    none at all."""
     keep: int = 2
     """Checkpoints kept."""
     patience: int | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,6 +15,7 @@ from loralign.data.widths import Packed, Padded, widths
 from loralign.train.backbone import Backbone
 from loralign.train.compiled import NOT, Blocks, Until
 from loralign.train.recorder import recovers
+from loralign.train.row_trainer import steps_of
 from loralign.train.unmasked import Unmasked
 
 log = logging.getLogger("loralign")
@@ -88,10 +88,7 @@ def attention(model: Any) -> str:
 
 
 def _forwards(trainer: SFTTrainer) -> int:
-    args, rows = trainer.args, len(trainer.train_dataset)
-    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / a_step * args.num_train_epochs)
-    return int(steps * args.gradient_accumulation_steps)
+    return int(steps_of(trainer) * trainer.args.gradient_accumulation_steps)
 
 
 def _most(trainer: SFTTrainer) -> int:

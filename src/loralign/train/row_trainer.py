@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -103,6 +104,13 @@ class RowTrainer(Settling, SFTTrainer):
             metrics["mean_token_accuracy"].append(right / labelled if labelled else 0.0)
             self._total_train_tokens += int(tokens)
         metrics["num_tokens"] = [self._total_train_tokens]
+
+
+def steps_of(trainer: SFTTrainer) -> int:
+    """Optimizer steps of the whole run."""
+    args, rows = trainer.args, len(trainer.train_dataset)
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+    return args.max_steps if args.max_steps > 0 else math.ceil(rows / a_step * args.num_train_epochs)
 
 
 def trainer_of(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from loralign.io.public import make_public, remove_private
 from loralign.train.checkpoint import NOTE, Note, best_of, rotate, run_of, write_checkpoint
@@ -18,9 +19,19 @@ from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
 
+USUAL_SAVES = 500
+"""Steps between checkpoints, where nobody says how many."""
+
 
 class AlreadyTrained(LoralignError):
     """Nothing is left to train: the checkpoint is the end of its run."""
+
+
+def keep_some(args: Any, steps: int) -> None:
+    """Checkpoints for a run of so many steps, for which none were asked: a kill would cost all of a long one."""
+    if args.save_strategy == "no" and steps > USUAL_SAVES:
+        args.save_strategy, args.save_steps = SaveStrategy.STEPS, USUAL_SAVES
+        log.info("a checkpoint every %d of %d steps (`train.save_every` is not given)", USUAL_SAVES, steps)
 
 
 def check_resumed(folder: Path, state: Any) -> None:

@@ -61,8 +61,8 @@ from loralign.train.quick import quicken
 from loralign.train.rank_log import RankLog
 from loralign.train.record import card_of, describe, metrics_of
 from loralign.train.reference import save
-from loralign.train.row_trainer import trainer_of
-from loralign.train.saves import CheckpointCallback
+from loralign.train.row_trainer import steps_of, trainer_of
+from loralign.train.saves import CheckpointCallback, keep_some
 from loralign.train.split import check_split, whole_model
 from loralign.train.tokens import name_ends, tokens
 from loralign.train.validation import apart, batches
@@ -133,6 +133,8 @@ def _run(job: Job, *, resume: bool, progress: Progress | None) -> Result:
     try:
         if ready.resume_from is None and trainer.is_world_process_zero():
             note_beginning(job.output, settings_and_model(job, ready.fingerprints))
+        if isinstance(job.recipe, Recipe):
+            keep_some(trainer.args, steps_of(trainer))
         train_to_the_end(trainer, ready.resume_from)
     except (OSError, SafetensorError, RuntimeError) as error:
         if not disk_full(error):
