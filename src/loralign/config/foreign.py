@@ -47,6 +47,7 @@ INSTEAD = {
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), _LAUNCH),
     **dict.fromkeys(("flash_attention", "flash_attn", "attn_implementation"), _ATTENTION),
     **dict.fromkeys(("dataset_text_field", "dataset_dir"), "columns are known by their names (docs/data.md)"),
+    **dict.fromkeys(("test", "label"), "`data.eval` holds rows out; a classifier's file goes to `loralign tasks`"),
     "max_samples": "all rows are read: cut the file, or set `train.steps`",
     "resume_from_checkpoint": "say `--resume`",
     **dict.fromkeys(("overwrite_output_dir", "overwrite_output"), "name another `output`, or delete that folder"),
