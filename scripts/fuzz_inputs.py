@@ -202,6 +202,10 @@ compare s.yaml --workers 0
 compare s.yaml --workers x
 compare r.yaml
 compare base
+rows no.yaml
+rows s.yaml
+rows r.yaml --count -1
+rows r.yaml --set data.train=nowhere.jsonl
 methods x
 doctor x
 schema --out nowhere/x.json

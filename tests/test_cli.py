@@ -298,7 +298,8 @@ def test_methods_doctor_schema_version() -> None:
 def test_every_command_has_help_with_an_example() -> None:
     listing, reference = run(), (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert listing.code == 0
-    for command in ("train", "compare", "init", "export", "verify", "eval", "generate", "plan", "methods", "doctor"):
+    names = "train compare init export verify eval generate plan rows methods doctor"
+    for command in names.split():
         assert command in listing.out
         assert re.search(rf"`(loralign )?{command}\b", reference)
         page = run(command, "--help")

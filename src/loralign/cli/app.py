@@ -18,6 +18,7 @@ import typer
 
 from loralign.cli.expand import expand
 from loralign.cli.guard import guarded
+from loralign.cli.rows import rows
 from loralign.cli.run import file_of, job_of, progress, say
 from loralign.cli.schema import schema
 from loralign.cli.subspace import app as subspace
@@ -284,6 +285,7 @@ def doctor() -> None:
     raise typer.Exit(0 if healthy else 1)
 
 
+app.command(epilog="Example: loralign rows examples/sft-lora-ga.yaml --count 5")(rows)
 app.command(epilog="Example: loralign suggest Qwen/Qwen3-0.6B --rows rows.jsonl --out sft.yaml")(suggest)
 app.command(epilog="Example: loralign tasks examples/tasks.yaml --set seed=1")(tasks)
 app.command(epilog="Example: loralign expand runs/prolora/compact/compact.safetensors --out plain")(expand)

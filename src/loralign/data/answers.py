@@ -61,7 +61,7 @@ def of_completion(plain: Plain, row: Row) -> Sample:
 def _after(coder: Plain | Chat, prompt: str, whole: str, notes: tuple[Note, ...]) -> Sample:
     """The tokens of the prompt as inference has them, then those of the rest of the whole text."""
     start, ids = coder.encode(prompt), coder.encode(whole)
-    shared = _shared(start, ids)
+    shared = common(start, ids)
     if shared < len(start) and whole.startswith(prompt):  # the last token of the prompt would grow into the answer
         rest = coder.tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
         if coder.tokenizer.decode(start + rest) == coder.tokenizer.decode(ids):
@@ -70,7 +70,7 @@ def _after(coder: Plain | Chat, prompt: str, whole: str, notes: tuple[Note, ...]
     return Sample(ids, ((shared, len(ids)),), notes)
 
 
-def _shared(one: Sequence[object], other: Sequence[object]) -> int:
+def common(one: Sequence[object], other: Sequence[object]) -> int:
     """Length of the common beginning, by bisection over slices."""
     low, high = 0, min(len(one), len(other))
     middle = high
@@ -131,7 +131,7 @@ def _answer(chat: Chat, row: Row, turns: list[Turn], i: int, where: str) -> _Ans
         raise LoralignError(f"{where}: it starts with the assistant, which answers nothing: drop that turn or the row")
     prompt, after = chat.prompt(turns[:i], row), chat.text(turns[: i + 1], row)
     exact = after.startswith(prompt)
-    before = after[: _shared(prompt, after)]
+    before = after[: common(prompt, after)]
     lost = _check_answer(turns[i], after[len(before) :], where)
     empty = not turns[i]["content"].strip() and not turns[i].get("tool_calls")
     found: dict[Note, bool] = {"prompt": not exact, "thoughts": lost, "empty": empty}
@@ -154,7 +154,7 @@ def _together(chat: Chat, answers: list[_Answer]) -> Sample | None:
         if ids[: len(start)] != start:
             return None
         through = ids if answer.after == whole else chat.encode(answer.after)
-        stop = _shared(through, ids)
+        stop = common(through, ids)
         if stop < len(through) and not chat.ends & set(ids[len(start) : stop]):
             return None
         spans.append((len(start), stop))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count as numbers
 from itertools import islice
 from typing import Any, Literal
 
@@ -49,7 +51,8 @@ class Fit:
     rows: how many came in. cut: longer than max_length. dropped: no supervised token left. tokens, supervised: of the
     rows that stay. split: rows that became one for each answer. answers: that are learnt; of them, other_prompt: after
     another prompt than that of inference; no_thoughts: without the thoughts that the row has; joined: whose first token
-    reaches into the prompt; empty: that say nothing, of which only the end is learnt.
+    reaches into the prompt; empty: that say nothing, of which only the end is learnt. shortened: where in the dataset
+    the rows lie that were cut, in order.
     """
 
     dataset: Dataset
@@ -65,6 +68,12 @@ class Fit:
     no_thoughts: int = 0
     joined: int = 0
     empty: int = 0
+    shortened: Sequence[int] = ()
+
+
+def learnt(labels: Sequence[int]) -> list[int]:
+    """The places of the tokens with loss: token 0 is never predicted."""
+    return [i for i, label in enumerate(labels) if i and label != IGNORED]
 
 
 def fit(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assistant_only: bool = True) -> Fit:
@@ -79,16 +88,20 @@ def fit(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assi
     coded = Coder(rows, tokenizer, assistant_only)
     count: Counter[str] = Counter()
     needed: list[int] = []
+    shortened, places = array("q"), numbers()
 
     def kept() -> Iterator[tuple[list[int], list[int]]]:
         for sample in coded.samples(count):
             labels = [IGNORED] * len(sample.ids)
             for first, stop in sample.spans:
                 labels[first:stop] = sample.ids[first:stop]
-            supervised = [i for i, label in enumerate(labels) if i and label != IGNORED]  # token 0 is never predicted
+            supervised = learnt(labels)
             inside = sum(i < max_length for i in supervised)
             count["cut"] += len(labels) > max_length
             if inside:
+                place = next(places)
+                if len(labels) > max_length:
+                    shortened.append(place)
                 count["tokens"] += min(len(labels), max_length)
                 count["supervised"] += inside
                 yield sample.ids[:max_length], labels[:max_length]
@@ -100,7 +113,7 @@ def fit(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assi
     if not len(fitted):
         mend = f"raise max_length to at least {min(needed) + 1}" if needed else "give longer rows"
         raise LoralignError(f"no row of {rows.name} keeps an answer within max_length {max_length}: {mend}")
-    found = Fit(fitted, coded.prompts(), len(rows), **count)
+    found = Fit(fitted, coded.prompts(), len(rows), **count, shortened=shortened)
     if found.answers and found.empty == found.answers:
         raise LoralignError(f"every answer of {rows.name} is empty: give rows whose answers say something")
     _say(found, rows.name, max_length, coded)

@@ -87,7 +87,8 @@ def load(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **extra}
     with loading(name):
         check_causal(AutoConfig.from_pretrained(where, **options))
-        tokenizer = read_tokenizer(where, **options)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    with loading(name):
         model, told = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype_of(precision), use_safetensors=True, output_loading_info=True, **options
         )
@@ -95,11 +96,23 @@ def load(
     as_plain(model)
     if is_adapted(model):
         raise LoralignError(f"{name!r} is an adapter, not a base model: give the base model in `model`")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if torch.cuda.is_available() and not will_be_split():
         model.to("cuda")
     return model, tokenizer
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a causal language model; one without a token to pad with pads with the end token."""
+    where, extra = _source(name)
+    with loading(name):
+        tokenizer: PreTrainedTokenizerBase = read_tokenizer(
+            where, revision=revision, trust_remote_code=trust_remote_code, **extra
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_classifier(where: str, labels: int, revision: str | None = None) -> tuple[Any, tuple[str, ...], list[str]]:

@@ -54,9 +54,9 @@ from loralign.train.begun import (
 )
 from loralign.train.checkpoint import step_of
 from loralign.train.ending import Patience, check_moved, samples, train_to_the_end
-from loralign.train.job import USUAL_LENGTH, Job
+from loralign.train.job import Job
 from loralign.train.journal import Journal
-from loralign.train.model import described, dtype_of, load, row_length
+from loralign.train.model import dtype_of, load
 from loralign.train.quick import quicken
 from loralign.train.rank_log import RankLog
 from loralign.train.record import card_of, describe, metrics_of
@@ -64,7 +64,7 @@ from loralign.train.reference import save
 from loralign.train.row_trainer import steps_of, trainer_of
 from loralign.train.saves import CheckpointCallback, keep_some
 from loralign.train.split import check_split, whole_model
-from loralign.train.tokens import name_ends, tokens
+from loralign.train.tokens import measured, name_ends, place, tokens
 from loralign.train.validation import apart, batches
 from loralign.types import CommonSubspace, Full, LoralignError, Recipe, WorkFailed
 
@@ -212,18 +212,17 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
         check_output(job.output)
     if resume_from is None:
         _check_sources(job.recipe)
-    place: dict[str, Any] = {"revision": job.revision, "trust_remote_code": job.trust_remote_code}
-    length = row_length(described(job.model, **place), job.model, job.data.max_length, "data.max_length", USUAL_LENGTH)
-    job = replace(job, data=replace(job.data, max_length=length))
+    job, _ = measured(job)
     args = arguments(job, resumed=resume_from is not None)
-    model, tokenizer = load(job.model, precision=job.training.precision, **place)
+    model, tokenizer = load(job.model, precision=job.training.precision, **place(job))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU (torch sees no GPU)"
     log.info("on %s, base in %s", device, str(model.dtype).removeprefix("torch."))
     recipe = without_towers(job.recipe, model)
     if job.data.packing:
         check_packing(model)
-    train, held_out, prompts = tokens(job, tokenizer, model)
-    train, deciding = apart(train, recipe)
+    fitted, judged = tokens(job, tokenizer, model)
+    held_out, prompts = None if judged is None else judged.dataset, fitted.prompts
+    train, deciding = apart(fitted.dataset, recipe)
     name_ends(model, tokenizer, prompts)
     if args.max_steps < 0:
         check_schedule(args, max(1, math.ceil(len(train) * args.num_train_epochs / job.training.batch_size)))

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from typing import Any
 
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loralign.data.chat import Fit, Prompts, fit
 from loralign.data.rows import read_trl
 from loralign.data.split import split_eval
 from loralign.data.table import Rows
-from loralign.train.job import Job
+from loralign.train.job import USUAL_LENGTH, Job
+from loralign.train.model import described, row_length
 from loralign.train.use import stops
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
+
+
+def place(job: Job) -> dict[str, Any]:
+    """What finds the job's model, beside its name."""
+    return {"revision": job.revision, "trust_remote_code": job.trust_remote_code}
+
+
+def measured(job: Job) -> tuple[Job, PreTrainedModel]:
+    """The job with `data.max_length` settled, and its model on the meta device."""
+    model = described(job.model, **place(job))
+    length = row_length(model, job.model, job.data.max_length, "data.max_length", USUAL_LENGTH)
+    return replace(job, data=replace(job.data, max_length=length)), model
 
 
 def _rows(job: Job) -> tuple[Rows, Rows | None]:
@@ -24,12 +38,10 @@ def _rows(job: Job) -> tuple[Rows, Rows | None]:
     return (train, None) if job.data.eval is None else split_eval(train, job.data.eval, seed=job.seed)
 
 
-def tokens(
-    job: Job, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-) -> tuple[Dataset, Dataset | None, Prompts]:
-    """The rows of a job as tokens of the model, for training and held out, and how those of training ask.
+def tokens(job: Job, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[Fit, Fit | None]:
+    """The rows of a job as tokens of the model, for training and held out.
 
-    job: with `data.max_length` settled.
+    job: with `data.max_length` settled. model: may be on the meta device.
     """
     most = job.data.max_length
     assert most is not None
@@ -44,17 +56,17 @@ def tokens(
 
     train, held_out = _rows(job)
     fitted = one(train, "training")
-    judged = None if held_out is None else one(held_out, "evaluation").dataset
+    judged = None if held_out is None else one(held_out, "evaluation")
     filler = None if job.data.packing else tokenizer.pad_token_id  # packed rows are not padded with it
-    _check_vocabulary(model, tokenizer, filler, fitted.dataset, judged)
-    return fitted.dataset, judged, fitted.prompts
+    _check_vocabulary(model, tokenizer, filler, fitted, judged)
+    return fitted, judged
 
 
 def _check_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, filler: int | None, *sets: Dataset | None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, filler: int | None, *fits: Fit | None
 ) -> None:
     """Raise where a row, or the token that rows are padded with, has no embedding in the model."""
-    largest = [pc.max(pc.list_flatten(s.data.column("input_ids"))).as_py() for s in sets if s is not None]
+    largest = [pc.max(pc.list_flatten(f.dataset.data.column("input_ids"))).as_py() for f in fits if f is not None]
     token = max([*largest, filler or 0])
     known = model.get_input_embeddings().weight.shape[0]
     if token >= known:
