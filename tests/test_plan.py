@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -564,19 +564,25 @@ def test_the_peak_is_that_of_real_steps(case: str) -> None:
     assert expected == pytest.approx(live.peak, rel=0.15)
 
 
+def in_training(made: Recipe, step: Step) -> tuple[Any, Callable[[], None]]:
+    """A small Llama that is adapted, and the forward and backward of one batch."""
+    model = type(toy.llama())(toy.llama().config).train()
+    loss = usual_loss(model, step)
+    batch = {k: torch.ones(v.shape, dtype=v.dtype) for k, v in example_batch(model, step).items()}
+    adapted = adapt(model, made)
+    return adapted, lambda: loss(adapted, batch).backward()
+
+
 @pytest.mark.filterwarnings("ignore:rank 256 exceeds")
 def test_where_the_optimizers_step_is_the_fullest_moment_it_is_what_is_planned() -> None:
     """Far more trained numbers than activations: gradients and updates beside the state."""
     made, step = recipe("lora", r=256), Step(1, 4)
     expected = estimate(meta_llama(), made, step)
     with LiveBytes() as live:
-        model = type(toy.llama())(toy.llama().config).train()
-        loss = usual_loss(model, step)
-        batch = {k: torch.ones(v.shape, dtype=v.dtype) for k, v in example_batch(model, step).items()}
-        adapted = adapt(model, made)
+        adapted, backward = in_training(made, step)
         taker = optimizer(adapted, made, 1e-6)
         for _ in range(2):
-            loss(adapted, batch).backward()
+            backward()
             taker.step()
             taker.zero_grad()
     assert expected.peak_bytes == pytest.approx(live.peak, rel=0.01)
@@ -588,13 +594,10 @@ def test_gradients_of_the_micro_batches_before_are_there() -> None:
     made, step = recipe("lora", r=64), Step(4, 16, micro_batches=2)
     expected = estimate(meta_llama(), made, step)
     with LiveBytes() as live:
-        model = type(toy.llama())(toy.llama().config).train()
-        loss = usual_loss(model, step)
-        batch = {k: torch.ones(v.shape, dtype=v.dtype) for k, v in example_batch(model, step).items()}
-        adapted = adapt(model, made)
+        _, backward = in_training(made, step)
         for _ in range(2):
             live.peak = live.now
-            loss(adapted, batch).backward()
+            backward()
     planned_bytes = expected.weights_bytes + expected.adapter_bytes + expected.activation_bytes
     assert planned_bytes == pytest.approx(live.peak, rel=0.03)
 

@@ -28,9 +28,10 @@ MOST_UNREAD = 1000
 class RowTrainer(Settling, SFTTrainer):
     """SFTTrainer that does not wait for the device at every step.
 
-    - TRL reads four numbers after each forward, for its log, before it goes on to the backward. Here they stay on the
-      device until they are logged (`_settle`); the loss and what is logged are TRL's. Where a setting changes the loss
-      (`loss_type`, label smoothing, a loss of one's own, router losses, sequence parallelism) TRL computes it.
+    - TRL reads from the device five times after each forward, for its log, before it goes on to the backward. Here the
+      numbers stay there until they are logged (`_settle`); the loss and what is logged are TRL's. Where a setting
+      changes the loss (`loss_type`, label smoothing, a loss of one's own, router losses, sequence parallelism) TRL
+      computes it.
     - `num_tokens` counts packed rows that stay rows; TRL knows one row of them.
     - The operations of a token and a norm that our optimizer has are not looked for in all modules.
     """
