@@ -116,17 +116,17 @@ def adjustment() -> dict[str, Any]:
 class Adapter(nn.Module):
     """What a site needs of a PEFT layer."""
 
-    def __init__(self, d_out: int, d_in: int, device: str) -> None:
+    def __init__(self, d_out: int, d_in: int, r: int, device: str) -> None:
         super().__init__()
-        A, B = nn.Linear(d_in, R, bias=False, device=device), nn.Linear(R, d_out, bias=False, device=device)
+        A, B = nn.Linear(d_in, r, bias=False, device=device), nn.Linear(r, d_out, bias=False, device=device)
         self.lora_A, self.lora_B = nn.ModuleDict({"default": A}), nn.ModuleDict({"default": B})
 
 
-def optimizer_for(layers: int, device: str, transform: Transform | None, rules: Sequence[Rule] = ()) -> Any:
+def optimizer_for(layers: int, device: str, transform: Transform | None, rules: Sequence[Rule] = (), r: int = R) -> Any:
     """Our optimizer with gradients in place; torch's fused AdamW over the same tensors where transform is None."""
     torch.manual_seed(0)
     sites = [
-        Site(f"{n}.{k}", Adapter(d_out, d_in, device), "default", d_out, d_in, R, S)
+        Site(f"{n}.{k}", Adapter(d_out, d_in, r, device), "default", d_out, d_in, r, S)
         for n in range(layers)
         for k, (d_out, d_in) in enumerate(LAYER)
     ]
@@ -192,10 +192,10 @@ def rows() -> dict[str, Callable[[], tuple[Transform | None, Sequence[Rule]]]]:
     }
 
 
-def steps(device: str, layers: int, repeats: int, only: Sequence[str]) -> dict[str, Any]:
+def steps(device: str, layers: int, repeats: int, only: Sequence[str], r: int = R) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, make in chosen(only).items():
-        optimizer = optimizer_for(layers, device, *make())
+        optimizer = optimizer_for(layers, device, *make(), r=r)
         for _ in range(3 if device == "cuda" else 1):
             optimizer.step()
         state = sum(t.numel() * t.element_size() for st in optimizer.state.values() for t in st.values()) / 2**20
@@ -205,13 +205,13 @@ def steps(device: str, layers: int, repeats: int, only: Sequence[str]) -> dict[s
     return found
 
 
-def count(found: dict[str, Any], device: str, counted: Sequence[int]) -> None:
+def count(found: dict[str, Any], device: str, counted: Sequence[int], r: int = R) -> None:
     """Add to the rows of `steps` what a step launches; last, since a profiler slows the rest of its process down."""
     made = rows()
     for name, row in found.items():
         row["launches"] = {}
         for n in counted:
-            optimizer = optimizer_for(n, device, *made[name]())
+            optimizer = optimizer_for(n, device, *made[name](), r=r)
             optimizer.step()
             row["launches"][str(n)] = launches(optimizer.step, device)
 
@@ -301,6 +301,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layers", type=int, default=32, help="of `steps`; 32 = 224 modules")
     parser.add_argument("--count-at", type=int, nargs="+", default=[4, 8, 16], help="layers at which to count launches")
+    parser.add_argument("--rank", type=int, default=R, help="of `steps`")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="8b", help="of `train`")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--only", nargs="+", default=[], choices=tuple(rows()), help="rows beside torch's fused AdamW")
@@ -323,15 +324,15 @@ def main() -> None:
             f"relative difference {diff['float64']:.1e} (float64), {diff['float32']:.1e} (float32)"
         )
     if "steps" in args.what:
-        record["steps"] = steps(args.device, args.layers, args.repeats, args.only)
-        record["layers"] = args.layers
+        record["steps"] = steps(args.device, args.layers, args.repeats, args.only, args.rank)
+        record["layers"], record["r"] = args.layers, args.rank
     if "train" in args.what:
         record["train"], record["shape"] = train(args.shape, args.device, args.repeats, args.only), args.shape
         head = f"whole training step, {name}, {args.shape}-shaped, {'×'.join(map(str, SHAPES[args.shape][1:]))} tokens"
         texts.append(f"{head}\n{train_table(record['train'])}")
     if "steps" in args.what:
-        count(record["steps"], args.device, args.count_at)
-        head = f"optimizer step, {name}, torch {torch.__version__}, {7 * args.layers} modules, r = {R}"
+        count(record["steps"], args.device, args.count_at, args.rank)
+        head = f"optimizer step, {name}, torch {torch.__version__}, {7 * args.layers} modules, r = {args.rank}"
         texts.append(f"{head}\n{steps_table(record['steps'], args.count_at)}")
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
