@@ -38,7 +38,7 @@ def eigh(H: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def jacobi(H: Tensor) -> tuple[Tensor, Tensor]:
-    """`eigh` of float32 H by cyclic sweeps over pairs of blocks, in float64: residual and orthogonality within float32's ε.
+    """`eigh` of float32 H by sweeps over pairs of blocks, in float64: residual and orthogonality within float32's ε.
 
     λ is the diagonal of EᵀHE, formed anew. Errors: torch.linalg.LinAlgError where H holds NaN or infinity. Cost: 12·r³
     FLOPs a matrix and sweep beside the pairs'; one look at the device a sweep and a call.
