@@ -11,6 +11,7 @@ import pytest
 
 import loralign
 from loralign import METHODS
+from loralign.methods.build import DEFAULTS
 
 SRC = Path(loralign.__file__).parent
 ROOMS = (  # from the ground up: a room may import itself and the rooms before it, never one after it
@@ -118,12 +119,7 @@ def test_method_file_is_in_the_table(path: Path) -> None:
     """Every file on an axis serves a line of the table, or is the default of its axis."""
     module = name(path)
     used = {f.__module__ for m in METHODS.values() for f in (m.init, m.form, m.transform, m.outer, *m.rules) if f}
-    used |= {
-        "loralign.methods.init.kaiming",
-        "loralign.methods.form.plain",
-        "loralign.methods.transform.adamw",
-        "loralign.methods.outer.once",
-    }
+    used |= {f.__module__ for f in DEFAULTS.values()}
     assert module in used
 
 

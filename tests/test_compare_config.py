@@ -19,7 +19,7 @@ from loralign.compare.store import Claim, Store
 from loralign.config.study import load_study, to_specs
 from loralign.config.study_file import StudyFile, parse_study, schema_text
 from loralign.config.yaml_text import read_yaml
-from loralign.methods import table
+from loralign.methods.build import _say_renamed
 from loralign.types import Full, Recipe
 from tiny_study import load, write_study
 
@@ -60,7 +60,7 @@ def test_arms_differ_where_the_file_says_so(study: Path) -> None:
 
 
 def test_an_old_name_is_told_once_however_often_its_arm_is_built(study: Path, caplog: pytest.LogCaptureFixture) -> None:
-    table._say_renamed.cache_clear()
+    _say_renamed.cache_clear()
     for _ in range(2):
         load(study, "arms=[muon-factors]")
     assert [r.getMessage()[:50] for r in caplog.records] == ["muon-factors goes with the next release: use spect"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loralign import Full, Recipe, adapt, build, optimizer, sites
-from loralign.methods import table
+from loralign.methods.build import _say_renamed
 from loralign.methods.reference import Together, muon
 from loralign.plan.memory import estimate
 from loralign.plan.trace import Step
@@ -57,7 +57,7 @@ def test_stop_and_resume_without_state(tmp_path: Path) -> None:
 
 
 def test_the_old_name_says_what_to_use(caplog: pytest.LogCaptureFixture) -> None:
-    table._say_renamed.cache_clear()  # another test of this process may have asked
+    _say_renamed.cache_clear()  # another test of this process may have asked
     build("muon-factors")
     assert "use spectral" in caplog.text
 

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from loralign.carrier.sites import sites as sites
     from loralign.io.export import export as export
     from loralign.io.verify import verify as verify
+    from loralign.methods.build import build as build
     from loralign.methods.table import METHODS as METHODS
-    from loralign.methods.table import build as build
     from loralign.methods.table import learning_rate as learning_rate
     from loralign.train.adapt import adapt as adapt
     from loralign.train.adapt import optimizer as optimizer
@@ -27,7 +27,8 @@ _HOMES = {
     "loralign.carrier.sites": ("factors", "peft_config", "sites"),
     "loralign.io.export": ("export",),
     "loralign.io.verify": ("verify",),
-    "loralign.methods.table": ("METHODS", "build", "learning_rate"),
+    "loralign.methods.build": ("build",),
+    "loralign.methods.table": ("METHODS", "learning_rate"),
     "loralign.train.adapt": ("adapt", "optimizer"),
     "loralign.train.attach": ("attach",),
     "loralign.train.compiled": ("compile",),

@@ -20,11 +20,8 @@ from loralign.carrier.patterns import check_pattern
 from loralign.config.errors import sentence, validated
 from loralign.config.sections import RecipeKeys, RunFile, TrainSection, written_schema
 from loralign.config.yaml_text import read_yaml
-from loralign.methods.form.plain import plain
-from loralign.methods.init.kaiming import kaiming
-from loralign.methods.outer.once import once
-from loralign.methods.table import METHODS, RESOLVED, build, learning_rate, method
-from loralign.methods.transform.adamw import adamw
+from loralign.methods.build import DEFAULTS, build
+from loralign.methods.table import METHODS, RESOLVED, learning_rate, method
 from loralign.train.job import Data, Job, Training
 from loralign.types import Full, LoralignError, Method, Recipe
 
@@ -106,7 +103,7 @@ def _preset(lines: Sequence[Method], name: str | None) -> dict[str, Any]:
 def _factories(lines: Sequence[Method]) -> Iterator[Callable[..., Any]]:
     for line in lines:
         yield from (f for f in (line.init, line.form, line.transform, *line.rules, line.outer) if f is not None)
-    yield from (kaiming, plain, adamw, once)
+    yield from DEFAULTS.values()
 
 
 def _option_types(lines: Sequence[Method]) -> dict[str, Any]:

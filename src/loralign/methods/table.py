@@ -7,19 +7,14 @@ Without Regret" found for Llama-shaped models.
 from __future__ import annotations
 
 import difflib
-import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Any
 
 from loralign.maths.bounds import Count, Positive
 from loralign.maths.given import checked
-from loralign.methods.fields import checked_fields
 from loralign.methods.form.delta_lora import boosted
 from loralign.methods.form.gated import beam, gated, normal_gated
-from loralign.methods.form.plain import plain
 from loralign.methods.form.prolora import partial_rotation
 from loralign.methods.form.reslora import shortcuts
 from loralign.methods.form.sbora import fixed_A, fixed_B
@@ -27,7 +22,7 @@ from loralign.methods.form.sd_lora import directions
 from loralign.methods.init.cora import common_basis, common_start
 from loralign.methods.init.gaussian import gaussian
 from loralign.methods.init.hrp import high_rank_preheat, high_rank_sketch
-from loralign.methods.init.kaiming import kaiming, kaiming_frozen
+from loralign.methods.init.kaiming import kaiming_frozen
 from loralign.methods.init.kaiming_both import kaiming_both
 from loralign.methods.init.lora_ga import gradient_svd
 from loralign.methods.init.olora import leading_qr
@@ -35,7 +30,6 @@ from loralign.methods.init.pissa import principal_svd
 from loralign.methods.init.rac_lora import random_side
 from loralign.methods.init.sbora import unit_columns, unit_rows
 from loralign.methods.outer.chain import chain_of_links, randomized_links, restarts
-from loralign.methods.outer.once import once
 from loralign.methods.outer.sd_lora import task_links
 from loralign.methods.outer.xgblora import boosters
 from loralign.methods.reference import muon
@@ -47,7 +41,6 @@ from loralign.methods.rule.dynamic_rank import component_budget
 from loralign.methods.rule.prilora import depth_and_pruning
 from loralign.methods.rule.rm_lora import masked_orthogonal
 from loralign.methods.rule.sora import soft_threshold
-from loralign.methods.transform.adamw import adamw
 from loralign.methods.transform.lora_fa import projected_gradient
 from loralign.methods.transform.lora_plus import ratio_lr
 from loralign.methods.transform.lora_pro import equivalent_gradient
@@ -55,7 +48,7 @@ from loralign.methods.transform.lora_rite import invariant_adam
 from loralign.methods.transform.muon import matrix_sign, spectral
 from loralign.methods.transform.rac_lora import projected_descent
 from loralign.methods.transform.riemannian import scaled_gradient
-from loralign.types import Full, LoralignError, LrPrior, Method, Recipe, over_rank, over_sqrt_rank
+from loralign.types import LoralignError, LrPrior, Method, over_sqrt_rank
 
 log = logging.getLogger("loralign")
 
@@ -242,67 +235,6 @@ def method(name: str) -> Method:
     near = difflib.get_close_matches(key, [*METHODS, *RESOLVED], n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}? " * bool(near)
     raise LoralignError(f"unknown method {name!r:.80}; {hint}`loralign methods` lists all")
-
-
-def build(name: str, options: Mapping[str, Any] | None = None, **fields: Any) -> Recipe | Full:
-    """The recipe of one id or of a mix such as "lora-ga + lora-rite".
-
-    options: arguments of the methods' factories (gamma, betas, …), routed by name. fields: of `Recipe` (r, alpha, …);
-    where they are not given, the method's own, then `Recipe`'s defaults.
-    Raises LoralignError on an unknown name or option, and where two methods want the same axis.
-    """
-    if not isinstance(name, str):
-        raise LoralignError(f"build() takes a method's name such as 'lora-ga', or a mix as one text, not {name!r:.60}")
-    if not isinstance(options, Mapping | None):
-        raise LoralignError(f"build() takes options as a dictionary, {{name: value}}, not {options!r:.60}")
-    lines = [method(part) for part in name.split("+")]
-    label = " + ".join(line.id for line in lines)
-    if twice := next((line.id for line in lines if lines.count(line) > 1), ""):
-        raise LoralignError(f"{label} names {twice} twice: name it once")
-    for line in lines:
-        if line.renamed:
-            _say_renamed(line.id, line.renamed)
-    if any(line.reference for line in lines):
-        if len(lines) > 1 or options:
-            raise LoralignError("`full` trains the matrices themselves: it takes no options and mixes with nothing")
-        fields = checked_fields(label, fields, ())
-        kept = ("targets", "exclude", "seed", "weight_decay", "max_grad_norm")
-        return Full(name=label, optimizer=lines[0].optimizer, **{k: v for k, v in fields.items() if k in kept})
-    chosen = {axis: _one(lines, axis, default) for axis, default in _DEFAULTS.items()}
-    rules = [rule for line in lines for rule in line.rules]
-    unused = dict(options or {})
-    made = {axis: _call(factory, unused) for axis, factory in chosen.items()}
-    made_rules = tuple(_call(rule, unused) for rule in rules)
-    known = sorted({p for f in (*chosen.values(), *rules) for p in inspect.signature(f).parameters})
-    for key in (k for k in unused if k not in known):
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known) or 'none'}"
-        raise LoralignError(f"{label} has no option {key!r}; {hint}")
-    scale = _one(lines, "scale", over_rank)
-    for line in lines:
-        fields = {**line.fields, **fields}
-    return Recipe(**made, rules=made_rules, scale=scale, name=label, **checked_fields(label, fields, known))
-
-
-@cache
-def _say_renamed(old: str, new: str) -> None:
-    """Once a process: a study builds each of its arms several times."""
-    log.warning("%s goes with the next release: use %s, which grew out of it", old, new)
-
-
-_DEFAULTS: Mapping[str, Callable[..., Any]] = {"init": kaiming, "form": plain, "transform": adamw, "outer": once}
-
-
-def _one(lines: Sequence[Method], axis: str, default: Callable[..., Any]) -> Callable[..., Any]:
-    wanted = [(line.id, getattr(line, axis)) for line in lines if getattr(line, axis) is not None]
-    if len({factory for _, factory in wanted}) > 1:
-        raise LoralignError(f"{' and '.join(i for i, _ in wanted)} both set the {axis}: a mix takes one of them")
-    return wanted[0][1] if wanted else default
-
-
-def _call(factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    taken = {k: v for k, v in options.items() if k in inspect.signature(factory).parameters}
-    return factory(**taken)
 
 
 def tuned_on(name: str) -> tuple[tuple[str, str], ...]:

@@ -23,7 +23,7 @@ from loralign.carrier.sites import draw_for, sites, weight
 from loralign.carrier.slot import live_of
 from loralign.evidence import Progress, collect, exact_gradient
 from loralign.maths.linalg import first_step_energy, top_svd
-from loralign.methods.table import build
+from loralign.methods.build import build
 from loralign.plan.combinations import misfit
 from loralign.train.attach import loss_of
 from loralign.train.undisturbed import undisturbed
