@@ -120,7 +120,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "base gone": (
         _config(base_model_name_or_path="nobody/nothing"),
         "input",
-        "nobody/nothing is neither a local folder",
+        r"nobody/nothing is neither a local folder nor in the Hugging Face cache \(.*[\w…]\): name",
     ),
     "base unsaid": (_config(base_model_name_or_path=None), "input", "does not say which base"),
 }

@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def load_base(source: str, revision: str | None, how: dict[str, Any], device: st
         config = transformers.AutoConfig.from_pretrained(source, **options)
         stored.check_base(config)
     except Exception as error:
-        said = first_line(error)[:80]
+        said = textwrap.shorten(first_line(error), 80, placeholder=" …")
         raise BadInput(
             f"the base model {shown(Path(source))} is neither a local folder nor in the Hugging Face cache ({said}): "
             "name its folder with --base (in Python base=…)"

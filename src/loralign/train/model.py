@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -248,6 +249,9 @@ def _why(error: Exception, kind: str) -> str:
         return NO_TOKENIZER
     if "trust_remote_code" in text:
         return "it needs code that its repository ships; set `trust_remote_code: true` if you trust that code"
+    if "couldn't connect" in text:
+        away = "HF_HUB_OFFLINE forbids asking the hub" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        return f"it is not in the Hugging Face cache, and {away}; check the name, or give the folder of the model"
     if "no file named" in text and "safetensors" in text:
         return "it has no safetensors weights, and nothing is unpickled; save it again with `save_pretrained`"
     if "Unrecognized configuration class" in text:
