@@ -287,6 +287,7 @@ def test_methods_doctor_schema_version() -> None:
     listed = json.loads(run("methods", "--json").out)
     assert [m["id"] for m in listed] == list(METHODS)
     assert all(re.search(rf"^{m['id']} ", table.out, re.MULTILINE) for m in listed)
+    assert max(map(len, table.out.splitlines())) <= 110
     health = run("doctor")
     assert health.code == 0, health.out
     assert "ok     torch " in health.out
@@ -295,9 +296,20 @@ def test_methods_doctor_schema_version() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("--version").out)
 
 
+def test_one_method_in_full() -> None:
+    """Its equation, where its options stand, and no example; a mix is both; what is not there is one sentence."""
+    page = run("methods", "lora-ga + spectral").out
+    assert "W_eff(0) = W0 + s(B0·A0 − B0·A0) = W0" in page and ">>>" not in page
+    assert re.search(r"^options +gamma: 16\.0  \(a number\)$", page, re.MULTILINE)
+    assert re.search(r"^options +momentum: 0\.8  \(a number\)$", page, re.MULTILINE) and "\nspectral: every" in page
+    assert json.loads(run("methods", "spectral", "--json").out)[0]["options"]["newton_steps"] == 5
+    assert "unknown method 'lora-gaa'; did you mean lora-ga" in assert_one_sentence(run("methods", "lora-gaa"))
+
+
 def test_every_command_has_help_with_an_example() -> None:
     listing, reference = run(), (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert listing.code == 0
+    assert re.search(r"suggest .*plan .*train .*export .*methods ", listing.out, re.DOTALL), "in the order of use"
     names = "train compare init export verify eval generate plan rows methods doctor"
     for command in names.split():
         assert command in listing.out
@@ -344,7 +356,11 @@ BAD_RUNS: dict[str, tuple[str, str]] = {  # an override of the recipe: what is s
     ),
     "adapter as model": ("model=out", "out holds an adapter, not a base model: give the base model in `model`"),
     "no model folder": ("model=.", r"\. is no model folder: it has no config\.json"),
-    "unknown hub id": ("model=no/such", "cannot load the model 'no/such': .*; check the name, or give the folder"),
+    "unknown hub id": (
+        "model=no/such",
+        "cannot load the model 'no/such': it is not in the Hugging Face cache, and HF_HUB_OFFLINE forbids asking the "
+        "hub; check the name, or give the folder",
+    ),
     "pickled weights": ("model=pickled", "'pickled': it has no safetensors weights, and nothing is unpickled; save it"),
     "damaged weights": ("model=torn", r"'torn': its weights are damaged \(.*\); download or copy them again"),
     "foreign code": ("model=coded", "'coded': it needs code that its repository ships; set `trust_remote_code: true`"),

@@ -12,10 +12,19 @@ import pytest
 import torch
 import yaml
 
-from loralign import METHODS, Full, LoralignError, Recipe
+from loralign import METHODS, Full, LoralignError, Recipe, build
 from loralign.config.errors import dotted, expected, validated
 from loralign.config.foreign import FOREIGN, INSTEAD
-from loralign.config.recipe import load, micro_batch_size, parse, schema, schema_text, to_job, to_recipe
+from loralign.config.recipe import (
+    load,
+    micro_batch_size,
+    options_said,
+    parse,
+    schema,
+    schema_text,
+    to_job,
+    to_recipe,
+)
 from loralign.config.sections import RunFile, TrainSection
 from loralign.config.study_file import StudyFile
 from loralign.config.yaml_text import read_yaml
@@ -167,7 +176,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "text for a list": (with_(exclude="lm_head"), "`exclude` must be a list of text, not 'lm_head'"),
     "share out of range": (with_(data={"train": "a", "eval": 1.5}), "`data.eval` must be less than 1, not 1.5"),
     "value in a mapping": (with_(ranks={"q_proj": "x"}), "`ranks.q_proj` must be a whole number, not 'x'"),
-    "two mistakes": (with_(rank="x", alpha="y"), r"`rank` must be a whole number, not 'x' \(and 1 more\)"),
+    "two mistakes": (with_(rank="x", alpha="y"), r"`rank` must be a whole number, not 'x' \(also wrong: `alpha`\)$"),
+    "another trainer's file": (
+        {"model_name_or_path": "m", "stage": "sft", "dataset": "d", "lora_r": 8, "template": "x", "data": {"train": 1}},
+        r"`model_name_or_path` is no key of a recipe; it is called `model` here "
+        r"\(also wrong: `stage`, `dataset`, `lora_r` and 2 more; missing: `model`, `output`\)$",
+    ),
     "unknown method": (with_(method="lora-gaa"), "unknown method 'lora-gaa'; did you mean lora-ga, "),
     "ambiguous method": (with_(method="dora"), "'dora' means two things .*: dynamic-rank-lora or PEFT's use_dora"),
     "two transforms": (with_(method="lora-pro + lora-rite"), "lora-pro and lora-rite both set the transform"),
@@ -261,7 +275,7 @@ def test_a_list_of_one_thing_or_another_is_said_as_one() -> None:
     assert expected(list[list[str | int] | int] | None) == (
         "a list of (a list of (text or a whole number) or a whole number)"
     )
-    assert expected(list[str]) == "a list of text"
+    assert expected(list[str]) == expected(tuple[str, ...]) == "a list of text"
 
 
 def test_foreign_names_point_to_keys_that_exist() -> None:
@@ -320,6 +334,10 @@ def test_every_key_and_option_of_the_schema_has_its_place() -> None:
     assert {"gamma", "micro_batches", "betas"} <= set(by_method["lora-ga"])
     assert by_method["full"] == {}
     assert by_method["lora-pro"]["moments"]["enum"] == ["factor", "full", "none"]
+    for line in METHODS.values():
+        offered = {name: default for name, _, default in options_said(line)}
+        assert offered.keys() == by_method[line.id].keys()
+        build(line.id, offered)
 
 
 RECIPE_KEYS = {"model", "data"}  # a study has arms, TRL's own files neither

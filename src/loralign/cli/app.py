@@ -44,6 +44,12 @@ Base = Annotated[str | None, typer.Option(help="Folder or hub id of the base mod
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
+FIRST = "Before a run"
+RUN = "A run"
+DONE = "A finished adapter"
+MORE = "More"
+
+
 class Profile(StrEnum):
     peft = "peft"
     portable = "portable"
@@ -81,7 +87,38 @@ def root(
     pass
 
 
-@app.command(epilog="Example: loralign train examples/sft-lora-ga.yaml --set train.epochs=0.1")
+app.command(rich_help_panel=FIRST, epilog="Example: loralign suggest Qwen/Qwen3-0.6B --rows rows.jsonl --out sft.yaml")(
+    suggest
+)
+app.command(rich_help_panel=FIRST, epilog="Example: loralign rows examples/sft-lora-ga.yaml --count 5")(rows)
+
+
+@app.command(rich_help_panel=FIRST, epilog="Example: loralign plan examples/sft-lora-ga.yaml --device cuda")
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    device: Annotated[Device, typer.Option(help="Where it will run; auto: a GPU if there is one.")] = Device.auto,
+    gpus: Annotated[int, typer.Option(min=1, max=4096, help="Over so many GPUs; the memory is one's.")] = 1,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Split by FSDP2 through accelerate; else each holds all.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a recipe costs before anything is spent: memory, time of the start, learning rate, exported rank."""
+    file, chosen = file_of(recipe, overrides, device=device.value, spread=(gpus, fsdp))
+    from loralign.cli.plan import Layout, as_data, planned, sentences
+
+    found = planned(file, device.value, Layout(gpus, fsdp))
+    if as_json:
+        say(json.dumps({**as_data(found), **({"chosen_by": chosen} if chosen else {})}))
+        return
+    if chosen:
+        say(chosen)
+    for line in sentences(found):
+        say(line)
+
+
+@app.command(rich_help_panel=RUN, epilog="Example: loralign train examples/sft-lora-ga.yaml --set train.epochs=0.1")
 def train(
     context: typer.Context,
     recipe: Recipe,
@@ -108,7 +145,7 @@ def train(
     say(f"{'Verified' if result.verified else 'Written'}: {result.output}")
 
 
-@app.command(epilog="Example: loralign init examples/sft-lora-ga.yaml --set output=start --report")
+@app.command(rich_help_panel=RUN, epilog="Example: loralign init examples/sft-lora-ga.yaml --set output=start --report")
 def init(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -144,7 +181,7 @@ def init(
     say(f"Written: {job.output}")
 
 
-@app.command(epilog="Example: loralign export runs/lora-ga --profile portable --out served")
+@app.command(rich_help_panel=DONE, epilog="Example: loralign export runs/lora-ga --profile portable --out served")
 def export(
     folder: Folder,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -180,7 +217,7 @@ def export(
     say(f"Written: {out}")
 
 
-@app.command(epilog="Example: loralign verify runs/lora-ga --base smollm2-135m")
+@app.command(rich_help_panel=DONE, epilog="Example: loralign verify runs/lora-ga --base smollm2-135m")
 def verify(folder: Folder, base: Base = None) -> None:
     """Reload an exported folder in a clean process; its logits must be the stored ones (else exit 3)."""
     from loralign.io.verify import verify as check
@@ -188,7 +225,7 @@ def verify(folder: Folder, base: Base = None) -> None:
     say(check(folder, base).line())
 
 
-@app.command("eval", epilog="Example: loralign eval runs/lora-ga --data test.jsonl --limit 200")
+@app.command("eval", rich_help_panel=DONE, epilog="Example: loralign eval runs/lora-ga --data test.jsonl --limit 200")
 def evaluate(
     folder: Folder,
     data: Annotated[str, typer.Option(help="Rows with answers: a file, a folder or a hub id.")],
@@ -209,7 +246,7 @@ def evaluate(
         say(f"{name}: {value:.4g}")
 
 
-@app.command(epilog='Example: loralign generate runs/lora-ga --prompt "What is 12 + 30?"')
+@app.command(rich_help_panel=DONE, epilog='Example: loralign generate runs/lora-ga --prompt "What is 12 + 30?"')
 def generate(
     folder: Folder,
     prompt: Annotated[list[str], typer.Option(help="A user's turn; may be repeated.")],
@@ -223,32 +260,7 @@ def generate(
         say(text)
 
 
-@app.command(epilog="Example: loralign plan examples/sft-lora-ga.yaml --device cuda")
-def plan(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    device: Annotated[Device, typer.Option(help="Where it will run; auto: a GPU if there is one.")] = Device.auto,
-    gpus: Annotated[int, typer.Option(min=1, max=4096, help="Over so many GPUs; the memory is one's.")] = 1,
-    fsdp: Annotated[
-        bool, typer.Option("--fsdp", help="Split by FSDP2 through accelerate; else each holds all.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """What a recipe costs before anything is spent: memory, init time, learning rate and its source, exported rank."""
-    file, chosen = file_of(recipe, overrides, device=device.value, spread=(gpus, fsdp))
-    from loralign.cli.plan import Layout, as_data, planned, sentences
-
-    found = planned(file, device.value, Layout(gpus, fsdp))
-    if as_json:
-        say(json.dumps({**as_data(found), **({"chosen_by": chosen} if chosen else {})}))
-        return
-    if chosen:
-        say(chosen)
-    for line in sentences(found):
-        say(line)
-
-
-@app.command(epilog="Example: loralign compare examples/compare.yaml --workers 2")
+@app.command(rich_help_panel=RUN, epilog="Example: loralign compare examples/compare.yaml --workers 2")
 def compare(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study file (YAML).")],
     overrides: Overrides = None,
@@ -258,23 +270,33 @@ def compare(
 ) -> None:
     """Compare methods, each at its own tuned learning rate, beside tuned `lora` and full fine-tuning.
 
-    Interrupted anywhere, the same command goes on where it was. Other machines that see the study's folder share the
-    work by `loralign compare STUDY --worker`. Arms, seeds and budgets may be added to a study later.
+    Interrupted anywhere, the same command goes on where it was.
+    Other machines that see the study's folder share the work by `loralign compare STUDY --worker`.
+    Arms, seeds and budgets may be added to a study later.
     """
     from loralign.cli.compare import run
 
     run(study, overrides or (), workers=workers, worker=worker, only_report=only_report)
 
 
-@app.command(epilog="Example: loralign methods --json | jq '.[].id'")
-def methods(as_json: AsJson = False) -> None:
-    """The methods, with their papers, export class and learning-rate prior."""
-    from loralign.cli.show import method_data, method_table
+@app.command(rich_help_panel=MORE, epilog="Example: loralign methods lora-ga")
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[METHOD]", help="One of them, or a mix: its equation, source and options.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The methods, with their papers, export class and learning-rate prior; or one of them in full."""
+    from loralign.cli.show import lines_of, method_data, method_page, method_table
 
-    say(json.dumps(method_data(), ensure_ascii=False) if as_json else method_table())
+    lines = lines_of(name)
+    if as_json:
+        say(json.dumps(method_data(lines), ensure_ascii=False))
+    else:
+        say(method_table() if name is None else "\n\n".join(map(method_page, lines)))
 
 
-@app.command(epilog="Example: loralign doctor")
+@app.command(rich_help_panel=MORE, epilog="Example: loralign doctor")
 def doctor() -> None:
     """Check versions, devices and the adapter machinery (exit 1 if something is wrong)."""
     from loralign.cli.doctor import diagnose
@@ -285,12 +307,12 @@ def doctor() -> None:
     raise typer.Exit(0 if healthy else 1)
 
 
-app.command(epilog="Example: loralign rows examples/sft-lora-ga.yaml --count 5")(rows)
-app.command(epilog="Example: loralign suggest Qwen/Qwen3-0.6B --rows rows.jsonl --out sft.yaml")(suggest)
-app.command(epilog="Example: loralign tasks examples/tasks.yaml --set seed=1")(tasks)
-app.command(epilog="Example: loralign expand runs/prolora/compact/compact.safetensors --out plain")(expand)
-app.command(epilog="Example: loralign schema --out docs/schema.json")(schema)
-app.add_typer(subspace)
+app.command(rich_help_panel=RUN, epilog="Example: loralign tasks examples/tasks.yaml --set seed=1")(tasks)
+app.command(
+    rich_help_panel=DONE, epilog="Example: loralign expand runs/prolora/compact/compact.safetensors --out plain"
+)(expand)
+app.command(rich_help_panel=MORE, epilog="Example: loralign schema --out docs/schema.json")(schema)
+app.add_typer(subspace, rich_help_panel=MORE)
 
 if __name__ == "__main__":
     sys.exit(main())

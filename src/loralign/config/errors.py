@@ -6,7 +6,7 @@ import difflib
 import types
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -37,7 +37,7 @@ def validated(
 def sentence(
     error: ValidationError, model: type[BaseModel], options: frozenset[str] = frozenset(), *, prefix: str = ""
 ) -> str:
-    """The first thing that is wrong, and how many more there are.
+    """One thing that is wrong, an unknown key before others, and the keys of the rest.
 
     options: names that belong under `options`. prefix: of every key in the sentence.
     """
@@ -45,10 +45,25 @@ def sentence(
     by_path: dict[str, list[Any]] = {}
     for one in error.errors():
         by_path.setdefault(_path(one["loc"], keys), []).append(one)
-    path, wrong = next(iter(by_path.items()))
+    (path, wrong), *rest = sorted(by_path.items(), key=lambda one: not _is_unknown(one[0], one[1][0], keys))
     telling = next((one for one in wrong if not _is_type_error(one)), wrong[0])  # of a union's branches
-    more = f" (and {len(by_path) - 1} more)" if len(by_path) > 1 else ""
-    return f"`{prefix}{path}` {_said(path, telling, keys, options)}{more}"
+    missing = [prefix + p for p, found in rest if _is_missing(p, found[0])]
+    others = [prefix + p for p, _ in rest if prefix + p not in missing]
+    more = "; ".join(f"{what}: {_few(n)}" for what, n in (("also wrong", others), ("missing", missing)) if n)
+    return f"`{prefix}{path}` {_said(path, telling, keys, options)}" + (f" ({more})" if more else "")
+
+
+def _few(names: Sequence[str]) -> str:
+    said = ", ".join(f"`{name if len(name) <= 40 else name[:37] + '…'}`" for name in names[:3])
+    return said + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _is_unknown(path: str, one: Any, keys: Mapping[str, FieldInfo]) -> bool:
+    return one["type"] == "extra_forbidden" and path not in keys
+
+
+def _is_missing(path: str, one: Any) -> bool:
+    return one["type"] == "missing" and path == ".".join(map(str, one["loc"]))
 
 
 def dotted(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -78,9 +93,9 @@ def _is_type_error(one: Any) -> bool:
 
 
 def _said(path: str, one: Any, keys: Mapping[str, FieldInfo], options: frozenset[str]) -> str:
-    if one["type"] == "extra_forbidden" and path not in keys:
+    if _is_unknown(path, one, keys):
         return f"is no key of a recipe; {_nearest(path, keys, options)}"
-    if one["type"] == "missing" and path == ".".join(map(str, one["loc"])):
+    if _is_missing(path, one):
         description = keys[path].description if path in keys else None
         return "is missing" + (f": {description[0].lower()}{description[1:].rstrip('.')}" if description else "")
     if one["type"] in ("missing", "extra_forbidden", "unexpected_keyword_argument", "too_long", "too_short"):
@@ -144,7 +159,7 @@ def expected(annotation: Any) -> str:
         return ("one of " if len(args) > 1 else "") + ", ".join(str(a) for a in args)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(expected(a) for a in args if a is not type(None))
-    if origin is list:
+    if origin in (list, Sequence) or (origin is tuple and args[-1] is Ellipsis):
         of = expected(args[0])
         return f"a list of ({of})" if " or " in of else f"a list of {of.removeprefix('a ')}"
     if origin is tuple:

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticSchemaGenerationError
 
 from loralign.carrier.patterns import check_pattern
-from loralign.config.errors import sentence, validated
+from loralign.config.errors import expected, sentence, validated
 from loralign.config.sections import RecipeKeys, RunFile, TrainSection, written_schema
 from loralign.config.yaml_text import read_yaml
 from loralign.methods.build import DEFAULTS, build
@@ -48,7 +48,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def parse(content: Mapping[str, Any], name: str = "recipe") -> RunFile:
     """A mapping as it stands in a file; `name` is said in errors."""
-    file = validated(RunFile, content, name, options=lambda: frozenset(_option_types(list(METHODS.values()))))
+    file = validated(RunFile, content, name, options=lambda: frozenset(o for i in METHODS for o in options_of(i)))
     try:
         to_recipe(file)
         _consistent(file)
@@ -90,6 +90,16 @@ def options_of(name: str) -> frozenset[str]:
     return frozenset(_option_types([method(part) for part in name.split("+")]))
 
 
+def options_said(line: Method) -> Iterator[tuple[str, str, Any]]:
+    """Every option of a method that a file can hold: its name, its type in words, its default."""
+    types = _option_types([line])
+    defaults: dict[str, Any] = {}
+    for factory in _factories([line]):
+        for name, parameter in inspect.signature(factory).parameters.items():
+            defaults.setdefault(name, parameter.default)
+    yield from ((n, expected(types[n]), d) for n, d in defaults.items() if _type_schema(types[n]) is not None)
+
+
 def _preset(lines: Sequence[Method], name: str | None) -> dict[str, Any]:
     if name is None:
         return {}
@@ -101,9 +111,12 @@ def _preset(lines: Sequence[Method], name: str | None) -> dict[str, Any]:
 
 
 def _factories(lines: Sequence[Method]) -> Iterator[Callable[..., Any]]:
+    """Of the parts that a method or mix is made of, its own before those of plain LoRA."""
+    if any(line.reference for line in lines):
+        return
     for line in lines:
         yield from (f for f in (line.init, line.form, line.transform, *line.rules, line.outer) if f is not None)
-    yield from DEFAULTS.values()
+    yield from (f for axis, f in DEFAULTS.items() if all(getattr(line, axis) is None for line in lines))
 
 
 def _option_types(lines: Sequence[Method]) -> dict[str, Any]:
@@ -225,10 +238,7 @@ def _type_schema(kind: Any) -> dict[str, Any] | None:
 
 
 def _method_schema(line: Method) -> dict[str, Any]:
-    factories = [f for f in _factories([line]) if not line.reference]
-    known = {name for f in factories for name in inspect.signature(f).parameters}
-    types = _option_types([line])
-    options = {name: _type_schema(types[name]) for name in sorted(known)}
+    options = {name: _type_schema(kind) for name, kind in sorted(_option_types([line]).items())}
     options = {name: found for name, found in options.items() if found is not None}
     then: dict[str, Any] = {"options": {"properties": options, "additionalProperties": False}}
     if line.presets:
