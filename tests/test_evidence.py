@@ -23,7 +23,8 @@ from evidence_ranks import CALLS
 from loralign import LoralignError, Recipe, adapt, build, sites
 from loralign.carrier.sites import put_in
 from loralign.evidence import collect, model_loss
-from loralign.evidence.partial import EVERY_S, FACTS, Partial, replacing
+from loralign.evidence.partial import EVERY_S, FACTS, Partial
+from loralign.maths.whole import replacing
 from loralign.types import (
     NOTHING,
     Activations,
@@ -248,9 +249,12 @@ def test_of_a_file_that_cannot_be_written_whole_nothing_is_left(tmp_path: Path) 
         temporary.write_text("half")
         raise OSError("the disk is full")
     assert [p.name for p in tmp_path.iterdir()] == ["e"] and (tmp_path / "e").read_text() == "before"
-    with replacing(tmp_path / "new" / "e") as temporary:
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "new" / "e") as temporary:
         temporary.write_text("whole")
-    assert (tmp_path / "new" / "e").read_text() == "whole" and len(list((tmp_path / "new").iterdir())) == 1
+    assert caught.value.filename == str(tmp_path / "new" / "e"), "not what is beside it"
+    Partial(tmp_path / "new" / "e").keep({}, dict.fromkeys(FACTS, 3))
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["e"]
+    assert Partial(tmp_path / "new" / "e").restore({}) == dict.fromkeys(FACTS, 3)
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.int(), lambda t: t * float("nan")])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,24 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loralign.evidence.ranks import from_rank_0, rank, same_everywhere
+from loralign.maths.whole import replacing
 
 log = logging.getLogger("loralign")
 
 EVERY_S = 120.0
 """Between two writes; the state of an 8B model at rank 128 is 4 GB."""
 FACTS = ("step", "tokens", "micro_batches")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields the name of a file that takes the place of `path` at the end; nothing is left of it where that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Partial:
@@ -48,6 +35,7 @@ class Partial:
         """Replace what was kept; called between two steps."""
         if self.path is not None and rank() == 0:
             on_disk = {k: t.detach().contiguous() for k, t in tensors.items()}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as temporary:
                 save_file(on_disk, temporary, metadata={k: str(facts[k]) for k in FACTS})
         self._written = time.monotonic()

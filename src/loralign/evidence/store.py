@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loralign.carrier.slot import whole
-from loralign.evidence.partial import replacing
 from loralign.evidence.ranks import from_every_rank, world
 from loralign.evidence.tap import Spent
+from loralign.maths.whole import replacing
 from loralign.types import Batch, Directions, LoralignError, Recipe, Site
 
 log = logging.getLogger("loralign")
@@ -127,6 +127,7 @@ def save_evidence(path: Path, found: Evidence) -> None:
         sides = (("U", d.U), ("S", d.S), ("V", d.V))
         tensors.update({f"{name}|{k}": v.clone().contiguous() for k, v in sides if v is not None})  # sites may share
         facts[name] = [d.captured, d.exact, d.note, d.held_out, d.quality]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"facts": json.dumps(facts), "spent": json.dumps(asdict(found.spent))})
 

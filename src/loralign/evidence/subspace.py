@@ -30,9 +30,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loralign.evidence.partial import replacing
 from loralign.evidence.sources import Members, Target, is_adapter, members, pattern
 from loralign.maths.linalg import canonical_columns, top_svd
+from loralign.maths.whole import replacing
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
@@ -185,6 +185,7 @@ def write_basis(path: Path, basis: Basis) -> None:
             tensors[f"{name}|{side}|share"] = shared.share.float().contiguous()
             rows[f"{name}|{side}"] = [shared.null, shared.sources]
     about = {"format": FORMAT, "loralign": version("loralign"), "facts": dict(basis.facts), "groups": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"loralign_basis": json.dumps(about)})
         temporary.chmod(0o644)

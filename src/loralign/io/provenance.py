@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import platform
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 
 from loralign.io.json_file import read_json
 from loralign.io.public import scrub
+from loralign.maths.whole import replacing
 
 log = logging.getLogger("loralign")
 
@@ -52,21 +51,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside the file, flush to disk, rename: a reader sees the old content or the new one, never half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        if error.filename is not None:  # people know the file, not what is beside it
-            error.filename = str(path)
-        raise
-    finally:
-        with suppress(OSError):
-            beside.unlink()
+    with replacing(path) as beside:
+        beside.write_bytes(content)
 
 
 _OURS = "log.jsonl|ranks.jsonl|run.json|README.md|begun.json|loralign.json|loralign_state.safetensors"
