@@ -26,6 +26,7 @@ from transformers import BertForSequenceClassification, BertModel
 
 import warm
 from loralign.carrier.sites import put_in, sites, target_weights
+from loralign.cli.compare import run_workers
 from loralign.compare import runner as running
 from loralign.compare.compiled import blocks, compiled
 from loralign.compare.journal import outcome_of
@@ -414,16 +415,20 @@ def test_only_a_report_of_what_is_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_a_worker_that_fails_is_quoted(tmp_path: Path) -> None:
-    file = write_study(tmp_path, arms=[{"method": "lora-ga", "rank": 32}])
-    for planted in ("loralign.py", "statistics.py"):  # a worker must not import from the folder that it runs in
+def test_workers_that_fail_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two real processes, which do not get as far as their libraries."""
+    file = write_study(tmp_path)
+    for planted in ("loralign.py", "typing.py"):  # a worker must not import from the folder that it runs in
         (tmp_path / planted).write_text("raise SystemExit('planted')", encoding="utf-8")
-    said = compare(file, "--workers", "2", cwd=tmp_path)
-    assert said.returncode == 2
-    assert (
-        "2 of 2 workers failed, what they finished is kept; the first said: arm 'lora-ga': rank 32 is too large"
-        in said.stderr
-    )
+    monkeypatch.chdir(tmp_path)
+    said = "2 of 2 workers failed, what they finished is kept; the first said: study.yaml: `rank` must be a whole number"
+    with pytest.raises(LoralignError, match=said):
+        run_workers(file, ["rank=x"], 2, [load(file)])
+
+
+def test_a_worker_says_what_it_cannot_do(tmp_path: Path) -> None:
+    refused = compare(write_study(tmp_path, arms=[{"method": "lora-ga", "rank": 32}]), "--worker")
+    assert refused.returncode == 2 and refused.stderr.startswith("loralign: arm 'lora-ga': rank 32 is too large")
 
 
 @pytest.mark.parametrize("finished", [0, 1])

@@ -210,8 +210,9 @@ def test_the_mixes_differ(verified: dict[str, VerifyReport]) -> None:
     assert sum(name.endswith("_lora-ga") for name in verified) == len(STEPPERS) + 1  # Adam and lora-fa, no delta-lora
 
 
-def test_a_mix_verifies_itself(world: Path) -> None:
+def test_a_mix_verifies_itself(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`lora-ga + lora-rite` as users run it, clean process included."""
+    warm.verification(monkeypatch)
     code, out, err = command("train", recipe_file("lora-rite", "lora-ga", "whole"))
     assert code == 0, err
     assert "erified" in out + err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli_world import assert_one_sentence, run, run_process, world_in
+import warm
+from cli_world import assert_one_sentence, run, world_in
 from data_world import CONVERSATIONS, assistant, byte_tokenizer, jsonl, pieces, rows_of, user
 from loralign.cli.app import main
 from loralign.cli.run import job_of
@@ -129,15 +131,16 @@ def test_a_pipe_gets_plain_text_and_a_terminal_the_same_in_style(monkeypatch: py
         def isatty(self) -> bool:
             return True
 
-    piped = run_process("rows", "r.yaml", "--count", 2)
-    assert piped.code == 0, piped.err
-    assert "⟦" in piped.out and "\x1b" not in piped.out and piped.out == run("rows", "r.yaml", "--count", 2).out
+    piped = warm.run([sys.executable, "-m", "loralign", "rows", "r.yaml", "--count", "2"])
+    assert piped.returncode == 0, piped.stderr
+    assert "⟦" in piped.stdout and "\x1b" not in piped.stdout
+    assert piped.stdout == run("rows", "r.yaml", "--count", 2).out
     for setting, style in (("", "\x1b[32m\x1b[1m"), ("1", "\x1b[1m")):
         monkeypatch.setenv("NO_COLOR", setting)
         with redirect_stdout(Terminal()) as shown, redirect_stderr(io.StringIO()):
             assert main(["rows", "r.yaml", "--count", "2"]) == 0
         assert f"{style}⟦" in shown.getvalue() and ("\x1b[32m" in shown.getvalue()) == (not setting)
-        assert re.sub(r"\x1b\[\d+m", "", shown.getvalue()) == piped.out
+        assert re.sub(r"\x1b\[\d+m", "", shown.getvalue()) == piped.stdout
 
 
 def test_characters_that_a_terminal_obeys_are_shown(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import warm
 from cli_world import Done, run
 from loralign import build
 from loralign.cli.plan import planned
@@ -48,6 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(world)
+    warm.verification(monkeypatch)
     yield
 
 

@@ -106,9 +106,11 @@ def server(isolated: bool) -> tuple[subprocess.Popen[str], Lock]:
 def _serve(modules: Sequence[str]) -> None:
     """A line of JSON for each request, answered by the exit codes."""
     sys.path.pop(0) if sys.path[0] == os.path.dirname(__file__) else None
+    gc.disable()
     for module in modules:
         importlib.import_module(module)
     gc.freeze()  # what is shared stays shared
+    gc.enable()
     for line in sys.stdin:
         asked = json.loads(line)
         started = [_fork(argv, room, asked) for argv, room in asked["calls"]]
