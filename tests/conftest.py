@@ -43,6 +43,14 @@ def templates_are_compiled_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def guards_are_not_timed() -> Iterator[None]:
+    """torch's dynamo empties the processor's caches after every graph, to log how long its guards take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def same_threads() -> Iterator[None]:
     """A study that runs in this process sets its threads, and sums depend on them."""

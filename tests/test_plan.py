@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -358,6 +359,11 @@ def planned(made: Recipe | Full, step: Step | None = None, **changes: Any) -> Es
     return estimate(meta_llama(**changes), made, step or Step(rows=2, length=8))
 
 
+@cache
+def plain_lora() -> Estimate:
+    return planned(recipe("lora", r=4))
+
+
 def test_counts_equal_hand_counts() -> None:
     r = 4
     numbers = 2 * r * sum(a + b for a, b in LINEAR.values())
@@ -392,7 +398,7 @@ def test_heads_and_gates_have_moments_too(family: str) -> None:
 
 
 def test_a_twin_costs_its_frozen_slots_and_exports_at_rank_2r() -> None:
-    plain, twin = planned(recipe("lora", r=4)), planned(recipe("lora-ga", r=4))
+    plain, twin = plain_lora(), planned(recipe("lora-ga", r=4))
     assert twin.trainable == plain.trainable
     assert twin.adapter_bytes == 2 * plain.adapter_bytes
     assert twin.optimizer_bytes == plain.optimizer_bytes
@@ -403,7 +409,7 @@ def test_a_twin_costs_its_frozen_slots_and_exports_at_rank_2r() -> None:
 
 def test_a_chain_grows_by_a_link() -> None:
     chain = replace(recipe("lora", r=4), outer=Links())
-    found, plain = planned(chain, Step(2, 8, total_steps=15)), planned(recipe("lora", r=4))
+    found, plain = planned(chain, Step(2, 8, total_steps=15)), plain_lora()
     assert found.export_rank == 12
     assert found.adapter_bytes == 3 * plain.adapter_bytes
 
@@ -415,14 +421,14 @@ def test_a_link_commits_the_slots_that_it_trained() -> None:
 
 def test_a_chain_that_is_cut_grows_no_further() -> None:
     found = planned(recipe("chain-of-lora", r=4, options={"links": 10, "keep_slots": 6}), Step(2, 8, total_steps=40))
-    plain = planned(recipe("lora", r=4))
+    plain = plain_lora()
     assert found.export_rank == 10 and found.adapter_bytes == plain.adapter_bytes * 10 // 4
 
 
 def test_boosters_cost_the_state_of_the_layers_that_train_and_the_slots_of_those_that_did() -> None:
     """Two layers, dealt out: three of four boosters are committed by the end, of one site two at most."""
     boosters = recipe("xgblora", r=4, alpha=32.0, options={"fraction": 0.5, "link_steps": 5})
-    found, plain = planned(boosters, Step(2, 8, total_steps=20)), planned(recipe("lora", r=4))
+    found, plain = planned(boosters, Step(2, 8, total_steps=20)), plain_lora()
     assert found.optimizer_bytes == plain.optimizer_bytes // 2 and found.trainable == plain.trainable
     assert found.export_rank == 8 and found.adapter_bytes == plain.adapter_bytes * 5 // 2
 
@@ -437,7 +443,7 @@ def test_what_trains_of_a_random_side_is_counted_by_the_shape(frozen: str) -> No
 
 @pytest.mark.parametrize(("steps", "rank"), [(0, 8), (9, 4), (10, 4), (11, 8)])
 def test_a_snapshot_exports_at_rank_2r_where_the_run_reaches_it(steps: int, rank: int) -> None:
-    delta, plain = recipe("delta-lora", r=4, options={"wait_steps": 10}), planned(recipe("lora", r=4))
+    delta, plain = recipe("delta-lora", r=4, options={"wait_steps": 10}), plain_lora()
     found = planned(delta, Step(2, 8, total_steps=steps))
     assert found.export_rank == rank
     assert found.adapter_bytes == (rank // 4) * plain.adapter_bytes
@@ -484,7 +490,7 @@ def test_rm_lora_needs_as_many_slots_as_it_keeps() -> None:
 def test_one_sided_recipes_pay_for_one_side() -> None:
     found = planned(recipe("lora-fa", r=4))
     assert found.trainable == 2 * 4 * sum(d_out for d_out, _ in LINEAR.values())
-    assert found.adapter_bytes == planned(recipe("lora", r=4)).adapter_bytes
+    assert found.adapter_bytes == plain_lora().adapter_bytes
 
 
 def test_full_pays_for_the_matrices() -> None:
@@ -505,7 +511,7 @@ def test_ranks_that_differ_are_counted_and_the_largest_is_exported() -> None:
 def test_longer_rows_cost_more_and_recomputing_less() -> None:
     short, long = (planned(recipe("lora", r=4), Step(4, n)) for n in (16, 48))
     assert long.activation_bytes > 1.2 * short.activation_bytes
-    deep = {"num_hidden_layers": 8}
+    deep = {"num_hidden_layers": 4}
     kept = planned(recipe("lora", r=4), Step(8, 64), **deep)
     again = planned(recipe("lora", r=4), Step(8, 64, gradient_checkpointing=True), **deep)
     assert again.peak_bytes < kept.peak_bytes
