@@ -175,11 +175,14 @@ def test_rows_that_cannot_be_learnt_are_one_sentence(
         Resident(load(file, *(f"task.{split}={split}.jsonl" for split in ("train", "valid", "test"))))
 
 
-def test_a_column_that_a_kind_of_file_does_not_give_is_named(tmp_path: Path) -> None:
-    parquet.write_table(Table.from_pydict({"text": ["w1"], "label": ["x"]}), tmp_path / "rows.parquet")
-    assert rows_with(str(tmp_path / "rows.parquet"), ["text"]) == [{"text": "w1"}]
-    with pytest.raises(LoralignError, match=r"'label' is not read from \.parquet files: write .* as jsonl"):
-        rows_with(str(tmp_path / "rows.parquet"), ["text", "label"])
+def test_columns_of_a_typed_file_are_read_by_the_names_that_the_study_gives(tmp_path: Path) -> None:
+    file = str(tmp_path / "rows.parquet")
+    parquet.write_table(Table.from_pydict({"sentence": ["w1"], "label": ["x"], "odd": [1]}), file)
+    assert rows_with(file, ["text", "label"], {"text": "sentence"}) == [{"text": "w1", "label": "x"}]
+    with pytest.raises(LoralignError, match="no column 'body', which `columns` names for `text`; they are sentence, "):
+        rows_with(file, ["text"], {"text": "body"})
+    with pytest.raises(LoralignError, match=r"has no 'text' \(it has label\): add the column, or say .*`task.columns`"):
+        rows_with(file, ["text", "label"])
 
 
 def test_a_classifier_without_a_tokenizer_is_one_sentence(tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from loralign.config.recipe import (
     to_job,
     to_recipe,
 )
-from loralign.config.sections import RunFile, TrainSection
+from loralign.config.sections import RunFile, SourceSection, TrainSection
 from loralign.config.study_file import StudyFile
 from loralign.config.yaml_text import read_yaml
+from loralign.data.mix import Source
 from loralign.methods.table import learning_rate
 from loralign.train.job import Data, Training
 from loralign.types import Weight
@@ -125,7 +126,9 @@ def test_a_job_takes_the_prior_where_no_rate_is_given() -> None:
 
 def test_every_key_of_a_section_reaches_the_job() -> None:
     """Another value for every key arrives under the same name."""
-    data = {"train": "a", "eval": "b", "max_length": 7, "assistant_only": False, "packing": True}
+    kept = {"mix": "all", "max_length": 7, "assistant_only": False, "packing": True}
+    entries = [{"source": "a", "share": 0.25, "split": "test"}, {"source": "c", "share": 0.75, "columns": {}}]
+    data = {"train": entries, "eval": "b", "columns": {"prompt": "q"}, **kept}
     train = {
         "learning_rate": 0.5, "steps": 3, "batch_size": 6, "micro_batch_size": 3, "schedule": "linear", "warmup": 0.5,
         "eval_every": 1, "save_every": 1, "keep": 5, "patience": 4, "load_best": True, "log_every": 9,
@@ -133,7 +136,9 @@ def test_every_key_of_a_section_reaches_the_job() -> None:
         "compile": "off", "extra": {"optim": "adamw_torch"},
     }  # fmt: skip
     job = to_job(parse(with_(data=data, train=train)), 576)
-    assert {f.name: getattr(job.data, f.name) for f in fields(Data)} == data
+    sources = {"train": (Source("a", {"prompt": "q"}, "test", 0.25), Source("c", {}, None, 0.75))}
+    held_out = {"eval": Source("b", {"prompt": "q"})}
+    assert {f.name: getattr(job.data, f.name) for f in fields(Data)} == {**sources, **held_out, **kept}
     sent = {f.name: getattr(job.training, f.name) for f in fields(Training)}
     wanted = {**train, "report_to": ("wandb",), "lr_source": "given", "epochs": 1.0}
     assert sent == wanted
@@ -279,7 +284,7 @@ def test_a_list_of_one_thing_or_another_is_said_as_one() -> None:
 
 
 def test_foreign_names_point_to_keys_that_exist() -> None:
-    keys = dict(dotted(RunFile))
+    keys = {**dict(dotted(RunFile)), **dict(dotted(SourceSection))}
     assert set(FOREIGN.values()) <= set(keys)
     own = {key.rpartition(".")[2] for key in keys}
     assert not INSTEAD.keys() & (own | FOREIGN.keys()) and all(len(said) < 110 for said in INSTEAD.values())

@@ -91,7 +91,7 @@ def test_the_rows_are_those_of_the_trainer_and_the_marks_are_its_labels(name: st
 
 def marked(out: str) -> list[str]:
     """The texts of the rows that a call without --json shows."""
-    return re.findall(r"^training row \d+: .*\n(.*)$", out, flags=re.MULTILINE)
+    return re.findall(r"^training row \d+ \(.*, row \d+\): .*\n(.*)$", out, flags=re.MULTILINE)
 
 
 def test_a_turn_of_weight_0_is_not_marked(tmp_path: Path) -> None:
@@ -113,7 +113,9 @@ def test_cut_and_dropped_rows_and_ends_are_told(tmp_path: Path) -> None:
     counts = {key: found[key] for key in ("read", "rows", "cut", "dropped", "longest", "max_length")}
     assert counts == {"read": 5, "rows": 4, "cut": 2, "dropped": 1, "longest": 12, "max_length": 12}
     out = run("rows", "r.yaml", *said, "--count", 3).out
-    assert "training row 3: 12 tokens (cut), 8 learnt, no end token is learnt\n" in out and "row 4" not in out
+    file = tmp_path / "rows.jsonl"
+    assert f"training row 3 ({file}, row 4): 12 tokens (cut), 8 learnt, no end token is learnt\n" in out
+    assert "training row 4" not in out
     share = f"{found['tokens']} tokens, {found['learnt']} learnt ({100 * found['learnt'] / found['tokens']:.1f} %)"
     assert out.splitlines()[-1] == (
         f"all: 4 rows of 5 that were read, {share}; longest 12 tokens; 2 rows cut at 12 tokens, 1 dropped"

@@ -230,15 +230,23 @@ def evaluate(
     folder: Folder,
     data: Annotated[str, typer.Option(help="Rows with answers: a file, a folder or a hub id.")],
     base: Base = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Names of columns, as `data.columns` has them; default: those of the adapter's training."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
     as_json: AsJson = False,
 ) -> None:
     """Exact match of greedy answers on held-out rows, by the adapter and by its base."""
+    from loralign.config.sources import columns_of
     from loralign.train.use import evaluate as measure
 
+    names = None if columns is None else columns_of(columns)
     with progress() as report:
-        found = measure(folder, data, base=base, limit=limit, max_new_tokens=max_new_tokens, progress=report)
+        found = measure(
+            folder, data, base=base, columns=names, limit=limit, max_new_tokens=max_new_tokens, progress=report
+        )
     if as_json:
         say(json.dumps(found))
         return

@@ -48,6 +48,7 @@ def resolved(
     files = {rank: parse({**plain, "method": rule.METHOD, "rank": rank}, name) for rank in rule.RANKS}
     file = files[rule.RANKS[0]]
     rule.check_passes(file.train.epochs or 1.0)
+    rule.check_mix(file.data.mix)
     if resume and (begun := _begun_with(Path(file.output).expanduser())) in files:
         return files[begun], f"{rule.NAME}: {rule.METHOD}, rank {begun}, as the run began"
     where = device_here(device)

@@ -42,7 +42,7 @@ def rows(
         say(json.dumps(asdict(found), ensure_ascii=False))
         return
     for number, row in enumerate(found.first, 1):
-        say(f"training row {number}: {_told(row)}\n{_marked(row)}\n")
+        say(f"training row {number} ({row.source}, row {row.number}): {_told(row)}\n{_marked(row)}\n")
     say(_summary(found))
 
 
@@ -67,6 +67,8 @@ def _summary(found: Preview) -> str:
     )
     if found.split:
         said += f"; {found.split:,} split into one for each answer"
+    if len(found.sources) > 1:
+        said += "; " + ", ".join(f"{part.rows:,} of {part.source}" for part in found.sources)
     if found.set_apart:
         said += f"; {found.set_apart:,} kept apart for the method to decide by"
     return said + ("; packed in training" if found.packing else "")

@@ -24,6 +24,7 @@ STEPS = 300
 def suggest(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or hub id; only its config is read.")],
     rows: Annotated[str | None, typer.Option(help="The rows to train on, as `data.train` takes them.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Names of their columns, as `data.columns` has them.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Of the rows in all, where --rows is not given.")] = None,
     memory: Annotated[float | None, typer.Option(min=0.1, help="GiB; default: this machine's GPU, or its RAM.")] = None,
     length: Annotated[
@@ -37,6 +38,7 @@ def suggest(
     """A recipe to begin with: method, rank, scale and rate, why, what they rest on, and what a step takes."""
     from loralign.cli.plan import costs, planned, trained
     from loralign.config.recipe import parse
+    from loralign.config.sources import columns_of
     from loralign.io.folder import check_place
     from loralign.plan.suggest import caution, findings, first_that_fits, judged, ranked, rate
     from loralign.train.job import USUAL_LENGTH
@@ -47,24 +49,28 @@ def suggest(
         raise LoralignError(f"--device {device}: choose auto, cpu or cuda")
     if rows is not None and tokens is not None:
         raise LoralignError("--rows and --tokens: the rows tell how much they are, leave --tokens out")
+    if columns is not None and rows is None:
+        raise LoralignError("--columns says which columns are which in the rows: name them with --rows")
+    data: dict[str, Any] = {"train": rows or "train.jsonl"} | ({"columns": columns_of(columns)} if columns else {})
     if out is not None:
         if out.exists() or out.is_symlink():
             raise LoralignError(f"{out} is there already: choose another name for --out")
         check_place(out.absolute().parent)
     where = device_here(device)
     most = row_length(described(model), model, length, "--length", USUAL_LENGTH)
-    answers, count = _kind(rows, tokens, most)
+    data["max_length"] = most
+    answers, count = _kind(rows, data.get("columns"), tokens, most)
     width = hidden_size(model)
     plans: dict[str, Planned] = {}
 
     def peak(choice: Choice) -> int:
-        plans[repr(choice)] = found = planned(parse(_recipe(choice, model, rows, most, count)), where)
+        plans[repr(choice)] = found = planned(parse(_recipe(choice, model, data, count)), where)
         return found.estimate.fullest_bytes
 
     room = 2**30 * memory if memory else gpu_memory("with --memory") if where == "cuda" else free_host_memory()
     first = judged(findings(), width) if _epochs(count) == 1 else []
     choice, needed = first_that_fits([*first, *ranked(findings(), answers, width)], peak, room)
-    found, file = plans[repr(choice)], _recipe(choice, model, rows, most, count)
+    found, file = plans[repr(choice)], _recipe(choice, model, data, count)
     prior = found.job.training
     file["train"]["learning_rate"], said = rate(choice, width, prior.learning_rate, prior.lr_source)
     lines = _reasons(choice, found, said, f"{needed / 2**30:.2f} GiB of {room / 2**30:.1f} on {where}", count)
@@ -73,8 +79,8 @@ def suggest(
     if out is not None:
         _write(out, file, lines)
     if as_json:
-        data = {"recipe": file, "reasons": lines, "peak_bytes": needed, "trainable": found.estimate.trainable}
-        say(json.dumps({**data, "learning_rate": file["train"]["learning_rate"], "prior": prior.learning_rate}))
+        told = {"recipe": file, "reasons": lines, "peak_bytes": needed, "trainable": found.estimate.trainable}
+        say(json.dumps({**told, "learning_rate": file["train"]["learning_rate"], "prior": prior.learning_rate}))
         return
     for name, line in lines.items():
         say(f"{name:18} {line}")
@@ -84,14 +90,14 @@ def suggest(
         say(f"Written: {out}; train it with `loralign train {out}`")
 
 
-def _recipe(choice: Choice, model: str, rows: str | None, length: int, count: int) -> dict[str, Any]:
-    """The recipe file, as plain data."""
+def _recipe(choice: Choice, model: str, data: dict[str, Any], count: int) -> dict[str, Any]:
+    """The recipe file, as plain data; data: its section of that name."""
     f = choice.finding
     scale = {} if f.alpha is None else {"alpha": f.alpha}
     options = {"options": f.options} if f.options else {}
     return {
         "model": model,
-        "data": {"train": rows or "train.jsonl", "max_length": length},
+        "data": data,
         "method": choice.method,
         "rank": choice.rank,
         **scale,
@@ -115,14 +121,13 @@ def _reasons(choice: Choice, found: Planned, rate: str, memory: str, count: int)
     }
 
 
-def _kind(rows: str | None, tokens: int | None, length: int) -> tuple[bool, int]:
+def _kind(rows: str | None, columns: dict[str, str] | None, tokens: int | None, length: int) -> tuple[bool, int]:
     """Whether the rows have answers, and how many there are; without rows: text, as many as so many tokens fill."""
     if rows is None:
         return False, math.ceil(tokens / length) if tokens else 0
-    from loralign.data.read import read_rows
-    from loralign.data.rows import rows_format
+    from loralign.data.rows import read_named, rows_format
 
-    found = read_rows(rows)
+    found = read_named(rows, columns)
     return rows_format(found) != "text", len(found)
 
 

@@ -18,6 +18,7 @@ from loralign.io.described import described
 def settings(spec: Spec) -> dict[str, Any]:
     """The settings that all arms share, by the key that they have in a study file."""
     task = {f"task.{k}": getattr(spec.task, k) for k in ("kind", "length", "head_lr")}
+    task |= {"task.columns": dict(spec.task.columns)} if spec.task.columns else {}
     names = ("steps", "batch_size", "micro_batch_size", "eval_every", "schedule", "warmup", "autocast", "cpu_threads")
     train = {f"train.{k}": getattr(spec, k) for k in names}
     train |= {"train.compile": True} if spec.compile else {}

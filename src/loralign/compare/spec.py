@@ -45,6 +45,8 @@ class TaskSpec:
     test: str
     length: int = 128
     head_lr: float = 1e-3
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Our names of columns to those in the rows, where they differ."""
 
 
 @dataclass(frozen=True)

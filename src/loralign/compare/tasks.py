@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from loralign.compare.spec import Spec
 from loralign.data.chat import IGNORED, fit
 from loralign.data.read import read_rows
-from loralign.data.rows import read_trl
+from loralign.data.rows import named, read_trl
 from loralign.train.heads import draw_head, linears
 from loralign.train.model import (
     check_length,
@@ -72,15 +72,17 @@ def prepare_task(spec: Spec, device: str) -> Prepared:
     return made
 
 
-def rows_with(path: str, needed: Sequence[str]) -> Rows:
-    """The rows of a file, which all have these columns, `text` among them."""
-    rows = read_rows(path)
+def rows_with(path: str, needed: Sequence[str], columns: Mapping[str, str] | None = None) -> Rows:
+    """The rows of a file, which all have these columns, `text` among them. columns: our names to those in the file."""
+    columns = columns or {}
+    rows = named(read_rows(path, also=(*needed, *columns.values())), columns, needed)
     for number, row in enumerate(rows, 1):
         if missing := [c for c in needed if row.get(c) is None]:
-            if missing[0] in rows.columns and all(missing[0] not in other for other in rows):
-                raise LoralignError(f"{missing[0]!r} is not read from {Path(path).suffix} files: write {path} as jsonl")
             has = ", ".join(sorted(row))[:80]
-            raise LoralignError(f"row {number} of {rows.name} has no {missing[0]!r} (it has {has}): add the column")
+            raise LoralignError(
+                f"row {number} of {rows.name} has no {missing[0]!r} (it has {has}): add the column, or say which it is "
+                f"in `task.columns`"
+            )
         if not isinstance(row["text"], str):
             kind = type(row["text"]).__name__
             raise LoralignError(f"`text` in row {number} of {rows.name} is no text but {kind}: put it in quotes")
@@ -92,7 +94,8 @@ def _text(spec: Spec, device: str) -> Prepared:
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
     def blocks(path: str) -> Rows:
-        ids = [t for row in rows_with(path, ["text"]) for t in [*tokenizer(row["text"]).input_ids, *end]]
+        rows = rows_with(path, ["text"], spec.task.columns)
+        ids = [t for row in rows for t in [*tokenizer(row["text"]).input_ids, *end]]
         n = spec.task.length
         cut = [torch.tensor(ids[i : i + n]) for i in range(0, len(ids) - n + 1, n)]
         if not cut:
@@ -124,7 +127,8 @@ def _classify(spec: Spec, device: str) -> Prepared:
     where = str(folder) if (folder := Path(spec.model).expanduser()).is_dir() else spec.model
     with loading(spec.model, "a text classifier"):
         tokenizer = read_tokenizer(where)
-    raw = [rows_with(p, ["text", "label"]) for p in (spec.task.train, spec.task.valid, spec.task.test)]
+    files = (spec.task.train, spec.task.valid, spec.task.test)
+    raw = [rows_with(p, ["text", "label"], spec.task.columns) for p in files]
     names = sorted({str(row["label"]) for row in raw[0]})
     unknown = sorted({str(row["label"]) for rows in raw[1:] for row in rows} - set(names))
     if unknown:
@@ -167,7 +171,7 @@ def _sft(spec: Spec, device: str) -> Prepared:
     model, tokenizer = _causal(spec, device)
 
     def rows(path: str) -> Rows:
-        return list(fit(read_trl(path), tokenizer, max_length=spec.task.length).dataset)
+        return list(fit(read_trl(path, spec.task.columns), tokenizer, max_length=spec.task.length).dataset)
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 

@@ -97,11 +97,13 @@ def _said(path: str, one: Any, keys: Mapping[str, FieldInfo], options: frozenset
         return f"is no key of a recipe; {_nearest(path, keys, options)}"
     if _is_missing(path, one):
         description = keys[path].description if path in keys else None
-        return "is missing" + (f": {description[0].lower()}{description[1:].rstrip('.')}" if description else "")
+        first = " ".join((description or "").split()).partition(". ")[0].rstrip(".")
+        return "is missing" + (f": {first[0].lower()}{first[1:]}" if first else "")
     if one["type"] in ("missing", "extra_forbidden", "unexpected_keyword_argument", "too_long", "too_short"):
         return f"must be {_wanted(path, keys)}: {one['msg'].lower()} at {one['loc'][-1]}"
     if one["type"] == "value_error":
-        return f"{one['msg'].removeprefix('Value error, ')} ({_short(one['input'])})"
+        given = "" if isinstance(one["input"], Mapping) else f" ({_short(one['input'])})"
+        return one["msg"].removeprefix("Value error, ") + given
     if one["type"] == "string_too_long":
         return f"is too long: at most {one['ctx']['max_length']} characters, not {len(one['input']):,}"
     said = _wanted(path, keys) if _is_type_error(one) else one["msg"].removeprefix("Input should be ")
@@ -132,6 +134,7 @@ def _nearest(path: str, keys: Mapping[str, FieldInfo], options: frozenset[str]) 
     by_leaf = {key.rsplit(".", 1)[-1]: key for key in sorted(keys, reverse=True)}
     section = path[: -len(leaf)]
     here = [key[len(section) :] for key in keys if key.startswith(section) and "." not in key[len(section) :]]
+    here = here or [key for key in keys if "." not in key]  # a name with dots
     sibling = difflib.get_close_matches(leaf, here, n=1, cutoff=0.6)
     near = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)
     if sibling or near:

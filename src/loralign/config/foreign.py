@@ -21,7 +21,11 @@ FOREIGN = {
     "save_total_limit": "train.keep", "load_best_model_at_end": "train.load_best", "bf16": "train.precision",
     "fp16": "train.precision", "torch_dtype": "train.precision", "dtype": "train.precision",
     "early_stopping_patience": "train.patience", "max_grad_norm": "max_grad_norm", "weight_decay": "weight_decay",
-    "random_state": "seed", "torch_compile": "train.compile",
+    "random_state": "seed", "torch_compile": "train.compile", "mix_strategy": "data.mix",
+    "stopping_strategy": "data.mix",
+    **dict.fromkeys(("fields", "field_mapping", "column_mapping"), "data.columns"),
+    **dict.fromkeys(("path", "file", "file_name", "data_files", "hf_hub_url"), "source"),
+    **dict.fromkeys(("weight", "weights", "probability", "proportion", "ratio"), "share"),
 }  # fmt: skip
 """Keys that mean one of ours."""
 
@@ -29,8 +33,22 @@ _METHOD = "choose `method`; `loralign methods` lists them"
 _QUANTISED = "a base is trained as it is stored: name a checkpoint that is stored quantised in `model`"
 _TOKENIZER = "the tokenizer beside the model is used, with its own chat template"
 _WHOLE = "a recipe file adapts linear layers; in Python `attach` takes more (docs/trainers.md)"
+_SHARES = "give each source in `data.train` a `share`: {source: a.jsonl, share: 0.7} (docs/data.md)"
+_COLUMNS = {
+    "dataset_text_field": "text", "text_column": "text", "field": "text", "field_instruction": "instruction",
+    "field_input": "input", "field_output": "output", "field_system": "system", "field_messages": "messages",
+    "field_tools": "tools", "prompt_column": "prompt", "response_column": "completion", "query": "instruction",
+    "response": "output",
+}  # fmt: skip
+"""What a column is called, to our name of it."""
 _LAUNCH = "start the run with `accelerate launch` or torchrun (docs/scale.md)"
 _ATTENTION = "attention is the one that Transformers chooses"
+
+
+def _named(ours: str) -> str:
+    return f"name the column in `data.columns`: {{{ours}: …}}"
+
+
 INSTEAD = {
     "warmup_steps": "set `train.warmup`, a share of the steps",
     "gradient_accumulation_steps": "set `train.batch_size`, rows of a step, and `train.micro_batch_size`, of a forward",
@@ -46,9 +64,15 @@ INSTEAD = {
     **dict.fromkeys(("stage", "rl"), "`train` fine-tunes on rows; DPO and others in Python (docs/trainers.md)"),
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), _LAUNCH),
     **dict.fromkeys(("flash_attention", "flash_attn", "attn_implementation"), _ATTENTION),
-    **dict.fromkeys(("dataset_text_field", "dataset_dir"), "columns are known by their names (docs/data.md)"),
+    **{key: _named(ours) for key, ours in _COLUMNS.items()},
+    **dict.fromkeys(("interleave_probs", "probabilities", "dataset_mixer", "dataset_weights"), _SHARES),
+    **dict.fromkeys(("dataset_dir", "dataset_info"), "files are named in `data.train`, from the folder of the command"),
+    **dict.fromkeys(
+        ("formatting", "type", "ds_type", "dataset_kwargs"), "formats are known by their columns (docs/data.md)"
+    ),
+    "streaming": "rows are read into memory, as text: cut the file, or name a part of it with `split`",
     **dict.fromkeys(("test", "label"), "`data.eval` holds rows out; a classifier's file goes to `loralign tasks`"),
-    "max_samples": "all rows are read: cut the file, or set `train.steps`",
+    **dict.fromkeys(("max_samples", "num_samples"), "name a part of the rows as `split: train[:1000]` of a source"),
     "resume_from_checkpoint": "say `--resume`",
     **dict.fromkeys(("overwrite_output_dir", "overwrite_output"), "name another `output`, or delete that folder"),
     **dict.fromkeys(("push_to_hub", "hub_model_id"), "upload the result yourself, `hf upload` does it"),

@@ -18,11 +18,12 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from loralign.carrier.patterns import check_pattern
 from loralign.config.errors import expected, sentence, validated
-from loralign.config.sections import RecipeKeys, RunFile, TrainSection, written_schema
+from loralign.config.sections import RecipeKeys, RunFile, SourceSection, TrainSection, written_schema
+from loralign.config.sources import check_sources, entries, to_data
 from loralign.config.yaml_text import read_yaml
 from loralign.methods.build import DEFAULTS, build
 from loralign.methods.table import METHODS, RESOLVED, learning_rate, method
-from loralign.train.job import Data, Job, Training
+from loralign.train.job import Job, Training
 from loralign.types import Full, LoralignError, Method, Recipe
 
 
@@ -48,6 +49,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def parse(content: Mapping[str, Any], name: str = "recipe") -> RunFile:
     """A mapping as it stands in a file; `name` is said in errors."""
+    for where, entry in entries(content):
+        validated(SourceSection, entry, f"{name}, {where}", "a source")
     file = validated(RunFile, content, name, options=lambda: frozenset(o for i in METHODS for o in options_of(i)))
     try:
         to_recipe(file)
@@ -170,7 +173,7 @@ def to_job(file: RunFile, hidden_size: int) -> Job:
     return Job(
         model=file.model,
         recipe=recipe,
-        data=Data(**file.data.model_dump()),
+        data=to_data(file.data),
         training=training,
         output=Path(file.output).expanduser(),
         revision=file.revision,
@@ -189,6 +192,7 @@ def micro_batch_size(t: TrainSection) -> int:
 def _consistent(file: RunFile) -> None:
     """Values that do not go together, with the mend."""
     t, rows = file.train, file.train.batch_size
+    check_sources(to_data(file.data))
     if isinstance(file.targets, str) and file.targets != "all-linear":
         check_pattern(file.targets)
     if t.steps is not None and t.epochs is not None:

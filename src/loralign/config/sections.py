@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from loralign.data.columns import faults
+
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 BatchSize = Annotated[int, Field(ge=1, le=2**20)]
 Rank = Annotated[int, Field(ge=1, le=10**6)]
@@ -53,11 +55,38 @@ def written_schema(found: dict[str, Any], title: str) -> str:
     return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
 
 
+def _names(columns: dict[str, str]) -> dict[str, str]:
+    if wrong := faults(columns):
+        raise ValueError(wrong)
+    return columns
+
+
+Columns = Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=200)]], AfterValidator(_names)]
+"""Our names of columns to those in the rows."""
+
+
+class SourceSection(_Section):
+    source: Source
+    """A json, jsonl, csv, parquet or arrow file, a folder written by `save_to_disk`, or a hub id."""
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of the rows of a mix; those of all entries sum to 1."""
+    columns: Columns | None = None
+    """Its names of columns, as in `data.columns`, and instead of those."""
+    split: Name | None = None
+    """Of a hub id or a saved folder, such as test, or a part of the rows: "train[:1000]"."""
+
+
 class DataSection(_Section):
-    train: Source
-    """Training rows: a json, jsonl, csv, parquet or arrow file, a folder written by `save_to_disk`, or a hub id."""
-    eval: Source | Share | None = None
+    train: Source | SourceSection | list[Source | SourceSection]
+    """Training rows: a json, jsonl, csv, parquet or arrow file, a folder written by `save_to_disk`, or a hub id; or a
+    list of these, each alone or as {source, share, columns, split}. Without shares all rows of all are trained."""
+    eval: Source | Share | SourceSection | None = None
     """Held-out rows: a file, or the share of the training rows to hold out."""
+    columns: Columns = {}
+    """Our names of columns to those in the rows, where they differ: {prompt: question, completion: answer}."""
+    mix: Literal["once", "all"] = "once"
+    """Of shares. once: no row is taken twice, and the source with too few rows for its share sets the size of the mix;
+    all: every row is taken, and those of such a source are repeated."""
     max_length: Count | None = None
     """Tokens per row; longer rows are cut and counted. Omitted: 1024, or the model's positions where it has fewer."""
     assistant_only: bool = True

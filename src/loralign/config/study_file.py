@@ -25,12 +25,15 @@ from loralign.config.sections import (
     written_schema,
 )
 from loralign.config.yaml_text import read_yaml
+from loralign.data.columns import NAMES, faults
 from loralign.methods.table import METHODS
 from loralign.types import Full, LoralignError, Recipe
 
 T = TypeVar("T", bound=_Section)
 REFERENCES = ("full", "lora")
 PRIMARY = "primary"
+COLUMNS = {"text": ("text",), "classify": ("text", "label"), "sft": NAMES}
+"""That rows of each kind of task may have."""
 OVERALL = ("overall.csv", "overall.json", "report.html")
 
 
@@ -58,6 +61,8 @@ class TaskSection(_Section):
     """Rows on which learning rates are chosen."""
     test: Source
     """Rows on which results are reported; no choice ever sees them."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our names of columns to those in the rows of all three, where they differ."""
     length: Count = 128
     """Tokens per block or row."""
     head_lr: Rate = 1e-3
@@ -210,6 +215,9 @@ def parse_study(content: Mapping[str, Any], name: str = "study") -> StudyFile:
         raise LoralignError(f"{name}: a study has either one `task` or a list of `tasks`")
     if said := doubled(task.name for task in file.tasks):
         raise LoralignError(f"{name}: {said}")
+    for task in _tasks(file):
+        if wrong := faults(task.columns, COLUMNS[task.kind]):
+            raise LoralignError(f"{name}: `columns` of a task of kind {task.kind} {wrong}")
     if t.compile and any(task.kind != "text" for task in _tasks(file)):
         raise LoralignError(f"{name}: `train.compile` needs rows of one length, as task text has: leave it out")
     if t.steps % t.eval_every:

@@ -91,7 +91,7 @@ def read_yaml(path: Path, overrides: Sequence[str] = (), kind: str = "recipe") -
         raise LoralignError(f"cannot read {path}: {why}; name a {kind} file (YAML)") from error
     if len(text) > MOST_BYTES:
         raise LoralignError(f"{path.name} is no {kind}: it is larger than a megabyte")
-    content = _value(text, path.name)
+    content = value_of(text, path.name)
     if not isinstance(content, dict):
         raise LoralignError(f"{path.name} is no {kind}: it should hold lines of `key: value`, such as `model: …`")
     for override in overrides:
@@ -99,7 +99,8 @@ def read_yaml(path: Path, overrides: Sequence[str] = (), kind: str = "recipe") -
     return content
 
 
-def _value(text: str, where: str) -> Any:
+def value_of(text: str, where: str) -> Any:
+    """What YAML text holds; where: said in errors."""
     try:
         value = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -166,4 +167,4 @@ def apply(content: dict[str, Any], text: str) -> None:
             named = repr(inner) if len(repr(inner)) <= 60 else repr(inner)[:57] + "…"
             raise LoralignError(f"--set {shown!r}: `{'.'.join(parts[: i + 1])}` is {named}, it has no keys inside")
         content = inner
-    content[parts[-1]] = _value(value, f"--set {key}")
+    content[parts[-1]] = value_of(value, f"--set {key}")

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import count as numbers
 from itertools import islice
 from typing import Any, Literal
 
@@ -20,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from loralign.data.answers import Sample, last_answer, of_answers, of_completion, of_every_token, of_text
 from loralign.data.prompt import REFUSALS, Plain, chat_of, give_template
 from loralign.data.read import first_line
-from loralign.data.table import Row, Rows, chunks
+from loralign.data.rows import has_turns
+from loralign.data.table import Places, Row, Rows, chunks
 from loralign.data.turns import KNOWN
 from loralign.types import LoralignError
 
@@ -52,11 +52,12 @@ class Fit:
     rows that stay. split: rows that became one for each answer. answers: that are learnt; of them, other_prompt: after
     another prompt than that of inference; no_thoughts: without the thoughts that the row has; joined: whose first token
     reaches into the prompt; empty: that say nothing, of which only the end is learnt. shortened: where in the dataset
-    the rows lie that were cut, in order.
+    the rows lie that were cut, in order. places: where each row of the dataset comes from.
     """
 
     dataset: Dataset
     prompts: Prompts
+    places: Places
     rows: int
     cut: int = 0
     dropped: int = 0
@@ -88,10 +89,10 @@ def fit(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assi
     coded = Coder(rows, tokenizer, assistant_only)
     count: Counter[str] = Counter()
     needed: list[int] = []
-    shortened, places = array("q"), numbers()
+    shortened, came = array("q"), array("q")
 
     def kept() -> Iterator[tuple[list[int], list[int]]]:
-        for sample in coded.samples(count):
+        for number, sample in coded.samples(count):
             labels = [IGNORED] * len(sample.ids)
             for first, stop in sample.spans:
                 labels[first:stop] = sample.ids[first:stop]
@@ -99,9 +100,9 @@ def fit(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assi
             inside = sum(i < max_length for i in supervised)
             count["cut"] += len(labels) > max_length
             if inside:
-                place = next(places)
                 if len(labels) > max_length:
-                    shortened.append(place)
+                    shortened.append(len(came))
+                came.append(number)
                 count["tokens"] += min(len(labels), max_length)
                 count["supervised"] += inside
                 yield sample.ids[:max_length], labels[:max_length]
@@ -113,7 +114,8 @@ def fit(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assi
     if not len(fitted):
         mend = f"raise max_length to at least {min(needed) + 1}" if needed else "give longer rows"
         raise LoralignError(f"no row of {rows.name} keeps an answer within max_length {max_length}: {mend}")
-    found = Fit(fitted, coded.prompts(), len(rows), **count, shortened=shortened)
+    places = rows.places.select(came)
+    found = Fit(fitted, coded.prompts(), places, len(rows), **count, shortened=shortened)
     if found.answers and found.empty == found.answers:
         raise LoralignError(f"every answer of {rows.name} is empty: give rows whose answers say something")
     _say(found, rows.name, max_length, coded)
@@ -184,15 +186,15 @@ class Coder:
 
     def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = True) -> None:
         self.rows, self.assistant_only = rows, assistant_only
-        turns = _has_turns(rows[0])
+        turns = has_turns(rows[0])
         self.given = turns and give_template(tokenizer)
         self.plain, self.chat = Plain(tokenizer), chat_of(tokenizer) if turns else None
         self.unread: set[str] = set()
         self.options: list[Mapping[str, Any]] = []
 
-    def samples(self, count: Counter[str]) -> Iterator[Sample]:
-        """Every row's samples; count: what of them is not as the row said."""
-        for row, where in self._numbered(None):
+    def samples(self, count: Counter[str]) -> Iterator[tuple[int, Sample]]:
+        """Every row's samples, each after the row's place among the rows; count: what is not as the row said."""
+        for number, (row, where) in enumerate(self._numbered(None)):
             with _refused(where):
                 made = self._coded(row, where)
             count["split"] += len(made) > 1
@@ -202,7 +204,7 @@ class Coder:
                 count["joined"] += sample.notes.count("tokens")
                 count["no_thoughts"] += sample.notes.count("thoughts")
                 count["empty"] += sample.notes.count("empty")
-                yield sample
+                yield number, sample
 
     def questions(self, limit: int | None = None) -> Iterator[Sample]:
         """The last answer of each row, after its prompt."""
@@ -224,14 +226,15 @@ class Coder:
         return Prompts("chat", ends, self.options[0] if len(self.options) == 1 else {}, self.given)
 
     def _numbered(self, limit: int | None) -> Iterator[tuple[Row, str]]:
-        for n, row in enumerate(islice(self.rows, limit), 1):
-            if _has_turns(row) != (self.chat is not None):
-                raise LoralignError(f"{self.rows.name}, row {n}: rows mix text and turns: give one form in a file")
+        for n, row in enumerate(islice(self.rows, limit)):
+            where = self.rows.places.said(n)
+            if has_turns(row) != (self.chat is not None):
+                raise LoralignError(f"{where}: rows mix text and turns: give one form in a file")
             for turn in (*row.get("messages", ()), *(row["prompt"] if "prompt" in row and self.chat else ())):
                 self.unread |= {key for key in turn.keys() - KNOWN if self.chat and key not in self.chat.source}
             if (options := row.get("chat_template_kwargs", {})) not in self.options:
                 self.options.append(options)
-            yield row, f"{self.rows.name}, row {n}"
+            yield row, where
 
     def _coded(self, row: Row, where: str) -> list[Sample]:
         if self.chat is None:
@@ -241,10 +244,6 @@ class Coder:
         else:
             sample = of_every_token(self.chat, row, where)
         return [sample if self.assistant_only else replace(sample, spans=((0, len(sample.ids)),))]
-
-
-def _has_turns(row: Row) -> bool:
-    return "messages" in row or isinstance(row.get("prompt"), list)
 
 
 @contextmanager

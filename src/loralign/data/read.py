@@ -2,7 +2,8 @@
 
 Files are read as they are: a csv field stays text, a json value keeps its type, nothing is guessed and nothing is
 unpickled. Rows live in memory as JSON text of about the size of the file. Of tables whose columns have types (parquet,
-arrow, folders, the hub) only the columns that some format understands are read; the rest may have any type.
+arrow, folders, the hub) only the columns that some format understands, and those that are asked for by name, are read;
+the rest may have any type.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +38,24 @@ LIST_OR_LINES = "write one object per line, or one list of objects"
 log = logging.getLogger("loralign")
 
 
-def read_rows(source: str | Path, split: str | None = None) -> Rows:
+def read_rows(source: str | Path, split: str | None = None, also: Iterable[str] = ()) -> Rows:
     """The rows of a file, a folder or a hub id; their name is what later errors call them.
 
     source: `.json` (a list, or one object per line), `.jsonl`, `.csv`, `.parquet`, `.arrow`, a folder written by
     `save_to_disk`, or a hub id. split: a split such as "train" or "train[:10%]"; a file's only split is "train".
+    also: columns to read beside those that some format understands.
 
     Raises:
         LoralignError: no such file, an empty one, a broken line, an unknown ending.
     """
-    path = Path(source).expanduser()
+    path, wanted = Path(source).expanduser(), UNDERSTOOD | {*also}
     if path.is_dir():
         found = _folder(path)
     elif path.is_file():
-        found = _file(path)
+        found = _file(path, wanted)
     else:
         found = _hub(str(source), path, split)
-    rows = _one_split(found, split, str(source))
+    rows = _one_split(found, split, str(source), wanted)
     if len(rows) == 0:
         raise LoralignError(f"{source} has no rows: give a file with at least one")
     return rows
@@ -67,7 +69,7 @@ def first_line(error: BaseException) -> str:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def _file(path: Path) -> Rows:
+def _file(path: Path, wanted: Set[str]) -> Rows:
     if path.suffix not in READERS:
         raise LoralignError(
             f"{path} ends in {path.suffix or 'nothing'}, which can't be read: give a {', '.join(READERS)} file, "
@@ -76,7 +78,7 @@ def _file(path: Path) -> Rows:
     if path.stat().st_size == 0:
         raise LoralignError(f"{path} is empty: give a file with at least one row")
     try:
-        return READERS[path.suffix](path)
+        return READERS[path.suffix](path, wanted)
     except UnicodeDecodeError as error:
         raise LoralignError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     except UNREADABLE as error:
@@ -85,7 +87,7 @@ def _file(path: Path) -> Rows:
         raise LoralignError(f"{path} is no {path.suffix[1:]} file ({first_line(error)}): write it again") from error
 
 
-def _jsonl(path: Path) -> Rows:
+def _jsonl(path: Path, wanted: Set[str]) -> Rows:
     return collected(_objects(_json_lines(path), path), str(path))
 
 
@@ -111,17 +113,17 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
         raise LoralignError(f"{path}, line {line} {why}: {LIST_OR_LINES}") from error
 
 
-def _json(path: Path) -> Rows:
+def _json(path: Path, wanted: Set[str]) -> Rows:
     with path.open(encoding="utf-8-sig") as f:
         first = next((c for line in f for c in line if not c.isspace()), "")
     if first != "[":
-        return _jsonl(path)
+        return _jsonl(path, wanted)
     values = _parsed(path.read_text(encoding="utf-8-sig"), path)
     rows = ((f"row {n}", value) for n, value in enumerate(values, 1))
     return collected(_objects(rows, path), str(path))
 
 
-def _csv(path: Path) -> Rows:
+def _csv(path: Path, wanted: Set[str]) -> Rows:
     return collected(_csv_lines(path), str(path))
 
 
@@ -152,22 +154,22 @@ def _objects(rows: Iterator[tuple[str, Any]], path: Path) -> Iterator[Row]:
         yield row
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path, wanted: Set[str]) -> Rows:
     names = pq.read_schema(path).names
-    return _of_table(pq.read_table(path, columns=[c for c in names if c in UNDERSTOOD]), str(path), names)
+    return _of_table(pq.read_table(path, columns=[c for c in names if c in wanted]), str(path), names)
 
 
-def _arrow(path: Path) -> Rows:
+def _arrow(path: Path, wanted: Set[str]) -> Rows:
     with pa.memory_map(str(path)) as source:
         try:
             table = pa.ipc.open_stream(source).read_all()  # as `datasets` writes it
         except pa.ArrowInvalid:
             table = pa.ipc.open_file(source).read_all()
-        known = [c for c in table.column_names if c in UNDERSTOOD]
+        known = [c for c in table.column_names if c in wanted]
         return _of_table(table.select(known), str(path), table.column_names)
 
 
-READERS: dict[str, Callable[[Path], Rows]] = {
+READERS: dict[str, Callable[[Path, Set[str]], Rows]] = {
     ".json": _json,
     ".jsonl": _jsonl,
     ".csv": _csv,
@@ -192,7 +194,7 @@ def _of_table(table: pa.Table, name: str, columns: list[str]) -> Rows:
         dataset = Dataset(InMemoryTable(kept))
     except UNREADABLE:  # what `datasets` once wrote about the columns does not fit them
         dataset = Dataset(InMemoryTable(kept.replace_schema_metadata(None)))
-    return _of_dataset(dataset, name, columns)
+    return _of_dataset(dataset, name, columns, {*kept.column_names})
 
 
 def _is_plain(field: pa.Field) -> bool:
@@ -203,8 +205,8 @@ def _is_plain(field: pa.Field) -> bool:
     return True
 
 
-def _of_dataset(dataset: Dataset, name: str, columns: list[str]) -> Rows:
-    known = [c for c in dataset.column_names if c in UNDERSTOOD]
+def _of_dataset(dataset: Dataset, name: str, columns: list[str], wanted: Set[str]) -> Rows:
+    known = [c for c in dataset.column_names if c in wanted]
     media = {c: _filled(dataset, c) for c in known if c in MEDIA}
     plain = [c for c in known if c not in MEDIA]
     rows = iter(dataset.select_columns(plain)) if plain else ({} for _ in range(len(dataset)))
@@ -246,7 +248,8 @@ def _folder(path: Path) -> Dataset | DatasetDict:
 
 def _hub(source: str, path: Path, split: str | None) -> Dataset | DatasetDict:
     if not HUB_ID.fullmatch(source) or path.suffix in READERS or path.exists():
-        raise LoralignError(f"no such file: {source}; paths count from the folder where the command runs")
+        several = "; several sources are a list, [a.jsonl, b.jsonl]" if "," in source else ""
+        raise LoralignError(f"no such file: {source}; paths count from the folder where the command runs{several}")
     if source in BUILDERS:  # such a name would read every file of the folder where the command runs
         raise LoralignError(f"{source} is a kind of file, not a file: name the file, such as rows.{source}")
     try:
@@ -259,19 +262,19 @@ def _hub(source: str, path: Path, split: str | None) -> Dataset | DatasetDict:
         ) from error
 
 
-def _one_split(found: Rows | Dataset | DatasetDict, split: str | None, source: str) -> Rows:
+def _one_split(found: Rows | Dataset | DatasetDict, split: str | None, source: str, wanted: Set[str]) -> Rows:
     """The rows that `split` means; None means "train", or the only split there is."""
     if isinstance(found, Dataset) and (split is None or not Path(source).expanduser().exists()):
-        return _of_dataset(found, source, found.column_names)
+        return _of_dataset(found, source, found.column_names, wanted)
     splits = found if isinstance(found, DatasetDict) else {"train": found}
     if split is None and "train" not in splits and len(splits) > 1:
         raise LoralignError(f"{source} has the splits {', '.join(splits)}: name one")
     try:
-        wanted = datasets.ReadInstruction.from_spec(split or ("train" if "train" in splits else next(iter(splits))))
-        parts = wanted.to_absolute({k: len(v) for k, v in splits.items()})
+        asked = datasets.ReadInstruction.from_spec(split or ("train" if "train" in splits else next(iter(splits))))
+        parts = asked.to_absolute({k: len(v) for k, v in splits.items()})
     except (ValueError, AssertionError) as error:
         raise LoralignError(f"{source} has no split {split!r}: it has {', '.join(splits)}") from error
     if isinstance(found, Rows):
         return found.select([i for part in parts for i in range(part.from_, part.to)])
     chosen = datasets.concatenate_datasets([splits[p.splitname].select(range(p.from_, p.to)) for p in parts])
-    return _of_dataset(chosen, source, chosen.column_names)
+    return _of_dataset(chosen, source, chosen.column_names, wanted)

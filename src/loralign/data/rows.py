@@ -1,6 +1,6 @@
 """Rows of supervised fine-tuning: from the formats people have to prompts, completions, conversations and text.
 
-    read_rows → rows_format → to_trl → split_eval → chat.fit → SFTTrainer
+    read_rows → named → rows_format → to_trl → read_sources (several) → split_eval → chat.fit → SFTTrainer
 
     format              columns                                         becomes
     messages            messages (role, content), system?               messages
@@ -19,11 +19,13 @@ other columns are named and not used.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from loralign.data.columns import MARKS, NEEDED, OPTIONAL, REFUSED, Format
+from loralign.data.columns import MARKS, NAMES, NEEDED, OPTIONAL, REFUSED, Format, faults, likely
 from loralign.data.read import read_rows
 from loralign.data.table import Row, Rows, collected
 from loralign.data.turns import Turn, is_learnt, parsed, text, turn, turns_of
@@ -32,29 +34,89 @@ from loralign.types import LoralignError
 log = logging.getLogger("loralign")
 
 
+def named(rows: Rows, columns: Mapping[str, str], known: Iterable[str] = NAMES) -> Rows:
+    """The rows under our names of columns. columns: our name -> the name in the rows. known: what ours may be.
+
+    Raises:
+        LoralignError: a name that is none of ours, a column that no row has, one that is mapped twice, or one that has
+            our name already and keeps it.
+    """
+    if wrong := faults(columns, known):
+        raise LoralignError(f"{rows.name}: `columns` {wrong}")
+    for ours, theirs in columns.items():
+        if theirs not in rows.columns:
+            near = get_close_matches(theirs, rows.columns, n=1, cutoff=0.6)
+            mend = f"did you mean {near[0]!r}? They are" if near else "they are"
+            kept = ", which need no other names: `columns: {}` for this source" if _fitting(rows.columns) else ""
+            raise LoralignError(
+                f"{rows.name} has no column {theirs!r}, which `columns` names for `{ours}`; {mend} "
+                f"{', '.join(rows.columns)}{kept}"
+            )
+        if ours in rows.columns and ours not in columns.values():
+            raise LoralignError(
+                f"{rows.name} has a column {ours!r} of its own beside {theirs!r}, which `columns` names for `{ours}`: "
+                f"leave that out of `columns`, or drop the column {ours!r}"
+            )
+    called = {theirs: ours for ours, theirs in columns.items() if ours != theirs}
+    return replace(rows, columns=tuple(called.get(c, c) for c in rows.columns), called=called) if called else rows
+
+
+def _fitting(columns: Collection[str]) -> list[Format]:
+    """Formats whose columns are all there."""
+    return [name for name, needed in NEEDED.items() if all(c in columns for c in needed)]
+
+
 def rows_format(rows: Rows) -> Format:
-    """Which format the columns are, the first that fits.
+    """Which format the columns are, the first that fits and uses every column that has another name.
 
     Raises:
         LoralignError: preference rows, or columns that fit no format.
     """
-    columns = rows.columns
+    columns, mapped = rows.columns, set(rows.called.values())
     if {"chosen", "rejected"} <= set(columns):
         raise LoralignError(
             f"{rows.name} holds preference rows ({', '.join(columns)}), which task sft can't train on: keep the "
-            "chosen answer as `completion`, or use TRL's DPOTrainer with loralign.attach"
+            "chosen answer as `completion` (`data.columns: {completion: chosen}`), or use TRL's DPOTrainer with "
+            "loralign.attach"
         )
-    for name, needed in NEEDED.items():
-        if all(c in columns for c in needed):
+    fitting = _fitting(columns)
+    for name in fitting:
+        if mapped <= {*NEEDED[name], *OPTIONAL[name]}:
             return name
+    if fitting:
+        idle = next(c for c in mapped if c not in (*NEEDED[fitting[0]], *OPTIONAL[fitting[0]]))
+        raise LoralignError(
+            f"{rows.name}: `columns` names a `{idle}`, which {fitting[0]} rows don't use: leave it out, or name "
+            f"{' and '.join(next(n for k, n in NEEDED.items() if idle in (*n, *OPTIONAL[k])))} too"
+        )
+    own = {ours: theirs for theirs, ours in rows.called.items()}
+    shown = ", ".join(f"{own[c]} (as `{c}`)" if c in own else c for c in columns)
+    guess = ", ".join(f"{ours}: {theirs}" for ours, theirs in likely(columns).items()) or "instruction: …, output: …"
     wanted = "; ".join(" and ".join(needed) for needed in NEEDED.values())
-    raise LoralignError(f"{rows.name}, row 1 has the columns {', '.join(columns)}: rename them to one of: {wanted}")
+    raise LoralignError(
+        f"{rows.name}, row 1 has the columns {shown}: rename them to one of: {wanted}; or map them by `data.columns` "
+        f"(`--columns`, a study's `task.columns`): {{{guess}}}"
+    )
 
 
-def read_trl(source: str | Path) -> Rows:
-    """The rows of a file, a folder or a hub id as conversations, prompts and completions, or text."""
-    rows = read_rows(source)
+def read_trl(source: str | Path, columns: Mapping[str, str] | None = None, split: str | None = None) -> Rows:
+    """The rows of a file, a folder or a hub id as conversations, prompts and completions, or text.
+
+    columns: our names -> those in the rows, where they differ.
+    """
+    rows = read_named(source, columns, split)
     return to_trl(rows, rows_format(rows))
+
+
+def read_named(source: str | Path, columns: Mapping[str, str] | None = None, split: str | None = None) -> Rows:
+    """The rows of a file, a folder or a hub id under our names of columns."""
+    columns = columns or {}
+    return named(read_rows(source, split, columns.values()), columns)
+
+
+def has_turns(row: Row) -> bool:
+    """Whether a row of `to_trl` goes through the chat template."""
+    return "messages" in row or isinstance(row.get("prompt"), list)
 
 
 def to_trl(rows: Rows, format: Format) -> Rows:
@@ -66,19 +128,19 @@ def to_trl(rows: Rows, format: Format) -> Rows:
     used = (*NEEDED[format], *OPTIONAL[format])
     if unused := [c for c in rows.columns if c not in used and c not in REFUSED]:
         log.info("%s: the columns %s are not used", rows.name, ", ".join(unused))
-    return collected(_converted(rows, format), rows.name)
+    return replace(collected(_converted(rows, format), rows.name), places=rows.places)
 
 
 def _converted(rows: Rows, format: Format) -> Iterator[Row]:
-    convert = CONVERT[format]
-    for n, row in enumerate(rows, 1):
-        where = f"{rows.name}, row {n}"
+    convert, own = CONVERT[format], {ours: theirs for theirs, ours in rows.called.items()}
+    for n, row in enumerate(rows):
+        where = rows.places.said(n)
         for column in NEEDED[format]:
             if row.get(column) is None:
-                found = [c for c in row if row[c] is not None]
+                found = [own.get(c, c) for c in row if row[c] is not None]
                 raise LoralignError(
-                    f"{where} has no `{column}`, only {', '.join(found) or 'nothing'}: {format} rows need "
-                    f"{' and '.join(NEEDED[format])}"
+                    f"{where} has no `{own.get(column, column)}`, only {', '.join(found) or 'nothing'}: {format} rows "
+                    f"need {' and '.join(own.get(c, c) for c in NEEDED[format])}"
                 )
         _check_refused(row, where)
         made = convert(row, where)

@@ -11,28 +11,32 @@ from typing import Any
 
 from datasets import Dataset
 
-from loralign.data.rows import read_trl
-from loralign.data.table import Rows
+from loralign.data.mix import Source
+from loralign.data.sources import read_source
+from loralign.data.table import Row, Rows
 from loralign.types import LoralignError
 
 
-def split_eval(rows: Rows, held_out: float | str | Path, *, seed: int) -> tuple[Rows, Rows]:
+def split_eval(rows: Rows, held_out: float | str | Path | Source, *, seed: int) -> tuple[Rows, Rows]:
     """(training rows, evaluation rows), both in the order they had.
 
-    held_out: a share in (0, 1) of the rows, or a file whose rows are all for evaluation. A share goes by a hash of each
-    row's content keyed by the seed: the order of the rows doesn't matter, equal rows stay on one side, and no more than
-    the share is held out.
+    held_out: a share in (0, 1) of the rows, or a source whose rows are all for evaluation. A share goes by a hash of
+    each row's content keyed by the seed: the order of the rows doesn't matter, rows that say the same stay on one side
+    (of several sources in different formats, too), and no more than the share is held out.
     """
-    if isinstance(held_out, str | Path):
-        return rows, read_trl(held_out)
+    if isinstance(held_out, str | Path | Source):
+        return rows, read_source(held_out)
     if not 0 < held_out < 1:
         raise LoralignError(f"eval {held_out} is no share: give a number between 0 and 1, or a file")
-    groups: dict[bytes, list[int]] = {}
+    groups: dict[bytes, tuple[bytes, list[int]]] = {}
     for i, row in enumerate(rows):
         key = blake2b(_as_bytes(row), digest_size=16, key=str(seed).encode()).digest()
-        groups.setdefault(key, []).append(i)
+        said = blake2b(_as_bytes(_said(row)), digest_size=16).digest()
+        first, rows_alike = groups.get(said, (key, []))
+        rows_alike.append(i)
+        groups[said] = (min(first, key), rows_alike)
     chosen: set[int] = set()
-    for _, rows_alike in sorted(groups.items()):
+    for _, rows_alike in sorted(groups.values()):
         if len(chosen) + len(rows_alike) <= round(held_out * len(rows)):
             chosen.update(rows_alike)
     held = sorted(chosen)
@@ -44,6 +48,14 @@ def split_eval(rows: Rows, held_out: float | str | Path, *, seed: int) -> tuple[
             f"({len(groups)} of them differ): give another share, more rows, or a file"
         )
     return rows.select(kept), rows.select(held)
+
+
+def _said(row: Row) -> list[Any]:
+    """What a row of any format says: its text or its turns, and what else there is."""
+    whole = next((row[key] for key in ("messages", "text") if key in row), None)
+    if whole is None:
+        whole = row["prompt"] + row["completion"]
+    return [whole, {k: v for k, v in row.items() if k not in ("messages", "text", "prompt", "completion")}]
 
 
 def fingerprint(rows: Rows | Dataset, *settings: Any) -> str:

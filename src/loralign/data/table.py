@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from loralign.types import LoralignError
 
@@ -15,32 +17,80 @@ Row = dict[str, Any]
 Item = TypeVar("Item")
 
 CHUNK = 1000
-TEXT = pa.large_string()
+TEXT, ORIGIN = pa.large_string(), pa.int32()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each of some rows stands: which of the sources it is from, and its number there, from 1."""
+
+    sources: tuple[str, ...]
+    origins: pa.Array
+    numbers: pa.Array
+
+    def __getitem__(self, i: int) -> tuple[str, int]:
+        return self.sources[self.origins[i].as_py()], self.numbers[i].as_py()
+
+    def said(self, i: int) -> str:
+        """As errors say it."""
+        source, number = self[i]
+        return f"{source}, row {number}"
+
+    def select(self, indices: Sequence[int]) -> Places:
+        taken = pa.array(indices, pa.int64())
+        return replace(self, origins=self.origins.take(taken), numbers=self.numbers.take(taken))
+
+    def counts(self) -> tuple[int, ...]:
+        """How many rows are from each source."""
+        found = {int(v["values"].as_py()): v["counts"].as_py() for v in self.origins.value_counts()}
+        return tuple(found.get(i, 0) for i in range(len(self.sources)))
 
 
 @dataclass(frozen=True)
 class Rows:
     """Rows in memory, in their order; each is parsed when it is asked for.
 
-    name: what errors call them. columns: every name that some row has, whether kept here or not.
+    name: what errors call them. columns: every name that some row has, whether kept here or not. places: where each
+    row stands. called: columns of the source that have another name here, which is its value.
     """
 
     name: str
     columns: tuple[str, ...]
     texts: pa.ChunkedArray
+    places: Places
+    called: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def __getitem__(self, i: int) -> Row:
-        found: Row = json.loads(self.texts[i].as_py())
-        return found
+        return self._row(self.texts[i])
 
     def __iter__(self) -> Iterator[Row]:
-        return (json.loads(text.as_py()) for text in self.texts)
+        return (self._row(text) for text in self.texts)
 
     def select(self, indices: Sequence[int]) -> Rows:
-        return replace(self, texts=self.texts.take(pa.array(indices, pa.int64())))
+        texts = self.texts.take(pa.array(indices, pa.int64()))
+        return replace(self, texts=texts, places=self.places.select(indices))
+
+    def _row(self, text: pa.Scalar) -> Row:
+        found: Row = json.loads(text.as_py())
+        return {self.called.get(k, k): v for k, v in found.items()} if self.called else found
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts, one part after the other; none of them may have names of its own for columns."""
+    offsets = accumulate((len(part.places.sources) for part in parts), initial=0)
+    places = Places(
+        tuple(source for part in parts for source in part.places.sources),
+        pa.concat_arrays(
+            [pc.add(part.places.origins, pa.scalar(n, ORIGIN)) for part, n in zip(parts, offsets, strict=False)]
+        ),
+        pa.concat_arrays([part.places.numbers for part in parts]),
+    )
+    columns = dict.fromkeys(column for part in parts for column in part.columns)
+    texts = pa.chunked_array([chunk for part in parts for chunk in part.texts.chunks], TEXT)
+    return Rows(", ".join(dict.fromkeys(part.name for part in parts)), tuple(columns), texts, places)
 
 
 class Doubled(ValueError):
@@ -77,7 +127,9 @@ def collected(rows: Iterable[Row], name: str, columns: Iterable[str] = ()) -> Ro
             seen |= dict.fromkeys(row)
         parts.append(pa.array([_text(row, f"{name}, row {n}") for n, row in enumerate(chunk, first)], TEXT))
         first += len(chunk)
-    return Rows(name, tuple(seen), pa.chunked_array(parts, TEXT))
+    numbers = pa.array(range(1, first), pa.int64())
+    places = Places((name,), pa.nulls(len(numbers), ORIGIN).fill_null(0), numbers)
+    return Rows(name, tuple(seen), pa.chunked_array(parts, TEXT), places)
 
 
 def chunks(items: Iterable[Item]) -> Iterator[list[Item]]:

@@ -27,7 +27,7 @@ class Card:
     options: Mapping[str, Any] = field(default_factory=dict)
     """The method's options and the recipe's fields that matter: r, alpha, gamma, …"""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """name, rows, fingerprint, …"""
+    """name (of several sources: names), rows, fingerprint, …"""
     prompts: Mapping[str, Any] = field(default_factory=dict)
     """How the rows asked: form (text, chat), ends (tokens), options of the chat template, given (a template by us)."""
     learning_rate: float | None = None
@@ -119,9 +119,10 @@ def _front(card: Card) -> str:
         front["base_model_relation"] = "finetune"
     kind = "finetune" if merged else "adapter"
     front["tags"] = [f"base_model:{kind}:{base}", *(["lora"] if card.export else []), "transformers", "loralign"]
-    data = str(card.data.get("name", ""))
-    if data.count("/") == 1 and not is_local(data):
-        front["datasets"] = [data]
+    names = card.data.get("name", "")
+    data = [str(name) for name in (names if isinstance(names, list) else [names])]
+    if hub := [name for name in data if name.count("/") == 1 and not is_local(name)]:
+        front["datasets"] = hub
     return "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---"
 
 
@@ -174,7 +175,12 @@ def _asking(card: Card) -> str:
 
 def _training(card: Card) -> str:
     rows: dict[str, Any] = {**({"method": card.method} if card.method else {}), **card.options}
-    rows |= {f"data: {key}" if key != "name" else "data": value for key, value in card.data.items()}
+    for key, value in card.data.items():
+        parts = value if isinstance(value, list) and all(isinstance(part, Mapping) for part in value) else None
+        if parts is None:
+            rows[f"data: {key}" if key != "name" else "data"] = value
+        for n, part in enumerate(parts or (), 1):
+            rows[f"data: {key.removesuffix('s')} {n}"] = "; ".join(f"{k} {_flat(v)}" for k, v in part.items())
     if card.learning_rate is not None:
         rows["learning rate"] = f"{card.learning_rate:.3g}"
         rows["learning rate chosen by"] = card.lr_source or "not stated"
@@ -214,6 +220,11 @@ def _versions() -> str:
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
     return "\n".join([*lines, *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items())])
+
+
+def _flat(value: Any) -> str:
+    """A value inside a cell."""
+    return ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
 
 
 def _cell(value: Any) -> str:

@@ -57,6 +57,15 @@ def check_passes(passes: float) -> None:
         raise LoralignError(REPEATS.format(passes=passes))
 
 
+def check_mix(mix: str) -> None:
+    """Raise where a mix of several sources repeats rows."""
+    if mix == "all":
+        raise LoralignError(
+            f"`method: {NAME}` is for rows that are gone through at most once, and `data.mix: all` repeats those of "
+            "small sources: leave it out, or name a method"
+        )
+
+
 def check_alone(content: Mapping[str, Any], chosen: Sequence[str]) -> None:
     """Raise where a file that asks for the name sets what the name chooses."""
     for key in chosen:

@@ -115,7 +115,7 @@ def settings_of(job: Job, rows: Mapping[str, str]) -> dict[str, str]:
 def given_settings(job: Job, rows: Mapping[str, str]) -> dict[str, Any]:
     """As they were given; format 1 kept these."""
     found: dict[str, Any] = {"method": job.recipe.name, "seed": job.seed, **rows}
-    found |= {f"data.{key}": value for key, value in asdict(job.data).items() if key not in ("train", "eval")}
+    found |= {f"data.{key}": getattr(job.data, key) for key in ("max_length", "assistant_only", "packing")}
     found |= {f"train.{key}": value for key, value in asdict(job.training).items()}
     r = job.recipe
     found |= {"targets": r.targets, "exclude": r.exclude, "weight_decay": r.weight_decay}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from loralign.data.mix import Mix, Source
 from loralign.types import Full, Recipe
 
 USUAL_LENGTH = 1024
@@ -16,10 +18,12 @@ USUAL_LENGTH = 1024
 class Data:
     """Where rows come from and how they become tokens."""
 
-    train: str
-    """Local json, jsonl, csv, parquet or arrow file, a folder written by `save_to_disk`, or a hub id."""
-    eval: str | float | None = None
+    train: str | Source | Sequence[Source]
+    """Local json, jsonl, csv, parquet or arrow file, a folder written by `save_to_disk`, or a hub id; or several."""
+    eval: str | float | Source | None = None
     """A file, or the share of the training rows to hold out, or None."""
+    mix: Mix = "once"
+    """Of sources with shares: no row is taken twice, or every row at least once."""
     max_length: int | None = None
     """Tokens per row; longer rows are cut and counted. None: USUAL_LENGTH, or the model's positions where fewer."""
     assistant_only: bool = True

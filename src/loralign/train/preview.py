@@ -25,10 +25,13 @@ Part = tuple[str, bool]
 class ShownRow:
     """A row of training.
 
-    learnt: how many of its tokens have loss. cut: it was longer than `data.max_length`. end_learnt: what is learnt
-    last ends with a token that ends answers. parts: the text of all tokens; learnt and not learnt alternate.
+    source, number: where it stands. learnt: how many of its tokens have loss. cut: it was longer than
+    `data.max_length`. end_learnt: what is learnt last ends with a token that ends answers. parts: the text of all
+    tokens; learnt and not learnt alternate.
     """
 
+    source: str
+    number: int
     tokens: int
     learnt: int
     cut: bool
@@ -39,11 +42,22 @@ class ShownRow:
 
 
 @dataclass(frozen=True)
+class FromSource:
+    """What is trained of a source."""
+
+    source: str
+    read: int
+    taken: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Preview:
     """The first rows, and all of them in numbers.
 
     rows, tokens, learnt, longest: of what is trained, after cutting, dropping and splitting. read: rows that came in.
     set_apart: of the rows, those that the method's rule decides by instead. cut, dropped, split: as `Fit` has them.
+    sources: of each in turn, its rows, those taken into the mix, and those of `rows` that are from it.
     """
 
     first: list[ShownRow]
@@ -58,6 +72,7 @@ class Preview:
     set_apart: int
     max_length: int
     packing: bool
+    sources: list[FromSource]
 
 
 def preview(job: Job, count: int) -> Preview:
@@ -68,7 +83,8 @@ def preview(job: Job, count: int) -> Preview:
     """
     job, model = measured(job)
     tokenizer = load_tokenizer(job.model, **place(job))
-    fitted, _ = tokens(job, tokenizer, model)
+    made = tokens(job, tokenizer, model)
+    fitted = made.train
     _, deciding = apart(fitted.dataset, job.recipe)
     assert job.data.max_length is not None
     return Preview(
@@ -84,6 +100,10 @@ def preview(job: Job, count: int) -> Preview:
         set_apart=0 if deciding is None else len(deciding),
         max_length=job.data.max_length,
         packing=job.data.packing,
+        sources=[
+            FromSource(part.source.name, part.rows, part.taken, trained)
+            for part, trained in zip(made.parts, fitted.places.counts(), strict=True)
+        ],
     )
 
 
@@ -96,7 +116,7 @@ def shown(fitted: Fit, tokenizer: PreTrainedTokenizerBase, count: int) -> list[S
         places = learnt(labels)
         end = _is_ended([ids[i] for i in places], ends, tokenizer)
         parts = _parts(ids, set(places), tokenizer)
-        found.append(ShownRow(len(ids), len(places), number in cut, end, parts, ids, labels))
+        found.append(ShownRow(*fitted.places[number], len(ids), len(places), number in cut, end, parts, ids, labels))
     return found
 
 

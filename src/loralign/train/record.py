@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from loralign.data.chat import Prompts
+from loralign.data.mix import Part
 from loralign.io.card import Card, write_card
 from loralign.io.provenance import write_run
 from loralign.train.job import Job
@@ -19,14 +21,17 @@ def describe(folder: Path, card: Card, seconds: dict[str, float]) -> None:
     write_run(folder, card, seconds=seconds)
 
 
-def card_of(job: Job, rows: tuple[int, int], fingerprint: str, prompts: Prompts) -> Card:
-    """What is known before the first step. rows: for training and held out; fingerprint: of the training tokens."""
+def card_of(
+    job: Job, rows: tuple[int, int], read: Sequence[tuple[Part, str]], fingerprint: str, prompts: Prompts
+) -> Card:
+    """What is known before the first step. rows: for training and held out; read: what was taken of each source, and
+    the hash of its content; fingerprint: of the training tokens."""
     return Card(
         base=job.model,
         revision=job.revision,
         method=job.recipe.name,
         options=_options(job),
-        data=_data(job, rows, fingerprint),
+        data=_data(job, rows, read, fingerprint),
         prompts=asdict(prompts),
         learning_rate=job.training.learning_rate,
         lr_source=job.training.lr_source,
@@ -44,16 +49,37 @@ def _options(job: Job) -> dict[str, Any]:
     return {**chosen, **adapter, "targets": r.targets, "weight decay": r.weight_decay, **said}
 
 
-def _data(job: Job, rows: tuple[int, int], fingerprint: str) -> dict[str, Any]:
-    train = job.data.train
+def _data(job: Job, rows: tuple[int, int], read: Sequence[tuple[Part, str]], fingerprint: str) -> dict[str, Any]:
+    names = [_name(part.source.name) for part, _ in read]
     return {
-        "name": Path(train).name if Path(train).exists() else train,
+        "name": names[0] if len(names) == 1 else names,
+        "sources": [_source(part, content) for part, content in read],
         "rows": rows[0],
         "held-out rows": rows[1],
         "tokens per row at most": job.data.max_length,
         "loss on": "answers only" if job.data.assistant_only else "every token",
         "fingerprint": fingerprint,
     }
+
+
+def _name(source: str) -> str:
+    path = Path(source).expanduser()
+    return path.name if path.exists() else source
+
+
+def _source(part: Part, content: str) -> dict[str, Any]:
+    """One source, what it does not have left out."""
+    source = part.source
+    found = {
+        "name": _name(source.name),
+        "rows": part.rows,
+        "taken": part.taken,
+        "share": source.share,
+        "split": source.split,
+        "columns": dict(source.columns),
+        "content": content,
+    }
+    return {key: value for key, value in found.items() if value not in (None, {})}
 
 
 def metrics_of(trainer: Any, before: float | None) -> dict[str, float]:

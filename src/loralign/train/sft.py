@@ -30,11 +30,13 @@ from trl import SFTTrainer
 from loralign.carrier.abilities import towers
 from loralign.carrier.masters import masters, rounded
 from loralign.data.chat import Prompts
+from loralign.data.mix import Part
 from loralign.data.packing import check_packing
 from loralign.data.split import fingerprint
 from loralign.evidence import Progress
 from loralign.evidence.subspace import check_sources
 from loralign.io.card import Card
+from loralign.io.content import file_print
 from loralign.io.export import ExportReport, check_exportable, export
 from loralign.io.folder import disk_full
 from loralign.io.lock import locked
@@ -92,6 +94,8 @@ class Ready:
     tokenizer: PreTrainedTokenizerBase
     journal: Journal
     prompts: Prompts
+    read: tuple[tuple[Part, str], ...]
+    """What was taken of each source of the rows, and the hash of its content."""
     fingerprints: dict[str, str]
     resume_from: Path | None
     init_seconds: float
@@ -112,7 +116,7 @@ class Ready:
 
     def card(self) -> Card:
         """What is known before the first step."""
-        return card_of(self.job, self.rows, self.fingerprints["data.train"], self.prompts)
+        return card_of(self.job, self.rows, self.read, self.fingerprints["data.train"], self.prompts)
 
 
 def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> Result:
@@ -220,9 +224,10 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
     recipe = without_towers(job.recipe, model)
     if job.data.packing:
         check_packing(model)
-    fitted, judged = tokens(job, tokenizer, model)
-    held_out, prompts = None if judged is None else judged.dataset, fitted.prompts
-    train, deciding = apart(fitted.dataset, recipe)
+    made = tokens(job, tokenizer, model)
+    held_out, prompts = None if made.held_out is None else made.held_out.dataset, made.train.prompts
+    train, deciding = apart(made.train.dataset, recipe)
+    read = tuple((part, file_print(part.source.name)) for part in made.parts)
     name_ends(model, tokenizer, prompts)
     if args.max_steps < 0:
         check_schedule(args, max(1, math.ceil(len(train) * args.num_train_epochs / job.training.batch_size)))
@@ -264,7 +269,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
         quicken(trainer, packing=job.data.packing, seed=job.seed)
     seconds = time.perf_counter() - started
     start = samples(trainer.model, recipe)
-    return Ready(job, trainer, tokenizer, journal, prompts, rows, resume_from, seconds, start, dtypes)
+    return Ready(job, trainer, tokenizer, journal, prompts, read, rows, resume_from, seconds, start, dtypes)
 
 
 def without_towers(recipe: Recipe | Full, model: PreTrainedModel) -> Recipe | Full:

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loralign.data.read import read_rows
-from loralign.data.table import Rows as Table
 from loralign.evidence import Progress
 from loralign.maths.draws import keyed_generator
 from loralign.train.model import described_classifier, load_classifier, loading, read_tokenizer, row_length
@@ -144,9 +143,9 @@ def _dealt(labels: Sequence[str], split: Sequence[tuple[str, ...] | int]) -> lis
 
 
 def _read(job: TextTasks, file: TextRows) -> tuple[Texts, Texts]:
-    train = _texts(job, read_rows(file.train))
+    train = _texts(job, file.train)
     if isinstance(file.test, str):
-        return train, _texts(job, read_rows(file.test))
+        return train, _texts(job, file.test)
     kept: Texts = []
     held: Texts = []
     for c in sorted({c for _, c in train}):
@@ -163,8 +162,9 @@ def _read(job: TextTasks, file: TextRows) -> tuple[Texts, Texts]:
     return kept, held
 
 
-def _texts(job: TextTasks, rows: Table) -> Texts:
+def _texts(job: TextTasks, file: str) -> Texts:
     found: Texts = []
+    rows = read_rows(file, also=(job.text, job.label))
     for number, row in enumerate(rows, 1):
         for column in (job.text, job.label):
             if row.get(column) is None:

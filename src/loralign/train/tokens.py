@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loralign.data.chat import Fit, Prompts, fit
-from loralign.data.rows import read_trl
+from loralign.data.mix import Part
+from loralign.data.sources import read_sources
 from loralign.data.split import split_eval
 from loralign.data.table import Rows
 from loralign.train.job import USUAL_LENGTH, Job
@@ -19,6 +20,15 @@ from loralign.train.use import stops
 from loralign.types import LoralignError
 
 log = logging.getLogger("loralign")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Rows as tokens, for training and held out. parts: what was taken of each source, before any was held out."""
+
+    train: Fit
+    held_out: Fit | None
+    parts: tuple[Part, ...]
 
 
 def place(job: Job) -> dict[str, Any]:
@@ -33,12 +43,14 @@ def measured(job: Job) -> tuple[Job, PreTrainedModel]:
     return replace(job, data=replace(job.data, max_length=length)), model
 
 
-def _rows(job: Job) -> tuple[Rows, Rows | None]:
-    train = read_trl(job.data.train)
-    return (train, None) if job.data.eval is None else split_eval(train, job.data.eval, seed=job.seed)
+def _rows(job: Job) -> tuple[Rows, Rows | None, tuple[Part, ...]]:
+    rows, parts = read_sources(job.data.train, mix=job.data.mix, seed=job.seed)
+    if job.data.eval is None:
+        return rows, None, parts
+    return *split_eval(rows, job.data.eval, seed=job.seed), parts
 
 
-def tokens(job: Job, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[Fit, Fit | None]:
+def tokens(job: Job, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tokens:
     """The rows of a job as tokens of the model, for training and held out.
 
     job: with `data.max_length` settled. model: may be on the meta device.
@@ -54,12 +66,12 @@ def tokens(job: Job, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
         )
         return found
 
-    train, held_out = _rows(job)
+    train, held_out, parts = _rows(job)
     fitted = one(train, "training")
     judged = None if held_out is None else one(held_out, "evaluation")
     filler = None if job.data.packing else tokenizer.pad_token_id  # packed rows are not padded with it
     _check_vocabulary(model, tokenizer, filler, fitted, judged)
-    return fitted, judged
+    return Tokens(fitted, judged, parts)
 
 
 def _check_vocabulary(

@@ -6,6 +6,7 @@ stops at the tokens that end an answer in training.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +18,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loralign.carrier.stored import BadInput, Broken, check_loadable, load_adapter, read_config, read_tensors
 from loralign.data.chat import Coder
+from loralign.data.columns import faults
 from loralign.data.prompt import Chat, Plain, chat_of
-from loralign.data.rows import read_trl
+from loralign.data.read import read_rows
+from loralign.data.rows import named, read_trl, rows_format, to_trl
+from loralign.data.table import Rows
 from loralign.evidence import Progress
 from loralign.io.adalora import is_adalora, write_plain
 from loralign.io.card import read_card
 from loralign.train.model import load, loading
 from loralign.types import LoralignError, WorkFailed
+
+log = logging.getLogger("loralign")
 
 Conversation = list[dict[str, str]]
 Asked = Conversation | str
@@ -210,6 +216,7 @@ def evaluate(
     data: str,
     *,
     base: str | None = None,
+    columns: Mapping[str, str] | None = None,
     max_new_tokens: int = 64,
     limit: int | None = None,
     progress: Progress | None = None,
@@ -217,9 +224,10 @@ def evaluate(
     """Exact match of the adapter and of its base on rows with answers; `limit` takes the first so many rows.
 
     Every row's last answer is asked for by the tokens that training has before it, and compared with the text of those
-    that training has there, white space aside.
+    that training has there, white space aside. columns: our names to those in the rows; None: the names that the
+    adapter's training rows had, where these have them, too.
     """
-    rows = read_trl(data)
+    rows = _asked_as_trained(folder, data) if columns is None else read_trl(data, columns)
     model, tokenizer = open_adapter(folder, base)
     coder = Coder(rows, tokenizer)
     samples = list(coder.questions(limit))
@@ -235,3 +243,26 @@ def evaluate(
     with model.disable_adapter():
         before = share()
     return {"exact_match": tuned, "exact_match_base": before, "rows": float(len(samples))}
+
+
+def _asked_as_trained(folder: Path, data: str) -> Rows:
+    """The rows under the first names of the run's record whose columns they all have; else as they are."""
+    known = _recorded(read_card(folder, "").source)
+    rows = read_rows(data, also={theirs for columns in known for theirs in columns.values()})
+    columns = next((columns for columns in known if {*columns.values()} <= {*rows.columns}), None)
+    if columns:
+        said = ", ".join(f"`{ours}` is {theirs}" for ours, theirs in columns.items())
+        log.info("%s: columns as in the adapter's training: %s", rows.name, said)
+        rows = named(rows, columns)
+    return to_trl(rows, rows_format(rows))
+
+
+def _recorded(recipe: Mapping[str, Any]) -> list[Mapping[str, str]]:
+    """The names of columns in a recipe file: those of all rows, then of its sources."""
+    data = recipe.get("data")
+    if not isinstance(data, dict):
+        return []
+    train = data.get("train")
+    entries = [data, *(train if isinstance(train, list) else [train]), data.get("eval")]
+    found = [entry.get("columns") for entry in entries if isinstance(entry, dict)]
+    return [columns for columns in found if isinstance(columns, dict) and columns and not faults(columns)]
