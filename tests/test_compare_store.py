@@ -597,7 +597,7 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     with watched(study, said.append):
         work(study, bowl)
     assert said[0] == "0 of at least 10 trials done" and len(said) == 11
-    assert said[-1] == "[10/10] pissa at 0.001, seed 1: 1.0010 in 36 s"
+    assert said[-1] == "[10/10] pissa at 0.001, seed 1: test loss 1.0010 in 36 s"
 
 
 def test_what_is_reported_of_an_unfinished_search(tmp_path: Path) -> None:

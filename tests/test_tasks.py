@@ -406,6 +406,7 @@ def test_the_command_trains_says_and_verifies(world: Path, monkeypatch: pytest.M
     assert kept["tasks"] == {"a, b": [0, 1], "c": [2]} and kept["labels"] == ["a", "b", "c"]
     assert "c = " not in (world / "out" / "after-1" / "README.md").read_text()
     card = (world / "out" / "after-1" / "README.md").read_text()
+    assert "| rank | 2 |" in card and "| learning rate chosen by | given |" in card
     assert "tokens per row at most" in card and "1 = b" in card and "Verified" in card and "Not verified" not in card
     code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(world / "out" / "after-1"))
     used: dict[str, Any] = {}
@@ -482,7 +483,9 @@ def test_files_become_runs() -> None:
     job = to_tasks(parse_tasks({k: v for k, v in content.items() if k != "split"}), 32)
     assert [f.test for f in job.files] == ["y", 0.1] and job.recipe.outer.links == 2  # type: ignore[attr-defined]
     prior = to_tasks(parse_tasks({**FILE, "train": {"steps": 1}}), 2000)
-    assert prior.lr_source.startswith("prior of sd-lora") and prior.training.learning_rate == pytest.approx(1e-3)
+    assert prior.training.lr_source.startswith("prior of sd-lora") and prior.training.learning_rate == pytest.approx(
+        1e-3
+    )
 
 
 def test_the_published_schema_and_the_example_are_the_present_ones() -> None:

@@ -30,7 +30,7 @@ def tasks(
         hidden = hidden_size(settings.model, revision=settings.revision)
     job = to_tasks(settings, hidden)
     context.obj.output = job.output
-    say(f"{job.recipe.name}: learning rate {job.training.learning_rate:.3g} ({job.lr_source})")
+    say(f"{job.recipe.name}: learning rate {job.training.learning_rate:.3g} ({job.training.lr_source})")
     from loralign.train.task_text import run_text
 
     with progress() as report:

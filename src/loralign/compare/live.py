@@ -93,8 +93,11 @@ def headline(spec: Spec, done: Mapping[str, Outcome], running: Running) -> str:
 
 def line(trial: Trial, outcome: Outcome, number: int, total: int) -> str:
     """What is printed about a finished trial where no table is drawn."""
-    where = f"seed {trial.seed}" if trial.phase == "seed" else "rate"
-    return f"[{number}/{total}] {trial.arm} at {trial.lr:g}, {where}: {end_of(outcome)} in {outcome.total_s:.0f} s"
+    final = trial.phase == "seed"
+    ended = ("test loss " if final else "validation loss ") * (not outcome.diverged and not outcome.pruned)
+    where = f"seed {trial.seed}" if final else f"choosing its rate, seed {trial.seed}"
+    said = f"{trial.arm} at {trial.lr:g}, {where}: {ended}{end_of(outcome)}"
+    return f"[{number}/{total}] {said} in {outcome.total_s:.0f} s"
 
 
 @contextmanager

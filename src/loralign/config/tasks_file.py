@@ -155,7 +155,8 @@ def to_tasks(file: TasksFile, hidden_size: int) -> TextTasks:
         rate, why = learning_rate(file.method, recipe.s(), hidden_size)
         source = f"prior of {recipe.name}: {why}"
     epochs = t.epochs if t.epochs is not None else 3.0
-    training = TaskTraining(learning_rate=rate, epochs=epochs, **t.model_dump(exclude={"learning_rate", "epochs"}))
+    given = t.model_dump(exclude={"learning_rate", "epochs"})
+    training = TaskTraining(learning_rate=rate, lr_source=source, epochs=epochs, **given)
     if file.split:
         files: tuple[TextRows, ...] = (TextRows("", str(d.train), d.test),)
     else:
@@ -173,7 +174,6 @@ def to_tasks(file: TasksFile, hidden_size: int) -> TextTasks:
         label=d.label,
         max_length=d.max_length,
         joint=file.joint,
-        lr_source=source,
     )
 
 

@@ -163,7 +163,12 @@ class Episodes:
         if following.keep_slots is not None:
             self._compress(following.index, following.keep_slots)
         sync_config(self.model)
-        log.info("%s: episode %d begins, %d sites committed", self.recipe.name, following.index, len(trained))
+        log.info(
+            "%s: episode %d begins; what %d sites have learnt is frozen",
+            self.recipe.name,
+            following.index,
+            len(trained),
+        )
 
     def _kept(self, done: Episode, trained: set[str]) -> int | None:
         """Slots of the link that are committed; None: all."""

@@ -54,7 +54,6 @@ class TextTasks:
     """Tokens per row. None: USUAL_LENGTH, or the model's positions where fewer."""
     joint: bool = False
     revision: str | None = None
-    lr_source: str = "given"
 
 
 def run_text(job: TextTasks, *, resume: bool = False, progress: Progress | None = None) -> TaskResult:

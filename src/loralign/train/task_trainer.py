@@ -25,6 +25,8 @@ class TaskTraining:
     """The optimisation of every task."""
 
     learning_rate: float
+    lr_source: str = "given"
+    """What chose that rate."""
     head_lr: float | None = None
     """Of the fresh head; None: as the adapter."""
     steps: int | None = None
@@ -43,6 +45,16 @@ class TaskTraining:
     eval_batch_size: int = 64
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on GPUs that have it."""
+
+
+def settings(recipe: Recipe, t: TaskTraining) -> dict[str, Any]:
+    """What the card of an adapter says of its recipe and of the training of a task."""
+    length = {"steps per task": t.steps} if t.steps else {"epochs per task": t.epochs}
+    alpha = recipe.r if recipe.alpha is None else recipe.alpha
+    adapter = {"rank": recipe.r, "alpha": alpha, "scale": recipe.s(), "dropout": recipe.dropout}
+    optimiser = {"weight decay": recipe.weight_decay, "learning rate of the head": t.head_lr or t.learning_rate}
+    steps = {"batch size": t.batch_size, "schedule": t.schedule, "warm-up": t.warmup, "seed": recipe.seed}
+    return {**adapter, "targets": recipe.targets, **optimiser, **length, **steps}
 
 
 def steps_of(rows: int, training: TaskTraining) -> int:

@@ -51,7 +51,7 @@ from loralign.train.task_rows import (
     masked_loss,
     visible,
 )
-from loralign.train.task_trainer import TasksTrainer, TaskTraining, arguments, by_task, steps_of
+from loralign.train.task_trainer import TasksTrainer, TaskTraining, arguments, by_task, settings, steps_of
 from loralign.types import LoralignError, Recipe
 
 log = logging.getLogger("loralign")
@@ -180,7 +180,9 @@ class _Run:
     def settings(self) -> dict[str, str]:
         """What the result depends on."""
         rows = {f"task {t.name}": fingerprint(t.train) + fingerprint(t.test) for t in self.tasks}
-        free = {k: v for k, v in asdict(self.training).items() if k not in ("save_every", "eval_batch_size")}
+        free = {
+            k: v for k, v in asdict(self.training).items() if k not in ("lr_source", "save_every", "eval_batch_size")
+        }
         recipe = dict(described(self.recipe))
         made = {**free, **recipe, "seed": self.recipe.seed, "joint": len(self.parts) == 1, "recipe": sorted(recipe)}
         return {**{k: repr(v) for k, v in made.items()}, **rows, "model": tensors_print(self.model)}
@@ -249,7 +251,8 @@ class _Run:
         known = base or self.model.name_or_path
         name = base_name(trainer.model, base, revision)[0] if known else str(self.model.config.model_type)
         card = Card(
-            name, method=self.recipe.name, learning_rate=self.training.learning_rate,
+            name, method=self.recipe.name, options=settings(self.recipe, self.training),
+            learning_rate=self.training.learning_rate, lr_source=self.training.lr_source,
             data={"tasks seen": ", ".join(done), "classes seen": named, **self.data},
             metrics={f"accuracy on {n}": a for n, a in zip(done, self.matrix[moment], strict=True)},
         )  # fmt: skip
