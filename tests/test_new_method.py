@@ -13,6 +13,7 @@ import pytest
 
 import warm
 from loralign import verify
+from loralign.types import Method
 
 FORM = '''
 from dataclasses import dataclass
@@ -110,6 +111,13 @@ export(whole, folder / "out", base_id="toy/base", probes=batch_for(whole))
 config = json.loads((folder / "out" / "adapter_config.json").read_text())
 print("rank", config["r"])
 """
+
+
+def test_the_line_that_the_guide_shows_is_a_method() -> None:
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names: dict[str, Method] = {}
+    exec(guide.split("```python\n")[1].split("```")[0], names)
+    assert names["MY_METHOD"].id == "my-method" and names["MY_METHOD"].transform is not None
 
 
 def test_one_file_per_axis_and_one_line_make_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
