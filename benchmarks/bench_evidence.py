@@ -37,7 +37,8 @@ from loralign import optimizer, sites
 from loralign.carrier.sites import put_in
 from loralign.evidence import collect
 from loralign.maths.linalg import product_svd
-from loralign.train.adapt import gather, start
+from loralign.train.adapt import gather
+from loralign.train.start import start
 from loralign.types import Preheated, Sketch
 
 SHAPES: dict[str, tuple[dict[str, int], int, int]] = {  # config, tokens of a micro-batch, rank of the preheat

@@ -13,7 +13,7 @@ from loralign import adapt, build
 from loralign.carrier.sites import draw_for
 from loralign.methods.init.gaussian import Gaussian, gaussian
 from loralign.methods.init.kaiming_both import kaiming_both
-from loralign.train.adapt import is_trained
+from loralign.train.start import is_trained
 from loralign.types import Directions, Draw, Init, Recipe, Start, Weight, WorkFailed
 from toy import llama
 

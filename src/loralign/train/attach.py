@@ -28,21 +28,13 @@ from loralign.maths.draws import keyed_generator
 from loralign.maths.given import checked, said
 from loralign.plan.combinations import Surroundings, check_combination, probe
 from loralign.plan.course import check_length, idle
-from loralign.train.adapt import (
-    carry_on,
-    check_goes_on,
-    check_loaded,
-    gather,
-    is_trained,
-    optimizer,
-    restore_storage,
-    start,
-)
+from loralign.train.adapt import check_loaded, gather, optimizer
 from loralign.train.callback import RecipeCallback
 from loralign.train.checkpoint import note_to_resume
 from loralign.train.compiled import Until
 from loralign.train.compiled import compile as compile_blocks
 from loralign.train.replaced import ignored, instead_of
+from loralign.train.start import carry_on, check_goes_on, is_trained, restore_storage, start
 from loralign.train.undisturbed import same_metrics, undisturbed
 from loralign.train.validation import validation_loss
 from loralign.types import Batch, Episode, LoralignError, Nothing, Recipe, Validation

@@ -19,11 +19,11 @@ from loralign.carrier.sites import sync_config
 from loralign.evidence import Spent
 from loralign.optim.pairs import PairOptimizer
 from loralign.plan.course import idle
-from loralign.train.adapt import Storage
 from loralign.train.checkpoint import Note, read_note, read_state, settings_of
 from loralign.train.driver import Driver, Observe
 from loralign.train.episodes import Gather
 from loralign.train.saves import check_resumed, complete, reopen
+from loralign.train.start import Storage
 from loralign.types import LoralignError, Recipe, WorkFailed
 
 log = logging.getLogger("loralign")

@@ -27,7 +27,7 @@ from loralign.io.described import described, first_difference
 from loralign.io.json_file import read_json
 from loralign.io.provenance import write_text
 from loralign.io.public import scrub
-from loralign.train.adapt import Storage
+from loralign.train.start import Storage
 from loralign.types import LoralignError, Recipe
 
 log = logging.getLogger("loralign")

@@ -43,7 +43,6 @@ from loralign.io.lock import locked
 from loralign.io.provenance import remove_left
 from loralign.io.verify import verify
 from loralign.plan.recommended import check_passes
-from loralign.train.adapt import check_start
 from loralign.train.arguments import arguments, check_schedule
 from loralign.train.attach import attach
 from loralign.train.begun import (
@@ -66,6 +65,7 @@ from loralign.train.reference import save
 from loralign.train.row_trainer import steps_of, trainer_of
 from loralign.train.saves import CheckpointCallback, keep_some
 from loralign.train.split import check_split, whole_model
+from loralign.train.start import check_start
 from loralign.train.tokens import measured, name_ends, place, tokens
 from loralign.train.validation import apart, batches
 from loralign.types import CommonSubspace, Full, LoralignError, Recipe, WorkFailed

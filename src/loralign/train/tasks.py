@@ -32,7 +32,6 @@ from loralign.io.lock import locked
 from loralign.io.matrix import accuracy_picture
 from loralign.io.provenance import remove_left, write_json
 from loralign.train.accuracy import Scores, accuracies, scores
-from loralign.train.adapt import check_start
 from loralign.train.attach import attach
 from loralign.train.begun import check_output, check_settings, clear_way, note_beginning, resume_point
 from loralign.train.callback import RecipeCallback
@@ -41,6 +40,7 @@ from loralign.train.ending import check_moved, proven, train_to_the_end
 from loralign.train.heads import draw_head, linears
 from loralign.train.journal import Journal
 from loralign.train.saves import reopen
+from loralign.train.start import check_start
 from loralign.train.task_rows import (
     Ordered,
     Task,
