@@ -293,6 +293,7 @@ def test_methods_doctor_schema_version() -> None:
     assert "ok     torch " in health.out
     assert "ok     adapter layers: forward, merge and save agree" in health.out
     assert run("schema").out == (ROOT / "docs" / "schema.json").read_text(encoding="utf-8")
+    assert run("schema", "--text", "--of", "studies").out.startswith("model: text, required\n    Folder or hub id")
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("--version").out)
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pydantic import BaseModel
 
 from loralign import METHODS, Full, LoralignError, Recipe, build
 from loralign.config.errors import dotted, expected, validated
 from loralign.config.foreign import FOREIGN, INSTEAD
+from loralign.config.keys import keys_text
 from loralign.config.recipe import (
     load,
     micro_batch_size,
@@ -27,6 +29,7 @@ from loralign.config.recipe import (
 )
 from loralign.config.sections import RunFile, SourceSection, TrainSection
 from loralign.config.study_file import StudyFile
+from loralign.config.tasks_file import TasksFile
 from loralign.config.yaml_text import read_yaml
 from loralign.data.mix import Source
 from loralign.methods.table import learning_rate
@@ -343,6 +346,18 @@ def test_every_key_and_option_of_the_schema_has_its_place() -> None:
         offered = {name: default for name, _, default in options_said(line)}
         assert offered.keys() == by_method[line.id].keys()
         build(line.id, offered)
+
+
+@pytest.mark.parametrize("file", [RunFile, StudyFile, TasksFile])
+def test_every_key_stands_in_the_text_to_read(file: type[BaseModel]) -> None:
+    said = keys_text(file).splitlines()
+    assert max(map(len, said)) <= 140
+    for key, field in dotted(file):
+        name, indent = key.rpartition(".")[2], "    " * key.count(".")
+        found = [i for i, line in enumerate(said) if line.startswith(f"{indent}{name}: ")]
+        assert any((", required" in said[i]) == field.is_required() for i in found)
+        assert any(said[i + 1].split()[:3] == (field.description or "").split()[:3] for i in found), key
+    assert (file is not StudyFile) or "    method: text, required" in said, "of items of a list, too"
 
 
 RECIPE_KEYS = {"model", "data"}  # a study has arms, TRL's own files neither

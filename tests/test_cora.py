@@ -526,7 +526,7 @@ def test_a_tampered_basis_file_is_refused(change: Any, tmp_path: Path) -> None:
     facts = {"kind": "adapters", "sources": [{"name": "a"}, {"name": "b"}], "base": None, "width": 2}
     path = tmp_path / "b.safetensors"
     write_basis(path, Basis({"m": shared}, facts))  # type: ignore[dict-item]
-    show_basis(read_basis(path))
+    assert "null: what as many random subspaces reach" in show_basis(read_basis(path))
     with safe_open(path, framework="pt") as f:
         about = json.loads(f.metadata()["loralign_basis"])
     save_file(load_file(path), path, metadata={"loralign_basis": json.dumps(change(about))})

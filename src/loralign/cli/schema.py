@@ -20,11 +20,18 @@ class Files(StrEnum):
 def schema(
     out: Annotated[Path | None, typer.Option(help="File to write; default: stdout.")] = None,
     of: Annotated[Files, typer.Option(help="recipes, or the files of `loralign tasks` or `compare`.")] = Files.recipes,
+    as_text: Annotated[bool, typer.Option("--text", help="The keys to read, not as JSON for editors.")] = False,
 ) -> None:
-    """The JSON schema of recipe, tasks or study files, for editors."""
+    """Every key of recipe, tasks or study files: as a JSON schema for editors, or as text."""
     from loralign.config import recipe, study_file, tasks_file
 
-    text = {Files.recipes: recipe, Files.tasks: tasks_file, Files.studies: study_file}[of].schema_text()
+    if as_text:
+        from loralign.config.keys import keys_text
+
+        files = (recipe.RunFile, tasks_file.TasksFile, study_file.StudyFile)
+        text = keys_text(files[list(Files).index(of)]) + "\n"
+    else:
+        text = {Files.recipes: recipe, Files.tasks: tasks_file, Files.studies: study_file}[of].schema_text()
     if out is None:
         say(text.rstrip())
     else:

@@ -249,4 +249,8 @@ def show_basis(basis: Basis, r: int = 16) -> str:
             last = f"{float(s.share[r - 1]):6.2f}" if len(s.share) >= r else "     -"
             cells.append(f"{s.significant:7d} {first} {last} {s.null:6.2f}")
         lines.append(f"{name:{wide}}  {'  '.join(cells)}")
+    lines.append(
+        f"left: outputs (B's side), right: inputs (A's). shared: directions beyond chance. first, {r}th: how far the "
+        "sources\nagree on that one, 1 where all do. null: what as many random subspaces reach."
+    )
     return "\n".join(lines)
