@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +133,22 @@ def test_the_first_line_of_the_log_says_what_the_start_knows(tmp_path: Path) -> 
     assert first["step"] == 0 and told["micro_batches"] == 3 and told["tokens"] > 0 and len(told["sites"]) == 14
     assert all(0 < site["held_out"] <= 1 and 0 < site["captured"] <= 1 for site in told["sites"].values())
     assert len(rest) == len(lines["lora"]) and not any("evidence" in line for line in (*rest, *lines["lora"]))
+
+
+def test_losses_are_said_at_the_tenths_of_the_way_and_at_evaluations(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal, args = Journal(tmp_path / "log.jsonl", None, None), SimpleNamespace()
+    with caplog.at_level(logging.INFO, "loralign"):
+        for step in range(101):
+            state = SimpleNamespace(global_step=step, max_steps=100, is_world_process_zero=True)
+            if step:
+                journal.on_log(args, state, None, {"loss": 100.0 - step})
+            if step % 50 == 0:
+                journal.on_log(args, state, None, {"eval_loss": 1.0 + step})
+    said = [record.getMessage() for record in caplog.records]
+    assert said[:2] == ["before training: evaluation loss 1.0000", "step 10 of 100: loss 90.0000"] and len(said) == 13
+    assert said[-2:] == ["step 100 of 100: loss 0.0000", "step 100 of 100: evaluation loss 101.0000"]
 
 
 def test_full_is_no_start(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Journal(TrainerCallback):
     def __init__(self, path: Path, resumed_step: int | None, progress: Progress | None) -> None:
         self.path, self.progress = path, progress
         self.kept = [] if resumed_step is None else [e for e in entries(path) if e.get("step", 0) <= resumed_step]
-        self.opened = False
+        self.opened, self._tenth = False, 0
 
     @property
     def loss_before(self) -> float | None:
@@ -56,12 +56,23 @@ class Journal(TrainerCallback):
         self.kept.append(entry)
         with self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(entry) + "\n")
+        self._say(state.global_step, state.max_steps, logs)
         loss = logs.get("loss")
         if loss is not None and not abs(loss) < float("inf"):
             raise WorkFailed(
                 f"the loss is {loss} at step {state.global_step}: lower the learning rate, or look for broken rows in "
                 "the data"
             )
+
+    def _say(self, step: int, steps: int, logs: Mapping[str, Any]) -> None:
+        """Every evaluation, and the training loss at the tenths of the way."""
+        tenth = 10 * step // max(1, steps)
+        if "eval_loss" in logs:
+            when = f"step {step} of {steps}" if step else "before training"
+            log.info("%s: evaluation loss %.4f", when, logs["eval_loss"])
+        elif "loss" in logs and tenth > self._tenth:
+            self._tenth = tenth
+            log.info("step %d of %d: loss %.4f", step, steps, logs["loss"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress:
