@@ -4,8 +4,10 @@ file left behind."""
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from cli_world import assert_one_sentence, bytes_of, run, world_in
 from loralign import LoralignError
 from loralign.compare.journal import JOURNAL, check_ours
 from loralign.config.study_file import parse_study
-from loralign.io.folder import check_place
+from loralign.io.folder import check_place, fresh_folder
 from loralign.io.heatmap import heat_map
 from loralign.io.lock import lock_of, locked
 from loralign.io.matrix import accuracy_picture
-from loralign.io.provenance import write_text
+from loralign.io.provenance import remove_left, write_text
+from loralign.train.checkpoint import NOTE, STATE, Note, numbered, read_note, remove, write_checkpoint
 from loralign.types import WorkFailed
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -61,6 +64,73 @@ def test_a_place_where_a_folder_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may write everywhere
     with pytest.raises(LoralignError, match=r"^cannot write new: \S+ is not writable; name another folder$"):
         check_place(Path("new"))
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_folder_that_is_there_may_be_a_link_or_a_disk_of_its_own(
+    filled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a volume of a container, whose parent is another file system. A killed export has left something in it."""
+    real, out, rename = tmp_path / "disk" / "real", tmp_path / "out", os.replace
+    (real / ".out.999999999.partial").mkdir(parents=True)
+    out.symlink_to(real)
+    if filled:
+        (real / "log.jsonl").touch()
+
+    def within(source: Path, target: Path) -> None:
+        if real not in Path(source).resolve().parents:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", within)
+    with fresh_folder(out, overwrite=filled) as folder:
+        (folder / "verify").mkdir()
+        (folder / "verify" / "probes.safetensors").touch()
+        (folder / "adapter_config.json").touch()
+    found = {p.relative_to(real).as_posix() for p in real.rglob("*")}
+    assert found == {"verify", "verify/probes.safetensors", "adapter_config.json", *(["log.jsonl"] * filled)}
+    assert out.is_symlink() and {p.name for p in tmp_path.iterdir()} == {"out", "disk"}
+
+
+def test_what_an_export_replaces_and_in_which_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes a folder an adapter or a model comes last; of an earlier export nothing stays, of others' all."""
+    out, rename = tmp_path / "out", os.replace
+    order: list[str] = []
+    monkeypatch.setattr(os, "replace", lambda a, b: order.append(Path(b).name) or rename(a, b))
+
+    def write(*names: str) -> None:
+        with fresh_folder(out, overwrite=True) as folder:
+            for name in names:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).touch()
+
+    out.mkdir()
+    (out / "adapter_model.safetensors").write_bytes(b"theirs")
+    write("config.json", "model.safetensors")
+    assert {p.name for p in out.iterdir()} == {"adapter_model.safetensors", "config.json", "model.safetensors"}
+    order.clear()
+    write(
+        "verify/probes.safetensors", "tokenizer.json", "adapter_config.json", "README.md", "adapter_model.safetensors"
+    )
+    assert order[-2:] == ["adapter_model.safetensors", "adapter_config.json"] and len(order) == 5
+    order.clear()
+    write("verify/probes.safetensors", "model.safetensors", "config.json", "adapter.gguf")
+    assert order[-2:] == ["adapter.gguf", "config.json"]
+    left = {"verify", "tokenizer.json", "README.md", "model.safetensors", "config.json", "adapter.gguf"}
+    assert {p.name for p in out.iterdir()} == left
+
+
+def test_what_a_killed_export_left_is_cleared_and_what_a_running_one_writes_is_not(tmp_path: Path) -> None:
+    running, killed, other = ".out.1.partial", ".out.999999999.partial", ".outer.999999999.partial"
+    for name in (running, killed, other):
+        (tmp_path / name).mkdir()
+    with fresh_folder(tmp_path / "out", overwrite=False):
+        assert {p.name for p in tmp_path.iterdir() if p.name.endswith("partial")} == {
+            running,
+            other,
+            f".out.{os.getpid()}.partial",
+        }
+    assert {p.name for p in tmp_path.iterdir()} == {running, other, "out"}
 
 
 COMMANDS: dict[str, Callable[[str], list[str]]] = {
@@ -112,6 +182,55 @@ def test_a_write_that_fails_names_the_file_and_leaves_nothing_beside_it(tmp_path
         write_text(tmp_path / "taken", "text")
     assert found.value.filename == str(tmp_path / "taken")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, sync, rename = tmp_path / "run.json", os.fsync, os.replace
+    path.write_text("old", encoding="utf-8")
+    calls: list[tuple[str, object]] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(("to disk", os.fstat(fd).st_size)) or sync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append(("rename", path.read_text())) or rename(a, b))
+    write_text(path, "the new text")
+    assert calls == [("to disk", 12), ("rename", "old")]
+    assert path.read_text(encoding="utf-8") == "the new text" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_is_complete_once_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its note comes last, and names neither itself nor what was left half-written."""
+    parts = {"model.safetensors": b"1", "inner/optimizer.pt": b"22", STATE: b""}
+    for name, content in parts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    for left in (".loralign.json.7.tmp", NOTE):
+        (tmp_path / left).write_bytes(b"of an earlier attempt")
+    sync, rename = os.fsync, os.replace
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.add(os.fstat(fd).st_ino) or sync(fd))
+
+    def renamed(source: Path, target: Path) -> None:
+        assert target.name in (STATE, NOTE)
+        all_of_it = [tmp_path, *(tmp_path / name for name in parts)]
+        assert target.name == STATE or {p.stat().st_ino for p in all_of_it} <= synced
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    write_checkpoint(tmp_path, Note("lora", 7, {}), {"rule|0|mean": torch.ones(2)})
+    note = read_note(tmp_path)
+    assert note.step == 7 and set(note.parts) == set(parts)
+    assert note.parts["model.safetensors"] == (1, hashlib.sha256(b"1").hexdigest())
+
+
+def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "optimizer.pt").touch()
+    write_checkpoint(folder, Note("lora", 3, {}), {})
+    with monkeypatch.context() as patch:  # as a process that is killed before the first file is gone
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        remove(folder)
+    assert numbered(tmp_path) == [] and [p.name for p in remove_left(tmp_path)] == [".checkpoint-3.removed"]
 
 
 def test_a_lock_holds_on_a_full_disk_and_goes_with_its_owner(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Folders that appear whole: everything is written beside the target and renamed at the end."""
+"""Folders that appear whole: everything is written beside the target and renamed at the end; inside it where it is
+there already, since it may be a link or a disk of its own, into which nothing can be renamed from beside it."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def is_ours(folder: Path) -> bool:
 
 @contextmanager
 def fresh_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out`, or is merged into an earlier one, when the block succeeds.
+    """A temporary folder that becomes `out`, or whose files move into the `out` that is there, when the block succeeds.
 
     On any failure the temporary folder is removed and `out` is as it was. Raises LoralignError where `out` is
     not empty or another process writes into it, WorkFailed on a full disk.
@@ -63,7 +64,7 @@ def removed_on_failure(out: Path) -> Iterator[None]:
 
 def _made(out: Path, overwrite: bool) -> Iterator[Path]:
     check_free(out, overwrite=overwrite)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
+    temporary = (out if out.is_dir() else out.parent) / f".{out.name}.{os.getpid()}.partial"
     try:
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -82,10 +83,14 @@ def _made(out: Path, overwrite: bool) -> Iterator[Path]:
 def _remove_left(out: Path) -> None:
     """Temporary folders of exports that were killed; those of processes that run, or may run, are left alone."""
     alive = Path("/proc")
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+    for left in (*_left(out.parent, out), *_left(out, out)):
         pid = left.name.split(".")[-2]
         if pid == str(os.getpid()) or (alive.is_dir() and not (alive / pid).exists()):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _left(place: Path, out: Path) -> set[Path]:
+    return set(place.glob(f".{glob.escape(out.name)}.*.partial"))
 
 
 def disk_full(error: BaseException) -> str:
@@ -124,7 +129,7 @@ def check_place(out: Path, key: str = "") -> None:
 def check_free(out: Path, *, overwrite: bool) -> None:
     """Raise where no folder can be written, or something that must be kept lies in the way."""
     check_place(out)
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    if out.is_dir() and not overwrite and set(out.iterdir()) - _left(out, out):
         raise LoralignError(f"{out} {_holds(out)}: name another folder, or pass overwrite (--overwrite)")
 
 
@@ -135,7 +140,7 @@ def _holds(out: Path) -> str:
 
 
 def _publish(temporary: Path, out: Path) -> None:
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists():
         os.replace(temporary, out)
         return
     new = {p.relative_to(temporary) for p in temporary.rglob("*") if p.is_file()}
