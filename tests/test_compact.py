@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import toy
-from loralign import LoralignError, Recipe, adapt, build, drive, optimizer
+from loralign import LoralignError, Recipe, adapt, build, drive, optimizer, sites
 from loralign.cli.app import main
 from loralign.io.compact import expand
 from loralign.io.export import export
@@ -88,6 +88,10 @@ def test_only_what_is_exact_and_smaller_has_one(profile: Any, tmp_path: Path) ->
     export(model, tmp_path / "half", dtype=torch.bfloat16, base_id="toy", probes=batch_for(model))
     export(trained("delta-lora", {"wait_steps": 0}), tmp_path / "delta", base_id="toy", probes=batch_for(model))
     export(trained("lora", {}), tmp_path / "lora", base_id="toy", probes=batch_for(model))
+    site = sites(model)[0]
+    with torch.no_grad():
+        site.layer.lora_B["default"].live[:, 0] = 0.0  # type: ignore[index]
+    export(model, tmp_path / "fewer", drop={site.name: [0]}, base_id="toy", probes=batch_for(model))
     assert not list(tmp_path.rglob(COMPACT.name))
 
 

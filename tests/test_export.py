@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForTokenClassification
@@ -22,6 +22,7 @@ import warm
 from loralign import adapt, build, factors, sites
 from loralign.carrier.links import commit
 from loralign.io import adapter_file
+from loralign.io.adapter_file import check_supported
 from loralign.io.card import Card, read_card, write_card
 from loralign.io.export import ExportReport, base_name, export
 from loralign.io.layout import Product, Stored, limited, loss, padded, rounded
@@ -294,6 +295,8 @@ def test_rank_limit_without_loss_and_refusals() -> None:
     assert cut is None and kept["x"].A is A
     low, cut = limited({"x": Product(torch.cat([A, A]), torch.cat([B, B], dim=1))}, 2)
     assert cut is not None and cut.total < 1e-5 and low["x"].A.shape[0] == 2
+    small, cut = limited({"x": Product(torch.randn(6, 12), torch.randn(3, 6))}, 4)  # the product has rank 3
+    assert cut is not None and cut.total < 1e-5 and small["x"].A.shape == (3, 12) and small["x"].B.shape == (3, 3)
     with pytest.raises(LoralignError, match="start at 1"):
         limited({"x": Product(A, B)}, 0)
 
@@ -349,8 +352,29 @@ def test_merged_refuses_a_tied_head_and_a_dtype(tmp_path: Path) -> None:
         export(model, tmp_path / "out", profile="merged", base_id="x/y", dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("use_dora", True),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
+        ("layer_replication", [(0, 1)]),
+        ("trainable_token_indices", [3]),
+    ],
+)
+def test_refuses_what_factors_cannot_say(key: str, value: Any) -> None:
+    with pytest.raises(LoralignError, match=f"the adapter uses PEFT's `{key}`, which loralign does not export"):
+        check_supported(LoraConfig(**{"target_modules": ["q_proj"], key: value}))
+    check_supported(LoraConfig(target_modules=["q_proj"], target_parameters=["q_proj.weight"]))
+
+
 def test_refuses_what_is_not_factors(tmp_path: Path) -> None:
     model = trained(toy.llama(), recipe("lora", r=2))
+    model.merge_adapter()
+    with pytest.raises(WorkFailed, match="merged into the base in memory: call unmerge_adapter"):
+        export(model, tmp_path / "out", base_id="x/y")
+    model.unmerge_adapter()
     model.peft_config["default"].use_dora = True
     with pytest.raises(LoralignError, match="use_dora"):
         export(model, tmp_path / "out", base_id="x/y")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from loralign import Recipe, adapt, build, sites
 from loralign.carrier import layer
@@ -179,6 +180,40 @@ def test_whoever_watches_the_base_layer_sees_its_own_output() -> None:
         watched = model(x)
     assert torch.equal(seen[0], found.base_layer(x)) and not torch.equal(seen[0], watched)
     assert torch.equal(watched, model(x))
+
+
+def test_whoever_watches_all_modules_sees_the_base_layers_own_output() -> None:
+    model, found = adapted()
+    x, seen = torch.randn(4, 6), []
+    with register_module_forward_hook(lambda m, a, out: seen.append(out) if m is found.base_layer else None):
+        watched = model(x)
+    assert torch.equal(seen[0], found.base_layer(x)) and not torch.equal(seen[0], watched)
+
+
+def test_a_part_of_what_others_keep_is_not_written_into() -> None:
+    """As a layer that hands out a piece of a joint product."""
+    model, found = adapted()
+    x, whole = torch.randn(4, 6), []
+
+    class Part(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            whole.append(super().forward(x).repeat(2, 1))
+            return whole[0][: len(x)]
+
+    want = model(x)
+    plain = found.base_layer(x)
+    found.base_layer.__class__ = Part
+    assert torch.equal(model(x), want) and torch.equal(whole[0], plain.repeat(2, 1))
+
+
+def test_a_merged_adapter_counts_once() -> None:
+    model, _ = adapted()
+    x = torch.randn(4, 6)
+    want = model(x)
+    model.merge_adapter()
+    assert torch.allclose(model(x), want, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.allclose(model(x), want, atol=1e-5)
 
 
 def test_a_second_stock_adapter_works_in_half_precision() -> None:

@@ -210,6 +210,23 @@ def test_factors_made_together_have_the_gradients_of_factors_made_alone(reentran
         assert torch.allclose(g, wanted[name], rtol=1e-5, atol=1e-8), name
 
 
+def test_layers_that_train_learn_beside_layers_that_run_without_gradients() -> None:
+    """As a frozen or checkpointed block comes before one that is neither."""
+    model = moved()
+    first = model.get_base_model().model.layers[0]
+
+    def switch(on: bool) -> Any:
+        def hook(*_: Any) -> None:
+            torch.set_grad_enabled(on)
+
+        return hook
+
+    first.register_forward_pre_hook(switch(False))
+    first.register_forward_hook(switch(True))
+    found = gradients(model)
+    assert {name.split(".layers.")[1][0] for name, g in found.items() if g.any()} == {"1", "2"}
+
+
 def test_what_was_made_together_is_dropped_and_never_stale() -> None:
     """After the forward, also one that raised; within it, where a tensor is changed in place."""
     model = moved()

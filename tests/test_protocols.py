@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loralign import LoralignError, adapt, build, drive, factors, optimizer, peft_config, sites
 from loralign.maths.operators import Dense
+from loralign.optim.values import live_pairs
 from loralign.train.attach import attach
 from loralign.types import (
     NOTHING,
@@ -276,6 +277,10 @@ def test_a_knot_does_not_move_the_function(kind: str) -> None:
         driver.after_step()
         after = logits(model)
         assert (after - before).norm() <= 2e-6 * before.norm(), step
+        for pair in opt.values.pairs(live_pairs(opt.param_groups), {}) if kind == "twin chain" else ():
+            A, B = factors(opt.sites[pair.name])  # [ΔA; A0; links], s·[B0 + ΔB | ΔB | links]
+            torch.testing.assert_close(pair.A, A[: made.r] + A[made.r : 2 * made.r])
+            torch.testing.assert_close(pair.s * pair.B, B[:, : made.r])
     site = sites(model)[0]
     assert site.layer.lora_variant["default"].links == ((6, 6) if kind == "twin chain" else (3, 3))
     assert factors(site)[0].shape[0] == (18 if kind == "twin chain" else 9)

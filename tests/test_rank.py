@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -704,7 +705,10 @@ def test_a_skipped_step_is_not_observed(tmp_path: Path) -> None:
     kept = {n: p.clone() for n, p in trainer.model.named_parameters()}
     for p in trainer.model.parameters():
         p.grad = torch.full_like(p, float("inf")) if p.requires_grad else None
+    forgotten: list[None] = []
+    callback.driver.inputs = SimpleNamespace(taken=lambda: forgotten.append(None))  # type: ignore[assignment,union-attr]
     callback.on_optimizer_step(trainer.args, trainer.state, trainer.control)
+    assert len(forgotten) == 1
     assert all(torch.equal(before[k], v) for k, v in callback.optimizer.rule_states[0].items())
     assert all(torch.equal(kept[n], p) for n, p in trainer.model.named_parameters())
 

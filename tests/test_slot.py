@@ -75,6 +75,35 @@ def test_an_update_that_hides_the_start_is_a_diverged_run() -> None:
         side.folded(side.live)
 
 
+def test_constants_keep_their_precision_and_never_go_to_meta() -> None:
+    model, side = twin()
+    start = side.frozen.clone()
+    for move in (model.bfloat16, model.double, lambda: model.to("meta")):
+        move()
+        assert side.frozen.dtype == torch.float32 and torch.equal(side.frozen, start)
+
+
+def test_what_was_loaded_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under FSDP live and frozen slots stand apart in a state dict, which a checkpoint is read into in place."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    _, side = twin()
+    state, start = side.state_dict(), side.frozen.clone()
+    assert set(state) == {"weight", "frozen"} and state["weight"].shape == side.live.shape
+    side.load_state_dict(state)
+    state["frozen"].zero_()
+    assert torch.equal(side.frozen, start)
+
+
+@pytest.mark.parametrize("columns", [2, 4, 6])
+def test_a_file_that_lacks_the_start_is_refused(columns: int) -> None:
+    """[B0 + ΔB | ΔB] has eight columns here; without them the base would move."""
+    _, side = twin()
+    before = side.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"a twin of rank 4 needs 8|no frozen slots in this file, the model has 4"):
+        side.load_state_dict({"weight": torch.ones(40, columns)})
+    assert columns == 4 or torch.equal(side.weight, before)
+
+
 @pytest.mark.parametrize("name", ["pissa", "chain-of-lora", "sbora-fa", "sora"])
 def test_a_forward_folds_no_weight_that_nobody_multiplies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT's own forward reads `lora_A.weight.dtype`; a mixed batch, a merge and a file still get the folded factor."""
