@@ -3,15 +3,20 @@
 import functools
 import gc
 import os
+import tempfile
 from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 
 
-def pytest_configure() -> None:
-    """A model leaves thousands of objects behind that are no garbage."""
+def pytest_configure(config: pytest.Config) -> None:
+    """A model leaves thousands of objects behind that are no garbage. The processes of a run share those of warm.py."""
     gc.set_threshold(10_000, 20, 20)
+    if not hasattr(config, "workerinput"):
+        room = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        os.environ["LORALIGN_WARM"] = room.name
+        config.add_cleanup(room.cleanup)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,6 +8,7 @@ what a command does; those of how a process starts start one themselves.
 from __future__ import annotations
 
 import atexit
+import fcntl
 import functools
 import gc
 import importlib
@@ -16,6 +17,7 @@ import os
 import pickle
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,11 +27,13 @@ from multiprocessing import get_context
 from multiprocessing.synchronize import Lock
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     import pytest
 
+ROOM = "LORALIGN_WARM"
+"""In the environment: a folder that the processes of one test run share."""
 CLEAN = ("torch", "transformers", "peft", "safetensors.torch", "transformers.models.llama.modeling_llama")
 WHOLE = (*CLEAN, "transformers.models.bert.modeling_bert", "transformers.trainer", "accelerate", "datasets", "trl")
 LATE = ("trl.trainer.sft_trainer", "optuna", "scipy.special", "matplotlib.figure", "matplotlib.backends.backend_agg")
@@ -78,12 +82,11 @@ def _run(
         for each in rooms:
             each.mkdir()
         asked["calls"] = [[list(c[1 + isolated :]), str(each)] for c, each in zip(commands, rooms, strict=True)]
-        process, turn = server(isolated)
-        assert process.stdin is not None and process.stdout is not None
+        line, turn = server(isolated)
         with turn:
-            process.stdin.write(json.dumps(asked) + "\n")
-            process.stdin.flush()
-            codes = json.loads(process.stdout.readline())
+            line.write(json.dumps(asked) + "\n")
+            line.flush()
+            codes = json.loads(line.readline())
         said = [[(each / name).read_text(encoding="utf-8") for name in ("out", "err")] for each in rooms]
     return [subprocess.CompletedProcess(list(c), n, *s) for c, n, s in zip(commands, codes, said, strict=True)]
 
@@ -94,27 +97,74 @@ def verification(patch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def server(isolated: bool) -> tuple[subprocess.Popen[str], Lock]:
-    """The process, and whose turn it is: those that are forked after this call ask the same one. It ends when its pipe
-    is closed."""
-    command = [sys.executable, *(["-I"] if isolated else []), __file__, *(CLEAN if isolated else (*WHOLE, *LATE))]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(process.communicate)
-    return process, get_context("fork").Lock()
+def server(isolated: bool) -> tuple[TextIO, Lock]:
+    """A line to the process, and whose turn it is: those that are forked after this call use the same line.
+
+    The first of a test run's processes that asks starts it, the others find it; it ends when all lines are closed.
+    """
+    room = Path(os.environ.get(ROOM) or tempfile.mkdtemp())
+    place, line = room / ("clean" if isolated else "whole"), socket.socket(socket.AF_UNIX)
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            _start(place, isolated)
+        line.connect(str(place))
+    talk = line.makefile("rw", encoding="utf-8")
+    atexit.register(talk.close)
+    return talk, get_context("fork").Lock()
 
 
-def _serve(modules: Sequence[str]) -> None:
-    """A line of JSON for each request, answered by the exit codes."""
+def _start(place: Path, isolated: bool) -> None:
+    modules = CLEAN if isolated else (*WHOLE, *LATE)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place))
+        listener.listen()
+        listener.set_inheritable(True)
+        command = [sys.executable, *(["-I"] if isolated else []), __file__, str(listener.fileno()), *modules]
+        nowhere = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1)]
+        os.posix_spawn(sys.executable, command, os.environ, file_actions=nowhere)
+
+
+def _serve(listener: socket.socket, modules: Sequence[str]) -> None:
+    """A process for every line."""
     sys.path.pop(0) if sys.path[0] == os.path.dirname(__file__) else None
     gc.disable()
     for module in modules:
         importlib.import_module(module)
     gc.freeze()  # what is shared stays shared
     gc.enable()
-    for line in sys.stdin:
-        asked = json.loads(line)
-        started = [_fork(argv, room, asked) for argv, room in asked["calls"]]
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]), flush=True)
+    listener.settimeout(1.0)
+    while True:
+        try:
+            line, _ = listener.accept()
+        except TimeoutError:
+            if not _some_are_left():
+                return
+            continue
+        if not os.fork():
+            listener.close()
+            _answer(line)
+            os._exit(0)
+        line.close()
+
+
+def _some_are_left() -> bool:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _answer(line: socket.socket) -> None:
+    """A line of JSON for each request, answered by the exit codes."""
+    with line.makefile("rw", encoding="utf-8") as talk:
+        for said in talk:
+            asked = json.loads(said)
+            started = [_fork(argv, room, asked) for argv, room in asked["calls"]]
+            talk.write(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]) + "\n")
+            talk.flush()
 
 
 def _fork(argv: list[str], room: str, asked: Mapping[str, Any]) -> int:
@@ -166,4 +216,4 @@ def _execute(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1:])
+    _serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
