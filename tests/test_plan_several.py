@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ STEP = Step(2, 16, bf16=True)
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 32}
 
 
+@cache
 def planned(name: str, layout: Layout, step: Step = STEP, **options: Any) -> Estimate:
     with torch.device("meta"):
         base = llama(**SIZES).to(torch.bfloat16)
