@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from loralign.carrier.packed import is_packed
 from loralign.carrier.sites import target_weights
 from loralign.types import Full, LoralignError
 
@@ -17,7 +18,7 @@ def masters(model: nn.Module, reference: Full) -> dict[str, torch.dtype]:
     """Let these matrices train, in fp32, and nothing else; returns the dtypes that they had."""
     wanted = target_weights(model, reference)
     for name, p in wanted.items():
-        if not p.is_floating_point():
+        if is_packed(p) or not p.is_floating_point():
             raise LoralignError(
                 f"{reference.name} trains the matrices themselves, and {name} is stored quantised: load a base that is "
                 "not, or train an adapter"

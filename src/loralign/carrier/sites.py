@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loralign.carrier.abilities import modules_to_save, task_type
 from loralign.carrier.gathered import fold_gathered
+from loralign.carrier.packed import make_lean
 from loralign.carrier.slot import effective, is_adapted, whole
 from loralign.carrier.storage import SlotLinear
 from loralign.carrier.targets import PREFIX, anchored, by_weight, chosen, ranks_of, strangers
@@ -79,7 +80,9 @@ def put_in(model: nn.Module, recipe: Recipe) -> PeftModel:
 
 
 def as_layers(model: PeftModel, adapter: str = ADAPTER) -> None:
-    """Linear layers that PEFT reached by their weight become its ordinary adapted layers; names and values stay."""
+    """Linear layers that PEFT reached by their weight become its ordinary adapted layers, layers around torchao's
+    weights keep no copies of them; names and values stay."""
+    make_lean(model)
     config = model.peft_config[adapter]
     for name, wrapper in list(model.named_modules()):
         if type(wrapper).__name__ != "ParamWrapper" or not isinstance(wrapper.base_layer, nn.Linear):

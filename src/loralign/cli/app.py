@@ -41,6 +41,10 @@ Overrides = Annotated[
 ]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `train`, `init` or `export` wrote.")]
 Base = Annotated[str | None, typer.Option(help="Folder or hub id of the base model; default: what the adapter names.")]
+Quantise = Annotated[
+    str | None,
+    typer.Option("--quantize", help="The base while it is loaded: nf4, int8, none; default: as trained."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -190,6 +194,7 @@ def export(
         typer.Option(help="peft; portable: for vLLM; gguf: for llama.cpp, Ollama; merged: no adapter."),
     ] = Profile.peft,
     base: Base = None,
+    quantize: Quantise = None,
     dtype: Annotated[Store | None, typer.Option(help="Of the stored factors; default: float32.")] = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="Truncate to this rank; the loss is stated.")] = None,
     power_of_two: Annotated[bool, typer.Option("--power-of-two", help="Pad the rank of `portable`.")] = False,
@@ -205,7 +210,7 @@ def export(
     from loralign.io.export import export as write
     from loralign.train.use import has_tokenizer
 
-    model, tokenizer, named = opened(folder, base, out)
+    model, tokenizer, named = opened(folder, base, quantize, out)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype.value)} if dtype else {}
     own = profile.value == "merged" or has_tokenizer(folder)
     report = write(
@@ -234,6 +239,7 @@ def evaluate(
         str | None,
         typer.Option(help="Names of columns, as `data.columns` has them; default: those of the adapter's training."),
     ] = None,
+    quantize: Quantise = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
     as_json: AsJson = False,
@@ -245,7 +251,8 @@ def evaluate(
     names = None if columns is None else columns_of(columns)
     with progress() as report:
         found = measure(
-            folder, data, base=base, columns=names, limit=limit, max_new_tokens=max_new_tokens, progress=report
+            folder, data, base=base, columns=names, quantize=quantize, limit=limit, max_new_tokens=max_new_tokens,
+            progress=report,
         )
     if as_json:
         say(json.dumps(found))
@@ -259,12 +266,13 @@ def generate(
     folder: Folder,
     prompt: Annotated[list[str], typer.Option(help="A user's turn; may be repeated.")],
     base: Base = None,
+    quantize: Quantise = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
 ) -> None:
     """One greedy answer per prompt."""
     from loralign.train.use import generate as answer
 
-    for text in answer(folder, prompt, base=base, max_new_tokens=max_new_tokens):
+    for text in answer(folder, prompt, base=base, quantize=quantize, max_new_tokens=max_new_tokens):
         say(text)
 
 

@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 
+from loralign.carrier.quantise import CPU_MEND, check_device
 from loralign.config.recipe import RunFile, to_job
 from loralign.evidence.subspace import check_sources
 from loralign.methods.table import method
 from loralign.plan.combinations import Surroundings, check_combination
 from loralign.plan.course import idle
 from loralign.plan.memory import Estimate, estimate
-from loralign.plan.quantised import UnknownQuantisation, quantisation, saved_bytes
+from loralign.plan.quantised import UnknownQuantisation, saved_bytes, section_of
 from loralign.plan.several import ALONE, Layout
 from loralign.plan.trace import Step, example_batch, model_loss, trace
 from loralign.train.job import USUAL_LENGTH, Job
 from loralign.train.model import described, hidden_size, row_length
+from loralign.train.split import check_base
 from loralign.types import CommonSubspace, Full, LoralignError, Recipe
 
 
@@ -55,7 +57,8 @@ def planned(file: RunFile, device: str = "auto", layout: Layout = ALONE) -> Plan
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = t.precision == "bf16" or (t.precision == "auto" and device == "cuda")
-    make = partial(described, file.model, **place, dtype=torch.bfloat16 if bf16 else torch.float32)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    make = partial(described, file.model, **place, dtype=dtype)
     model = make()
     length = row_length(model, file.model, job.data.max_length, "data.max_length", USUAL_LENGTH)
     job = replace(job, data=replace(job.data, max_length=length))
@@ -72,7 +75,10 @@ def planned(file: RunFile, device: str = "auto", layout: Layout = ALONE) -> Plan
     s = recipe.s() if isinstance(recipe, Recipe) else 1.0
     kinds = dict.fromkeys(method(part).export for part in file.method.split("+"))
     export = " + ".join(kind for kind in kinds if kind != "exact") or "exact"
-    section = quantisation(model.config)
+    section = section_of(file.quantize, file.model, model.config, dtype)
+    check_base(section, layout.sharded)
+    if file.quantize is not None:
+        check_device(file.quantize, device, f"{CPU_MEND}; to plan for a GPU say `--device cuda`")
     if section and not isinstance(recipe, Recipe):
         raise LoralignError(f"{recipe.name} trains the matrices themselves, and {file.model} stores them quantised")
     less, most = _stored_less(file.model, model, section)
@@ -128,6 +134,7 @@ def as_data(found: Planned) -> dict[str, Any]:
         "lr_s": found.lr_s,
         "lr_source": t.lr_source,
         "export": found.export,
+        "quantize": found.job.quantize,
         "step": asdict(found.step),
         "layout": asdict(found.layout),
         "warnings": warnings(found),
@@ -155,6 +162,8 @@ def costs(found: Planned) -> list[str]:
     """What a step and the start take."""
     e, t, step = found.estimate, found.job.training, found.step
     masters = isinstance(found.job.recipe, Full) and step.bf16
+    kind = found.job.quantize
+    quantised = f"               weights: quantised to {kind} while they are loaded, linear layers but the head"
     parts = {
         "weights": e.weights_bytes,
         "adapter": e.adapter_bytes,
@@ -168,6 +177,7 @@ def costs(found: Planned) -> list[str]:
         f"memory         {_size(e.peak_bytes)} at the peak of a step ({_where(step, found.layout)})",
         f"               {', '.join(f'{name} {_size(count)}' for name, count in parts.items() if count)}",
         *(["               weights: what trains is kept in fp32, and multiplied in bf16"] if masters else []),
+        *([quantised] if kind else []),
         f"init           {_init(e)}",
     ]
 

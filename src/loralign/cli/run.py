@@ -114,7 +114,7 @@ def job_of(path: Path, overrides: Sequence[str] | None, *, resume: bool = False)
     return job
 
 
-def opened(folder: Path, base: str | None, out: Path) -> tuple[Any, Any, dict[str, Any]]:
+def opened(folder: Path, base: str | None, quantize: str | None, out: Path) -> tuple[Any, Any, dict[str, Any]]:
     """Adapted model, tokenizer, and the base's name and revision as the folder has them; `out` must be another one, and
     writable."""
     from loralign.io.folder import check_place
@@ -124,6 +124,6 @@ def opened(folder: Path, base: str | None, out: Path) -> tuple[Any, Any, dict[st
     if out.is_dir() and folder.is_dir() and out.samefile(folder):
         raise LoralignError(f"{out} is the adapter that is exported: name another folder")
     check_place(out)
-    model, tokenizer = open_adapter(folder, base)
+    model, tokenizer = open_adapter(folder, base, quantize)
     config = model.peft_config["default"]
     return model, tokenizer, {"base_id": config.base_model_name_or_path, "revision": config.revision}

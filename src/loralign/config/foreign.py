@@ -30,7 +30,7 @@ FOREIGN = {
 """Keys that mean one of ours."""
 
 _METHOD = "choose `method`; `loralign methods` lists them"
-_QUANTISED = "a base is trained as it is stored: name a checkpoint that is stored quantised in `model`"
+_QUANTISED = "a recipe of `train` says `quantize: {}`; studies and tasks do not quantise"
 _TOKENIZER = "the tokenizer beside the model is used, with its own chat template"
 _WHOLE = "a recipe file adapts linear layers; in Python `attach` takes more (docs/trainers.md)"
 _SHARES = "give each source in `data.train` a `share`: {source: a.jsonl, share: 0.7} (docs/data.md)"
@@ -43,6 +43,10 @@ _COLUMNS = {
 """What a column is called, to our name of it."""
 _LAUNCH = "start the run with `accelerate launch` or torchrun (docs/scale.md)"
 _ATTENTION = "attention is the one that Transformers chooses"
+_QUANTISATION = (
+    *("quantization_bit", "quantization_config", "quantization_method", "quantization_type", "double_quantization"),
+    *("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_config", "bits"),
+)
 
 
 def _named(ours: str) -> str:
@@ -52,13 +56,16 @@ def _named(ours: str) -> str:
 INSTEAD = {
     "warmup_steps": "set `train.warmup`, a share of the steps",
     "gradient_accumulation_steps": "set `train.batch_size`, rows of a step, and `train.micro_batch_size`, of a forward",
-    **dict.fromkeys(("adapter", "finetuning_type", "peft_type", "init_lora_weights", "use_dora"), _METHOD),
+    **dict.fromkeys(("finetuning_type", "peft_type", "init_lora_weights", "use_dora"), _METHOD),
+    "adapter": "choose `method` (`loralign methods` lists them), and for QLoRA `quantize: nf4` beside it",
     "use_rslora": "set `method: rslora`",
     "loraplus_lr_ratio": "set `method: lora-plus` and its `options.ratio`",
     "full_finetuning": "set `method: full`",
     "lora_target_linear": "`targets: all-linear` is the default",
     **dict.fromkeys(("optim", "optimizer"), "the method brings its optimizer: choose `method`"),
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit", "quantization_config"), _QUANTISED),
+    "load_in_4bit": _QUANTISED.format("nf4"),
+    "load_in_8bit": _QUANTISED.format("int8"),
+    **dict.fromkeys(_QUANTISATION, _QUANTISED.format("nf4` or `int8")),
     **dict.fromkeys(("template", "chat_template", "special_tokens", "tokenizer", "tokenizer_name"), _TOKENIZER),
     **dict.fromkeys(("modules_to_save", "lora_modules_to_save", "additional_target", "bias"), _WHOLE),
     **dict.fromkeys(("stage", "rl"), "`train` fine-tunes on rows; DPO and others in Python (docs/trainers.md)"),

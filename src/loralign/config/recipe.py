@@ -179,6 +179,7 @@ def to_job(file: RunFile, hidden_size: int) -> Job:
         revision=file.revision,
         seed=file.seed,
         trust_remote_code=file.trust_remote_code,
+        quantize=file.quantize,
         cache=Path(file.cache).expanduser() if file.cache else None,
         source=file.model_dump(mode="json", exclude_unset=True),
     )
@@ -204,6 +205,11 @@ def _consistent(file: RunFile) -> None:
         near = min(fitting, key=lambda d: (abs(d - t.micro_batch_size), d))  # type: ignore[operator]
         raise LoralignError(
             f"`train.batch_size` {rows} is no multiple of `train.micro_batch_size` {t.micro_batch_size}: take {near}"
+        )
+    if file.quantize is not None and any(method(part).reference for part in file.method.split("+")):
+        raise LoralignError(
+            f"`method: {file.method}` trains the weights that `quantize: {file.quantize}` rounds: leave `quantize` "
+            "out, or train an adapter"
         )
     best = "train.patience" if t.patience is not None else "train.load_best" if t.load_best else ""
     needy = best or ("train.eval_every" if t.eval_every is not None else "")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from loralign.carrier.quantise import Quantize
 from loralign.data.columns import faults
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -182,6 +183,9 @@ class RunFile(RecipeKeys):
     """Rows, and how they become tokens."""
     train: TrainSection = TrainSection()
     """The optimisation."""
+    quantize: Quantize | None = None
+    """Quantise the frozen base while it is loaded, in memory only: nf4 (QLoRA; bitsandbytes, a GPU) or int8 (torchao);
+    omitted: not, a checkpoint that is stored quantised stays as it is."""
     trust_remote_code: bool = False
     """Run code that the model's repository ships."""
     cache: Target | None = None

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from loralign.carrier.packed import is_packed
 from loralign.carrier.slot import whole
 from loralign.evidence.ranks import from_every_rank, world
 from loralign.evidence.tap import Spent
@@ -60,7 +61,7 @@ def weights_sample(model: nn.Module) -> bytes:
     for name, p in model.named_parameters():
         if ".lora_" not in name:
             stored = p.detach()
-            if type(stored).__module__.startswith("torchao."):  # no views of its packed numbers
+            if is_packed(stored):  # no views of its numbers
                 stored = stored.dequantize()
             flat = whole(stored).reshape(-1)
             found.append(b"" if flat.is_meta else _bytes(flat[:: max(1, flat.numel() // 1024)]))

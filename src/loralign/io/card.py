@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from loralign.carrier.quantise import short
 from loralign.io.folder import CARD, GGUF, writing
 from loralign.io.json_file import read_json
 from loralign.io.provenance import versions, write_text
@@ -147,6 +148,8 @@ def _use(card: Card) -> str:
         revision = card.export.revision if card.export else card.revision
         pinned = f', revision="{revision}"' if revision else ""
         pinned += f", num_labels={card.export.labels}" if card.export and card.export.labels is not None else ""
+        settings = card.export.quantization if card.export else None
+        pinned += f", quantization_config={short(settings)}" if settings else ""
         code = (
             f"from peft import PeftModel\nfrom transformers import {auto}\n"
             f'model = PeftModel.from_pretrained({auto}.from_pretrained("{_base(card)}"{pinned}), "path/to/this/folder")'

@@ -135,8 +135,7 @@ def load_base(source: str, revision: str | None, how: dict[str, Any], device: st
         options["device_map"] = device
         if getattr(config, "quantization_config", None) is None:  # quantised while it is loaded
             options["quantization_config"] = how["quantization"]
-    else:
-        options["dtype"] = getattr(torch, how["base_dtype"])
+    options["dtype"] = getattr(torch, how["base_dtype"])
     if "gguf_file" not in options:
         options["use_safetensors"] = True
     try:

@@ -23,6 +23,7 @@ from annotated_types import Interval
 from peft import PeftModel
 from torch import Tensor
 
+from loralign.carrier.packed import is_quantised, while_loaded
 from loralign.carrier.sites import ADAPTER, sites
 from loralign.carrier.slot import LowRankVariant
 from loralign.carrier.targets import PREFIX
@@ -52,7 +53,6 @@ from loralign.io.probes import (
     base_layer,
     difference,
     full_precision,
-    is_quantised,
     logits,
     low_rank_layer,
     probe_inputs,
@@ -136,6 +136,7 @@ def export(
         method_exact=_exact_forms(found),
         truncation=truncation,
         cut_to=max_rank or 0,
+        quantization=while_loaded(model.get_base_model()),
     )
     inputs = probe_inputs(model, probes)
     make = _merged if profile == "merged" else _adapter

@@ -20,9 +20,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loralign.carrier.packed import is_packed, is_quantised
 from loralign.carrier.sites import weight
 from loralign.io.layout import Product
-from loralign.io.probes import Layer, is_quantised
+from loralign.io.probes import Layer
 from loralign.types import LoralignError, Site, WorkFailed
 
 
@@ -78,7 +79,9 @@ def _dequantised_state(base: Any, adapter: str) -> dict[str, Tensor]:
     state = _plain_state(base, adapter)
     dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
     for name, module in base.named_modules():
-        if isinstance(module, nn.Linear) and ".lora_" not in name and not module.weight.is_floating_point():
+        if not isinstance(module, nn.Linear) or ".lora_" in name:
+            continue
+        if is_packed(module.weight) or not module.weight.is_floating_point():
             state[f"{name.removesuffix('.base_layer')}.weight"] = dequantize_module_weight(module).to(dtype).cpu()
     wanted = skeleton(base).state_dict().keys()
     return {k: v for k, v in state.items() if k in wanted}

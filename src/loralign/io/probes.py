@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from loralign.carrier.abilities import fresh_heads, text_config
 from loralign.carrier.layer import first_input
+from loralign.carrier.packed import has_kernels, is_quantised, while_loaded
+from loralign.carrier.quantise import as_data
 from loralign.carrier.stored import digest
 from loralign.io.folder import ADAPTER_CONFIG, PROBES
 from loralign.io.host import free_host_memory
@@ -173,12 +175,6 @@ def full_precision(model: nn.Module) -> Iterator[torch.dtype]:
         torch.set_float32_matmul_precision(matmul)
 
 
-def is_quantised(model: nn.Module) -> bool:
-    """By the layers, not by the config: a model read from GGUF is marked as quantised though its layers are plain."""
-    packed = any(name.endswith("qweight") for name, _ in model.named_buffers())
-    return packed or any(not p.is_floating_point() for p in model.parameters())
-
-
 def _fits(half: Sequence[Tensor]) -> bool:
     needed: dict[torch.device, int] = {}
     for tensor in half:
@@ -260,8 +256,7 @@ def record(
     model: PeftModel, profile: str, precision: torch.dtype, value: Tensor, effect: float, lost: float
 ) -> Recorded:
     base: Any = model.get_base_model()
-    quantised = is_quantised(base)
-    settings = base.config.quantization_config if quantised and profile != "merged" else None
+    settings = while_loaded(base) or (as_data(base.config.quantization_config) if has_kernels(base) else None)
     fresh = bool(fresh_heads(base))
     name, attention = type(base).__name__, base.config._attn_implementation
     return Recorded(
@@ -273,9 +268,9 @@ def record(
         dtype=str(precision).removeprefix("torch."),
         device=next(model.parameters()).device.type,
         attention=attention if attention in ("eager", "sdpa") else None,
-        quantization=settings if settings is None or isinstance(settings, dict) else settings.to_dict(),
+        quantization=None if profile == "merged" else settings,
         kept=kept(value),
-        tolerance=TOLERANCE[torch.bfloat16 if quantised else precision],
+        tolerance=TOLERANCE[torch.bfloat16 if has_kernels(base) else precision],
         effect=effect,
         lost=lost,
     )

@@ -20,7 +20,8 @@ from loralign.maths.whole import replacing
 
 log = logging.getLogger("loralign")
 
-PACKAGES = ("loralign", "torch", "transformers", "peft", "accelerate", "trl", "datasets", "safetensors")
+PACKAGES = ("loralign", "torch", "transformers", "peft", "accelerate", "trl", "datasets", "safetensors",
+            "bitsandbytes", "torchao")  # fmt: skip
 
 
 def versions() -> dict[str, str]:

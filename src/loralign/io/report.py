@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from loralign.carrier.quantise import kind_of
 from loralign.io.folder import COMPACT, GGUF
 from loralign.io.layout import Loss
 from loralign.io.portable import serving_note
@@ -43,8 +45,16 @@ class ExportReport:
     """Bytes of the compact file over those of the adapter's, where there is one."""
     labels: int | None = None
     """Of a classifier's head, which the adapter holds."""
+    quantization: Mapping[str, Any] | None = None
+    """By which the base was quantised while it was loaded."""
     traps: tuple[str, ...] = ()
     """What servers would do wrong with this folder (profile portable: none)."""
+
+    @property
+    def kind(self) -> str:
+        """Of that quantisation, "" where there was none."""
+        said = self.quantization
+        return "" if said is None else kind_of(said) or str(said.get("quant_method", "other"))
 
     @property
     def rank(self) -> int:
@@ -59,6 +69,11 @@ class ExportReport:
             low, high = min(self.ranks.values()), self.rank
             ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
             said = [f"Plain LoRA, profile {self.profile}, {ranks} on {len(self.ranks)} modules, {self.dtype}; {kind}."]
+        if self.kind and self.profile != "merged":
+            said.append(
+                f"Trained and compared on the base quantised to {self.kind} while it was loaded. Stock PEFT loads the "
+                "adapter on the base as it is, too: logits there differ by what was rounded, which nothing here bounds."
+            )
         if self.compact is not None:
             said.append(
                 f"`{COMPACT}` holds the same in {self.compact:.0%} of the bytes; `loralign expand` writes the plain "

@@ -214,7 +214,7 @@ RESOLVED = {
 }
 """Names that stand for a recipe only where a model, its rows and a memory are known."""
 ELSEWHERE = {
-    "qlora": "is LoRA on a quantised base: set `method: lora`, and as `model` a checkpoint that is stored quantised",
+    "qlora": "is LoRA on a quantised base: set `method: lora` and `quantize: nf4`",
 }
 """Names of what is no method here, but the base's or the run's to decide."""
 

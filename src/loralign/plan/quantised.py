@@ -1,4 +1,5 @@
-"""What a checkpoint's own quantisation makes of its weights, from `quantization_config` alone.
+"""What quantisation makes of a base's weights, from a `quantization_config` alone: the checkpoint's own, or the one by
+which the base is quantised while it is loaded.
 
     bitsandbytes 4-bit    ½ B a number, 4 B per 64 numbers; with double quantisation 1 B and 4 B per 16,384
     bitsandbytes 8-bit    1 B a number, 4 B a row                       torchao int8   1 B a number, 4 B a row
@@ -12,7 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
+
+from loralign.carrier.quantise import KINDS, Quantize, as_data, check_plain
 
 
 class UnknownQuantisation(ValueError):
@@ -21,11 +25,21 @@ class UnknownQuantisation(ValueError):
 
 def quantisation(config: Any) -> dict[str, Any]:
     """The section of a model's config as plain data, {} where there is none."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return {}
-    section = dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+    section = as_data(getattr(config, "quantization_config", None))
     return {} if "gguf" in str(section.get("quant_method", "")).lower() else section  # de-quantised while it is loaded
+
+
+def section_of(quantize: Quantize | None, name: str, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """The section that a base has once it is loaded: its own, or that of the kind by which it is quantised meanwhile.
+
+    Raises:
+        LoralignError: both.
+    """
+    stored = quantisation(config)
+    if quantize is None:
+        return stored
+    check_plain(quantize, name, stored)
+    return KINDS[quantize].settings(dtype)
 
 
 def saved_bytes(model: nn.Module, section: Mapping[str, Any]) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
+from loralign.carrier.packed import not_sent
 from loralign.carrier.sites import ADAPTER, as_layers, beside, differing_target, peft_config, sites
 from loralign.evidence import Evidence, Progress
 from loralign.evidence.store import check_replicas
@@ -135,6 +136,7 @@ def attach(
     trainer.args.max_grad_norm = 0.0
     trainer.args.save_total_limit = None
     trainer.args.ddp_broadcast_buffers = False
+    not_sent(model)
     if compile == "auto":
         trainer.add_callback(Until(compile_blocks(model)))
     return callback

@@ -122,7 +122,7 @@ def given_settings(job: Job, rows: Mapping[str, str]) -> dict[str, Any]:
     found |= {"max_grad_norm": r.max_grad_norm}
     if not isinstance(r, Full):
         found |= {"rank": r.r, "alpha": r.alpha, "dropout": r.dropout, "ranks": dict(r.ranks)}
-    found |= {key: job.source.get(key) for key in ("preset", "options")}
+    found |= {key: job.source.get(key) for key in ("preset", "options")} | {"quantize": job.quantize}
     return {key: value for key, value in found.items() if key not in FREE}
 
 
@@ -149,9 +149,12 @@ def check_unchanged(job: Job, rows: Mapping[str, str]) -> Begun:
 
 
 def check_settings(output: Path, now: Mapping[str, str], rows: Collection[str]) -> Begun:
-    """Refuse where the run in `output` began with other settings. rows: keys whose values are fingerprints."""
+    """Refuse where the run in `output` began with other settings. rows: keys whose values are fingerprints.
+
+    A key that the run does not name, because it is younger, was None then.
+    """
     begun = read_begun(output)
-    changed = [key for key in now if begun.settings.get(key) != now[key]]
+    changed = [key for key in now if begun.settings.get(key, repr(None)) != now[key]]
     if not changed:
         return begun
     key, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""

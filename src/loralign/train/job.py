@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from loralign.carrier.quantise import Quantize
 from loralign.data.mix import Mix, Source
 from loralign.types import Full, Recipe
 
@@ -88,6 +89,8 @@ class Job:
     revision: str | None = None
     seed: int = 0
     trust_remote_code: bool = False
+    quantize: Quantize | None = None
+    """How the base is quantised while it is loaded."""
     cache: Path | None = None
     """Folder of the evidence cache, None: none is kept."""
     source: dict[str, Any] = field(default_factory=dict)

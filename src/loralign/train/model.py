@@ -20,8 +20,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers import AutoQuantizationConfig
 
 from loralign.carrier.abilities import fresh_heads, positions, width
+from loralign.carrier.quantise import CPU_MEND, KINDS, Quantize, as_data, check_device, check_installed, check_plain
 from loralign.carrier.slot import is_adapted
 from loralign.carrier.storage import will_be_split
 from loralign.carrier.stored import CONFIG, BadInput, check_base, out_of_memory
@@ -78,16 +80,21 @@ def load(
     revision: str | None = None,
     precision: str = "auto",
     trust_remote_code: bool = False,
+    quantize: Quantize | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model with its tokenizer, on the GPU where there is one; on the host where FSDP will split it.
 
     name: a folder, a hub id, or a `.gguf` file. precision: "fp32", "bf16" or "auto" (bf16 on a GPU that has it).
-    trust_remote_code: run code that a model repository ships; off unless asked for. Nothing is unpickled.
+    trust_remote_code: run code that a model repository ships; off unless asked for. quantize: a kind, which the files'
+    own quantisation excludes. Nothing is unpickled.
     """
     where, extra = _source(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **extra}
     with loading(name):
-        check_causal(AutoConfig.from_pretrained(where, **options))
+        config = AutoConfig.from_pretrained(where, **options)
+        check_causal(config)
+    if quantize is not None:
+        options |= _quantising(quantize, name, config, dtype_of(precision))
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     with loading(name):
         model, told = AutoModelForCausalLM.from_pretrained(
@@ -100,6 +107,24 @@ def load(
     if torch.cuda.is_available() and not will_be_split():
         model.to("cuda")
     return model, tokenizer
+
+
+def stored_quantisation(name: str, *, revision: str | None = None) -> dict[str, Any]:
+    """The `quantization_config` of a model's own files; {} where its weights are plain, or de-quantised in loading."""
+    where, extra = _source(name)
+    with loading(name):
+        config = AutoConfig.from_pretrained(where, revision=revision, **extra)
+    return {"quant_method": "gguf"} if extra else as_data(getattr(config, "quantization_config", None))
+
+
+def _quantising(quantize: Quantize, name: str, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` takes to quantise a base while it is read, a tensor at a time on its device."""
+    check_plain(quantize, name, as_data(getattr(config, "quantization_config", None)))
+    check_device(quantize, "cuda" if torch.cuda.is_available() else "cpu", CPU_MEND)
+    check_installed(quantize)
+    place = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
+    with loading(name):
+        return {"quantization_config": AutoQuantizationConfig.from_dict(KINDS[quantize].settings(dtype)), **place}
 
 
 def load_tokenizer(

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from loralign.carrier.quantise import KINDS
 from loralign.data.chat import Prompts
 from loralign.data.mix import Part
 from loralign.io.card import Card, write_card
@@ -46,7 +47,9 @@ def _options(job: Job) -> dict[str, Any]:
     }  # fmt: skip
     said = {"batch size": t.batch_size, "schedule": t.schedule, "warm-up": t.warmup, "seed": job.seed}
     chosen = {"method chosen by": job.chosen_by} if job.chosen_by else {}
-    return {**chosen, **adapter, "targets": r.targets, "weight decay": r.weight_decay, **said}
+    how = f"quantised to {job.quantize} while it was loaded ({KINDS[job.quantize].package})" if job.quantize else ""
+    base = {"base": how} if how else {}
+    return {**chosen, **base, **adapter, "targets": r.targets, "weight decay": r.weight_decay, **said}
 
 
 def _data(job: Job, rows: tuple[int, int], read: Sequence[tuple[Part, str]], fingerprint: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from trl import SFTTrainer
 
 from loralign.carrier.abilities import towers
 from loralign.carrier.masters import masters, rounded
+from loralign.carrier.storage import will_be_split
 from loralign.data.chat import Prompts
 from loralign.data.mix import Part
 from loralign.data.packing import check_packing
@@ -42,6 +43,7 @@ from loralign.io.folder import disk_full
 from loralign.io.lock import locked
 from loralign.io.provenance import remove_left
 from loralign.io.verify import verify
+from loralign.plan.quantised import section_of
 from loralign.plan.recommended import check_passes
 from loralign.train.arguments import arguments, check_schedule
 from loralign.train.attach import attach
@@ -64,7 +66,7 @@ from loralign.train.record import card_of, describe, metrics_of
 from loralign.train.reference import save
 from loralign.train.row_trainer import steps_of, trainer_of
 from loralign.train.saves import CheckpointCallback, keep_some
-from loralign.train.split import check_split, whole_model
+from loralign.train.split import check_base, check_split, whole_model
 from loralign.train.start import check_start
 from loralign.train.tokens import measured, name_ends, place, tokens
 from loralign.train.validation import apart, batches
@@ -216,11 +218,14 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
         check_output(job.output)
     if resume_from is None:
         _check_sources(job.recipe)
-    job, _ = measured(job)
+    job, described = measured(job)
+    dtype = dtype_of(job.training.precision)
+    check_base(section_of(job.quantize, job.model, described.config, dtype), will_be_split())
     args = arguments(job, resumed=resume_from is not None)
-    model, tokenizer = load(job.model, precision=job.training.precision, **place(job))
+    model, tokenizer = load(job.model, precision=job.training.precision, quantize=job.quantize, **place(job))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU (torch sees no GPU)"
-    log.info("on %s, base in %s", device, str(model.dtype).removeprefix("torch."))
+    how = f", linear layers quantised while it was loaded: {job.quantize}" if job.quantize else ""
+    log.info("on %s, base in %s%s", device, str(model.dtype).removeprefix("torch."), how)
     recipe = without_towers(job.recipe, model)
     if job.data.packing:
         check_packing(model)
@@ -256,7 +261,7 @@ def prepare(job: Job, *, resume: bool, progress: Progress | None) -> Ready:
             check_start(
                 trainer.model,
                 _one_batch(trainer),
-                tolerance=1e-6 if dtype_of(job.training.precision) == torch.float32 else 1e-2,
+                tolerance=1e-6 if dtype == torch.float32 else 1e-2,
             )
     else:
         trainer.add_callback(CheckpointCallback(recipe.name, resume_from, args.save_total_limit))

@@ -43,6 +43,15 @@ def check_split(trainer: Any, recipe: Recipe | Full) -> None:
         )
 
 
+def check_base(section: Mapping[str, Any], split: bool) -> None:
+    """Raise where FSDP would split a quantised base. section: its `quantization_config`, or nothing."""
+    if section and split:
+        raise LoralignError(
+            "FSDP does not split a quantised base: start with torchrun alone (data parallel), which holds all of it on "
+            "each GPU, or leave it as it is"
+        )
+
+
 @contextmanager
 def whole_model(trainer: Any, job: Job, probes: Mapping[str, Tensor]) -> Iterator[Any]:
     """The trained model as one process has it: the trainer's own, or under FSDP one of the first process alone (None on

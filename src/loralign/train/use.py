@@ -27,6 +27,7 @@ from loralign.evidence import Progress
 from loralign.io.adalora import is_adalora, write_plain
 from loralign.io.card import read_card
 from loralign.train.model import load, loading
+from loralign.train.recorded import kind_for
 from loralign.types import LoralignError, WorkFailed
 
 log = logging.getLogger("loralign")
@@ -36,16 +37,19 @@ Asked = Conversation | str
 """Turns for the chat template, or a prompt as the model shall see it."""
 
 
-def open_adapter(folder: Path, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
+def open_adapter(
+    folder: Path, base: str | None = None, quantize: str | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """The adapted model in evaluation mode and its tokenizer; `base` overrides the base that the adapter names.
 
+    quantize: how the base is quantised while it is loaded, "none": not; None: as in training.
     A tokenizer, or a chat template, beside the adapter goes before the base's own.
     Raises LoralignError for whatever `verify` would refuse in the folder: nothing is filled in, unpickled or fetched.
     """
     if is_adalora(folder):
         with tempfile.TemporaryDirectory() as plain:
             write_plain(folder, Path(plain))
-            model, tokenizer = open_adapter(Path(plain), base)
+            model, tokenizer = open_adapter(Path(plain), base, quantize)
         return model, _own(folder, tokenizer)
     with _as_input():
         config = read_config(folder)
@@ -54,8 +58,10 @@ def open_adapter(folder: Path, base: str | None = None) -> tuple[Any, PreTrained
     named = config.get("base_model_name_or_path")
     if base is None and not named:
         raise LoralignError(f"{folder} does not say which base model it belongs to: name it with --base")
+    name, revision = base or str(named), None if base else config.get("revision")
     try:
-        model, tokenizer = load(base or str(named), revision=None if base else config.get("revision"))
+        kind = kind_for(folder, name, revision, quantize)
+        model, tokenizer = load(name, revision=revision, quantize=kind)
     except LoralignError as error:
         if base is not None or isinstance(error, WorkFailed):
             raise
@@ -195,6 +201,7 @@ def generate(
     prompts: Sequence[str],
     *,
     base: str | None = None,
+    quantize: str | None = None,
     max_new_tokens: int = 128,
     progress: Progress | None = None,
 ) -> list[str]:
@@ -202,7 +209,7 @@ def generate(
 
     An adapter that doesn't say how it was trained is asked through the chat template where there is one.
     """
-    model, tokenizer = open_adapter(folder, base)
+    model, tokenizer = open_adapter(folder, base, quantize)
     said = read_card(folder, "").prompts
     asked: list[Asked] = list(prompts)
     if tokenizer.chat_template and said.get("form") != "text":
@@ -217,6 +224,7 @@ def evaluate(
     *,
     base: str | None = None,
     columns: Mapping[str, str] | None = None,
+    quantize: str | None = None,
     max_new_tokens: int = 64,
     limit: int | None = None,
     progress: Progress | None = None,
@@ -228,7 +236,7 @@ def evaluate(
     adapter's training rows had, where these have them, too.
     """
     rows = _asked_as_trained(folder, data) if columns is None else read_trl(data, columns)
-    model, tokenizer = open_adapter(folder, base)
+    model, tokenizer = open_adapter(folder, base, quantize)
     coder = Coder(rows, tokenizer)
     samples = list(coder.questions(limit))
     ends = stops(model, tokenizer, coder.chat.ends if coder.chat else ())
