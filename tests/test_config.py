@@ -301,7 +301,7 @@ def test_foreign_names_point_to_keys_that_exist() -> None:
     ("key", "said"),
     [
         ("datasets", "it is called `data.train` here"),
-        ("load_in_4bit", "name a checkpoint that is stored quantised in `model`"),
+        ("load_in_4bit", "a recipe of `train` says `quantize: nf4`"),
         ("optim", "the method brings its optimizer"),
         ("train.warmup_steps", "a share of the steps"),
         ("deepspeed", "accelerate launch"),

@@ -42,8 +42,11 @@ class Planned:
     layout: Layout = ALONE
 
 
-def planned(file: RunFile, device: str = "auto", layout: Layout = ALONE) -> Planned:
-    """Check the combination and trace one training step; loads no weights."""
+def planned(file: RunFile, device: str = "auto", layout: Layout = ALONE, *, plain: Estimate | None = None) -> Planned:
+    """Check the combination and trace one training step; loads no weights.
+
+    plain: what the same run costs on the base as it is, where that is known already.
+    """
     if layout.sharded and layout.gpus == 1:
         raise LoralignError("`--fsdp` splits a model over several GPUs: say how many with `--gpus`")
     device = "cuda" if device == "auto" and layout.gpus > 1 else device
@@ -83,7 +86,7 @@ def planned(file: RunFile, device: str = "auto", layout: Layout = ALONE) -> Plan
         raise LoralignError(f"{recipe.name} trains the matrices themselves, and {file.model} stores them quantised")
     less, most = _stored_less(file.model, model, section)
     with _computing(file.model, make, step):
-        found = estimate(model, recipe, step, layout=layout)
+        found = plain or estimate(model, recipe, step, layout=layout)
     less = layout.part(less) if layout.sharded else less
     if less:
         counts = {"weights_bytes": found.weights_bytes - less, "peak_bytes": found.peak_bytes - less + most}

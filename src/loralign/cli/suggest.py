@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,9 +41,9 @@ def suggest(
     from loralign.config.recipe import parse
     from loralign.config.sources import columns_of
     from loralign.io.folder import check_place
-    from loralign.plan.suggest import caution, findings, first_that_fits, judged, ranked, rate
+    from loralign.plan.suggest import caution, findings, first_that_fits, judged, on_nf4, ranked, rate
     from loralign.train.job import USUAL_LENGTH
-    from loralign.train.model import described, hidden_size, row_length
+    from loralign.train.model import described, hidden_size, row_length, stored_quantisation
     from loralign.types import LoralignError
 
     if device not in ("auto", "cpu", "cuda"):
@@ -64,16 +65,23 @@ def suggest(
     plans: dict[str, Planned] = {}
 
     def peak(choice: Choice) -> int:
-        plans[repr(choice)] = found = planned(parse(_recipe(choice, model, data, count)), where)
+        plain = plans.get(repr(replace(choice, quantize=None)))
+        known = None if plain is None else plain.estimate
+        found = planned(parse(_recipe(choice, model, data, count)), where, plain=known)
+        plans[repr(choice)] = found
         return found.estimate.fullest_bytes
 
     room = 2**30 * memory if memory else gpu_memory("with --memory") if where == "cuda" else free_host_memory()
     first = judged(findings(), width) if _epochs(count) == 1 else []
-    choice, needed = first_that_fits([*first, *ranked(findings(), answers, width)], peak, room)
+    recorded = ranked(findings(), answers, width)
+    last = on_nf4(recorded) if where == "cuda" and not stored_quantisation(model) else []
+    choice, needed = first_that_fits([*first, *recorded, *last], peak, room)
     found, file = plans[repr(choice)], _recipe(choice, model, data, count)
     prior = found.job.training
     file["train"]["learning_rate"], said = rate(choice, width, prior.learning_rate, prior.lr_source)
     lines = _reasons(choice, found, said, f"{needed / 2**30:.2f} GiB of {room / 2**30:.1f} on {where}", count)
+    if choice.quantize:
+        lines["base"] = f"quantised to {choice.quantize} while it is loaded: as it is, nothing fits; not in any record"
     if against := caution(findings(), choice, file["train"]["epochs"]):
         lines["caution"] = against
     if out is not None:
@@ -95,11 +103,13 @@ def _recipe(choice: Choice, model: str, data: dict[str, Any], count: int) -> dic
     f = choice.finding
     scale = {} if f.alpha is None else {"alpha": f.alpha}
     options = {"options": f.options} if f.options else {}
+    base = {"quantize": choice.quantize} if choice.quantize else {}
     return {
         "model": model,
         "data": data,
         "method": choice.method,
         "rank": choice.rank,
+        **base,
         **scale,
         **options,
         "train": {"epochs": _epochs(count), "gradient_checkpointing": choice.checkpointing},

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticSchemaGenerationError
 
 from loralign.carrier.patterns import check_pattern
+from loralign.carrier.quantise import check_plain
 from loralign.config.errors import expected, sentence, validated
 from loralign.config.sections import RecipeKeys, RunFile, SourceSection, TrainSection, written_schema
 from loralign.config.sources import check_sources, entries, to_data
@@ -206,6 +207,8 @@ def _consistent(file: RunFile) -> None:
         raise LoralignError(
             f"`train.batch_size` {rows} is no multiple of `train.micro_batch_size` {t.micro_batch_size}: take {near}"
         )
+    if file.quantize is not None:
+        check_plain(file.quantize, file.model, {})
     if file.quantize is not None and any(method(part).reference for part in file.method.split("+")):
         raise LoralignError(
             f"`method: {file.method}` trains the weights that `quantize: {file.quantize}` rounds: leave `quantize` "

@@ -4,7 +4,8 @@
     rows of text      the arms that their study found better than plain LoRA: of the newest record first, and of each
                       record the lowest loss on validation rows first (losses of two records are not compared)
     rows with answers the same, of the studies of such rows
-    then              the first whose training step fits into the memory, activations recomputed where that is needed
+    then              the first whose training step fits into the memory, activations recomputed where that is needed;
+                      on a GPU, where none does, the same of the records on the base in nf4
     rate              the best of the record for that very recipe, lr · (its width / this model's)^power as priors move;
                       the prior's where the record trained no language model
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
+from loralign.carrier.quantise import Quantize
 from loralign.methods.table import learning_rate, method
 from loralign.plan import recommended
 from loralign.plan.fitting import first_fitting
@@ -58,6 +60,7 @@ class Choice:
     finding: Finding
     reason: str
     checkpointing: bool = False
+    quantize: Quantize | None = None
     judged: bool = False
     """By the rule of `recommended`, whose rate is the prior."""
 
@@ -189,6 +192,11 @@ def variants(choices: Sequence[Choice]) -> Iterator[Choice]:
         yield replace(choice, checkpointing=True)
 
 
+def on_nf4(choices: Sequence[Choice]) -> list[Choice]:
+    """The same on a base that is quantised while it is loaded, on which no record trained."""
+    return [replace(choice, quantize="nf4") for choice in choices]
+
+
 def first_that_fits(choices: Sequence[Choice], peak: Callable[[Choice], int], memory: float) -> tuple[Choice, int]:
     """The first choice whose peak bytes fit into `memory` bytes, and these.
 
@@ -196,10 +204,13 @@ def first_that_fits(choices: Sequence[Choice], peak: Callable[[Choice], int], me
         LoralignError: none does.
     """
 
+    kind = choices[-1].quantize
+    base = f" and the base in {kind}" if kind else ""
+
     def refusal(least: int) -> str:
         return (
-            f"nothing fits into {memory / 2**30:.1f} GiB: the least, plain LoRA with activations recomputed, takes "
-            f"{least / 2**30:.1f} GiB at this length; lower `--length`, or take a smaller or a quantised model"
+            f"nothing fits into {memory / 2**30:.1f} GiB: the least, plain LoRA with activations recomputed{base}, "
+            f"takes {least / 2**30:.1f} GiB at this length; lower `--length`, or take a smaller model"
         )
 
     return first_fitting(variants(choices), peak, memory, refusal)
