@@ -251,7 +251,13 @@ def evaluate(
     names = None if columns is None else columns_of(columns)
     with progress() as report:
         found = measure(
-            folder, data, base=base, columns=names, quantize=quantize, limit=limit, max_new_tokens=max_new_tokens,
+            folder,
+            data,
+            base=base,
+            columns=names,
+            quantize=quantize,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
             progress=report,
         )
     if as_json:
