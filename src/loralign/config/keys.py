@@ -31,7 +31,9 @@ def keys_text(model: type[BaseModel]) -> str:
 def _lines(model: type[BaseModel], indent: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         inner, many = _section(field.annotation)
-        kind = ("a list of sections" if many else "a section") if inner else expected(field.annotation)
+        kind = expected(field.annotation)
+        if inner:
+            kind = kind.replace("section of `key: value` lines", "section").replace("list of section", "list of sections")
         yield f"{indent}{name}: {kind}{_default(field, bool(inner) and not many)}"
         yield from textwrap.wrap(
             " ".join((field.description or "").split()), WIDTH, initial_indent=indent + "    ",
