@@ -196,6 +196,7 @@ def test_a_conversation_of_bytes_is_marked_answer_by_answer() -> None:
         (["r.yaml", "--set", "data.max_length=3"], "keeps an answer within max_length 3: raise max_length to at least"),
         (["r.yaml", "--count", "-1"], "greater than or equal to 0"),
         ([str(ROOT / "examples" / "tasks.yaml")], "a classifier's file goes to `loralign tasks`"),
+        ([str(ROOT / "examples" / "compare.yaml")], "a study's file goes to `loralign compare`"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_in_one_sentence(words: list[str], said: str) -> None:

@@ -206,6 +206,7 @@ def test_a_share_splits_by_content(texts: list[str], seed: int) -> None:
         assert min(map(texts.count, texts)) > round(0.3 * len(texts))
         return
     assert 0 < len(held) <= round(0.3 * len(texts))
+    assert held.name == f"the held-out rows of {rows.name}" and train.name == rows.name
     assert sorted([*plain(train), *plain(held)]) == sorted(texts)
     assert not set(plain(train)) & set(plain(held))
     assert list(plain(train)) == [t for t in texts if t in set(plain(train))]

@@ -79,6 +79,7 @@ INSTEAD = {
     ),
     "streaming": "rows are read into memory, as text: cut the file, or name a part of it with `split`",
     **dict.fromkeys(("test", "label"), "`data.eval` holds rows out; a classifier's file goes to `loralign tasks`"),
+    **dict.fromkeys(("arms", "rates", "baseline_seeds"), "a study's file goes to `loralign compare`"),
     **dict.fromkeys(("max_samples", "num_samples"), "name a part of the rows as `split: train[:1000]` of a source"),
     "resume_from_checkpoint": "say `--resume`",
     **dict.fromkeys(("overwrite_output_dir", "overwrite_output"), "name another `output`, or delete that folder"),

@@ -33,7 +33,7 @@ def _lines(model: type[BaseModel], indent: str) -> Iterator[str]:
         inner, many = _section(field.annotation)
         kind = expected(field.annotation)
         if inner:
-            kind = kind.replace("section of `key: value` lines", "section").replace("list of section", "list of sections")
+            kind = kind.replace(" of `key: value` lines", "").replace("list of section", "list of sections")
         yield f"{indent}{name}: {kind}{_default(field, bool(inner) and not many)}"
         yield from textwrap.wrap(
             " ".join((field.description or "").split()), WIDTH, initial_indent=indent + "    ",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def split_eval(rows: Rows, held_out: float | str | Path | Source, *, seed: int) 
             f"eval {held_out} of the {len(rows)} rows of {rows.name} leaves no {side} row "
             f"({len(groups)} of them differ): give another share, more rows, or a file"
         )
-    return rows.select(kept), rows.select(held)
+    return rows.select(kept), replace(rows.select(held), name=f"the held-out rows of {rows.name}")
 
 
 def _said(row: Row) -> list[Any]:
