@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import re
 import resource
 import shutil
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,8 +27,8 @@ import toy
 from cached_assets import asset, needs
 from cli_world import TEMPLATE, Done, assert_one_sentence, bytes_of, run, run_process, world_in
 from loralign import METHODS
-from loralign.cli.guard import explained
-from loralign.cli.run import Lines
+from loralign.cli.guard import _Stderr, explained
+from loralign.cli.run import Lines, progress
 from loralign.io.clean_process import read_probes
 from loralign.types import VerificationFailed, WorkFailed
 
@@ -295,6 +297,19 @@ def test_methods_doctor_schema_version() -> None:
     assert run("schema").out == (ROOT / "docs" / "schema.json").read_text(encoding="utf-8")
     assert run("schema", "--text", "--of", "studies").out.startswith("model: text, required\n    Folder or hub id")
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("--version").out)
+
+
+def test_lines_of_the_log_go_above_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress() as bars:
+        bars("train", 1, 2)
+        _Stderr().emit(logging.makeLogRecord({"msg": "step 1 of 2: loss 3.0000"}))
+        bars("train", 2, 2)
+    drawn = cast(io.BytesIO, terminal.buffer).getvalue().decode()
+    assert "2/2" in drawn and re.search(r"\x1b\[2Kstep 1 of 2: loss 3\.0000\n", drawn)
 
 
 def test_one_method_in_full() -> None:

@@ -225,4 +225,6 @@ def _hushed_datasets(bars: bool) -> Iterator[None]:
 
 class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(record.getMessage(), err=True)
+        """By sys.stderr itself, which a bar replaces while it is drawn: lines then go above it."""
+        if sys.stderr is not None:
+            print(record.getMessage(), file=sys.stderr, flush=True)
