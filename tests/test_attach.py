@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -21,6 +23,7 @@ from loralign import LoralignError, Recipe, build, optimizer, peft_config, sites
 from loralign.train.attach import attach
 from loralign.train.checkpoint import NOTE, numbered
 from loralign.train.split import check_split
+from loralign.train.undisturbed import same_randomness
 from loralign.types import Full, WorkFailed
 from tiny_trl import dpo, settings, sft
 from trainers import rows, toy_trainer
@@ -67,6 +70,7 @@ def test_trl_trainers_train(kind: str, name: str, tmp_path: Path, caplog: pytest
     assert f"{name}: applied to 14/14 pairs" in caplog.text and not callback.unreached
     assert all(not torch.equal(before[n], after[n]) for n in before)
     assert trainer.args.max_grad_norm == 0  # ours clips; the norm before clipping is logged
+    assert trainer.args.ddp_broadcast_buffers is False  # constants are the same everywhere, and change at knots only
     norms = [h["grad_norm"] for h in trainer.state.log_history if "grad_norm" in h]
     assert len(norms) == 3 and min(norms) > 0.1
     assert norms[-1] == pytest.approx(callback.optimizer.grad_norm, rel=1e-5)
@@ -115,6 +119,20 @@ def test_evidence_changes_neither_randomness_nor_metrics(kind: str, tmp_path: Pa
         runs[name] = batches, [h["num_tokens"] for h in trainer.state.log_history if "num_tokens" in h]
     assert all(torch.equal(a, b) for a, b in zip(runs["lora"][0], runs["lora-ga"][0], strict=True))
     assert runs["lora"][1] == runs["lora-ga"][1]
+
+
+def test_what_is_drawn_beside_a_run_leaves_every_generator_as_it_was() -> None:
+    draws = (random.random, np.random.rand, lambda: float(torch.rand(())))
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    wanted = [draw() for draw in draws]
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    with pytest.raises(ValueError, match="in the middle"), same_randomness():
+        for draw in draws:
+            draw()
+        raise ValueError("in the middle")
+    assert [draw() for draw in draws] == wanted
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

@@ -475,6 +475,59 @@ def test_links_are_cut_to_their_best_slots_and_the_loss_is_said(name: str, caplo
     assert "which loses" in caplog.text and driver.episodes.lost[2] > 0
 
 
+def test_a_link_starts_from_the_weight_that_the_links_before_it_left() -> None:
+    seen: dict[str, Tensor] = {}
+
+    @dataclass(frozen=True)
+    class Seen:
+        facts: ClassVar[Facts] = Facts()
+        needs: ClassVar[Need] = NOTHING
+
+        def fits(self, d_out: int, d_in: int, r: int) -> str:
+            return ""
+
+        def __call__(self, W: Weight, r: int, s: float, evidence: Directions | None, draw: Draw) -> Start:
+            seen[W.name] = W.read()
+            return Start(torch.ones(r, W.shape[1]), torch.zeros(W.shape[0], r))
+
+    model, opt, driver = begun(replace(made("chain-of-lora", {"links": 2}), init=Seen()), 2, lr=3e-2)
+    base = dict(seen)
+    model.train()
+    model(**batch_for(model)).loss.backward()
+    opt.step()
+    driver.after_step()
+    for site in sites(model):
+        A, B = factors(site)
+        assert (B @ A).norm() > 0.01 * base[site.name].norm()
+        torch.testing.assert_close(seen[site.name], base[site.name] + B @ A)
+
+
+def test_only_later_links_warm_up() -> None:
+    _, opt, driver = begun(made("chain-of-lora", {"links": 2, "warm_up_steps": 2}), 8)
+    found = [opt.lr_factor]
+    for _ in range(7):
+        opt.untold = 0
+        driver.end_step(driver.step + 1)
+        driver.before_step()
+        found.append(opt.lr_factor)
+    assert found == [1.0, 1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 1.0]
+
+
+def test_a_broken_step_is_not_committed() -> None:
+    """late: as on a GPU, where a step is judged when the next one begins, or a knot is tied."""
+    model, opt, driver = begun(made("chain-of-lora", {"links": 2}), 2)
+    opt.norms.late = True
+    before = deltas(model)
+    model.train()
+    model(**batch_for(model)).loss.backward()
+    next(p.grad for n, p in model.named_parameters() if "lora_B" in n)[0, 0] = torch.nan
+    opt.step()
+    with pytest.raises(WorkFailed, match="the gradient is not finite at step 1"):
+        driver.after_step()
+    assert all(not live_of(site.layer, "default").links for site in sites(model))
+    assert all(torch.equal(a, b) for a, b in zip(deltas(model), before, strict=True))
+
+
 def test_a_cut_is_the_best_of_its_rank() -> None:
     model, opt, driver = begun(made("chain-of-lora", {"links": 2, "keep_slots": 2}), 2, lr=3e-2)
     model.train()

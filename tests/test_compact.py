@@ -81,6 +81,20 @@ def test_it_holds_what_the_papers_say_and_gives_the_plain_adapter(
         assert (tmp_path / "plain" / file).read_bytes() == (folder / file).read_bytes(), file
 
 
+def test_a_head_that_trained_whole_is_in_it(tmp_path: Path) -> None:
+    made = build("sbora-fa", r=8, seed=3, targets=("query",))
+    model = adapt(toy.bert(), made)  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.get_base_model().classifier.modules_to_save["default"].weight.add_(1.0)  # type: ignore[union-attr,operator]
+        for site in sites(model):
+            site.layer.lora_B["default"].live.normal_()  # type: ignore[index]
+    export(model, tmp_path / "out", base_id="toy", probes=batch_for(model))
+    expand(tmp_path / "out" / COMPACT, tmp_path / "plain")
+    for file in PLAIN:
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "out" / file).read_bytes(), file
+    assert any("classifier" in key for key in load_file(tmp_path / "plain" / PLAIN[0]))
+
+
 @pytest.mark.parametrize("profile", ["portable", "merged"])
 def test_only_what_is_exact_and_smaller_has_one(profile: Any, tmp_path: Path) -> None:
     model = trained("sbora-fa", {})

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForTokenClassification
 
@@ -250,6 +250,28 @@ def test_merged_model_is_rounded_once(done: dict[str, Done], models: Any) -> Non
         assert torch.equal(tensors[f"{site.name}.weight"], W.bfloat16())
     fp32 = done["gpt2/lora/merged"].export
     assert fp32.exact and fp32.difference is not None and fp32.difference.relative < 1e-6
+
+
+def test_a_base_that_was_quantised_keeps_its_settings_of_generation(tmp_path: Path) -> None:
+    """It is written by its class without weights, which knows none of them."""
+    model = trained(toy.llama(), recipe("lora", r=2))
+    base: Any = model.get_base_model()
+    base.hf_quantizer, base.generation_config.eos_token_id = object(), [5, 7]
+    export(model, tmp_path / "out", profile="merged", base_id="x/y")
+    said = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
+    assert said["eos_token_id"] == [5, 7]
+
+
+@pytest.mark.parametrize(
+    ("written", "said"), [({"a": torch.zeros(0, 4)}, "holds an empty tensor"), ({}, "was written without weights")]
+)
+def test_a_merged_model_without_weights_is_noticed(written: Any, said: str, tmp_path: Path) -> None:
+    model = trained(toy.llama(), recipe("lora", r=2))
+    base: Any = model.get_base_model()
+    base.save_pretrained = lambda folder, state_dict: save_file(written, Path(folder, "model.safetensors"))
+    with pytest.raises(WorkFailed, match=said):
+        export(model, tmp_path / "out", profile="merged", base_id="x/y")
+    assert not list(tmp_path.iterdir())
 
 
 def test_export_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -565,6 +587,13 @@ def test_traps_are_named(tmp_path: Path) -> None:
         ),
     ):
         assert any(key in trap for trap in traps), key
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    first = next(iter(tensors))
+    tensors |= {first: tensors[first].bfloat16(), f"{first}.magnitude": torch.ones(2)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    traps = check_portable(tmp_path)
+    assert "mixed dtypes ['BF16', 'F32']: servers cast all tensors to one" in traps
+    assert any(trap.startswith(f"{first}.magnitude: llama.cpp aborts on tensors other than") for trap in traps)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(LoralignError, match="no readable adapter"):
         check_portable(tmp_path)

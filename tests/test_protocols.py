@@ -45,6 +45,7 @@ from loralign.types import (
     Unborn,
     Validation,
     Weight,
+    WorkFailed,
 )
 from toy import batch_for, llama
 from trainers import toy_trainer
@@ -318,6 +319,16 @@ def test_dead_slots_stay_dead_and_others_train(tmp_path: Path) -> None:
     assert not A[:2].any() and not B[:, :2].any() and A[2].any() and B[:, 2].any()
     assert factors(second)[1].any(dim=0).all()
     assert callback.optimizer.dead[first.name].tolist() == [True, True, False]
+
+
+def test_an_init_that_moves_the_model_away_from_its_base_is_refused() -> None:
+    class Moves(OneSided):
+        def __call__(self, *given: Any) -> Start:
+            start = super().__call__(*given)
+            return replace(start, A=torch.ones_like(start.A)) if given[0].name.endswith("down_proj") else start
+
+    with pytest.raises(WorkFailed, match=r"moves model\.layers\.0\.mlp\.down_proj away from W0 without a twin"):
+        adapt(llama(), replace(stub("one-sided"), init=Moves()))
 
 
 def test_one_sided_factor_never_moves(tmp_path: Path) -> None:

@@ -414,15 +414,19 @@ def test_peft_masks_what_we_mask() -> None:
     assert sum(int((c != 0).sum()) for c in gates(ours).values()) == 8
 
 
-def test_an_adapter_of_pefts_adalora_becomes_plain_lora(tmp_path: Path) -> None:
-    """Its own rank pattern cuts the tensors, one module has lost every slot; PEFT refuses to convert it."""
+@pytest.mark.parametrize("alpha", [6, 0])
+def test_an_adapter_of_pefts_adalora_becomes_plain_lora(alpha: int, tmp_path: Path) -> None:
+    """Its own rank pattern cuts the tensors, one module has lost every slot, a head travels; PEFT refuses to convert
+    it. alpha: 0 stands for the rank."""
     targets = ["q_proj", "down_proj"]
     budget = {"init_r": 3, "target_r": 1, "tinit": 0, "tfinal": 1, "deltaT": 1, "total_step": 4}
-    theirs: Any = get_peft_model(llama(), AdaLoraConfig(**budget, target_modules=targets, lora_alpha=6))  # type: ignore[arg-type]
+    config = AdaLoraConfig(**budget, target_modules=targets, lora_alpha=alpha, modules_to_save=["lm_head"])  # type: ignore[arg-type]
+    theirs: Any = get_peft_model(llama(), config)
     modules = [m for m in theirs.modules() if hasattr(m, "lora_E") and "default" in getattr(m, "lora_E", {})]
     with torch.no_grad():
         for k, module in enumerate(modules):
             module.lora_E["default"].copy_(torch.tensor([[0.0], [k * 1.0], [-k * 2.0]]))
+        theirs.get_base_model().lm_head.modules_to_save["default"].weight.mul_(1.5)
     with torch.no_grad():
         want = theirs.eval()(**batch_for(theirs)).logits
     theirs.save_pretrained(tmp_path / "adalora")
@@ -434,6 +438,7 @@ def test_an_adapter_of_pefts_adalora_becomes_plain_lora(tmp_path: Path) -> None:
         got = stock(**batch_for(stock)).logits
     assert (got - want).norm() < 1e-6 * want.norm() and len(sites(stock)) == len(modules) - 1 == 3
     assert {s.r for s in sites(stock)} == {2}
+    assert all(s.s == pytest.approx((alpha or 3) / (3 + 1e-5), rel=1e-9) for s in sites(stock))
     (tmp_path / "adalora" / "adapter_model.safetensors").write_bytes(b"torn")
     with pytest.raises(LoralignError, match="no whole AdaLoRA adapter"):
         write_plain(tmp_path / "adalora", tmp_path / "plain")

@@ -445,7 +445,7 @@ def test_verbs_of_one_tensor_unite() -> None:
     masks = {side: torch.arange(24).reshape(4, 6).eq(k) for k, side in enumerate("ab")}
     stage = Stage(opt, masks, seed=0, step=1)
     before = _A(sites(model)[0]).detach().clone()
-    apply_plan(stage, (Zero(name, "A", (0,)), Zero(name, "A", (2, 0))))
+    apply_plan(stage, (Zero(name, "A", (0,)), Zero(name, "A", (2,))))
     assert _A(sites(model)[0]).eq(0).all(1).tolist() == [True, False, True, False]
     with torch.no_grad():
         _A(sites(model)[0]).copy_(before)
