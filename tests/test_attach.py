@@ -327,6 +327,16 @@ def test_settings_of_the_trainer_that_no_longer_count_are_named(
     assert "optim = sgd" in caplog.text and "weight_decay = 0.1" in caplog.text
 
 
+def test_the_trainer_itself_deletes_no_checkpoint(tmp_path: Path) -> None:
+    """It would delete the one before while the last one is not complete; ours goes when it is."""
+    made = recipe("lora")
+    trainer = toy_trainer(tmp_path, peft_config(made, toy.llama()), steps=4, save_steps=1, save_total_limit=1)
+    callback = attach(trainer, made)
+    assert trainer.args.save_total_limit is None and callback.keep == 1
+    trainer.train()
+    assert [p.name for p in numbered(tmp_path)] == ["checkpoint-4"] and (tmp_path / "checkpoint-4" / NOTE).is_file()
+
+
 def test_resuming_needs_attach_to_know(tmp_path: Path) -> None:
     """`train(resume_from_checkpoint=…)` after an attach without `resume_from` would forget rules and episodes."""
     made = recipe()

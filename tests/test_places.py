@@ -244,6 +244,26 @@ def test_a_lock_holds_on_a_full_disk_and_goes_with_its_owner(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_whose_parent_takes_no_lock_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a volume: the folder may be written into, what is above it not."""
+    opened = Path.open
+
+    def refused(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.suffix == ".lock":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with locked(tmp_path / "new"):
+        assert not caplog.messages  # nothing can be written there either, which is said where it is
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"):
+        (said,) = caplog.messages
+    assert said.startswith("no lock can be had beside out ([Errno 13] Permission denied): see to it that no other run")
+
+
 def test_a_report_of_a_start_that_cannot_be_written_costs_no_second_command(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["init", "r.yaml", "--set", "output=start", "--report", "--beside", "pissa"]
 

@@ -692,6 +692,7 @@ def test_stopped_before_at_and_after_an_event_and_resumed_is_the_same_run(name: 
         got = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
         assert all(torch.equal(got[n], p) for n, p in want.items()), step
         assert again.driver.ranks() == callback.driver.ranks()
+        assert again.driver.started == callback.driver.started
         assert not lines or ((tmp_path / f"from-{step}" / kept.name).read_text() == lines and lines.count("\n") == 11)
         states = again.optimizer.rule_states[0], callback.optimizer.rule_states[0]
         assert states[0].keys() == states[1].keys()

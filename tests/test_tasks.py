@@ -246,12 +246,17 @@ def test_killed_before_at_and_after_a_switch_is_as_if_not(moment: str, base: Pat
         assert (out / name).read_bytes() == (whole / name).read_bytes(), k
 
 
+def fewer_tests(tasks: list[Task]) -> list[Task]:
+    return [tasks[0], replace(tasks[1], test=tasks[1].test[:-1]), *tasks[2:]]
+
+
 def test_another_run_is_not_gone_on_with(base: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     for change, said in (
         ({"training": replace(TRAINING, learning_rate=1e-3)}, "`learning_rate` is 0.001, the run began with 0.005"),
         ({"tasks": of_images(24)}, "the rows of `task task 1` are not those"),
+        ({"tasks": fewer_tests(of_images())}, "the rows of `task task 2` are not those"),
         ({"recipe": recipe(r=2)}, "`r` is 2, the run began with 3"),
         ({"recipe": recipe(options={"absorb": 0.1})}, "`outer.outer.absorb` is 0.1, the run began with None"),
     ):

@@ -62,7 +62,9 @@ def _taken(target: Path) -> IO[Any] | None:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             handle = path.open("a+", encoding="utf-8")
-        except OSError:
+        except OSError as error:
+            if os.access(target, os.W_OK | os.X_OK):  # else nothing can be written into it either, which will be said
+                _warn(target, error)
             return None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,9 +76,7 @@ def _taken(target: Path) -> IO[Any] | None:
             ) from None
         except OSError as error:
             handle.close()
-            log.warning(
-                "no lock can be had beside %s (%s): see to it that no other run writes into it", target.name, error
-            )
+            _warn(target, error)
             return None
         if path.exists() and path.stat().st_ino == os.fstat(handle.fileno()).st_ino:  # not one just being removed
             with suppress(OSError):  # a full disk: the lock holds without a name in it
@@ -84,6 +84,10 @@ def _taken(target: Path) -> IO[Any] | None:
                 os.write(handle.fileno(), json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
             return handle
         handle.close()
+
+
+def _warn(target: Path, error: OSError) -> None:
+    log.warning("no lock can be had beside %s (%s): see to it that no other run writes into it", target.name, error)
 
 
 def _owner(handle: IO[Any]) -> str:
