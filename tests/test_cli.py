@@ -19,6 +19,7 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +31,7 @@ from loralign import METHODS
 from loralign.cli.guard import _Stderr, explained
 from loralign.cli.run import Lines, progress
 from loralign.io.clean_process import read_probes
+from loralign.train import use
 from loralign.types import VerificationFailed, WorkFailed
 
 ROOT = Path(__file__).parents[1]
@@ -174,12 +176,20 @@ def test_a_damaged_adapter_fails_verification_with_3(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("trained")
-def test_eval_and_generate() -> None:
+def test_eval_and_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, real = [], use._generated
+
+    def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append({m.disable_adapters for m in model.modules() if isinstance(m, LoraLayer)})
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(use, "_generated", watched)
     found = run("eval", "out", "--data", "rows.jsonl", "--limit", 6, "--max-new-tokens", 4, "--json")
     assert found.code == 0, found.err
     numbers = json.loads(found.out)
     assert numbers["rows"] == 6
     assert 0 <= numbers["exact_match_base"] <= numbers["exact_match"] <= 1
+    assert asked == [{False}, {True}], "the adapter, then its base alone"
     text = run_process("generate", "out", "--prompt", "w5 w6", "--prompt", "w7", "--max-new-tokens", 3)
     assert text.code == 0, text.err
     assert text.err == "", "no bars, no warnings"

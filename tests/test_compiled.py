@@ -546,6 +546,23 @@ def test_what_a_trainer_of_rows_logs_is_trls(changed: dict[str, Any], tmp_path: 
     assert spared == (0 if changed else 7 * 2 * 5)
 
 
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_trainer_of_rows_has_trls_loss_on_one_of_several_processes(
+    averaged: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The labelled tokens of all of them are counted, and DDP takes the mean of their gradients."""
+    found = []
+    for kind in (SFTTrainer, RowTrainer):
+        trainer = trainer_of(tmp_path / kind.__name__, False, kind=kind)
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.args.average_tokens_across_devices = averaged
+        with monkeypatch.context() as patch:
+            patch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
+            loss = trainer.compute_loss(trainer.model.train(), dict(batch), num_items_in_batch=torch.tensor(40))
+        found.append(float(loss.detach()))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 class Reads(TorchDispatchMode):
     """How often a number is read from a tensor; a GPU would be waited for."""
 

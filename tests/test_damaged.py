@@ -189,6 +189,25 @@ def test_the_good_folder_is_opened_and_verified(good: Path) -> None:
     assert Adapter(good / "adapter").names
 
 
+@pytest.mark.parametrize(("base", "revision"), [(None, "0123abc"), ("other", None)])
+def test_the_base_is_loaded_at_the_revision_that_the_adapter_names(
+    base: str | None, revision: str | None, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another base its revision says nothing."""
+    shutil.copytree(good / "adapter", tmp_path / "adapter")
+    _config(base_model_name_or_path="org/base", revision="0123abc")(tmp_path / "adapter")
+    asked: list[tuple[str, Any]] = []
+
+    def load(name: str, **options: Any) -> Any:
+        asked.append((name, options["revision"]))
+        raise LoralignError("no hub here")
+
+    monkeypatch.setattr("loralign.train.use.load", load)
+    with pytest.raises(LoralignError, match="no hub here"):
+        open_adapter(tmp_path / "adapter", base, "none")
+    assert asked == [(base or "org/base", revision)]
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_folder_is_refused_by_all(name: str, good: Path, tmp_path: Path) -> None:
     shutil.copytree(good / "adapter", tmp_path / "bad")

@@ -230,7 +230,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stub_trains_saves_and_resumes(kind: str, tmp_path: Path) -> None:
-    model, _ = run(tmp_path / "whole", stub(kind))
+    model, callback = run(tmp_path / "whole", stub(kind))
     out = logits(model)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(llama()))  # W0 was never written
@@ -244,7 +244,10 @@ def test_stub_trains_saves_and_resumes(kind: str, tmp_path: Path) -> None:
         A, B = factors(site)
         assert torch.allclose(B @ A, site.layer.get_delta_weight("default").detach(), atol=1e-6)
 
-    again, _ = run(tmp_path / "resumed", replace(stub(kind), seed=99), resume=tmp_path / "whole" / "checkpoint-3")
+    again, resumed = run(tmp_path / "resumed", replace(stub(kind), seed=99), resume=tmp_path / "whole" / "checkpoint-3")
+    dead, whole = (c.optimizer.dead for c in (resumed, callback))
+    assert bool(whole) == (kind == "kill") or kind == "judge"
+    assert {n: mask.tolist() for n, mask in dead.items()} == {n: mask.tolist() for n, mask in whole.items()}
     for (name, p), (_, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         if kind not in ("chain", "judge") or "lora_" not in name:  # what comes alive later is drawn with the other seed
             assert torch.equal(p, q), name

@@ -25,6 +25,7 @@ from loralign.cli.run import job_of
 from loralign.io.lock import lock_of, locked
 from loralign.train.begun import clear_way, given_settings, read_begun, resume_point
 from loralign.train.checkpoint import Note, rotate, write_checkpoint
+from loralign.train.ending import _adds_something
 from loralign.train.journal import entries
 from loralign.types import LoralignError
 
@@ -382,6 +383,15 @@ def test_a_run_that_moved_nothing_fails(overrides: list[str]) -> None:
     assert done.code == 1, done.err
     assert "the run moved nothing: every update is zero after 1 step" in assert_one_sentence(done)
     assert not Path(output, "adapter_model.safetensors").exists() and not Path(output, "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "moved"),
+    [((1, 1), (0, 0), False), ((1, 0), (0, 1), False), ((0, 0), (1, 1), False), ((1, 0), (1, 0), True)],
+)
+def test_a_slot_adds_something_by_both_of_its_sides(A: tuple[int, int], B: tuple[int, int], moved: bool) -> None:
+    rows, columns = torch.tensor(A)[:, None] * torch.ones(2, 3), torch.ones(4, 2) * torch.tensor(B)
+    assert _adds_something(rows, columns) is moved
 
 
 @pytest.mark.usefixtures("whole")
