@@ -13,6 +13,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +26,10 @@ from cli_world import Done, assert_one_sentence, bytes_of, run, world_in
 from loralign.cli.run import job_of
 from loralign.io.lock import lock_of, locked
 from loralign.train.begun import clear_way, given_settings, read_begun, resume_point
-from loralign.train.checkpoint import Note, rotate, write_checkpoint
+from loralign.train.checkpoint import Note, last_complete, read_note, rotate, write_checkpoint
 from loralign.train.ending import _adds_something
 from loralign.train.journal import entries
+from loralign.train.saves import AlreadyTrained, check_resumed, complete, reopen
 from loralign.types import LoralignError
 
 KILLED = """
@@ -252,6 +255,67 @@ def test_the_newest_and_the_best_stay(keep: int | None, left: set[int], tmp_path
     (tmp_path / "checkpoint-8").mkdir()
     rotate(tmp_path, "a", keep, str(tmp_path / "checkpoint-2"))
     assert {int(p.name.split("-")[1]) for p in tmp_path.iterdir()} == {*left, 7, 8}
+
+
+def test_a_checkpoint_of_a_run_holds_nothing_private_and_the_best_one_stays(tmp_path: Path) -> None:
+    (tmp_path / "begun.json").write_text('{"format": 2, "run": "r", "settings": {}}', encoding="utf-8")
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=True)
+    for step in range(1, 5):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for path in (
+            folder / "training_args.bin",
+            folder / "README.md",
+            folder / "optimizer.pt",
+            tmp_path / "README.md",
+        ):
+            path.touch()
+        state = SimpleNamespace(global_step=step, best_model_checkpoint=str(tmp_path / "checkpoint-2"))
+        complete(args, state, Note("lora", step, {}), {}, 2)
+        note = read_note(folder)
+        assert (note.run, set(note.parts)) == ("r", {"optimizer.pt"})
+    assert {p.name for p in tmp_path.iterdir()} == {"begun.json", "checkpoint-2", "checkpoint-4"}
+
+
+@pytest.mark.parametrize(
+    ("mine", "saves", "strategy", "stays"),
+    [
+        (True, True, "steps", False),
+        (True, False, "best", False),
+        (True, False, "steps", True),
+        (False, True, "steps", True),
+    ],
+)
+def test_a_checkpoint_that_is_written_over_is_no_longer_complete(
+    mine: bool, saves: bool, strategy: str, stays: bool, tmp_path: Path
+) -> None:
+    """mine: this process writes it."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    write_checkpoint(folder, Note("lora", 3, {}), {})
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=mine, save_strategy=strategy)
+    reopen(args, SimpleNamespace(global_step=3), SimpleNamespace(should_save=saves))
+    assert (last_complete(tmp_path) == folder) is stays
+
+
+def test_the_best_checkpoint_is_found_where_it_is_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text('{"best_model_checkpoint": "checkpoint-2"}', encoding="utf-8")
+
+    def found(best: str | None, step: int = 4) -> tuple[Any, Any]:
+        state = SimpleNamespace(best_model_checkpoint=best, best_metric=0.5, global_step=step, max_steps=6)
+        check_resumed(folder, state)
+        return state.best_model_checkpoint, state.best_metric
+
+    for best in (None, "checkpoint-2"):
+        assert found(best) == (None, None)  # a loss that no checkpoint has cannot be beaten
+    assert caplog.messages == ["the best checkpoint so far, checkpoint-2, is gone: the best from here on counts"] * 2
+    (tmp_path / "checkpoint-2").mkdir()
+    assert found(None) == found("checkpoint-2") == (str(tmp_path / "checkpoint-2"), 0.5)
+    assert found("elsewhere/checkpoint-3") == ("elsewhere/checkpoint-3", 0.5)
+    with pytest.raises(AlreadyTrained, match=r"checkpoint-4 is the end of its run \(6 steps\)"):
+        found(None, 6)
 
 
 @pytest.mark.usefixtures("whole")
