@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,17 @@ from hypothesis import strategies as st
 from cli_world import assert_one_sentence, run, world_in
 from data_world import assistant, jsonl, user, write
 from loralign.cli.run import job_of
+from loralign.compare.identity import settings as study_settings
+from loralign.compare.spec import Spec, TaskSpec
 from loralign.data.columns import NAMES, faults, likely
 from loralign.data.mix import Source, taken
 from loralign.data.rows import read_trl
 from loralign.data.sources import read_sources
 from loralign.data.split import split_eval
+from loralign.methods.build import build
 from loralign.train.begun import settings_of
+from loralign.train.task_text import TextRows, TextTasks, read_tasks
+from loralign.train.task_trainer import TaskTraining
 from loralign.types import LoralignError
 from tiny_trl import words
 
@@ -236,6 +242,7 @@ BAD_SOURCES: list[tuple[str, str]] = [
     ("{source: a, share: 0.5}", "has one source, a, and a share of it: leave `share` out"),
     ("[{path: a, type: alpaca}, b]", "source 1: `path` is no key of a source; it is called `source` here"),
     ("{a.jsonl: 0.7, b.jsonl: 0.3}", "is no key of a source; the keys there are source, share, columns, split"),
+    ("{source: a, columns: {prompt: ''}}", "`data.train`: `columns.prompt` is empty: leave it out, or say what it is"),
     ("[{source: a, columns: {promt: q}}]", "source 1: `columns` maps 'promt', which is no column here; did you mean"),
     ("a.jsonl,b.jsonl", "no such file: a.jsonl,b.jsonl; paths count from … several sources are a list"),
     ("[alpaca.jsonl, empty.jsonl]", "empty.jsonl is empty: give a file with at least one row"),
@@ -374,6 +381,22 @@ def test_runs_of_before_there_were_sources_resume() -> None:
     assert {key for key in keys if key.startswith("data.")} == {
         "data.train", "data.max_length", "data.assistant_only", "data.packing"
     }  # fmt: skip
+
+
+def test_a_study_is_bound_to_its_names_of_columns() -> None:
+    task = TaskSpec("sft", "a", "b", "c")
+    spec = Spec("m", task, (), Path("out"))
+    assert "task.columns" not in study_settings(spec)  # studies of before there were names go on
+    assert study_settings(replace(spec, task=replace(task, columns=PAIR)))["task.columns"] == PAIR
+
+
+def test_a_tasks_file_reads_its_columns_from_a_typed_file(tmp_path: Path) -> None:
+    rows = [{"sentence": f"w{i}", "topic": i % 2, "text": "odd"} for i in range(8)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    files = (TextRows("", str(tmp_path / "rows.parquet"), 0.25),)
+    recipe, training = build("lora"), TaskTraining(1e-3)
+    job = TextTasks("m", recipe, training, tmp_path, files, split=(1, 1), text="sentence", label="topic")
+    assert {text for _, _, train, test in read_tasks(job) for text, _ in (*train, *test)} == {f"w{i}" for i in range(8)}
 
 
 def test_suggest_takes_names_of_columns_and_writes_them() -> None:

@@ -104,6 +104,8 @@ def _said(path: str, one: Any, keys: Mapping[str, FieldInfo], options: frozenset
     if one["type"] == "value_error":
         given = "" if isinstance(one["input"], Mapping) else f" ({_short(one['input'])})"
         return one["msg"].removeprefix("Value error, ") + given
+    if one["type"] == "string_too_short":
+        return "is empty: leave it out, or say what it is"
     if one["type"] == "string_too_long":
         return f"is too long: at most {one['ctx']['max_length']} characters, not {len(one['input']):,}"
     said = _wanted(path, keys) if _is_type_error(one) else one["msg"].removeprefix("Input should be ")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from loralign.carrier.quantise import Quantize
-from loralign.data.columns import faults
+from loralign.data.columns import NAMES, faults
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 BatchSize = Annotated[int, Field(ge=1, le=2**20)]
@@ -62,7 +62,11 @@ def _names(columns: dict[str, str]) -> dict[str, str]:
     return columns
 
 
-Columns = Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=200)]], AfterValidator(_names)]
+Columns = Annotated[
+    dict[str, Annotated[str, Field(min_length=1, max_length=200)]],
+    AfterValidator(_names),
+    Field(json_schema_extra={"propertyNames": {"enum": list(NAMES)}}),
+]
 """Our names of columns to those in the rows."""
 
 
@@ -71,8 +75,8 @@ class SourceSection(_Section):
     """A json, jsonl, csv, parquet or arrow file, a folder written by `save_to_disk`, or a hub id."""
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of the rows of a mix; those of all entries sum to 1."""
-    columns: Columns | None = None
-    """Its names of columns, as in `data.columns`, and instead of those."""
+    columns: Columns = {}
+    """Its names of columns, as in `data.columns`; omitted: those, {}: none."""
     split: Name | None = None
     """Of a hub id or a saved folder, such as test, or a part of the rows: "train[:1000]"."""
 

@@ -29,7 +29,7 @@ def to_data(d: DataSection) -> Data:
     def one(given: str | SourceSection) -> Source:
         if isinstance(given, str):
             return Source(given, d.columns)
-        columns = d.columns if given.columns is None else given.columns
+        columns = given.columns if "columns" in given.model_fields_set else d.columns
         return Source(given.source, columns, given.split, given.share)
 
     train = tuple(one(each) for each in (d.train if isinstance(d.train, list) else [d.train]))

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 
 from loralign.types import LoralignError
 
@@ -17,7 +18,8 @@ Row = dict[str, Any]
 Item = TypeVar("Item")
 
 CHUNK = 1000
-TEXT, ORIGIN = pa.large_string(), pa.int32()
+TEXT = pa.large_string()
+Integers = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -25,25 +27,23 @@ class Places:
     """Where each of some rows stands: which of the sources it is from, and its number there, from 1."""
 
     sources: tuple[str, ...]
-    origins: pa.Array
-    numbers: pa.Array
+    origins: Integers
+    numbers: Integers
 
     def __getitem__(self, i: int) -> tuple[str, int]:
-        return self.sources[self.origins[i].as_py()], self.numbers[i].as_py()
+        return self.sources[self.origins[i]], int(self.numbers[i])
 
     def said(self, i: int) -> str:
         """As errors say it."""
-        source, number = self[i]
-        return f"{source}, row {number}"
+        return f"{self.sources[self.origins[i]]}, row {self.numbers[i]}"
 
     def select(self, indices: Sequence[int]) -> Places:
-        taken = pa.array(indices, pa.int64())
-        return replace(self, origins=self.origins.take(taken), numbers=self.numbers.take(taken))
+        taken = np.asarray(indices, np.int64)
+        return replace(self, origins=self.origins[taken], numbers=self.numbers[taken])
 
     def counts(self) -> tuple[int, ...]:
         """How many rows are from each source."""
-        found = {int(v["values"].as_py()): v["counts"].as_py() for v in self.origins.value_counts()}
-        return tuple(found.get(i, 0) for i in range(len(self.sources)))
+        return tuple(np.bincount(self.origins, minlength=len(self.sources)).tolist())
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,8 @@ def joined(parts: Sequence[Rows]) -> Rows:
     offsets = accumulate((len(part.places.sources) for part in parts), initial=0)
     places = Places(
         tuple(source for part in parts for source in part.places.sources),
-        pa.concat_arrays(
-            [pc.add(part.places.origins, pa.scalar(n, ORIGIN)) for part, n in zip(parts, offsets, strict=False)]
-        ),
-        pa.concat_arrays([part.places.numbers for part in parts]),
+        np.concatenate([part.places.origins + n for part, n in zip(parts, offsets, strict=False)]),
+        np.concatenate([part.places.numbers for part in parts]),
     )
     columns = dict.fromkeys(column for part in parts for column in part.columns)
     texts = pa.chunked_array([chunk for part in parts for chunk in part.texts.chunks], TEXT)
@@ -127,8 +125,7 @@ def collected(rows: Iterable[Row], name: str, columns: Iterable[str] = ()) -> Ro
             seen |= dict.fromkeys(row)
         parts.append(pa.array([_text(row, f"{name}, row {n}") for n, row in enumerate(chunk, first)], TEXT))
         first += len(chunk)
-    numbers = pa.array(range(1, first), pa.int64())
-    places = Places((name,), pa.nulls(len(numbers), ORIGIN).fill_null(0), numbers)
+    places = Places((name,), np.zeros(first - 1, np.int32), np.arange(1, first))
     return Rows(name, tuple(seen), pa.chunked_array(parts, TEXT), places)
 
 
