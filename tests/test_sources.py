@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +21,8 @@ from data_world import assistant, jsonl, user, write
 from loralign.cli.run import job_of
 from loralign.compare.identity import settings as study_settings
 from loralign.compare.spec import Spec, TaskSpec
+from loralign.config.sections import DataSection
+from loralign.config.sources import to_data
 from loralign.data.columns import NAMES, faults, likely
 from loralign.data.mix import Source, taken
 from loralign.data.rows import read_trl
@@ -210,6 +212,23 @@ def test_a_row_knows_where_it_stands() -> None:
     for i, row in enumerate(rows):
         name, number = rows.places[i]
         assert own[name][number - 1] == row and rows.places.said(i) == f"{name}, row {number}"
+
+
+def test_rows_of_a_split_keep_their_numbers(tmp_path: Path) -> None:
+    file = jsonl(tmp_path, [*({"text": f"w{i}"} for i in range(5)), {"text": 3}])
+    rows = read_trl(file, split="train[2:5]")
+    assert [rows.places[i] for i in range(3)] == [(str(file), n) for n in (3, 4, 5)]
+    with pytest.raises(LoralignError, match=r"row 6: `text` is of type int"):
+        read_trl(file, split="train[4:]")
+    both = DatasetDict({name: Dataset.from_list([{"text": f"{name} w{i}"} for i in range(3)]) for name in ("a", "b")})
+    both.save_to_disk(tmp_path / "saved")
+    entries = {
+        "train": {"source": f"{tmp_path}/saved", "split": "a"},
+        "eval": {"source": f"{tmp_path}/saved", "split": "b"},
+    }
+    made = to_data(DataSection.model_validate(entries))
+    train, held_out = split_eval(read_sources(made.train)[0], made.eval or 0, seed=0)
+    assert [row["text"][0] for rows in (train, held_out) for row in rows] == [*"aaabbb"]
 
 
 def test_a_mix_is_drawn_by_the_seed_and_said(caplog: pytest.LogCaptureFixture) -> None:
