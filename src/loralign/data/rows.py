@@ -47,10 +47,12 @@ def named(rows: Rows, columns: Mapping[str, str], known: Iterable[str] = NAMES) 
         if theirs not in rows.columns:
             near = get_close_matches(theirs, rows.columns, n=1, cutoff=0.6)
             mend = f"did you mean {near[0]!r}? They are" if near else "they are"
-            kept = ", which need no other names: `columns: {}` for this source" if _fitting(rows.columns) else ""
+            own = (
+                f", which need no other names: {{source: {rows.name}, columns: {{}}}}" if _fitting(rows.columns) else ""
+            )
             raise LoralignError(
                 f"{rows.name} has no column {theirs!r}, which `columns` names for `{ours}`; {mend} "
-                f"{', '.join(rows.columns)}{kept}"
+                f"{', '.join(rows.columns)}{own}"
             )
         if ours in rows.columns and ours not in columns.values():
             raise LoralignError(
