@@ -23,6 +23,7 @@ from loralign.cli.plan import Planned, as_data, planned, sentences
 from loralign.config.recipe import parse
 from loralign.plan.quantised import saved_bytes
 from loralign.plan.suggest import Choice, findings, first_that_fits, on_nf4, ranked
+from loralign.train.begun import check_settings
 from loralign.train.recorded import kind_for
 from loralign.types import LoralignError
 from toy import llama
@@ -168,6 +169,15 @@ def test_the_record_of_a_checkpoint_is_its_runs(world: Path, tmp_path: Path, mon
     (checkpoint.parent / "begun.json").write_text(json.dumps(body), encoding="utf-8")
     monkeypatch.chdir(checkpoint)
     assert kind_for(Path(), str(world / "base")) == "int8"
+
+
+def test_a_run_that_began_before_the_key_was_there_goes_on_without_it(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    body = {"format": 2, "run": "a", "settings": {"seed": "0"}}
+    (tmp_path / "checkpoints/begun.json").write_text(json.dumps(body), encoding="utf-8")
+    assert check_settings(tmp_path, {"seed": "0", "quantize": "None"}, ()).run == "a"
+    with pytest.raises(LoralignError, match="`quantize` is 'int8', the run began with nothing"):
+        check_settings(tmp_path, {"seed": "0", "quantize": "'int8'"}, ())
 
 
 # ---------------------------------------------------------------------------------------------------------- suggestions

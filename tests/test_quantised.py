@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cli_world import Done, assert_one_sentence, run, world_in
+from loralign.io.clean_process import load_base
 from loralign.train.model import load
 
 quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: .[quantised]")
@@ -177,6 +178,7 @@ def test_bf16_is_computed_in_bf16_and_proven_so(world: Path) -> None:
         how = json.loads(file.metadata()["loralign"])
     assert (how["base_dtype"], how["dtype"], how["tolerance"]) == ("bfloat16", "bfloat16", 3e-2)
     assert run("verify", "half", "--base", "base").code == 0
+    assert {p.dtype for p in load_base("base", None, how, "cpu").parameters()} == {torch.bfloat16}
 
 
 def test_layers_that_are_left_out_are_merged_from_their_widened_weights(by_key: Done) -> None:
@@ -203,7 +205,6 @@ def test_a_base_that_bitsandbytes_stored_is_loaded_by_its_own_settings(world: Pa
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from loralign.carrier.packed import is_quantised
-    from loralign.io.clean_process import load_base
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     AutoModelForCausalLM.from_pretrained("base", quantization_config=config).save_pretrained("nf4")
