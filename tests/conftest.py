@@ -5,6 +5,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Generator, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +54,17 @@ def guards_are_not_timed() -> Iterator[None]:
     """torch's dynamo empties the processor's caches after every graph, to log how long its guards take."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def seeds_keep_no_stacks() -> Iterator[None]:
+    """torch keeps where every seed was set, for three kinds of devices that may be asked for later."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for device in (torch.cuda, torch.mtia, torch.xpu):
+            patch.setattr(device, "traceback", SimpleNamespace(format_stack=list))
         yield
 
 
