@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -192,6 +193,8 @@ def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path, capsys: py
     assert f"`loralign plan`: {said['trainable']:,} trained numbers at 14 sites" in told
     assert said["trainable"] == plan.estimate.trainable
     assert all(line in told.splitlines() for line in costs(plan)) and len(costs(plan)) == 4
+    reasons = [line for line in out.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert max(map(len, reasons)) <= 118 and any(re.match(r"# memory: [\d.]+ GiB \([\d.]+ GB\) of", r) for r in reasons)
     assert main([*words, "--out", str(out)]) == 2 and "is there already" in capsys.readouterr().err
     assert main([*words, "--tokens", str(32 * 1600), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,7 +80,7 @@ def suggest(
     found, file = plans[repr(choice)], _recipe(choice, model, data, count)
     prior = found.job.training
     file["train"]["learning_rate"], said = rate(choice, width, prior.learning_rate, prior.lr_source)
-    lines = _reasons(choice, found, said, f"{needed / 2**30:.2f} GiB of {room / 2**30:.1f} on {where}", count)
+    lines = _reasons(choice, found, said, _memory(needed, room, where), count)
     if choice.quantize:
         lines["base"] = f"quantised to {choice.quantize} while it is loaded: as it is, nothing fits; not in any record"
     if against := caution(findings(), choice, file["train"]["epochs"]):
@@ -145,9 +146,16 @@ def _epochs(count: int) -> int:
     return min(3, max(1, math.ceil(STEPS * 16 / count))) if count else 1
 
 
+def _memory(needed: float, room: float, where: str) -> str:
+    """In the units of `--memory` and of `plan`."""
+    return f"{needed / 2**30:.2f} GiB ({needed / 1e9:.2f} GB) of {room / 2**30:.1f} GiB on {where}"
+
+
 def _write(out: Path, file: dict[str, Any], lines: dict[str, str]) -> None:
     import yaml
 
-    said = "".join(f"# {name}: {line}\n" for name, line in lines.items() if line)
+    parts = [f"{name}: {line}" for name, line in lines.items() if line]
+    rows = [row for part in parts for row in textwrap.wrap(part, 116, subsequent_indent="  ", break_on_hyphens=False)]
+    said = "".join(f"# {row}\n" for row in rows)
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_text(out, said + yaml.safe_dump(file, sort_keys=False, allow_unicode=True))

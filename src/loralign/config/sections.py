@@ -153,7 +153,7 @@ class RecipeKeys(_Section):
     preset: Name | None = None
     """Named settings of the method, for instance those of its paper; what stands in this file wins."""
     options: dict[str, Any] = {}
-    """The method's own options."""
+    """The method's own options; `loralign methods METHOD` shows them."""
     rank: Rank | None = None
     """Rank r of every adapted matrix; omitted: the preset's, else 16."""
     alpha: Alpha | None = None

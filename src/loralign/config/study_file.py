@@ -80,7 +80,7 @@ class ArmSection(_Section):
     name: ArmName | None = None
     """What the arm is called; omitted: the method."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """The method's own options."""
+    """The method's own options; `loralign methods METHOD` shows them."""
     preset: Name | None = None
     """Named settings of the method."""
     rank: Rank | None = None
