@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -256,7 +257,7 @@ def test_a_base_that_was_quantised_keeps_its_settings_of_generation(tmp_path: Pa
     """It is written by its class without weights, which knows none of them."""
     model = trained(toy.llama(), recipe("lora", r=2))
     base: Any = model.get_base_model()
-    base.hf_quantizer, base.generation_config.eos_token_id = object(), [5, 7]
+    base.hf_quantizer, base.generation_config.eos_token_id = SimpleNamespace(pre_quantized=True), [5, 7]
     export(model, tmp_path / "out", profile="merged", base_id="x/y")
     said = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
     assert said["eos_token_id"] == [5, 7]

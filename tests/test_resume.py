@@ -26,7 +26,7 @@ from cli_world import Done, assert_one_sentence, bytes_of, run, world_in
 from loralign.cli.run import job_of
 from loralign.io.lock import lock_of, locked
 from loralign.train.begun import clear_way, given_settings, read_begun, resume_point
-from loralign.train.checkpoint import Note, last_complete, read_note, rotate, write_checkpoint
+from loralign.train.checkpoint import STATE, Note, last_complete, read_note, read_state, rotate, write_checkpoint
 from loralign.train.ending import _adds_something
 from loralign.train.journal import entries
 from loralign.train.saves import AlreadyTrained, check_resumed, complete, reopen
@@ -275,6 +275,25 @@ def test_a_checkpoint_of_a_run_holds_nothing_private_and_the_best_one_stays(tmp_
         note = read_note(folder)
         assert (note.run, set(note.parts)) == ("r", {"optimizer.pt"})
     assert {p.name for p in tmp_path.iterdir()} == {"begun.json", "checkpoint-2", "checkpoint-4"}
+
+
+def test_a_run_goes_on_with_as_many_checkpoints_as_it_keeps(tmp_path: Path) -> None:
+    """A kill between a save and its rotation leaves one more."""
+    for step in range(1, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"best_model_checkpoint": "checkpoint-1"}')
+        write_checkpoint(tmp_path / f"checkpoint-{step}", Note("lora", step, {}, run="a"), {})
+    clear_way(tmp_path / "checkpoint-4", "a", 2)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-4"}
+
+
+def test_a_state_that_cannot_be_read_is_no_empty_one(tmp_path: Path) -> None:
+    assert read_state(tmp_path) == {}
+    write_checkpoint(tmp_path, Note("adalora", 1, {}), {"taken": torch.tensor(3)})
+    assert read_state(tmp_path)["taken"] == 3
+    os.truncate(tmp_path / STATE, 20)
+    with pytest.raises(LoralignError, match=r"is damaged: its loralign_state.safetensors cannot be read; delete it"):
+        read_state(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ import math
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +30,7 @@ from loralign.train.accuracy import scores
 from loralign.train.heads import draw_head
 from loralign.train.task_rows import Ordered, Task, check_choices, check_tasks, drawn, joined, masked_loss, visible
 from loralign.train.task_trainer import TasksTrainer, TaskTraining, by_task
-from loralign.train.tasks import run_tasks
+from loralign.train.tasks import _Moments, _Run, run_tasks
 from tiny_trl import tokenizer
 from toy import bert, vit
 
@@ -176,6 +178,40 @@ def head(folder: Path) -> Tensor:
     stored = load_file(folder / "adapter_model.safetensors")
     (found,) = [value for key, value in stored.items() if key.endswith("classifier.weight")]
     return found
+
+
+def test_a_task_ends_with_a_fresh_optimizer_and_a_checkpoint() -> None:
+    noted: list[tuple[int, list[float]]] = []
+    run: Any = SimpleNamespace(
+        ends=[2, 4], matrix=[], measure=lambda *_: [0.5], note=lambda moment, row: noted.append((moment, row))
+    )
+    recipe: Any = SimpleNamespace(model=None, optimizer=SimpleNamespace(state={"weight": {"step": 2}}))
+    moments, control = _Moments(run, None, recipe, None), SimpleNamespace(should_save=False)
+    args = SimpleNamespace(should_save=False, save_strategy="no")
+    moments.on_step_end(args, SimpleNamespace(global_step=1, is_world_process_zero=True), control)
+    assert recipe.optimizer.state and not control.should_save and not noted
+    moments.on_step_end(args, SimpleNamespace(global_step=2, is_world_process_zero=True), control)
+    assert not recipe.optimizer.state and control.should_save
+    assert noted == [(0, [0.5])] and run.matrix == [[0.5]]
+
+
+def test_moments_are_measured_without_dropout_and_training_goes_on_with_it() -> None:
+    modes: list[bool] = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, rows: int) -> Any:
+            modes.append(self.training)
+            return SimpleNamespace(logits=torch.zeros(rows, 8))
+
+    model, tasks = Watched().train(), of_images()
+    run: Any = SimpleNamespace(
+        seen=lambda moment: tasks[: moment + 1], training=TRAINING, _inputs=lambda rows, trainer: {"rows": len(rows)}
+    )
+    trainer = SimpleNamespace(
+        compute_loss_context_manager=nullcontext, accelerator=SimpleNamespace(autocast=nullcontext)
+    )
+    assert len(_Run.measure(run, trainer, model, 1)) == 2
+    assert modes and not any(modes) and model.training
 
 
 def test_only_the_rows_of_a_tasks_own_classes_move_in_the_head(whole: Path) -> None:
