@@ -249,7 +249,7 @@ def test_the_command_with_an_arm_that_fails(tmp_path: Path, capsys: pytest.Captu
     file = write_study(tmp_path, arms=["lora", BROKEN], **small)
     code, out, err = command_line(capsys, file)
     assert code == 1 and "1 arm failed and is left out, the same command tries again: arm 'hrp' at" in err
-    assert "failed: arm 'hrp' at" in out and "Loss on test rows" in out and out.count("rate: ") == 2
+    assert "failed: arm 'hrp' at" in out and "Loss on test rows" in out and out.count("choosing its rate, ") == 2
     before = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert list(before["result"]["failed"]) == ["hrp"] and len(before["result"]["arms"]) == 1
     assert main(["compare", str(file), "--report"]) == 0
