@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from loralign.cli.expand import expand
+from loralign.cli.finished import evaluate, export, generate, verify
 from loralign.cli.guard import guarded
+from loralign.cli.parameters import AsJson, Device, Overrides, Recipe
 from loralign.cli.rows import rows
 from loralign.cli.run import file_of, job_of, progress, say
 from loralign.cli.schema import schema
@@ -35,42 +36,10 @@ app = typer.Typer(
     "takes --debug for the traceback of an error.",
 )
 
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file; may be repeated.")
-]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `train`, `init` or `export` wrote.")]
-Base = Annotated[str | None, typer.Option(help="Folder or hub id of the base model; default: what the adapter names.")]
-Quantise = Annotated[
-    str | None,
-    typer.Option("--quantize", help="The base while it is loaded: nf4, int8, none; default: as trained."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-
-
 FIRST = "Before a run"
 RUN = "A run"
 DONE = "A finished adapter"
 MORE = "More"
-
-
-class Profile(StrEnum):
-    peft = "peft"
-    portable = "portable"
-    gguf = "gguf"
-    merged = "merged"
-
-
-class Store(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,103 +154,6 @@ def init(
     say(f"Written: {job.output}")
 
 
-@app.command(rich_help_panel=DONE, epilog="Example: loralign export runs/lora-ga --profile portable --out served")
-def export(
-    folder: Folder,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    profile: Annotated[
-        Profile,
-        typer.Option(help="peft; portable: for vLLM; gguf: for llama.cpp, Ollama; merged: no adapter."),
-    ] = Profile.peft,
-    base: Base = None,
-    quantize: Quantise = None,
-    dtype: Annotated[Store | None, typer.Option(help="Of the stored factors; default: float32.")] = None,
-    max_rank: Annotated[int | None, typer.Option(min=1, help="Truncate to this rank; the loss is stated.")] = None,
-    power_of_two: Annotated[bool, typer.Option("--power-of-two", help="Pad the rank of `portable`.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier result, write beside other files.")
-    ] = False,
-) -> None:
-    """Write a trained adapter in another form, exact or with its loss stated."""
-    import torch
-
-    from loralign.cli.run import opened
-    from loralign.io.card import read_card
-    from loralign.io.export import export as write
-    from loralign.train.use import has_tokenizer
-
-    model, tokenizer, named = opened(folder, base, quantize, out)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype.value)} if dtype else {}
-    own = profile.value == "merged" or has_tokenizer(folder)
-    report = write(
-        model, out, profile=profile.value, max_rank=max_rank, power_of_two=power_of_two, overwrite=overwrite,
-        tokenizer=tokenizer if own else None, card=read_card(folder, named["base_id"]), **named, **options,
-    )  # fmt: skip
-    for line in report.lines():
-        say(line)
-    say(f"Written: {out}")
-
-
-@app.command(rich_help_panel=DONE, epilog="Example: loralign verify runs/lora-ga --base smollm2-135m")
-def verify(folder: Folder, base: Base = None) -> None:
-    """Reload an exported folder in a clean process; its logits must be the stored ones (else exit 3)."""
-    from loralign.io.verify import verify as check
-
-    say(check(folder, base).line())
-
-
-@app.command("eval", rich_help_panel=DONE, epilog="Example: loralign eval runs/lora-ga --data test.jsonl --limit 200")
-def evaluate(
-    folder: Folder,
-    data: Annotated[str, typer.Option(help="Rows with answers: a file, a folder or a hub id.")],
-    base: Base = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(help="Names of columns, as `data.columns` has them; default: those of the adapter's training."),
-    ] = None,
-    quantize: Quantise = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
-    as_json: AsJson = False,
-) -> None:
-    """Exact match of greedy answers on held-out rows, by the adapter and by its base."""
-    from loralign.config.sources import columns_of
-    from loralign.train.use import evaluate as measure
-
-    names = None if columns is None else columns_of(columns)
-    with progress() as report:
-        found = measure(
-            folder,
-            data,
-            base=base,
-            columns=names,
-            quantize=quantize,
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            progress=report,
-        )
-    if as_json:
-        say(json.dumps(found))
-        return
-    for name, value in found.items():
-        say(f"{name}: {value:.4g}")
-
-
-@app.command(rich_help_panel=DONE, epilog='Example: loralign generate runs/lora-ga --prompt "What is 12 + 30?"')
-def generate(
-    folder: Folder,
-    prompt: Annotated[list[str], typer.Option(help="A user's turn; may be repeated.")],
-    base: Base = None,
-    quantize: Quantise = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
-) -> None:
-    """One greedy answer per prompt."""
-    from loralign.train.use import generate as answer
-
-    for text in answer(folder, prompt, base=base, quantize=quantize, max_new_tokens=max_new_tokens):
-        say(text)
-
-
 @app.command(rich_help_panel=RUN, epilog="Example: loralign compare examples/compare.yaml --workers 2")
 def compare(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study file (YAML).")],
@@ -299,6 +171,22 @@ def compare(
     from loralign.cli.compare import run
 
     run(study, overrides or (), workers=workers, worker=worker, only_report=only_report)
+
+
+app.command(rich_help_panel=RUN, epilog="Example: loralign tasks examples/tasks.yaml --set seed=1")(tasks)
+app.command(rich_help_panel=DONE, epilog="Example: loralign export runs/lora-ga --profile portable --out served")(
+    export
+)
+app.command(rich_help_panel=DONE, epilog="Example: loralign verify runs/lora-ga --base smollm2-135m")(verify)
+app.command("eval", rich_help_panel=DONE, epilog="Example: loralign eval runs/lora-ga --data test.jsonl --limit 200")(
+    evaluate
+)
+app.command(rich_help_panel=DONE, epilog='Example: loralign generate runs/lora-ga --prompt "What is 12 + 30?"')(
+    generate
+)
+app.command(
+    rich_help_panel=DONE, epilog="Example: loralign expand runs/prolora/compact/compact.safetensors --out plain"
+)(expand)
 
 
 @app.command(rich_help_panel=MORE, epilog="Example: loralign methods lora-ga")
@@ -329,10 +217,6 @@ def doctor() -> None:
     raise typer.Exit(0 if healthy else 1)
 
 
-app.command(rich_help_panel=RUN, epilog="Example: loralign tasks examples/tasks.yaml --set seed=1")(tasks)
-app.command(
-    rich_help_panel=DONE, epilog="Example: loralign expand runs/prolora/compact/compact.safetensors --out plain"
-)(expand)
 app.command(rich_help_panel=MORE, epilog="Example: loralign schema --out docs/schema.json")(schema)
 app.add_typer(subspace, rich_help_panel=MORE)
 

@@ -6,11 +6,11 @@ import json
 import os
 import re
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loralign.cli.parameters import AsJson, Overrides, Recipe
 from loralign.cli.run import file_of, say
 
 if TYPE_CHECKING:
@@ -21,13 +21,10 @@ UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def rows(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file; may be repeated."),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     count: Annotated[int, typer.Option(min=0, help="Rows to show; the numbers are of all.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """The first rows as the model will read them, what it learns between ⟦ and ⟧, and all rows in numbers.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loralign.cli.machine import device_here, gpu_memory
+from loralign.cli.parameters import AsJson
 from loralign.cli.run import replace_text, say
 from loralign.io.host import free_host_memory
 
@@ -35,7 +36,7 @@ def suggest(
     ] = None,
     device: Annotated[str, typer.Option(help="cuda, cpu or auto: where it will run.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the recipe file here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """A recipe to begin with: method, rank, scale and rate, why, what they rest on, and what a step takes."""
     from loralign.cli.plan import costs, planned, trained

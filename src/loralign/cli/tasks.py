@@ -7,16 +7,14 @@ from typing import Annotated
 
 import typer
 
+from loralign.cli.parameters import Overrides
 from loralign.cli.run import progress, say
 
 
 def tasks(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A tasks file (YAML).")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file; may be repeated."),
-    ] = None,
+    overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")] = False,
 ) -> None:
     """Train a classifier on tasks in sequence; accuracy on every task seen and a plain adapter after each."""
