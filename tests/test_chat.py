@@ -199,7 +199,7 @@ def test_keys_that_the_template_does_not_read_are_named(caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO, "loralign"):
         (row,) = fit(rows_of({"messages": turns}), tokenizer, max_length=999).dataset
     assert "q!<|im_end|>" in tokenizer.decode(row["input_ids"])
-    assert "the data: the turns' keys stamp are not used: the chat template doesn't read them" in caplog.text
+    assert "the data: in turns, not read by the chat template and so not used: stamp" in caplog.text
 
 
 def test_empty_answers_are_counted_and_nothing_but_them_is_refused(caplog: pytest.LogCaptureFixture) -> None:

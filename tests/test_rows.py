@@ -132,7 +132,7 @@ def test_every_column_is_used_refused_or_named(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO, "loralign"):
         rows = rows_of({"id": 1, "text": "t"}, {"id": "z", "text": "u", "source": {"a": 1}})
         assert list(to_trl(rows, "text")) == [{"text": "t"}, {"text": "u"}]
-    assert "the data: the columns id, source are not used" in caplog.text
+    assert "the data: not used: the columns id, source" in caplog.text
 
 
 BAD_ROWS: list[tuple[list[dict[str, Any]], str]] = [

@@ -172,7 +172,7 @@ def _say(found: Fit, name: str, max_length: int, coded: Coder) -> None:
         )
     if coded.unread:
         keys = ", ".join(sorted(coded.unread))
-        log.info("%s: the turns' keys %s are not used: the chat template doesn't read them", name, keys)
+        log.info("%s: in turns, not read by the chat template and so not used: %s", name, keys)
     if not (coded.chat.ends if coded.chat else coded.plain.tokenizer.eos_token):
         who = "chat template ends an answer without an" if coded.chat else "tokenizer has no"
         log.warning("the %s end token: the model may not learn to stop", who)

@@ -129,7 +129,7 @@ def to_trl(rows: Rows, format: Format) -> Rows:
     """
     used = (*NEEDED[format], *OPTIONAL[format])
     if unused := [c for c in rows.columns if c not in used and c not in REFUSED]:
-        log.info("%s: the columns %s are not used", rows.name, ", ".join(unused))
+        log.info("%s: not used: the column%s %s", rows.name, "s" * (len(unused) > 1), ", ".join(unused))
     return replace(collected(_converted(rows, format), rows.name), places=rows.places)
 
 
