@@ -634,6 +634,26 @@ def test_processes_exit_with_the_code_and_show_tracebacks_on_demand() -> None:
     assert "Traceback" in debug.err
 
 
+def test_what_other_libraries_warn_of_is_for_debug_alone() -> None:
+    """Of torch, which has a handler of its own and is loaded by most commands, and of one without."""
+    code = """
+import logging, os
+from loralign.cli.guard import _quiet
+def warn():
+    for name in ("torch.utils._pytree", "another.library"):
+        logging.getLogger(name).warning("a warning of %s", name)
+with _quiet(False):
+    import torch
+    warn()
+    logging.getLogger("another.library").error("an error")
+with _quiet(True):
+    warn()
+assert "TORCH_LOGS" not in os.environ and logging.lastResort.level == logging.WARNING
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.splitlines() == ["an error", "a warning of another.library"]
+
+
 @pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     shell = f"{sys.executable} -m loralign schema | head -c 1; echo ${{PIPESTATUS[0]}}"

@@ -152,7 +152,7 @@ def clipped(text: str, longest: int = LONGEST) -> str:
 
 @contextmanager
 def _quiet(debug: bool) -> Iterator[None]:
-    """Our log on stderr; warnings of other libraries only with --debug, their bars only on a terminal."""
+    """Our log on stderr; what other libraries warn of only with --debug, their bars only on a terminal."""
     handler, log = _Stderr(), logging.getLogger("loralign")
     level = log.level
     log.addHandler(handler)
@@ -170,17 +170,18 @@ def _quiet(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def _hushed(*, bars: bool) -> Iterator[None]:
-    """Transformers says errors only, and draws no bars where none are wanted; datasets neither.
+    """Other libraries say errors only; transformers and datasets draw no bars where none are wanted.
 
-    Libraries that are not loaded yet, and most commands load few, read it from the environment.
+    Libraries that are not loaded yet, and most commands load few, read it from the environment. Most log by the handler
+    of last resort; transformers and torch have their own.
     """
-    wanted = {"TRANSFORMERS_VERBOSITY": "error"}
+    wanted = {"TRANSFORMERS_VERBOSITY": "error", "TORCH_LOGS": os.environ.get("TORCH_LOGS") or "-all"}
     if not bars:
         wanted |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
-        with _hushed_transformers(bars), _hushed_datasets(bars):
+        with _hushed_transformers(bars), _hushed_datasets(bars), _hushed_others():
             yield
     finally:
         for name, value in before.items():
@@ -221,6 +222,20 @@ def _hushed_datasets(bars: bool) -> Iterator[None]:
     finally:
         if drawn and not bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _hushed_others() -> Iterator[None]:
+    last = logging.lastResort
+    if last is None:
+        yield
+        return
+    level = last.level
+    last.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        last.setLevel(level)
 
 
 class _Stderr(logging.Handler):
