@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loralign import adapt, build
 from loralign.carrier.sites import draw_for
 from loralign.methods.init.gaussian import Gaussian, gaussian
+from loralign.methods.init.kaiming import kaiming, kaiming_frozen
 from loralign.methods.init.kaiming_both import kaiming_both
 from loralign.train.start import is_trained
 from loralign.types import Directions, Draw, Init, Recipe, Start, Weight, WorkFailed
@@ -28,6 +29,18 @@ def test_gaussian_has_standard_deviation_0_02() -> None:
     made = start(gaussian())
     for X in (made.A, made.B):
         assert float(X.std()) == pytest.approx(0.02, rel=0.03) and abs(float(X.mean())) < 1e-3
+
+
+def test_kaiming_has_the_law_of_pefts_own_start() -> None:
+    """`kaiming_uniform_` with a = √5, and B = 0."""
+    made, frozen = start(kaiming()), start(kaiming_frozen())
+    theirs = torch.nn.init.kaiming_uniform_(torch.empty(R, D_IN), a=5**0.5, generator=torch.Generator().manual_seed(0))
+    bound = D_IN**-0.5
+    for A in (made.A, theirs):
+        assert bound * 0.99 < float(A.abs().max()) <= bound
+        assert float(A.std()) == pytest.approx(bound / 3**0.5, rel=0.03) and abs(float(A.mean())) < 0.03 * bound
+    assert not made.B.any() and made.B.shape == (D_OUT, R)
+    assert torch.equal(made.A, frozen.A) and not frozen.B.any() and (made.train, frozen.train) == ("AB", "B")
 
 
 def test_kaiming_both_is_uniform_by_each_factors_own_fan_in() -> None:
